@@ -1,0 +1,24 @@
+# make demo: train on OpenMoji for ten minutes, sample and measure.   make test: lint, types and the whole suite.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test clean
+
+$(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[openmoji,test]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml --output_dir $(DEMO)
+	$(BIN)/ldm evaluate $(DEMO)/model --data openmoji --captions configs/openmoji/heldout.txt --out $(DEMO)
+
+test: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv out

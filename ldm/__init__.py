@@ -1,0 +1,1 @@
+"""Train text-to-image latent diffusion models from scratch."""

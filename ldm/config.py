@@ -1,0 +1,193 @@
+"""What one run is: frozen dataclasses, one for each part, read from one YAML file.
+
+Nothing here computes. `ldm.config_file` reads and checks them; each part is built from its own dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
+Network = dict[str, Any]
+"""A network by diffusers' or transformers' own config keys, ``_class_name`` included."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Captioned pictures and how they become batches."""
+
+    source: Literal["openmoji", "imagefolder", "parquet", "dataset"] = "openmoji"
+    path: str | None = None
+    """Folder, Parquet file or data set name; not used by openmoji."""
+    split: str = "train"
+    """Split of a `datasets` data set to read; our own train/validation/test split is made from it."""
+    image_column: str | None = None
+    """None: found by its usual names (image, picture, ...)."""
+    caption_column: str | None = None
+    """None: found by its usual names (text, caption, captions, prompt, ...)."""
+    image_size: int = 64
+    """Pixels, height and width."""
+    background: str = "white"
+    """Colour under transparent pixels (any PIL colour)."""
+    languages: tuple[str, ...] = ("en",)
+    """Caption languages of openmoji; several: one is drawn each time a picture is loaded."""
+    flip: bool = False
+    """Mirror half of the pictures; only right where captions and pictures have no left and right."""
+    limit: int | None = None
+    """Keep only this many pictures (the first by hash), for trials."""
+    held_out: dict[str, str] = field(default_factory=dict)
+    """``{"validation": file, "test": file}``: captions, a line each, whose pictures no stage trains on."""
+    held_out_percent: float = 2.0
+    """Without `held_out`: percent of the pictures for validation, and as many for test, by pixel hash."""
+    batch_size: int = 64
+    """Pictures per optimiser step, over all processes and accumulation steps."""
+    workers: int = 0
+    """Loader processes per training process; 0 loads in the training process."""
+    cache: bool = True
+    """Keep what frozen networks compute from a picture or a caption (latents, prompt embeddings)."""
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """What is diffused."""
+
+    kind: Literal["pixel", "latent"] = "latent"
+    autoencoder: str | None = None
+    """Folder or Hub name of the autoencoder of a latent space."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Prompt embeddings for cross-attention."""
+
+    pretrained: str | None = None
+    """Folder, Hub name or ``package:NAME/FOLDER`` (inside an installed package); None: from scratch."""
+    encoder: Network = field(default_factory=dict)
+    """CLIPTextModel's config keys, from scratch; the vocabulary comes from the tokenizer."""
+    vocab_size: int = 2048
+    """Size of the BPE vocabulary that is learned from the training captions, from scratch."""
+    max_length: int = 24
+    """Tokens a caption is padded or cut to, begin and end tokens included."""
+    train: bool = True
+    """Train the encoder with the denoiser; False: frozen, and its embeddings are cached."""
+    dropout: float = 0.1
+    """Share of captions replaced by "", which is what guidance needs."""
+
+
+@dataclass(frozen=True)
+class ConditionersConfig:
+    """What the denoiser is told besides the noisy latents and the time."""
+
+    text: TextConfig | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """From noise to loss; the sampling scheduler is derived from the same values."""
+
+    path: PathName = "scaled_linear"
+    prediction_type: PredictionType = "epsilon"
+    num_train_timesteps: int = 1000
+    """Steps of the discrete paths; the flow path is continuous and only scales its time by it."""
+    zero_terminal_snr: bool = False
+    """Rescale a discrete path so that its last step is pure noise (Lin et al. 2024)."""
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    """Mean of the logit of the time (0: data, 1: noise) under logit_normal; positive: more noise."""
+    logit_std: float = 1.0
+    min_snr_gamma: float | None = None
+    """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """Autoencoder losses; each is per element of the picture, so the weights do not depend on its size."""
+
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    kl_weight: float = 1e-6
+    """Weight of the KL to N(0, I), summed over the latent and divided by the number of picture elements."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning rate, a pure function of the step."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    final_fraction: float = 0.0
+    """Share of the learning rate that is left at the last step of a decay."""
+    ema_decay: float = 0.999
+    """Largest decay of the averaged weights; the first steps use (1 + step) / (10 + step)."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how often, on what."""
+
+    max_train_steps: int | None = None
+    max_train_epochs: float | None = None
+    max_train_seconds: float | None = None
+    """Exactly one of the three. Seconds are turned into steps once, from the time of the first steps."""
+    gradient_accumulation_steps: int = 1
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes it natively, else float32."""
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    log_every_steps: int = 10
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    validate_every_steps: int = 1000
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is looked at during training, always with the averaged weights and fixed noise."""
+
+    prompts: tuple[str, ...] = ()
+    """Empty: the first captions of the validation split."""
+    num_images: int = 8
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    loss_images: int = 128
+    """Pictures of the validation split that the held-out loss is measured on."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A diffusion stage: space + denoiser + objective + conditioners, its data and its training."""
+
+    output_dir: str
+    denoiser: Network
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """An autoencoder, its losses, its data and its training."""
+
+    output_dir: str
+    autoencoder: Network
+    """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one."""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
