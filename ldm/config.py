@@ -160,6 +160,8 @@ class ValidationConfig:
     guidance_scale: float = 3.0
     loss_images: int = 128
     """Pictures of the validation split that the held-out loss is measured on."""
+    retrieval_images: int = 0
+    """Captions of the validation split that are sampled for held-out retrieval; 0: not measured."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class StageConfig:
 
     output_dir: str
     denoiser: Network
+    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one."""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)

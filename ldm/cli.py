@@ -1,0 +1,182 @@
+"""The ``ldm`` command: acts on model folders and data."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from jsonargparse import ArgumentParser
+from numpy.typing import NDArray
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.config import DataConfig
+from ldm.data.batches import CaptionedImages
+from ldm.data.sources import build_source
+from ldm.data.splits import read_captions
+from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
+from ldm.evaluation.pictures import comparison_sheet
+from ldm.evaluation.retrieval import report, retrieval_ranks
+from ldm.models.autoencoder import downsampling_factor
+from ldm.provenance import read_provenance, refuse_leak
+from ldm.training.autoencoding import reconstruct
+from ldm.training.validation import sample_pictures
+
+SHEET_PICTURES = 24
+
+
+def load_pipeline(model: str, trust_remote_code: bool) -> Any:
+    """Return the pipeline in folder or Hub repository `model`.
+
+    As the stock class that ``model_index.json`` names, or with `trust_remote_code` as the folder's own
+    ``pipeline.py``, which runs code that came with the model.
+    """
+    own = {"custom_pipeline": model, "trust_remote_code": True} if trust_remote_code else {}
+    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, low_cpu_mem_usage=False, **own)
+    pipeline.set_progress_bar_config(leave=False)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample(
+    prompts: Sequence[str],
+    model: str,
+    out: str = ".",
+    negative_prompt: str = "",
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 3.0,
+    trust_remote_code: bool = False,
+) -> list[Path]:
+    """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
+
+    Args:
+        prompts: What to draw, one picture each.
+        model: Folder or Hub name of a pipeline.
+        out: Folder for the pictures.
+        negative_prompt: What to steer away from.
+        seed: Seed of the first picture; the next ones count up.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Guidance; 1 is none.
+        trust_remote_code: Run the pipeline code that came with the model.
+
+    """
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    pipeline = load_pipeline(model, trust_remote_code)
+    written = []
+    for number, prompt in enumerate(prompts):
+        draw = torch.Generator().manual_seed(seed + number)
+        picture = pipeline(prompt, negative_prompt=negative_prompt or None, generator=draw, **settings).images[0]
+        text = PngInfo()
+        described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
+        for key, value in described.items():
+            text.add_itxt(key, str(value))
+        path = Path(out) / f"{slug(prompt)}-{seed + number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, pnginfo=text)
+        print(path)
+        written.append(path)
+    return written
+
+
+def evaluate(
+    model: str,
+    data: str,
+    captions: str,
+    out: str,
+    held_out: Sequence[str] = (),
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 3.0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Sample held-out captions, measure retrieval beside its baselines, write ``retrieval.json`` and ``samples.png``.
+
+    Args:
+        model: Folder or Hub name of a pipeline.
+        data: "openmoji", or a folder of captioned pictures (imagefolder).
+        captions: File of captions, a line each, whose pictures the model has not seen.
+        out: Folder for the results.
+        held_out: Files of further captions that the model was not trained on; a copier may not use them either.
+        seed: Seed of the first picture; the next ones count up.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Guidance; 1 is none.
+        trust_remote_code: Run the pipeline code that came with the model.
+
+    """
+    pipeline = load_pipeline(model, trust_remote_code)
+    image_size = pipeline.unet.config.sample_size * downsampling_factor(pipeline.vae)
+    source = {"source": "openmoji"} if data == "openmoji" else {"source": "imagefolder", "path": data}
+    config = DataConfig(**source, image_size=image_size, held_out=_lists(captions, held_out))  # type: ignore[arg-type]
+    images = CaptionedImages(build_source(config), config)
+    refuse_leak(model, images.splits.held_out_hash)
+    wanted = read_captions(captions)
+    gallery, place = images.gallery()
+    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    generated = sample_pictures(pipeline, wanted, seed, **settings)
+    known = [(place[p], caption) for p in images.splits["train"] for caption in images.source.captions(p)]
+    training_index = np.array([index for index, _ in known])
+
+    def rebuild(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        rebuilt = (reconstruct(pipeline.vae, values) + 1) * 127.5
+        result: NDArray[np.uint8] = rebuilt.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return result
+
+    provenance = read_provenance(model)
+    results = {
+        **asdict(report(retrieval_ranks(generated, gallery, own_index))),
+        "ceiling": asdict(ceiling(rebuild, gallery, own_index)),
+        "copy": asdict(copy_baseline(wanted, own_index, [caption for _, caption in known], training_index, gallery)),
+        "shuffled": asdict(shuffled_baseline(generated, gallery, own_index)),
+        "images_per_second": provenance.images_per_second if provenance else None,
+        "train_seconds": provenance.train_seconds if provenance else None,
+        "seed": seed,
+        **settings,
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "retrieval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    shown = slice(0, SHEET_PICTURES)
+    comparison_sheet(wanted[shown], generated[shown], gallery[own_index[shown]]).save(folder / "samples.png")
+    print(json.dumps(results, indent=2))
+    return results
+
+
+def _lists(captions: str, held_out: Sequence[str]) -> dict[str, str]:
+    if len(held_out) > 1:
+        raise ValueError(f"--held_out: got {len(held_out)} files; at most one, the validation list, is known")
+    return {"test": captions} | dict.fromkeys(["validation"] * len(held_out), *held_out)
+
+
+def slug(text: str) -> str:
+    """Return a file name of at most 80 characters of ``a-z0-9._-`` that reminds of the text."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-.")[:80] or "picture"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = ArgumentParser(prog="ldm", description=__doc__)
+    commands = parser.add_subcommands(required=True)
+    sampling = ArgumentParser(description="Draw pictures from prompts.")
+    sampling.add_argument("prompts", nargs="+", help="what to draw, one picture each")
+    sampling.add_function_arguments(sample, skip={"prompts"}, as_positional=False)
+    commands.add_subcommand("sample", sampling)
+    evaluating = ArgumentParser(description="Measure a model on held-out captions.")
+    evaluating.add_argument("model", help="folder or Hub name of a pipeline")
+    evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
+    commands.add_subcommand("evaluate", evaluating)
+    chosen = parser.parse_args(argv)
+    arguments = chosen[chosen.subcommand].as_dict()
+    if chosen.subcommand == "sample":
+        sample(**arguments)
+    else:
+        evaluate(**arguments)

@@ -1,0 +1,207 @@
+"""From captioned pictures to typed batches; which and how is a function of the position."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.config import DataConfig
+from ldm.data.cache import CachedRows
+from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb, to_uint8
+from ldm.data.positions import generator, sample_index, step_positions
+from ldm.data.sources import Source
+from ldm.data.splits import Splits, split_pictures
+
+log = logging.getLogger(__name__)
+Moments = tuple[Tensor, Tensor]
+Encode = Callable[[Tensor], Moments]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], or the moments of its cached encoding."""
+
+    position: int
+    picture: int
+    caption: str
+    pixel_values: Tensor | None = None
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples, stacked."""
+
+    positions: list[int]
+    pictures: list[int]
+    captions: list[str]
+    pixel_values: Tensor | None
+    moments: Moments | None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.positions)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Return the samples as one batch."""
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    moments = [sample.moments for sample in samples if sample.moments is not None]
+    return Batch(
+        [sample.position for sample in samples],
+        [sample.picture for sample in samples],
+        [sample.caption for sample in samples],
+        torch.stack(pixels) if pixels else None,
+        (torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])) if moments else None,
+    )
+
+
+class CaptionedImages:
+    """The pictures of a source at one size, and their split."""
+
+    def __init__(self, source: Source, config: DataConfig):
+        self.source, self.config = source, config
+
+    def pixel_values(self, picture: int, mirrored: bool = False) -> Tensor:
+        """Return picture number `picture` of the source, (3, H, W) in [-1, 1]."""
+        image = to_rgb(self.source.image(picture), self.config.background)
+        values = to_pixel_values(resize_and_crop(image, self.config.image_size))
+        return values.flip(2) if mirrored else values
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Hash of each picture's pixels, as they are trained on; computed once and kept."""
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            return {"hash": torch.stack([_hash(self.pixel_values(row)) for row in rows])}
+
+        rows = CachedRows("hashes", self._key, len(self.source), compute)
+        return [bytes(rows[row]["hash"].tolist()).hex() for row in range(len(self.source))]
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, validation and test pictures; see `split_pictures`."""
+        splits = split_pictures(
+            self.hashes, self.source.all_captions, self.config.held_out, self.config.held_out_percent
+        )
+        if self.config.limit is None:
+            return splits
+        kept = {name: tuple(rows[: self.config.limit]) for name, rows in splits.indices.items()}
+        return Splits(kept, splits.held_out_hash)
+
+    def gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
+        """Return the distinct pictures, (M, S, S, 3), and for each picture of the source its place among them."""
+        place: dict[str, int] = {}
+        pictures = []
+        for picture, value in enumerate(self.hashes):
+            if value not in place:
+                place[value] = len(place)
+                pictures.append(to_uint8(self.pixel_values(picture)).numpy())
+        return np.stack(pictures), [place[value] for value in self.hashes]
+
+    def pictures_of(self, captions: Sequence[str]) -> list[int]:
+        """Return the first picture that has each caption, in any language; raises ValueError if one has none."""
+        owner: dict[str, int] = {}
+        for picture in range(len(self.source)):
+            for caption in self.source.all_captions(picture):
+                owner.setdefault(caption, picture)
+        if unknown := [caption for caption in captions if caption not in owner]:
+            raise ValueError(f"{len(unknown)} of {len(captions)} captions belong to no picture, such as {unknown[0]!r}")
+        return [owner[caption] for caption in captions]
+
+    def captions(self, split: str) -> list[str]:
+        """Return every caption of a split's pictures."""
+        return [caption for picture in self.splits[split] for caption in self.source.captions(picture)]
+
+    @property
+    def _key(self) -> str:
+        return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}"
+
+    def encoded(self, key: str, encode: Encode) -> CachedRows:
+        """Return the moments that `encode` gives of every picture (and, with flips, of its mirror image), cached.
+
+        Row ``2 * picture + mirrored`` with flips, row ``picture`` without. `key` names what `encode` computes.
+        """
+        views = 1 + self.config.flip
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            pixels = torch.stack([self.pixel_values(row // views, bool(row % views)) for row in rows])
+            mean, std = encode(pixels)
+            return {"mean": mean.cpu(), "std": std.cpu()}
+
+        return CachedRows("latents", f"{self._key}/{views}/{key}", len(self.source) * views, compute)
+
+
+class PositionDataset(Dataset[Sample]):
+    """A split as the endless stream of positions that training runs along."""
+
+    def __init__(self, images: CaptionedImages, split: str, seed: int, encoded: CachedRows | None = None):
+        self.images, self.seed, self.encoded = images, seed, encoded
+        self.pictures = images.splits[split]
+        if not self.pictures:
+            raise ValueError(f"the {split} split has no pictures; see data.held_out and data.held_out_percent")
+        without = sum(not images.source.captions(picture) for picture in self.pictures)
+        if without:
+            log.warning("%d of %d pictures have no caption; they train unconditionally", without, len(self.pictures))
+
+    def __len__(self) -> int:
+        """Return the number of samples in an epoch."""
+        return len(self.pictures)
+
+    def __getitem__(self, position: int) -> Sample:
+        """Return the sample at any position >= 0."""
+        picture = self.pictures[sample_index(self.seed, position, len(self.pictures))]
+        draw = torch.rand(2, generator=generator(self.seed, position, "sample")).tolist()
+        captions = self.images.source.captions(picture)
+        caption = captions[int(draw[0] * len(captions))] if captions else ""
+        mirrored = self.images.config.flip and draw[1] < 0.5
+        if self.encoded is None:
+            return Sample(position, picture, caption, pixel_values=self.images.pixel_values(picture, mirrored))
+        row = self.encoded[picture * (1 + self.images.config.flip) + mirrored]
+        return Sample(position, picture, caption, moments=(row["mean"], row["std"]))
+
+
+def training_batches(
+    dataset: PositionDataset, start_step: int, *, micro_steps: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[list[Batch]]:
+    """Yield, for each optimiser step from `start_step` on, this process's micro-batches."""
+    config = dataset.images.config
+    step_positions(0, config.batch_size, 0, micro_steps, 0, world)  # refuses a batch size that cannot be shared
+
+    def plan() -> Iterator[list[int]]:
+        step = start_step
+        while True:
+            for micro in range(micro_steps):
+                yield list(step_positions(step, config.batch_size, micro, micro_steps, rank, world))
+            step += 1
+
+    loader = DataLoader(
+        dataset,
+        batch_sampler=plan(),  # endless; the loop decides when to stop
+        num_workers=config.workers,
+        collate_fn=collate,
+        timeout=300 if config.workers else 0,
+        persistent_workers=False,
+    )
+    micro_batches = iter(loader)
+    while True:
+        yield [next(micro_batches) for _ in range(micro_steps)]
+
+
+def fixed_batch(dataset: PositionDataset, count: int) -> Batch:
+    """Return the first `count` positions of a data set (fewer if it is smaller): the same in every run."""
+    return collate([dataset[position] for position in range(min(count, len(dataset)))])
+
+
+def _hash(pixel_values: Tensor) -> Tensor:
+    digest = blake2b(((pixel_values + 1) * 127.5).round().to(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)

@@ -1,0 +1,100 @@
+"""Where captioned pictures come from: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from ldm.config import DataConfig
+from ldm.data.openmoji import OpenMoji
+
+IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
+
+
+class Source(Protocol):
+    """Captioned pictures by index."""
+
+    fingerprint: str
+    """Names the pictures: equal fingerprints, equal pictures."""
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+
+    def image(self, index: int) -> Image.Image:
+        """Return a picture in whatever mode it has."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return its captions to choose from, possibly none."""
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption it is known by, also those not chosen: what held-out lists are matched with."""
+
+
+class TableSource:
+    """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+
+    def __init__(self, table: Any, image_column: str | None, caption_column: str | None):
+        self._table = table
+        columns = table.column_names
+        self.image_column = _column("data.image_column", image_column, columns, IMAGE_COLUMNS)
+        self.caption_column = _column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
+        self._captions = table[self.caption_column]
+        self.fingerprint = f"table-{table._fingerprint}"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._table)
+
+    def image(self, index: int) -> Image.Image:
+        """Return the picture of row `index`; raises ValueError with the row if it cannot be decoded."""
+        try:
+            image: Image.Image = self._table[index][self.image_column]
+            image.load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"the picture of row {index} cannot be read: {error}") from error
+        return image
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of row `index`; null and empty ones are left out."""
+        value = self._captions[index]
+        texts = value if isinstance(value, list | tuple) else [value]
+        return tuple(str(text).strip() for text in texts if text is not None and str(text).strip())
+
+    all_captions = captions
+
+
+def build_source(config: DataConfig) -> Source:
+    """Return the pictures that `config` names."""
+    if config.source == "openmoji":
+        return OpenMoji(config.image_size, config.languages)
+    if config.path is None:
+        raise ValueError(f"data.path: required with data.source {config.source}")
+    import datasets
+
+    if config.source == "imagefolder":
+        if not Path(config.path).is_dir():
+            raise FileNotFoundError(f"data.path: no folder at {config.path}")
+        table = datasets.load_dataset("imagefolder", data_dir=config.path, split=config.split)
+    elif config.source == "parquet":
+        files = sorted(map(str, Path(config.path).glob("*.parquet"))) if Path(config.path).is_dir() else config.path
+        table = datasets.load_dataset("parquet", data_files=files, split=config.split)
+    elif Path(config.path).is_dir():
+        table = datasets.load_from_disk(config.path)
+        table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
+    else:
+        table = datasets.load_dataset(config.path, split=config.split)
+    return TableSource(table, config.image_column, config.caption_column)
+
+
+def _column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:
+    if wanted is not None and wanted in columns:
+        return wanted
+    found = None if wanted else next((name for name in usual if name in columns), None)
+    if found is None:
+        what = f"no column {wanted!r}" if wanted else f"none of the usual names {', '.join(usual)}"
+        raise ValueError(f"{key}: {what} among the columns {', '.join(columns)}; name the right one")
+    return found

@@ -1,0 +1,131 @@
+"""Pictures to look at: grids, and sheets that put each generated picture over the true one."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Images = NDArray[np.uint8]
+"""Pictures, (N, H, W, 3), RGB in [0, 255]."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+GAP = 2
+"""Pixels between the pictures of a grid."""
+
+CELL_WIDTH = 128
+"""Pixels: smaller pictures are enlarged on a sheet, by a whole factor, to at least this width."""
+
+MARGIN = 12
+"""Pixels around a sheet and between its columns."""
+
+FONT_SIZE = 14
+LINE_HEIGHT = 18
+"""Pixels."""
+
+PAPER = (255, 255, 255)
+LINES = (208, 208, 208)
+INK = (32, 32, 32)
+LABELS = ("generated", "true")
+
+
+def image_grid(images: Images, columns: int = 8) -> Image.Image:
+    """Return the pictures, (N, H, W, 3), as they are, row by row, with grey gaps of 2 pixels.
+
+    Fewer than `columns` pictures make a narrower grid; places without a picture are grey.
+    """
+    _check(images, "images", columns)
+    columns = min(columns, len(images))
+    height, width = images.shape[1:3]
+    rows = -(-len(images) // columns)
+    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
+    grid = Image.new("RGB", size, LINES)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(Image.fromarray(image), (column * (width + GAP), row * (height + GAP)))
+    return grid
+
+
+def comparison_sheet(
+    captions: Sequence[str], generated: Images, true: Images, columns: int = 6
+) -> Image.Image:
+    """Return a sheet with each generated picture over the true one and the caption wrapped underneath.
+
+    `generated` and `true` are (N, H, W, 3). Pictures narrower than 128 pixels are enlarged by a whole factor,
+    each pixel repeated; none is changed otherwise. `columns` pairs stand side by side, the rows labelled
+    "generated" and "true". The built-in font has plain Latin letters only: accents are left out, letters
+    of other scripts are boxes.
+    """
+    _check(generated, "generated", columns)
+    if generated.shape != true.shape or len(captions) != len(generated):
+        got = f"{len(captions)} captions, generated {generated.shape}, true {true.shape}"
+        raise ValueError(f"got {got}; expected as many captions as pictures, in one shape")
+    font = ImageFont.load_default(size=FONT_SIZE)
+    factor = -(-CELL_WIDTH // generated.shape[2])
+    height, width = generated.shape[1] * factor, generated.shape[2] * factor
+    wrapped = [wrap(_plain(caption), width, font) for caption in captions]
+    bands = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
+    caption_heights = [LINE_HEIGHT * max(len(wrapped[index]) for index in band) for band in bands]
+    picture_rows = 2 * height + GAP + MARGIN // 2  # the two pictures and the space to the caption
+    left = 2 * MARGIN + max(_width(label, font) for label in LABELS)
+    sheet_width = left + len(bands[0]) * (width + MARGIN)
+    sheet_height = MARGIN + sum(caption_heights) + len(bands) * (picture_rows + MARGIN)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for band, caption_height in zip(bands, caption_heights, strict=True):
+        for row, (label, images) in enumerate(zip(LABELS, (generated, true), strict=True)):
+            y = top + row * (height + GAP)
+            draw.text((left - MARGIN, y + height // 2), label, INK, font, anchor="rm")
+            for column, index in enumerate(band):
+                x = left + column * (width + MARGIN)
+                draw.rectangle((x - 1, y - 1, x + width, y + height), outline=LINES)
+                sheet.paste(_enlarge(images[index], factor), (x, y))
+        for column, index in enumerate(band):
+            for number, line in enumerate(wrapped[index]):
+                x = left + column * (width + MARGIN)
+                draw.text((x, top + picture_rows + number * LINE_HEIGHT), line, INK, font)
+        top += picture_rows + caption_height + MARGIN
+    return sheet
+
+
+def wrap(caption: str, width: int, font: Font) -> list[str]:
+    """Return the caption in lines of at most `width` pixels, at least one; a word that is wider is broken."""
+    lines = [""]
+    for word in caption.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if _width(joined, font) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and _width(lines[-1] + letter, font) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _enlarge(image: NDArray[np.uint8], factor: int) -> Image.Image:
+    return Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def _plain(caption: str) -> str:
+    letters = unicodedata.normalize("NFD", caption)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
+def _width(text: str, font: Font) -> int:
+    return int(np.ceil(font.getlength(text)))
+
+
+def _check(images: Images, name: str, columns: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        got = f"{images.dtype} {images.shape}"
+        raise ValueError(f"{name} is {got}; expected at least one picture, uint8 (N, H, W, 3)")
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; expected at least 1")

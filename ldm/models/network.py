@@ -1,0 +1,93 @@
+"""Networks of diffusers, built from the keys of their own ``config.json`` or loaded from a folder or the Hub."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+ALLOWED = (
+    "AutoencoderKL",
+    "UNet2DModel",
+    "UNet2DConditionModel",
+    "PriorTransformer",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+)
+CHANNELS_FIRST_RANK = 4
+
+
+def build_network(network: dict[str, Any], where: str) -> nn.Module:
+    """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
+
+    `network` holds ``_class_name`` and arguments of that class's ``__init__``; or ``pretrained`` (folder or Hub name),
+    optionally with ``revision`` and ``subfolder``. `where` is the config path that errors name. Raises ValueError.
+    """
+    keys = dict(network)
+    name = keys.pop("_class_name", None)
+    if name not in ALLOWED:
+        raise ValueError(f"{where}._class_name: got {name!r}; choose from {', '.join(ALLOWED)}")
+    kind = getattr(diffusers, name)
+    if "pretrained" in keys:
+        folder = keys.pop("pretrained")
+        _refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
+        # low_cpu_mem_usage would leave parameters that the folder lacks on the meta device
+        loaded: nn.Module = kind.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True, **keys)
+        return loaded
+    allowed = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    _refuse_unknown(keys, allowed, where, f"of {name}")
+    try:
+        network_: nn.Module = kind(**keys)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {name} refuses these values: {error}") from error
+    return network_
+
+
+def _refuse_unknown(keys: dict[str, Any], allowed: set[str], where: str, what: str) -> None:
+    for key in keys:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, sorted(allowed), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{where}.{key}: no such field {what}{hint}")
+
+
+def zero_tails(denoiser: nn.Module) -> None:
+    """Zero the last layer of the network and of each residual branch, in place.
+
+    The network then starts as the zero function and every block as the identity ("zero_module" of Dhariwal & Nichol
+    2021; diffusers zeroes nothing), so that the first loss is the variance of the target and not that plus noise.
+    """
+    tails = [getattr(denoiser, "conv_out", None)]
+    for module in denoiser.modules():
+        if isinstance(module, ResnetBlock2D):
+            tails.append(module.conv2)
+        elif isinstance(module, Transformer2DModel):
+            tails.append(module.proj_out)
+        elif isinstance(module, Attention) and module.residual_connection:
+            tails.append(module.to_out[0])
+    for tail in tails:
+        if tail is not None:
+            for parameter in tail.parameters():
+                nn.init.zeros_(parameter)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return 32 hexadecimal digits that name the weights: equal names and values, equal hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""From clean latents to a loss: draw a time and noise, ask the network, weigh its squared error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.config import ObjectiveConfig
+from ldm.schedule import Schedule, build_schedule, snr, target_coefficients
+
+
+class Predict(Protocol):
+    """A network with its conditions filled in."""
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, /) -> Tensor:
+        """Return the model output, shaped like x_t (B, ...), for float32 x_t and timesteps (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss that config describes; knows neither prompts nor networks.
+
+    Schedule, noise and loss are float32 whatever the dtype of the latents and of the model output. ValueError
+    at construction if the combination is unsound, here or by `ldm.schedule.refuse_unsound`.
+    """
+
+    config: ObjectiveConfig
+
+    def __post_init__(self) -> None:
+        config, gamma = self.config, self.config.min_snr_gamma
+        if config.logit_std <= 0:
+            raise ValueError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
+        if config.timestep_density == "uniform" and (config.logit_mean, config.logit_std) != (0, 1):
+            raise ValueError(
+                "objective.logit_mean and logit_std have no effect on a uniform timestep_density; set "
+                "timestep_density: logit_normal, or leave them out"
+            )
+        if gamma is not None and gamma <= 0:
+            raise ValueError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
+        last_alpha, _ = self.schedule.alpha_sigma(self.schedule.timesteps(torch.ones(())))
+        if gamma is not None and last_alpha == 0:
+            warnings.warn(
+                "objective.min_snr_gamma: pure noise, where sampling starts, has weight min(SNR, gamma) = 0 "
+                "and is never trained; leave it out where a path ends at zero SNR",
+                stacklevel=3,
+            )
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The noise path."""
+        return build_schedule(self.config)
+
+    def loss(self, predict: Predict, x0: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return `loss_at` random times and noise, shape (B,).
+
+        Each sample takes its time, then its noise, from its own generator, on the generator's device: they do
+        not depend on the rest of the batch.
+        """
+        if len(generators) != len(x0):
+            raise ValueError(f"{len(generators)} generators for {len(x0)} samples: each sample takes its own")
+        u, noise = [], []
+        for generator in generators:
+            u.append(self._draw_u(generator))
+            noise.append(torch.randn(x0.shape[1:], generator=generator, device=generator.device))
+        return self.loss_at(predict, x0, torch.stack(noise).to(x0.device), torch.stack(u))
+
+    def loss_at(self, predict: Predict, x0: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
+        """Return each sample's weighted squared error, averaged over its elements: float32, shape (B,).
+
+        u in [0, 1] is the noise level (0 data, 1 noise), of shape (B,) or one for all.
+        """
+        if not isinstance(u, Tensor) and not 0 <= u <= 1:
+            raise ValueError(f"noise level u = {u}: must be in [0, 1]; it is not a timestep")
+        timesteps = self.schedule.timesteps(torch.as_tensor(u).float().expand(len(x0)))
+        alpha, sigma = (level.to(x0.device) for level in self.schedule.alpha_sigma(timesteps))
+        weight = self.weight(alpha, sigma)
+
+        alpha, sigma = (level.view(-1, *[1] * (x0.ndim - 1)) for level in (alpha, sigma))  # (B, 1, ...)
+        a, b = target_coefficients(self.config.prediction_type, alpha, sigma)
+        x0, noise = x0.float(), noise.float()
+        model_output = predict(alpha * x0 + sigma * noise, timesteps.to(x0.device))
+        if model_output.shape != x0.shape:
+            raise ValueError(f"the network returned {tuple(model_output.shape)}, expected {tuple(x0.shape)}")
+        error = model_output - (a * x0 + b * noise)  # float32 like its second term
+        return weight * error.square().flatten(1).mean(1)
+
+    def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the weight of the target's squared error, shaped like alpha; finite at SNR 0 and infinity.
+
+        1, or with min_snr_gamma that of the squared error of x0, min(SNR, gamma) (Hang et al. 2023, section
+        3.4), in terms of the target. By `recover` an error of the target is one of x0 times
+        sigma / |alpha b - sigma a|: 1 / sqrt(SNR) for epsilon, 1 for sample, sigma for v (alpha^2 + sigma^2 =
+        1) and for flow (alpha + sigma = 1).
+        """
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return torch.ones_like(alpha)
+        ratio = snr(alpha, sigma)
+        match self.config.prediction_type:
+            case "epsilon":
+                return (gamma / ratio).clamp(max=1)  # min(SNR, gamma) / SNR
+            case "sample":
+                return ratio.clamp(max=gamma)
+            case "v_prediction" | "flow_prediction":
+                return ratio.clamp(max=gamma) * sigma.square()  # for v: min(SNR, gamma) / (SNR + 1)
+
+    def _draw_u(self, generator: torch.Generator) -> Tensor:
+        """Return one noise level u in [0, 1], shape (), from the timestep density."""
+        config = self.config
+        if config.timestep_density == "uniform":
+            return torch.rand((), generator=generator, device=generator.device)
+        # Esser et al. 2024, eq. 19: the logit of the time is normal.
+        normal = torch.randn((), generator=generator, device=generator.device)
+        return (config.logit_mean + config.logit_std * normal).sigmoid()

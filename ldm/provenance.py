@@ -1,0 +1,65 @@
+"""What a saved model says of its training: ``training.json`` beside its weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a model came to be. Names no path, host or user: it travels with the model."""
+
+    data: str
+    """Fingerprint of the pictures."""
+    held_out_hash: str
+    """Hash of the pictures that were left out of training; see `ldm.data.splits`."""
+    train_pictures: int
+    global_step: int
+    train_seconds: float
+    images_per_second: float
+    hardware: str
+    versions: dict[str, str]
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``training.json`` into the model's folder."""
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_provenance(folder: str | Path) -> Provenance | None:
+    """Return what the model in `folder` says of its training, None if it says nothing (a foreign model)."""
+    path = Path(folder) / FILE
+    return Provenance(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def refuse_leak(folder: str | Path, held_out_hash: str) -> None:
+    """Raise ValueError if the model in `folder` was trained with other pictures held out than those of the hash.
+
+    A component that has seen the held-out pictures would falsify every number measured on them. A foreign model
+    says nothing and passes.
+    """
+    found = read_provenance(folder)
+    if found is not None and found.held_out_hash != held_out_hash:
+        raise ValueError(
+            f"{Path(folder).name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
+            f"{held_out_hash[:8]}): it may have seen what is to be measured. Train it with the same data.held_out"
+        )
+
+
+def hardware() -> str:
+    """Return the processor or the accelerator and how much of it is used."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} threads, {torch.cpu.get_capabilities().get('cpu_name') or platform.processor()}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    return {name: version(name) for name in ("ldm", "torch", "diffusers", "transformers", "accelerate")}

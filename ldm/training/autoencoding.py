@@ -1,0 +1,60 @@
+"""What is measured of an autoencoder: its reconstructions and the scale of its latents."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.batches import Batch, PositionDataset, fixed_batch
+from ldm.data.pixels import to_uint8
+from ldm.evaluation.pictures import image_grid
+from ldm.evaluation.quality import psnr, ssim
+
+log = logging.getLogger(__name__)
+CHUNK = 32
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
+    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU."""
+    device = next(autoencoder.parameters()).device
+    parts = [
+        autoencoder.decode(autoencoder.encode(part.to(device)).latent_dist.mode(), return_dict=False)[0].cpu()
+        for part in torch.split(pixel_values, CHUNK)
+    ]
+    return torch.cat(parts).float().clamp(-1, 1)
+
+
+def reconstruction_report(
+    autoencoder: AutoencoderKL, held_out: Batch, num_images: int
+) -> tuple[dict[str, float], Image.Image]:
+    """Return held-out PSNR (dB) and SSIM, means over pictures, and a sheet: originals over reconstructions."""
+    originals = held_out.pixel_values
+    if originals is None:
+        raise ValueError("reconstructions are measured on pictures, got cached latents")
+    rebuilt = reconstruct(autoencoder, originals)
+    metrics = {
+        "validation/psnr": float(psnr(rebuilt, originals).mean()),
+        "validation/ssim": float(ssim(rebuilt, originals).mean()),
+    }
+    log.info("held-out PSNR %.2f dB, SSIM %.4f", *metrics.values())
+    rows = torch.cat([to_uint8(originals[:num_images]), to_uint8(rebuilt[:num_images])])
+    return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
+
+
+@torch.no_grad()
+def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count: int = 4096) -> tuple[Tensor, Tensor]:
+    """Return mean and std, (C,), of latents drawn for up to `count` training pictures, posterior spread included."""
+    device = next(autoencoder.parameters()).device
+    pixel_values = fixed_batch(train, count).pixel_values
+    if pixel_values is None:
+        raise ValueError("latent statistics are measured on pictures, got cached latents")
+    posteriors = [autoencoder.encode(part.to(device)).latent_dist for part in torch.split(pixel_values, CHUNK)]
+    means = torch.cat([posterior.mean for posterior in posteriors]).double()
+    variances = torch.cat([posterior.var for posterior in posteriors]).double()
+    over = (0, 2, 3)
+    return means.mean(over).float(), (means.var(over) + variances.mean(over)).sqrt().float()

@@ -1,0 +1,274 @@
+"""The one loop: counts, accumulates, clips, steps, averages, logs, saves, validates, stops. It knows no loss."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ldm.config import LoopConfig, OptimConfig
+from ldm.data.positions import draw_key
+from ldm.training.averages import Average
+from ldm.training.checkpoint import CheckpointStore
+from ldm.training.optim import build_optimizer, flatten_optimizer, learning_rate, restore_optimizer
+from ldm.training.run import Run
+
+log = logging.getLogger(__name__)
+TIMED_STEPS = 20
+"""Steps whose time turns `max_train_seconds` into a number of steps; none of them sees a learning-rate decay."""
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class SizedBatch(Protocol):
+    """A micro-batch: has a length."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+
+B = TypeVar("B", bound=SizedBatch, contravariant=True)
+
+
+class TrainingStep(Protocol[B]):
+    """What is trained and how a batch becomes losses."""
+
+    modules: Mapping[str, nn.Module]
+    """Trained modules, one optimiser each, in the order in which they are stepped."""
+    forwards: Mapping[str, nn.Module]
+    """The same, as prepared for devices and processes."""
+    averages: Mapping[str, Average]
+    """Averaged weights of those that have them."""
+
+    def losses(self, batch: B) -> dict[str, Tensor]:
+        """Return a scalar loss with gradient for each module, by its name."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimisers all that a resume needs."""
+
+    global_step: int = 0
+    total_steps: int | None = None
+    train_seconds: float = 0.0
+    images: int = 0
+    skipped_steps: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        """Return the pictures trained on per second of training, over the whole run."""
+        return self.images / self.train_seconds if self.train_seconds else 0.0
+
+
+class Loop(Generic[B]):
+    """Trains one `TrainingStep` to its end, from wherever the newest checkpoint stands."""
+
+    def __init__(self, step: TrainingStep[B], optim: OptimConfig, config: LoopConfig, run: Run, epoch_steps: float):
+        """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch."""
+        self.step, self.optim, self.config, self.run = step, optim, config, run
+        self.optimizers = {
+            name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim))
+            for name, module in step.modules.items()
+        }
+        self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
+        self._step_seconds: list[float] = []
+        self._skipped_in_a_row = 0
+        self.store = CheckpointStore(run.folder / "checkpoints", config.keep_checkpoints)
+        self._resume()
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
+
+    def fit(
+        self, batches: Callable[[int], Iterator[Sequence[B]]], validate: Callable[[int], None] | None = None
+    ) -> Progress:
+        """Return the progress after the last step; `batches` yields each step's micro-batches from a step on."""
+        progress, config = self.progress, self.config
+        if self.done:
+            log.info("nothing to train: %d of %s steps are done", progress.global_step, progress.total_steps)
+            return progress
+        interactive = sys.stderr.isatty()
+        bar = tqdm(
+            total=progress.total_steps,
+            initial=progress.global_step,
+            desc="training",
+            unit="step",
+            mininterval=0.5 if interactive else 30,
+            disable=not self.run.is_main,
+        )
+        self._started = time.perf_counter()
+        for micro_batches in batches(progress.global_step):
+            began = time.perf_counter()
+            metrics = self._take_step(micro_batches)
+            self._count(micro_batches, time.perf_counter() - began, bar)
+            rate = progress.images_per_second
+            bar.update()
+            if progress.global_step % config.log_every_steps == 0 or self.done:
+                values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
+                self.run.log_metrics(values, progress.global_step)
+                bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
+            if self._due(config.validate_every_steps) and validate is not None:
+                validate(progress.global_step)
+            if self._due(config.save_every_steps):
+                self.save()
+            if self.done:
+                break
+        bar.close()
+        return progress
+
+    def _due(self, every_steps: int) -> bool:
+        return self.done or self.progress.global_step % every_steps == 0
+
+    def _take_step(self, micro_batches: Sequence[B]) -> dict[str, Tensor | float]:
+        """Return the metrics of one optimiser step; a non-finite loss or gradient changes nothing and is counted."""
+        step, run, progress = self.step, self.run, self.progress
+        # dropout layers draw from the global generator; everything else from its sample's position
+        torch.manual_seed(draw_key(run.seed, progress.global_step, f"dropout-{run.accelerator.process_index}"))
+        means: dict[str, Tensor] = {}
+        for number, batch in enumerate(micro_batches):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(run.attention())
+                if number < len(micro_batches) - 1:
+                    for forward in step.forwards.values():
+                        stack.enter_context(run.accelerator.no_sync(forward))
+                for name, loss in step.losses(batch).items():
+                    run.accelerator.backward(loss / len(micro_batches))
+                    means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
+        metrics: dict[str, Tensor | float] = {}
+        for name, value in means.items():
+            metrics[f"loss/{name}"] = run.accelerator.reduce(value, reduction="mean")
+        rate = self._learning_rate()
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for p in step.modules[name].parameters() if p.grad is not None]
+            norms[name] = run.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm)
+            metrics[f"grad_norm/{name}"] = norms[name]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        if all(math.isfinite(norm) for norm in norms.values()) and all(math.isfinite(v) for v in means.values()):
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            for average in step.averages.values():
+                average.update(progress.global_step)
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(micro_batches)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return metrics | {"learning_rate": rate}
+
+    def _skip(self, micro_batches: Sequence[B]) -> None:
+        self.progress.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        samples = [getattr(batch, "pictures", None) for batch in micro_batches]
+        log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the last one on "
+                f"pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
+                "newest checkpoint"
+            )
+
+    def _learning_rate(self) -> float:
+        # before the number of steps is known there is no decay: see TIMED_STEPS
+        total = self.progress.total_steps or sys.maxsize
+        return learning_rate(self.progress.global_step, total, self.optim)
+
+    def _count(self, micro_batches: Sequence[B], seconds: float, bar: tqdm[None]) -> None:
+        progress = self.progress
+        progress.global_step += 1
+        progress.images += sum(map(len, micro_batches)) * self.run.accelerator.num_processes
+        progress.train_seconds += seconds
+        if progress.total_steps is not None or self.config.max_train_seconds is None:
+            return
+        self._step_seconds.append(seconds)
+        if len(self._step_seconds) == TIMED_STEPS:
+            median = statistics.median(self._step_seconds[TIMED_STEPS // 4 :])
+            left = max(0.0, self.config.max_train_seconds - progress.train_seconds)
+            progress.total_steps = progress.global_step + max(1, round(left / median))
+            bar.reset(total=progress.total_steps)
+            bar.update(progress.global_step - 1)
+            log.info(
+                "%.3f s a step: %d steps will take the %g s asked for; fixed from here on, also when resumed",
+                median,
+                progress.total_steps,
+                self.config.max_train_seconds,
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of weights, averages, optimisers and progress."""
+        self.run.accelerator.wait_for_everyone()
+        if not self.run.is_main:
+            return
+        tensors, state = {}, {"progress": asdict(self.progress)}
+        for name, module in self.step.modules.items():
+            tensors[f"{name}-weights"] = trained_state(module, module)
+            tensors[f"{name}-optimizer"], state[f"{name}-optimizer"] = flatten_optimizer(
+                self.optimizers[name].optimizer
+            )
+        for name, average in self.step.averages.items():
+            tensors[f"{name}-average"] = trained_state(average.module, self.step.modules[name])
+        self.store.save(self.progress.global_step, tensors, state)
+
+    def _resume(self) -> None:
+        path = self.store.latest()
+        if path is None:
+            return
+        saved = self.store.load(path)
+        planned = self.progress.total_steps
+        self.progress = Progress(**saved.state["progress"])
+        if planned is not None:
+            self.progress.total_steps = planned
+        for name, module in self.step.modules.items():
+            load_trained(module, saved.tensors[f"{name}-weights"])
+            restore_optimizer(
+                self.optimizers[name].optimizer, saved.tensors[f"{name}-optimizer"], saved.state[f"{name}-optimizer"]
+            )
+        for name, average in self.step.averages.items():
+            load_trained(average.module, saved.tensors[f"{name}-average"])
+        self.run.forget_metrics_after(self.progress.global_step)
+        log.info("resumed %s at step %d", path.name, self.progress.global_step)
+
+
+def planned_steps(config: LoopConfig, epoch_steps: float) -> int | None:
+    """Return the number of optimiser steps, None if seconds decide; raises ValueError unless one limit is set."""
+    limits = {
+        "max_train_steps": config.max_train_steps,
+        "max_train_epochs": config.max_train_epochs,
+        "max_train_seconds": config.max_train_seconds,
+    }
+    given = {name: value for name, value in limits.items() if value is not None}
+    if len(given) != 1 or min(given.values()) <= 0:
+        raise ValueError(f"loop: set one of {', '.join(limits)} to a positive number; got {given or 'none'}")
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    if config.max_train_epochs is not None:
+        steps = math.ceil(config.max_train_epochs * epoch_steps)
+        log.info("%g epochs of %.1f steps: %d steps", config.max_train_epochs, epoch_steps, steps)
+        return steps
+    return None
+
+
+def trained_state(module: nn.Module, like: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of `module` and those of its parameters that are trained in `like`, a module of its kind."""
+    trained = {name for name, parameter in like.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in like.named_parameters()} - trained
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
+def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `trained_state` returned."""
+    found = module.load_state_dict(dict(tensors), strict=False)
+    if found.unexpected_keys:
+        raise ValueError(f"the checkpoint holds {found.unexpected_keys[0]}, which this model does not have")

@@ -1,0 +1,113 @@
+"""A folder of files with a manifest of their sizes and sha256 values: written last, checked on every read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+Chunk: TypeAlias = bytes | memoryview
+
+FORMAT = 1
+"""Version of the checkpoint layout; a reader refuses every other."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, does not verify or does not fit; the message says what to do."""
+
+
+def write_folder(folder: Path, global_step: int, files: Mapping[str, Iterable[Chunk]]) -> None:
+    """Write each name's chunks, then ``manifest.json``, into the existing `folder`; flush all to the disk."""
+    entries: dict[str, JSON] = {name: _write(folder / name, chunks) for name, chunks in files.items()}
+    content: dict[str, JSON] = {"format": FORMAT, "global_step": global_step, "files": entries}
+    manifest = json.dumps({**content, "sha256": _digest_of(content)}, indent=1)
+    _write(folder / "manifest.json", [manifest.encode()])
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries: without it a new or renamed file may not outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest: ``global_step`` and ``files``, ``{name: {"size": ..., "sha256": ...}}``.
+
+    It holds its own sha256, so that a change in it is told from a change in a file.
+
+    Raises:
+        CheckpointError: it is missing, changed or of another format.
+
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(_read(path))
+    except ValueError as error:
+        raise bad_file(path, f"is not JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest_of(manifest):
+        raise bad_file(path, "does not have the sha256 that it says it has: it was changed")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, expected {FORMAT}: use the version of ldm that wrote it"
+        )
+    return manifest
+
+
+def read_verified(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """Return the bytes of `path`, which have the size and sha256 of its manifest entry.
+
+    Raises:
+        CheckpointError: they do not, or cannot be read.
+
+    """
+    data = _read(path)
+    if len(data) != entry["size"]:
+        raise bad_file(path, f"has {len(data)} bytes, the manifest says {entry['size']}")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise bad_file(path, "does not have the sha256 that the manifest says: its bytes were changed")
+    return data
+
+
+def bad_file(path: Path, reason: str) -> CheckpointError:
+    """Return the error that says why the file `path` cannot be used, and what to do."""
+    return CheckpointError(
+        f"{path} {reason}. Restore the file, or delete its folder and resume from an older checkpoint"
+    )
+
+
+def _write(path: Path, chunks: Iterable[Chunk]) -> dict[str, JSON]:
+    """Return the manifest entry of the new file `path`, flushed to the disk."""
+    digest = hashlib.sha256()
+    size = 0
+    with ThreadPoolExecutor(1) as pool, path.open("xb", buffering=0) as file:
+        for chunk in chunks:
+            hashed = pool.submit(digest.update, chunk)  # beside the write: both release the interpreter lock
+            rest = memoryview(chunk)
+            size += len(rest)
+            while len(rest):
+                rest = rest[os.write(file.fileno(), rest) :]
+            hashed.result()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _digest_of(content: Mapping[str, JSON]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise bad_file(path, "is missing") from error
+    except OSError as error:
+        raise bad_file(path, f"cannot be read ({error.strerror})") from error

@@ -1,0 +1,136 @@
+"""One process of one run: its devices, its folder, and what it tells the world."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm.config import LoopConfig
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
+
+
+class Run:
+    """Accelerator, output folder, metrics and pictures of a run; built once, before any network."""
+
+    def __init__(self, output_dir: str, seed: int, config: LoopConfig):
+        logging.basicConfig(
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr
+        )
+        self.seed = seed
+        self.config = config
+        self.folder = Path(output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=native_precision(config.mixed_precision),
+            log_with=list(config.trackers),
+            project_dir=str(self.folder),
+        )
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.accelerator.num_processes:
+            raise RuntimeError(
+                f"{launched} processes were launched but each sees {self.accelerator.num_processes}: on CPU use "
+                "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
+            )
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        if not self.is_main:
+            logging.getLogger().setLevel(logging.WARNING)
+        if self.device.type == "cpu":
+            # accelerate launch leaves one thread to each process; share out the cores instead
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if config.trackers:
+            self.accelerator.init_trackers("logs")
+        log.info(
+            "%s, %d process(es), %d thread(s) each, %s",
+            self.device,
+            self.accelerator.num_processes,
+            torch.get_num_threads(),
+            {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+        )
+
+    def prepare(self, module: M) -> M:
+        """Return the module as it is called in training: autocast, and gradients averaged over processes."""
+        return cast(M, self.accelerator.prepare_model(module))
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return the context of forward and backward.
+
+        On CPU without the fused attention kernel, whose backward took a third of a step at these sizes.
+        """
+        if self.device.type == "cpu":
+            return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH))
+        return contextlib.nullcontext()
+
+    def log_metrics(self, metrics: Mapping[str, float], global_step: int) -> None:
+        """Write metrics to ``metrics.jsonl`` and to the trackers."""
+        if not self.is_main:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": global_step, **metrics}) + "\n")
+        self.accelerator.log(dict(metrics), step=global_step)
+
+    def forget_metrics_after(self, global_step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` that a resumed run is about to write again."""
+        path = self.folder / "metrics.jsonl"
+        if self.is_main and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
+
+    def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
+        """Write a picture to ``<name>/step-N.png`` and to TensorBoard."""
+        if not self.is_main:
+            return
+        path = self.folder / name / f"step-{global_step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+                tracker.writer.add_image(
+                    name, pixels.view(picture.height, picture.width, 3), global_step, dataformats="HWC"
+                )
+
+
+def native_precision(wanted: str) -> str:
+    """Return `wanted`, or for "auto" bf16 where the device multiplies bf16 natively, else "no" (float32).
+
+    Elsewhere bf16 is emulated: on an AVX2-only processor convolutions ran ten times slower than in float32.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+
+
+@contextlib.contextmanager
+def finishing(run: Run) -> Iterator[Run]:
+    """Close trackers and the process group when the run ends, however it ends."""
+    try:
+        yield run
+    finally:
+        run.accelerator.end_training()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return sys.maxsize  # a line cut short by a kill

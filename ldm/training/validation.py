@@ -1,0 +1,87 @@
+"""What is looked at while a diffusion stage trains: held-out loss, pictures, retrieval; always the averaged weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ldm.config import StageConfig
+from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.evaluation.pictures import comparison_sheet
+from ldm.evaluation.retrieval import report, retrieval_ranks
+from ldm.training.run import Run
+from ldm.training.steps import DiffusionStep
+
+log = logging.getLogger(__name__)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Noise levels of the held-out loss."""
+CHUNK = 50
+
+
+def sample_pictures(pipeline: Callable[..., Any], prompts: Sequence[str], seed: int, **call: Any) -> NDArray[np.uint8]:
+    """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are."""
+    parts = []
+    for start in range(0, len(prompts), CHUNK):
+        part = list(prompts[start : start + CHUNK])
+        draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
+        pictures = pipeline(prompt=part, generator=draws, output_type="np", **call).images
+        parts.append((np.asarray(pictures) * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
+
+
+class Validation:
+    """Held-out loss, a sheet of pictures and, if asked for, retrieval, at a step."""
+
+    def __init__(
+        self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Callable[..., Any], run: Run
+    ):
+        self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
+        self.seed = config.seed
+        self.pictures = images.splits["validation"]
+        held_out = PositionDataset(images, "validation", config.seed)
+        self.batch = fixed_batch(held_out, config.validation.loss_images)
+
+    @cached_property
+    def _gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
+        return self.images.gallery()
+
+    def __call__(self, global_step: int) -> None:
+        """Measure, log, draw."""
+        metrics = self.step.held_out_losses(self.batch, LEVELS)
+        count = max(self.config.retrieval_images, self.config.num_images)
+        pictures = [picture for picture in self.pictures if self.images.source.captions(picture)][:count]
+        captions = [self.images.source.captions(picture)[0] for picture in pictures]
+        if captions and self.config.retrieval_images:
+            generated = self._sample(captions)
+            gallery, place = self._gallery
+            found = report(retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures])))
+            metrics |= {"validation/r_at_1": found.r_at_1, "validation/r_at_5": found.r_at_5}
+        elif captions:
+            generated = self._sample(captions)
+        if captions:
+            true = np.stack([self._true(picture) for picture in pictures[: self.config.num_images]])
+            sheet = comparison_sheet(captions[: len(true)], generated[: len(true)], true)
+            self.run.log_picture("samples", sheet, global_step)
+        self.run.log_metrics(metrics, global_step)
+        log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+    def _sample(self, captions: Sequence[str]) -> NDArray[np.uint8]:
+        return sample_pictures(
+            self.pipeline,
+            captions,
+            self.seed,
+            num_inference_steps=self.config.num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+        )
+
+    def _true(self, picture: int) -> NDArray[np.uint8]:
+        from ldm.data.pixels import to_uint8
+
+        values: NDArray[np.uint8] = to_uint8(self.images.pixel_values(picture)).numpy()
+        return values

@@ -1,0 +1,192 @@
+"""What a text-to-image call accepts: one check, one form."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+
+MAX_PIXELS = 2**24
+"""Of one picture. Attention and decoding need memory in proportion, or to the square of it."""
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pipeline's components can do."""
+
+    factor: int
+    """Pixels, height and width, that one latent stands for."""
+    default_size: tuple[int, int]
+    """Height and width, pixels."""
+    latent_channels: int
+    inference_steps: tuple[int, int]
+    """Fewest and most."""
+    prompt_length: int | None
+    """Tokens, padding included; None without a tokenizer."""
+    embed_width: int | None
+    """Width of the prompt embeddings that the denoiser takes; None if it differs by layer."""
+    callback_tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call that has been checked."""
+
+    prompt: list[str] | None
+    """None: `prompt_embeds` are given."""
+    negative_prompt: list[str] | None
+    """As long as `prompt`; None: not given."""
+    prompt_embeds: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    num_inference_steps: int
+    num_images_per_prompt: int
+    generator: torch.Generator | list[torch.Generator] | None
+    """A list: one a picture."""
+    latents: torch.Tensor | None
+    latents_shape: tuple[int, int, int, int]
+    """Pictures, channels, height, width."""
+    callback_on_step_end_tensor_inputs: Sequence[str]
+
+
+def check_inputs(
+    limits: Limits,
+    *,
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    prompt_embeds: torch.Tensor | None,
+    negative_prompt_embeds: torch.Tensor | None,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    num_images_per_prompt: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    output_type: str,
+    callback_on_step_end_tensor_inputs: Sequence[str],
+) -> Inputs:
+    """Return the call's inputs in one form; ValueError, with what came and what is allowed, if any is unusable."""
+    prompts = None if prompt is None else texts("prompt", prompt)
+    if (prompts is None) == (prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds, and not both")
+    _check_embeds("prompt_embeds", prompt_embeds, (None, None, limits.embed_width))
+    count = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
+    length = limits.prompt_length if prompt_embeds is None else prompt_embeds.shape[1]
+    _check_embeds("negative_prompt_embeds", negative_prompt_embeds, (count, length, limits.embed_width))
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
+    whole_number("num_inference_steps", num_inference_steps, *limits.inference_steps)
+    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale: got {guidance_scale!r}; expected a finite number >= 0 (<= 1: no guidance)")
+    whole_number("num_images_per_prompt", num_images_per_prompt, 1, None)
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: got {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
+    if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in limits.callback_tensors]:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs: got {unknown}; expected some of {', '.join(limits.callback_tensors)}"
+        )
+    rows, columns = _latent_size(limits, height, width)
+    shape = (count * num_images_per_prompt, limits.latent_channels, rows, columns)
+    if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
+        came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+        raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
+    return Inputs(
+        prompt=prompts,
+        negative_prompt=_negatives(negative_prompt, count),
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        num_inference_steps=num_inference_steps,
+        num_images_per_prompt=num_images_per_prompt,
+        generator=_generators(generator, shape[0]),
+        latents=latents,
+        latents_shape=shape,
+        callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+    )
+
+
+def texts(name: str, value: str | Sequence[str] | None) -> list[str]:
+    """Return `value`, a string or a list or tuple of strings, as a list; ValueError for anything else."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name}: got {type(value).__name__}; expected a string, or a list or tuple of strings")
+    if not value:
+        raise ValueError(f"{name}: empty batch; expected at least one string")
+    for index, text in enumerate(value):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: item {index} is {type(text).__name__}; expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: item {index} is not valid Unicode: lone surrogate {text[error.start]!a} at character "
+                f"{error.start}; decode it with errors='replace'"
+            ) from None
+    return list(value)
+
+
+def whole_number(name: str, value: int, low: int, high: int | None) -> None:
+    """Raise ValueError if `value` is no whole number from `low` to `high` (None: no bound)."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        allowed = f"from {low} to {high}" if high is not None else f">= {low}"
+        raise ValueError(f"{name}: got {value!r}; expected a whole number {allowed}")
+
+
+def _latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
+    size = [limits.default_size[0] if height is None else height, limits.default_size[1] if width is None else width]
+    factor = limits.factor
+    for name, value in zip(("height", "width"), size, strict=True):
+        whole_number(name, value, factor, None)
+        if value % factor:
+            below = value // factor * factor
+            raise ValueError(
+                f"{name}: {value} pixels is not a multiple of the autoencoder's factor {factor}; "
+                f"{below} and {below + factor} are"
+            )
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"height * width: got {size[0]} * {size[1]} pixels; expected at most {MAX_PIXELS}")
+    return size[0] // factor, size[1] // factor
+
+
+def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | None, int | None, int | None]) -> None:
+    if embeds is None:
+        return
+    if not torch.is_tensor(embeds) or embeds.ndim != 3 or not len(embeds):
+        came = tuple(embeds.shape) if torch.is_tensor(embeds) else type(embeds).__name__
+        raise ValueError(f"{name}: got {came}; expected a tensor of shape (prompts, tokens, width)")
+    prompts, tokens, width = expected
+    if width not in (None, embeds.shape[2]):
+        raise ValueError(
+            f"{name} has width {embeds.shape[2]}, the denoiser expects {width}: was it made by another text encoder?"
+        )
+    if prompts not in (None, embeds.shape[0]) or tokens not in (None, embeds.shape[1]):
+        raise ValueError(f"{name}: got {tuple(embeds.shape)}; expected {prompts} prompts of {tokens} tokens")
+
+
+def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str] | None:
+    if negative_prompt is None:
+        return None
+    negatives = texts("negative_prompt", negative_prompt)
+    if isinstance(negative_prompt, str):
+        return negatives * count
+    if len(negatives) != count:
+        raise ValueError(f"negative_prompt: got {len(negatives)} for {count} prompts; expected one, or one a prompt")
+    return negatives
+
+
+def _generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
+) -> torch.Generator | list[torch.Generator] | None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(
+            f"generator: got {type(generator).__name__}; expected torch.Generator().manual_seed(SEED) or a list of them"
+        )
+    if len(generator) != pictures:
+        raise ValueError(f"generator: got a list of {len(generator)} for {pictures} pictures; expected one a picture")
+    return list(generator)

@@ -1,0 +1,130 @@
+"""Floors and ceiling: each has pictures for which its number is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ldm.evaluation.baselines import (
+    ceiling,
+    copy_baseline,
+    derangement,
+    nearest_training_captions,
+    shuffled_baseline,
+)
+
+
+def pictures(count: int, seed: int = 0) -> np.ndarray:
+    squares = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return squares.repeat(4, axis=1).repeat(4, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("caption", "training", "expected"),
+    [
+        ("man juggling dark skin tone", ["woman surfing", "man juggling light skin tone", "dark moon"], 1),
+        ("Mrs. Claus!", ["mr claus", "MRS, claus"], 1),  # neither case nor punctuation counts
+        ("medium-dark skin tone", ["dark medium skin tone", "medium-dark skin tone"], 1),  # one word
+        ("red zebra", ["red cat", "red dog", "red fox", "grey zebra"], 3),  # the rare word weighs more
+        ("big cat", ["a big cat on a red mat", "cat"], 1),  # what is not asked for counts against
+        ("big cat", ["small dog", "cat big", "big cat"], 1),  # the first of equals
+        ("zebra", ["cat", "dog"], 0),
+        ("", ["cat", ""], 0),
+    ],
+)
+def test_nearest_training_caption(caption: str, training: list[str], expected: int) -> None:
+    np.testing.assert_array_equal(nearest_training_captions([caption], training), [expected])
+
+
+def test_nearest_training_captions_maximise_the_weighted_jaccard_index() -> None:
+    rng = np.random.default_rng(0)
+    captions = [" ".join(f"w{word}" for word in rng.geometric(0.1, rng.integers(1, 7))) for _ in range(90)]
+    captions, training = captions[:30], captions[30:]
+
+    def weight(words: set[str]) -> float:
+        having = [sum(word in caption.split() for caption in training) for word in words]
+        return math.fsum(1 + math.log((1 + len(training)) / (1 + count)) for count in having)
+
+    for caption, index in zip(captions, nearest_training_captions(captions, training), strict=True):
+        words = set(caption.split())
+        others = [set(other.split()) for other in training]
+        scores = [round(weight(words & other) / weight(words | other), 12) for other in others]
+        assert index == scores.index(max(scores))
+
+
+@pytest.mark.parametrize(("first", "second"), [("a b c", "d e f"), ("d e f", "a b c")])
+def test_equals_stay_equal_in_floating_point(first: str, second: str) -> None:
+    """The same three weights, added in another order, differ in the last bit for some sizes of the data."""
+    for others in range(40):
+        training = [
+            first,
+            second,
+            *"bccdee",
+            *"g" * others,
+        ]  # a and f once, b and d twice, c and e three times
+        np.testing.assert_array_equal(nearest_training_captions(["a b c d e f"], training), [0])
+
+
+def test_nothing_to_copy_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="training_captions is empty"):
+        nearest_training_captions(["cat"], [])
+
+
+def test_a_copier_is_never_right_and_its_neighbourhood_counts_at_5() -> None:
+    gallery = pictures(20)
+    gallery[:10] = gallery[10:] // 2 + 60  # each held-out picture is like the training picture 10 further on
+    held_out = [f"dark thing{index}" for index in range(10)]
+    training = [f"light thing{index}" for index in range(10)]
+    result = copy_baseline(held_out, np.arange(10), training, np.arange(10, 20), gallery)
+    assert (result.n, result.r_at_1) == (10, 0)
+    assert result.r_at_5 == 1
+    wrong = [f"light thing{(index + 3) % 10}" for index in range(10)]  # copies another family
+    assert copy_baseline(held_out, np.arange(10), wrong, np.arange(10, 20), gallery).r_at_5 < 0.5
+
+
+def test_a_copier_that_is_right_shows_a_leaking_split() -> None:
+    gallery, names = pictures(10), [f"thing{index}" for index in range(10)]
+    assert copy_baseline(names, np.arange(10), names, np.arange(10), gallery).r_at_1 == 1
+
+
+def test_captions_without_a_position_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 captions with 2 own_index"):
+        copy_baseline(["cat"], np.arange(2), ["dog"], np.arange(1), pictures(2))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 17, 200])
+def test_a_derangement_is_a_permutation_without_fixed_point(count: int) -> None:
+    for seed in range(20):
+        result = derangement(np.arange(count), seed)
+        np.testing.assert_array_equal(np.sort(result), np.arange(count))
+        assert (result != np.arange(count)).all()
+    np.testing.assert_array_equal(derangement(np.arange(count)), derangement(np.arange(count)))
+
+
+def test_a_derangement_gives_no_caption_another_one_of_its_own_picture() -> None:
+    own = np.array([5, 2, 5, 9, 2, 5])
+    for seed in range(20):
+        result = derangement(own, seed)
+        np.testing.assert_array_equal(np.sort(result), np.arange(6))
+        assert (own[result] != own).all()
+
+
+@pytest.mark.parametrize("own", [[], [3], [1, 1, 2]])
+def test_a_derangement_that_cannot_be_is_refused(own: list[int]) -> None:
+    with pytest.raises(ValueError, match="at most half may"):
+        derangement(np.array(own, np.int64))
+
+
+def test_true_pictures_against_shuffled_captions_are_never_right() -> None:
+    gallery, own = pictures(20), np.arange(4, 14)
+    result = shuffled_baseline(gallery[own], gallery, own)
+    assert (result.n, result.r_at_1) == (10, 0)
+
+
+def test_the_ceiling_is_what_the_autoencoder_keeps() -> None:
+    gallery, own = pictures(20), np.arange(4, 14)
+    assert ceiling(lambda images: images, gallery, own).r_at_1 == 1
+    assert ceiling(lambda images: images // 2 + 60, gallery, own).r_at_1 == 1
+    assert ceiling(lambda images: np.full_like(images, 128), gallery, own).r_at_1 < 0.3
+    with pytest.raises(ValueError, match="expected the same shape"):
+        ceiling(lambda images: images[:, :16, :16], gallery, own)

@@ -1,0 +1,156 @@
+"""The retrieval metric against the written-out reference, and against what must hold on any pictures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ldm.evaluation.retrieval import bootstrap_interval, coarse, recall, report, retrieval_ranks
+from tests import reference_retrieval as reference
+
+
+def blocky(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
+    """Random pictures of 8 x 8 coloured squares: far apart, so float32 ranks them like exact arithmetic."""
+    squares = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return squares.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
+
+
+def framed(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
+    """Random pictures in the middle of white paper, an eighth of the size on each side."""
+    images = blocky(count, seed, size)
+    edge = size // 8
+    for side in (np.s_[:, :edge], np.s_[:, -edge:], np.s_[:, :, :edge], np.s_[:, :, -edge:]):
+        images[side] = 255
+    return images
+
+
+def noisy(images: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, strength, (len(images), 16, 16, 3))
+    return np.clip(images + noise.repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
+
+
+def test_coarse_equals_the_reference() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(coarse(images), reference.coarse(images))
+    assert coarse(images).dtype == np.float32
+
+
+@pytest.mark.parametrize("make", [blocky, framed])
+def test_ranks_equal_the_reference(make) -> None:
+    gallery = make(120)
+    own = np.random.default_rng(1).permutation(120)[:24]
+    for strength in (0, 200, 800):  # all right, some right, hardly any right
+        generated = np.roll(noisy(gallery[own], strength), (2, -1), axis=(1, 2))
+        expected = reference.retrieval_ranks(generated, gallery, own)
+        np.testing.assert_array_equal(retrieval_ranks(generated, gallery, own), expected)
+    assert len(set(expected)) > 5  # the last ranks are no trivial ones
+
+
+def test_recall_and_interval_equal_the_reference() -> None:
+    ranks = np.random.default_rng(0).integers(0, 12, 90)
+    for k in (1, 5):
+        assert recall(ranks, k) == reference.recall(ranks, k)
+        assert bootstrap_interval(ranks, k, 500, 3) == reference.bootstrap_interval(ranks, k, 500, 3)
+
+
+def test_a_true_picture_is_right_under_every_shift_up_to_3_pixels() -> None:
+    gallery = framed(10)
+    for dy in range(-3, 4):
+        for dx in range(-3, 4):
+            generated = np.roll(gallery[[7]], (dy, dx), axis=(1, 2))
+            assert retrieval_ranks(generated, gallery, np.array([7])) == [0]
+
+
+def test_a_shift_of_4_pixels_is_too_far() -> None:
+    picture = framed(1)
+    gallery = np.concatenate([picture, np.roll(picture, 1, axis=2)])
+    generated = np.roll(picture, 4, axis=2)  # 3 pixels from the second picture, 4 from the first
+    assert retrieval_ranks(generated, gallery, np.array([0])) == [1]
+    assert retrieval_ranks(generated, gallery, np.array([1])) == [0]
+
+
+def test_ties_are_misses() -> None:
+    gallery = blocky(6)
+    gallery[4] = gallery[2]
+    ranks = retrieval_ranks(gallery, gallery, np.arange(6))
+    np.testing.assert_array_equal(ranks, [0, 0, 1, 0, 1, 0])
+
+
+def test_pictures_that_differ_by_one_level_of_one_pixel_are_told_apart() -> None:
+    """Float32 cannot: its rounding of |q|^2 + |k|^2 - 2qk is a hundred times their distance."""
+    gallery = blocky(1).repeat(8, axis=0)
+    for index in range(8):
+        gallery[index, 8 * index, 30, 1] ^= 1
+    np.testing.assert_array_equal(retrieval_ranks(gallery, gallery, np.arange(8)), np.zeros(8))
+
+
+def test_copying_another_picture_of_the_gallery_is_never_right() -> None:
+    gallery = blocky(1).repeat(8, axis=0)
+    for index in range(8):
+        gallery[index, 8 * index, 30, 1] ^= 1
+    own = np.arange(8)
+    assert (retrieval_ranks(gallery[np.roll(own, 1)], gallery, own) > 0).all()
+
+
+def test_ranks_do_not_depend_on_the_resolution() -> None:
+    """Shifts are 3/64 of the size: pictures of doubled pixels are shifted by twice as many of them."""
+    gallery, own = blocky(40), np.arange(12)
+    generated = noisy(gallery[own], 400)
+    doubled = [images.repeat(2, axis=1).repeat(2, axis=2) for images in (generated, gallery)]
+    ranks = retrieval_ranks(generated, gallery, own)
+    np.testing.assert_array_equal(retrieval_ranks(*doubled, own), ranks)
+    assert len(set(ranks)) > 3
+
+
+@pytest.mark.parametrize(("size", "shift"), [(16, 0), (32, 1), (48, 2), (96, 4), (256, 12)])
+def test_every_multiple_of_16_pixels_is_taken(size: int, shift: int) -> None:
+    gallery = framed(6, size=size)
+    generated = np.roll(gallery, shift, axis=1)
+    np.testing.assert_array_equal(retrieval_ranks(generated, gallery, np.arange(6)), np.zeros(6))
+
+
+def test_a_part_of_the_pictures_has_the_ranks_it_has_among_all() -> None:
+    gallery, own = blocky(50), np.arange(20)
+    generated = noisy(gallery[own], 600)
+    ranks = retrieval_ranks(generated, gallery, own)
+    np.testing.assert_array_equal(retrieval_ranks(generated[:7], gallery, own[:7]), ranks[:7])
+
+
+@pytest.mark.parametrize("hits", [3, 60, 170])
+def test_bootstrap_interval_has_the_quantiles_of_the_binomial(hits: int) -> None:
+    """A resample's hits are Binomial(n, p); the quantile of 10,000 draws is at most one hit away."""
+    n = 200
+    ranks = np.where(np.arange(n) < hits, 0, 9)
+    p = hits / n
+    mass = [math.comb(n, count) * p**count * (1 - p) ** (n - count) for count in range(n + 1)]
+    expected = np.searchsorted(np.cumsum(mass), [0.025, 0.975]) / n
+    np.testing.assert_allclose(bootstrap_interval(ranks, 1), expected, atol=1 / n + 1e-9)
+
+
+def test_report_holds_the_recalls_and_their_intervals() -> None:
+    ranks = np.array([0] * 5 + [3] * 3 + [40] * 12)
+    result = report(ranks)
+    assert (result.n, result.r_at_1, result.r_at_5) == (20, 0.25, 0.4)
+    assert result.r_at_1_interval == bootstrap_interval(ranks, 1)
+    assert result.r_at_5_interval == bootstrap_interval(ranks, 5)
+    written = json.loads(result.to_json())
+    assert list(written) == ["n", "r_at_1", "r_at_5", "r_at_1_interval", "r_at_5_interval"]
+    assert written["r_at_5_interval"] == list(result.r_at_5_interval)
+
+
+def test_wrong_input_is_refused_with_what_came_and_what_is_allowed() -> None:
+    images, own = blocky(3), np.arange(3)
+    for generated, gallery, own_index, message in [
+        (images / 255, images, own, r"generated is float64 .* expected uint8"),
+        (images, images[:, :40, :40], own, "gallery is .* multiple of 16"),
+        (images, images[:, :48, :48], own, "gallery is at 48 px, generated at 64 px"),
+        (images, images, own[:2], r"own_index is int64 \(2,\); expected whole numbers \(3,\)"),
+        (images, images, own / 1, "own_index is float64"),
+        (images, images, own - 1, r"own_index is in -1\.\.1; the gallery has positions 0\.\.2"),
+        (images, images, own + 1, r"own_index is in 1\.\.3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            retrieval_ranks(generated, gallery, own_index)
+    with pytest.raises(ValueError, match="at least one generated picture"):
+        recall(np.array([], np.int64), 1)

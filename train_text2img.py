@@ -1,0 +1,56 @@
+"""Train a diffusion stage: accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ldm.config import StageConfig
+from ldm.config_file import exit_on_config_error, load_config, save_config
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, training_batches
+from ldm.data.sources import build_source
+from ldm.models.scheduler import build_scheduler
+from ldm.provenance import refuse_leak
+from ldm.stage import build_stage
+from ldm.training.loop import Loop
+from ldm.training.record import provenance
+from ldm.training.run import Run, finishing
+from ldm.training.steps import DiffusionStep
+from ldm.training.validation import Validation
+from pipelines.text2img import TextToImagePipeline
+
+
+def main() -> None:
+    """Train, validate, save the pipeline folder."""
+    with exit_on_config_error():
+        config = load_config(StageConfig)
+    with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
+        images = CaptionedImages(build_source(config.data), config.data)
+        if config.space.autoencoder is not None:
+            refuse_leak(config.space.autoencoder, images.splits.held_out_hash)
+        stage = build_stage(config, images.captions("train"))
+        step = DiffusionStep(stage, run, config.optim.ema_decay)
+        cached = config.data.cache and stage.space.frozen
+        encoded = images.encoded(stage.space.key, step.encode) if cached else None
+        train = PositionDataset(images, "train", config.seed, encoded)
+        loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
+        save_config(config, run.folder / "config.yaml")
+        pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
+        pipeline.set_progress_bar_config(disable=True)
+
+        def batches(start_step: int) -> Iterator[Sequence[Batch]]:
+            return training_batches(
+                train,
+                start_step,
+                micro_steps=config.loop.gradient_accumulation_steps,
+                rank=run.accelerator.process_index,
+                world=run.accelerator.num_processes,
+            )
+
+        progress = loop.fit(batches, Validation(config, images, step, pipeline, run))
+        if run.is_main:
+            pipeline.save_pretrained(run.folder / "model")
+            provenance(progress, train).save(run.folder / "model")
+
+
+if __name__ == "__main__":
+    main()
