@@ -81,7 +81,7 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device
     if low < 0 or high > last:
         raise ValueError(
             f"num_inference_steps: {num_inference_steps} make {type(scheduler).__name__} take timesteps from {high:g} "
-            f"to {low:g}, which must lie from {last} to 0; use another number, such as {num_inference_steps - 1}"
+            f"to {low:g}, of which the model knows {last} to 0; use some steps more or fewer"
         )
     return timesteps
 

@@ -24,8 +24,8 @@ StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]
 
 
 class TextToImagePipeline(
-    DiffusionPipeline,
-    TextualInversionLoaderMixin,
+    DiffusionPipeline,  # type: ignore[misc]
+    TextualInversionLoaderMixin,  # type: ignore[misc]
     StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
 ):
     """Pictures from prompts, as `StableDiffusionPipeline` makes them, with every input checked.

@@ -219,6 +219,15 @@ def test_how_a_step_is_computed_stays_as_built():
     assert (fused.param_groups[0]["fused"], fused.param_groups[0]["lr"]) == (True, 0.5)
 
 
+def test_a_state_of_no_steps_takes_the_steps_back():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    stepped, fresh = torch.optim.AdamW([parameter]), torch.optim.AdamW([parameter])
+    stepped.step()
+    restore_optimizer(stepped, *flatten_optimizer(fresh))
+    assert_same(stepped.state_dict(), fresh.state_dict())
+
+
 def state_of(optimizer: torch.optim.Optimizer) -> dict:
     return copy.deepcopy(optimizer.state_dict())
 

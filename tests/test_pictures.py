@@ -34,9 +34,7 @@ def test_grid_has_the_pictures_row_by_row() -> None:
     assert image_grid(images[:2], columns=3).size == (2 * 12 + GAP, 10)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "factor"), [(64, 64, 2), (32, 32, 4), (160, 160, 1), (40, 100, 2)]
-)
+@pytest.mark.parametrize(("height", "width", "factor"), [(64, 64, 2), (32, 32, 4), (160, 160, 1), (40, 100, 2)])
 def test_sheet_has_each_generated_picture_over_the_true_one(height: int, width: int, factor: int) -> None:
     generated, true = pictures(5, height, width), pictures(5, height, width, seed=1)
     sheet = comparison_sheet(["cat"] * 5, generated, true, columns=3)

@@ -11,12 +11,13 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import DataConfig
 from ldm.data.cache import CachedRows
-from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb, to_uint8
+from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index, step_positions
 from ldm.data.sources import Source
 from ldm.data.splits import Splits, split_pictures
@@ -71,10 +72,14 @@ class CaptionedImages:
     def __init__(self, source: Source, config: DataConfig):
         self.source, self.config = source, config
 
+    def image(self, picture: int) -> Image.Image:
+        """Return picture number `picture` of the source in RGB, as it is trained on."""
+        image = to_rgb(self.source.image(picture), self.config.background)
+        return resize_and_crop(image, self.config.image_size)
+
     def pixel_values(self, picture: int, mirrored: bool = False) -> Tensor:
         """Return picture number `picture` of the source, (3, H, W) in [-1, 1]."""
-        image = to_rgb(self.source.image(picture), self.config.background)
-        values = to_pixel_values(resize_and_crop(image, self.config.image_size))
+        values = to_pixel_values(self.image(picture))
         return values.flip(2) if mirrored else values
 
     @cached_property
@@ -82,7 +87,7 @@ class CaptionedImages:
         """Hash of each picture's pixels, as they are trained on; computed once and kept."""
 
         def compute(rows: range) -> dict[str, Tensor]:
-            return {"hash": torch.stack([_hash(self.pixel_values(row)) for row in rows])}
+            return {"hash": torch.stack([_hash(self.image(row)) for row in rows])}
 
         rows = CachedRows("hashes", self._key, len(self.source), compute)
         return [bytes(rows[row]["hash"].tolist()).hex() for row in range(len(self.source))]
@@ -105,7 +110,7 @@ class CaptionedImages:
         for picture, value in enumerate(self.hashes):
             if value not in place:
                 place[value] = len(place)
-                pictures.append(to_uint8(self.pixel_values(picture)).numpy())
+                pictures.append(np.asarray(self.image(picture)))
         return np.stack(pictures), [place[value] for value in self.hashes]
 
     def pictures_of(self, captions: Sequence[str]) -> list[int]:
@@ -202,6 +207,6 @@ def fixed_batch(dataset: PositionDataset, count: int) -> Batch:
     return collate([dataset[position] for position in range(min(count, len(dataset)))])
 
 
-def _hash(pixel_values: Tensor) -> Tensor:
-    digest = blake2b(((pixel_values + 1) * 127.5).round().to(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+def _hash(image: Image.Image) -> Tensor:
+    digest = blake2b(np.asarray(image).tobytes(), digest_size=16).digest()
     return torch.tensor(list(digest), dtype=torch.uint8)

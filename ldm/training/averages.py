@@ -27,9 +27,7 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(
-                f"optim.ema_decay: got {decay}; expected 0 (no average) or more, and less than 1"
-            )
+            raise ValueError(f"optim.ema_decay: got {decay}; expected 0 (no average) or more, and less than 1")
         shared: dict[int, Any] = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:

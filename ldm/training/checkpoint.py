@@ -82,16 +82,12 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep: int) -> None:
         if keep < 1:
-            raise ValueError(
-                f"keep_checkpoints: got {keep}; expected 1 or more, so that a run can always be resumed"
-            )
+            raise ValueError(f"keep_checkpoints: got {keep}; expected 1 or more, so that a run can always be resumed")
         self.folder = folder
         self.keep = keep
         self._remove_leftovers()
 
-    def save(
-        self, global_step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]
-    ) -> Path:
+    def save(self, global_step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
         """Return the folder ``step-<global_step>``, complete and on disk, older ones pruned to `keep`.
 
         Tensors of any device and layout are written contiguous, tensors that share memory each for itself.
@@ -174,9 +170,7 @@ class CheckpointStore:
 
     def _found(self) -> list[tuple[int, Path]]:
         """Return ``(global_step, path)``, newest first, a plain folder before what it replaced."""
-        matches = [
-            (_FOLDER.fullmatch(path.name), path) for path in self.folder.glob("step-*") if path.is_dir()
-        ]
+        matches = [(_FOLDER.fullmatch(path.name), path) for path in self.folder.glob("step-*") if path.is_dir()]
         found = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
         return [(step, path) for step, _, path in sorted(found, reverse=True)]
 

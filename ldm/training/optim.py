@@ -74,9 +74,7 @@ def learning_rate(global_step: int, total_steps: int, config: OptimConfig) -> fl
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if not 0 <= global_step < total_steps:
-        raise ValueError(
-            f"global_step: got {global_step}; expected 0 to {total_steps - 1}, of {total_steps} steps"
-        )
+        raise ValueError(f"global_step: got {global_step}; expected 0 to {total_steps - 1}, of {total_steps} steps")
     if not 0 < peak < math.inf:
         raise ValueError(f"optim.learning_rate: got {peak}; expected a positive number, such as 1e-4")
     if warmup < 0:
@@ -129,9 +127,7 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
     }
 
 
-def restore_optimizer(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-) -> None:
+def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Give `optimizer` the state that `flatten_optimizer` returned; its next step is then bitwise the same.
 
     Data types are kept (`Optimizer.load_state_dict` casts to the parameter's). Step counts (0-dimensional) go

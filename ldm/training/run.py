@@ -36,7 +36,7 @@ class Run:
         self.folder = Path(output_dir)
         self.accelerator = Accelerator(
             mixed_precision=native_precision(config.mixed_precision),
-            log_with=list(config.trackers),
+            log_with=list(config.trackers) or None,
             project_dir=str(self.folder),
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))

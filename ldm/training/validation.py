@@ -65,7 +65,7 @@ class Validation:
         elif captions:
             generated = self._sample(captions)
         if captions:
-            true = np.stack([self._true(picture) for picture in pictures[: self.config.num_images]])
+            true = np.stack([np.asarray(self.images.image(picture)) for picture in pictures[: self.config.num_images]])
             sheet = comparison_sheet(captions[: len(true)], generated[: len(true)], true)
             self.run.log_picture("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
@@ -79,9 +79,3 @@ class Validation:
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
         )
-
-    def _true(self, picture: int) -> NDArray[np.uint8]:
-        from ldm.data.pixels import to_uint8
-
-        values: NDArray[np.uint8] = to_uint8(self.images.pixel_values(picture)).numpy()
-        return values

@@ -1,0 +1,26 @@
+"""One thread, no network, a cache folder of the tests' own."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep what the tests compute out of the user's cache, and shared by all tests of one run."""
+    before = os.environ.get("LDM_CACHE")
+    os.environ["LDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["LDM_CACHE"]
+    else:
+        os.environ["LDM_CACHE"] = before

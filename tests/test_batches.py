@@ -1,0 +1,152 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.config import DataConfig
+from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
+from ldm.data.cache import CachedRows
+
+
+class Shades:
+    """Pictures of one grey each; some have no caption, one has two."""
+
+    fingerprint = "shades"
+
+    def __init__(self, count=12):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def image(self, index):
+        picture = Image.new("RGB", (8, 8), (index * 10,) * 3)
+        picture.putpixel((0, 0), (255, 255, 255))  # so that a mirror image differs
+        return picture
+
+    def captions(self, index):
+        return {0: (), 1: ("one", "eins")}.get(index, (f"shade {index}",))
+
+    all_captions = captions
+
+
+def images(**config):
+    return CaptionedImages(Shades(), DataConfig(image_size=8, held_out_percent=0.0, **config))
+
+
+def dataset(seed=0, encoded=None, **config):
+    return PositionDataset(images(**config), "train", seed, encoded)
+
+
+def encode(pixel_values):
+    mean = pixel_values.flatten(1).mean(1)
+    return mean[:, None], torch.full_like(mean, 0.5)[:, None]
+
+
+def test_a_sample_is_a_function_of_seed_and_position():
+    for position in (0, 5, 100):
+        one, two = dataset()[position], dataset()[position]
+        assert (one.picture, one.caption) == (two.picture, two.caption)
+        assert torch.equal(one.pixel_values, two.pixel_values)
+    assert [dataset(1)[p].picture for p in range(12)] != [dataset()[p].picture for p in range(12)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_any_step_on_are_the_same(workers):
+    data = dataset(batch_size=4, workers=workers)
+    straight = [b.positions for step in islice(training_batches(data, 0, micro_steps=2), 5) for b in step]
+    resumed = [b.positions for step in islice(training_batches(data, 3, micro_steps=2), 2) for b in step]
+    assert straight == [[2 * i, 2 * i + 1] for i in range(10)]
+    assert resumed == straight[6:]
+
+
+def test_every_picture_is_seen_once_an_epoch_over_two_processes():
+    data = dataset(batch_size=4)
+    seen = [
+        picture
+        for rank in (0, 1)
+        for step in islice(training_batches(data, 0, rank=rank, world=2), 3)
+        for batch in step
+        for picture in batch.pictures
+    ]
+    assert sorted(seen) == list(range(12))
+
+
+def test_captions_are_chosen_evenly_and_a_missing_one_is_the_null():
+    data = dataset()
+    chosen = [data[p] for p in range(12 * 200)]
+    assert {s.caption for s in chosen if s.picture == 0} == {""}
+    share = np.mean([s.caption == "one" for s in chosen if s.picture == 1])
+    assert abs(share - 0.5) < 4 * 0.5 / 200**0.5
+
+
+def test_flips_are_drawn_only_where_asked():
+    def mirrored(data):
+        return [bool(data[p].pixel_values[0, 0, -1] == 1) for p in range(240)]
+
+    assert not any(mirrored(dataset()))
+    assert abs(np.mean(mirrored(dataset(flip=True))) - 0.5) < 4 * 0.5 / 240**0.5
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_cached_moments_are_those_of_the_picture_that_would_have_been_loaded(flip):
+    source = images(flip=flip)
+    cached = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode))
+    plain = PositionDataset(source, "train", 0)
+    for position in range(30):
+        with_cache, without = cached[position], plain[position]
+        assert (with_cache.picture, with_cache.caption) == (without.picture, without.caption)
+        mean, std = encode(without.pixel_values[None])
+        assert torch.allclose(with_cache.moments[0], mean[0])
+        assert torch.equal(with_cache.moments[1], std[0])
+
+
+def test_an_interrupted_cache_build_goes_on_where_it_stopped():
+    calls = []
+
+    def compute(rows, fail_at=None):
+        calls.extend(rows)
+        if fail_at in rows:
+            raise KeyboardInterrupt
+        return {"value": torch.tensor([float(row) for row in rows])}
+
+    with pytest.raises(KeyboardInterrupt):
+        CachedRows("test", "interrupted", 10, lambda rows: compute(rows, fail_at=7), rows_per_shard=4)
+    calls.clear()
+    rows = CachedRows("test", "interrupted", 10, compute, rows_per_shard=4)
+    assert sorted(calls) == list(range(4, 10))  # the first shard was kept
+    assert [float(rows[row]["value"]) for row in range(10)] == list(range(10))
+    calls.clear()
+    CachedRows("test", "interrupted", 10, compute, rows_per_shard=4)
+    CachedRows("test", "another key", 10, compute, rows_per_shard=4)
+    assert sorted(calls) == list(range(10))  # only for the new key
+
+
+def test_pictures_of_equal_pixels_share_a_place_in_the_gallery():
+    class Twins(Shades):
+        fingerprint = "twins"
+
+        def image(self, index):
+            return super().image(index // 2)
+
+    gallery, place = CaptionedImages(Twins(), DataConfig(image_size=8)).gallery()
+    assert gallery.shape == (6, 8, 8, 3)
+    assert place == [i // 2 for i in range(12)]
+
+
+def test_captions_lead_to_their_pictures():
+    assert images().pictures_of(["shade 5", "eins"]) == [5, 1]
+    with pytest.raises(ValueError, match="'nothing'"):
+        images().pictures_of(["nothing"])
+
+
+def test_a_fixed_batch_is_no_larger_than_its_data_set():
+    assert len(fixed_batch(dataset(), 100)) == 12
+    assert fixed_batch(dataset(), 3).positions == [0, 1, 2]
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match="validation split has no pictures"):
+        PositionDataset(images(), "validation", 0)

@@ -1,0 +1,177 @@
+"""The two commands on the tiny configs: in this process, killed and resumed, and as a user launches them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import ldm.training.loop as loop_module
+import train_text2img
+import train_vae
+from ldm import cli
+from ldm.provenance import read_provenance
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(main, monkeypatch, *arguments):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), "--loop.trackers", "[]"])
+    main()
+    torch.set_num_threads(1)
+
+
+def train_autoencoder(monkeypatch, folder, *more):
+    call(train_vae.main, monkeypatch, "--config", "configs/tiny/vae.yaml", "--output_dir", folder, *more)
+    return folder / "model"
+
+
+def train_model(monkeypatch, folder, vae, *more):
+    arguments = ["--config", "configs/tiny/text2img.yaml", "--output_dir", folder, "--space.autoencoder", vae]
+    call(train_text2img.main, monkeypatch, *arguments, *more)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("entry")
+
+
+@pytest.fixture(scope="module")
+def vae(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        return train_autoencoder(patch, folder / "vae")
+
+
+@pytest.fixture(scope="module")
+def model(folder, vae):
+    with pytest.MonkeyPatch.context() as patch:
+        return train_model(patch, folder / "text2img", vae)
+
+
+def same_files(one, two):
+    names = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+    assert names == sorted(p.relative_to(two) for p in two.rglob("*.safetensors"))
+    assert names
+    for name in names:
+        a, b = load_file(one / name), load_file(two / name)
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def killed_at(monkeypatch, step):
+    """Make the loop die after `step` optimiser steps."""
+    take = loop_module.Loop._take_step
+
+    def dying(self, micro_batches):
+        if self.progress.global_step == step:
+            raise KeyboardInterrupt
+        return take(self, micro_batches)
+
+    monkeypatch.setattr(loop_module.Loop, "_take_step", dying)
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "text2img"])
+def test_killed_and_resumed_equals_uninterrupted(which, folder, vae, model, tmp_path, monkeypatch):
+    def train():
+        if which == "autoencoder":
+            return train_autoencoder(monkeypatch, tmp_path / "again")
+        return train_model(monkeypatch, tmp_path / "again", vae)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_at(patch, 27)  # 20 is the last save before it
+        train()
+    train()
+    original = vae if which == "autoencoder" else model
+    same_files(original, tmp_path / "again" / "model")
+
+    def losses(of):
+        rows = [json.loads(line) for line in (of.parent / "metrics.jsonl").read_text().splitlines()]
+        return [[value for key, value in row.items() if key != "images_per_second"] for row in rows]
+
+    assert losses(original) == losses(tmp_path / "again" / "model")
+
+
+def test_training_helps(model, vae):
+    for folder, key in ((vae, "loss/autoencoder"), (model, "loss/denoiser")):
+        rows = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+        values = [row[key] for row in rows if key in row]
+        assert values[-1] < 0.9 * values[0]
+
+
+def test_a_run_leaves_what_people_look_for(model, vae):
+    assert {"config.yaml", "metrics.jsonl", "model", "checkpoints", "samples"} <= {
+        p.name for p in model.parent.iterdir()
+    }
+    assert len(list((model.parent / "checkpoints").iterdir())) == 2
+    assert Image.open(sorted((model.parent / "samples").iterdir())[-1]).width > 100
+    assert read_provenance(model).held_out_hash == read_provenance(vae).held_out_hash
+    assert json.loads((vae / "config.json").read_text())["scaling_factor"] == 1.0
+
+
+def test_an_autoencoder_with_other_pictures_held_out_is_refused(vae, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="other pictures held out"):
+        train_model(monkeypatch, tmp_path, vae, "--data.held_out", "{validation: configs/openmoji/validation.txt}")
+
+
+def test_samples_carry_their_settings_and_repeat(model, tmp_path):
+    for folder in ("a", "b"):
+        paths = cli.sample(["a red / cat"], str(model), str(tmp_path / folder), num_inference_steps=2, seed=5)
+    one, two = (Image.open(tmp_path / folder / paths[0].name) for folder in ("a", "b"))
+    assert paths[0].name == "a-red-cat-5.png"
+    assert one.text == {
+        "prompt": "a red / cat",
+        "negative_prompt": "", "seed": "5", "num_inference_steps": "2", "guidance_scale": "3.0",
+    }  # fmt: skip
+    assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_evaluation_writes_numbers_and_pictures(model, tmp_path, trust_remote_code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    captions = tmp_path / "captions.txt"
+    test = (ROOT / "configs/openmoji/heldout.txt").read_text()
+    captions.write_text(test)
+    arguments = ["evaluate", str(model), "--data", "openmoji", "--captions", str(captions), "--out", str(tmp_path)]
+    arguments += ["--held_out", "[configs/openmoji/validation.txt]", "--num_inference_steps", "2"]
+    cli.main([*arguments, "--trust_remote_code", str(trust_remote_code).lower()])
+    results = json.loads((tmp_path / "retrieval.json").read_text())
+    assert results["n"] == 200
+    assert results["copy"]["r_at_1"] == 0
+    assert 0 <= results["r_at_1_interval"][0] <= results["r_at_1"] <= results["r_at_1_interval"][1] <= 1
+    assert results["ceiling"]["r_at_1"] > results["shuffled"]["r_at_1"]
+    assert results["images_per_second"] > 0
+    assert Image.open(tmp_path / "samples.png").width > 500
+
+
+def test_evaluating_on_trained_pictures_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="may have seen"):
+        cli.evaluate(str(model), "openmoji", "configs/openmoji/heldout.txt", str(tmp_path))
+
+
+def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
+    command = [
+        Path(sys.executable).parent / "accelerate",
+        "launch",
+        "train_vae.py",
+        "--config",
+        "configs/tiny/vae.yaml",
+    ]
+    command += ["--output_dir", tmp_path, "--loop.max_train_steps", "1", "--optim.warmup_steps", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    cores = len(__import__("os").sched_getaffinity(0))
+    assert f"{cores} thread(s) each" in done.stderr
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+def test_a_config_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_autoencoder(monkeypatch, tmp_path, "--optim.learning_rate", "fast")
+    assert stopped.value.code == 2
+    assert "optim.learning_rate: got 'fast' (str); expected float" in capsys.readouterr().err

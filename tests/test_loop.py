@@ -1,0 +1,189 @@
+"""The loop knows no diffusion: these tests train a quadratic."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.config import LoopConfig, OptimConfig
+from ldm.training.averages import Average
+from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop, planned_steps
+from ldm.training.run import Run, finishing, native_precision
+
+
+@dataclass
+class Points:
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class Quadratic:
+    """Loss (w - 3)^2 and a second module with a loss of its own: the loop iterates over names."""
+
+    def __init__(self, run, poison=()):
+        torch.manual_seed(0)
+        self.modules = {"main": nn.Linear(1, 1, bias=False), "other": nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))}
+        self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
+        self.averages = {"main": Average(self.modules["main"], 0.9)}
+        self.poison = set(poison)
+        self.seen = []
+
+    def losses(self, batch):
+        self.seen.append(list(batch.positions))
+        x = torch.tensor([[float(p % 7)] for p in batch.positions])
+        factor = float("nan") if self.poison & set(batch.positions) else 1.0
+        main = (self.forwards["main"](x) - 3 * x).square().mean() * factor
+        other = (self.forwards["other"](torch.cat([x, x + 1], 1)) - x).square().mean()
+        return {"main": main, "other": other}
+
+
+def batches(micro_steps=1, size=4):
+    def start(global_step) -> Iterator[list[Points]]:
+        step = global_step
+        while True:
+            share = size // micro_steps
+            yield [
+                Points(list(range(step * size + m * share, step * size + (m + 1) * share))) for m in range(micro_steps)
+            ]
+            step += 1
+
+    return start
+
+
+def train(folder, steps, micro_steps=1, poison=(), validate=None, **loop):
+    settings = {"max_train_steps": steps, "log_every_steps": 1, "save_every_steps": 3, "validate_every_steps": 5}
+    config = LoopConfig(**settings | {"trackers": (), "mixed_precision": "no"} | loop)
+    optim = OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2)
+    with finishing(Run(str(folder), 0, config)) as run:
+        step = Quadratic(run, poison)
+        loop_ = Loop(step, optim, config, run, epoch_steps=10)
+        progress = loop_.fit(batches(micro_steps), validate)
+    return step, loop_, progress
+
+
+def weights(step):
+    return torch.cat([p.detach().flatten() for m in step.modules.values() for p in m.parameters()])
+
+
+def lines(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+
+
+def test_the_quadratic_is_solved(tmp_path):
+    step, _, progress = train(tmp_path, 200)
+    assert abs(step.modules["main"].weight.item() - 3) < 0.05
+    assert abs(step.averages["main"].module.weight.item() - 3) < 0.05
+    assert progress.global_step == 200
+    assert progress.images == 800
+
+
+def test_resuming_twice_equals_not_stopping(tmp_path):
+    straight, _, _ = train(tmp_path / "a", 9)
+    for limit in (4, 7, 9):  # each stops a run that plans nine steps, by raising after its limit
+
+        def stop(limit=limit):
+            def endless(start):
+                for k, step in enumerate(batches()(start), start):
+                    if k == limit:
+                        raise KeyboardInterrupt
+                    yield step
+
+            return endless
+
+        config = LoopConfig(
+            max_train_steps=9, log_every_steps=1, save_every_steps=1, trackers=(), mixed_precision="no",
+        )  # fmt: skip
+        with finishing(Run(str(tmp_path / "b"), 0, config)) as run:
+            resumed = Quadratic(run)
+            loop = Loop(resumed, OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2), config, run, 10)
+            try:
+                loop.fit(stop())
+            except KeyboardInterrupt:
+                assert limit < 9
+    assert torch.equal(weights(straight), weights(resumed))
+    assert torch.equal(straight.averages["main"].module.weight, resumed.averages["main"].module.weight)
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    assert resumed.seen == straight.seen[7:]
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    whole, _, one = train(tmp_path / "a", 20)
+    parts, _, four = train(tmp_path / "b", 20, micro_steps=4)
+    assert one.global_step == four.global_step == 20
+    main = [step.modules["main"].weight.item() for step in (whole, parts)]
+    assert main[0] == pytest.approx(main[1], abs=1e-6)
+
+
+def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path):
+    clean, _, _ = train(tmp_path / "a", 4)
+    at_stop, _, progress = train(tmp_path / "b", 5, poison=[17])  # position 17 is in the fifth step
+    assert progress.skipped_steps == 1
+    planned_five, _, _ = train(tmp_path / "c", 5, poison=[17, 16])
+    assert torch.equal(weights(at_stop), weights(planned_five))
+    assert torch.isfinite(weights(at_stop)).all()
+    assert not torch.equal(weights(clean), weights(at_stop))  # another schedule: the comparison above is not empty
+
+
+def test_many_non_finite_steps_stop_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="in a row"):
+        train(tmp_path, 50, poison=range(12, 400))
+    _, _loop, progress = train(tmp_path, 50)  # what is left is the last good state, and it goes on
+    assert progress.global_step == 50
+    assert progress.skipped_steps <= MAX_SKIPPED_IN_A_ROW
+
+
+def test_the_learning_rate_follows_the_step(tmp_path):
+    train(tmp_path, 10)
+    rates = [row["learning_rate"] for row in lines(tmp_path)]
+    assert rates[:2] == [0.025, 0.05]
+    assert rates[-1] == 0
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+
+
+def test_validation_runs_when_due_and_at_the_end(tmp_path):
+    called = []
+    train(tmp_path, 12, validate=called.append)
+    assert called == [5, 10, 12]
+
+
+def test_a_finished_run_has_nothing_to_train(tmp_path):
+    train(tmp_path, 6)
+    before = lines(tmp_path)
+    step, _, progress = train(tmp_path, 6)
+    assert step.seen == []
+    assert progress.global_step == 6
+    assert lines(tmp_path) == before
+
+
+def test_seconds_become_a_number_of_steps_once(tmp_path):
+    _, _loop, progress = train(tmp_path, None, max_train_seconds=0.5)
+    assert progress.global_step == progress.total_steps > TIMED_STEPS
+    assert 0.1 < progress.train_seconds < 5
+    _, again, _ = train(tmp_path, None, max_train_seconds=100.0)
+    assert again.progress.total_steps == progress.total_steps
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
+def test_exactly_one_limit_is_required(limits):
+    with pytest.raises(ValueError, match="set one of max_train_steps"):
+        planned_steps(LoopConfig(**limits), 10)
+
+
+def test_epochs_become_steps():
+    assert planned_steps(LoopConfig(max_train_epochs=2.5), 10.5) == 27
+
+
+def test_precision_is_native_or_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert native_precision("auto") == "no"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert native_precision("auto") == "bf16"
+    assert native_precision("fp16") == "fp16"

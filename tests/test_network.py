@@ -1,0 +1,117 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from ldm.config import TextConfig
+from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
+from ldm.models.network import build_network, weights_hash, zero_tails
+from ldm.models.text_encoder import build_text_encoder, train_tokenizer
+
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+CAPTIONS = ["men with bunny ears", "woman astronaut medium-dark skin tone", "keycap 3"]
+
+
+def test_a_misspelt_key_is_named_with_the_right_one():
+    with pytest.raises(ValueError, match=r"denoiser\.layer_per_block: no such field.*'layers_per_block'"):
+        build_network(UNET | {"layer_per_block": 2}, "denoiser")
+
+
+def test_a_class_outside_the_list_is_refused():
+    with pytest.raises(ValueError, match="choose from"):
+        build_network({"_class_name": "os.system"}, "denoiser")
+
+
+def test_zero_tails_make_the_denoiser_the_zero_function():
+    torch.manual_seed(0)
+    denoiser = build_network(UNET, "denoiser")
+    call = {"timestep": torch.tensor([3, 700]), "encoder_hidden_states": torch.randn(2, 5, 16), "return_dict": False}
+    x = torch.randn(2, 4, 8, 8)
+    assert denoiser(x, **call)[0].abs().max() > 0.1
+    zero_tails(denoiser)
+    assert denoiser(x, **call)[0].abs().max() == 0
+
+
+def test_zeroed_residual_branches_leave_the_input_unchanged():
+    denoiser = build_network(UNET, "denoiser")
+    zero_tails(denoiser)
+    block = denoiser.down_blocks[0]
+    hidden = torch.randn(2, 16, 8, 8)
+    out = block.resnets[0](hidden, torch.randn(2, 64))
+    assert torch.equal(out, hidden)
+    assert torch.equal(block.attentions[0](hidden, torch.randn(2, 5, 16), return_dict=False)[0], hidden)
+
+
+def test_the_hash_names_the_weights():
+    torch.manual_seed(0)
+    one = torch.nn.Linear(3, 3)
+    two = torch.nn.Linear(3, 3)
+    assert weights_hash(one) != weights_hash(two)
+    two.load_state_dict(one.state_dict())
+    assert weights_hash(one) == weights_hash(two)
+
+
+def test_folded_latents_have_unit_scale_and_reconstruct_the_same():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2,
+                        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4)  # fmt: skip
+    vae.quant_conv.bias.data += 3
+    pictures = torch.rand(16, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean, std = posterior_moments(vae, pictures)
+        mean, std = mean / vae.config.scaling_factor, std / vae.config.scaling_factor
+        before = vae.decode(mean).sample
+        spread = (mean.double().var((0, 2, 3)) + std.double().square().mean((0, 2, 3))).sqrt()
+        fold_statistics(vae, mean.double().mean((0, 2, 3)), spread)
+        new_mean, new_std = posterior_moments(vae, pictures)
+        total = new_mean.double().var((0, 2, 3)) + new_std.double().square().mean((0, 2, 3))
+        assert vae.config.scaling_factor == 1.0
+        assert torch.allclose(new_mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+        assert torch.allclose(total, torch.ones(4).double(), atol=1e-4)
+        assert torch.allclose(new_std, (std / spread.float()[:, None, None]), rtol=1e-4)
+        assert torch.allclose(decode(vae, new_mean), before, atol=4e-6)
+
+
+def test_dead_latents_are_named():
+    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=2)
+    with pytest.raises(ValueError, match="channel 1"):
+        fold_statistics(vae, torch.zeros(2), torch.tensor([1.0, 0.0]))
+
+
+def test_every_string_has_tokens_and_none_is_unknown():
+    tokenizer = train_tokenizer(CAPTIONS, 600, 24)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
+    for text in ("", "bunny", "日本 é 😀 \x00", "Z" * 5):
+        ids = tokenizer(text).input_ids
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.tokenize("bunny ears") == ["bunny</w>", "ears</w>"]
+
+
+def test_a_tokenizer_round_trips_through_its_folder(tmp_path):
+    tokenizer = train_tokenizer(CAPTIONS, 600, 24)
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again("woman with bunny ears").input_ids == tokenizer("woman with bunny ears").input_ids
+    assert again.model_max_length == 24
+
+
+def test_a_text_encoder_from_scratch_fits_its_tokenizer():
+    encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_encoder, tokenizer = build_text_encoder(TextConfig(encoder=encoder, vocab_size=600, max_length=12), CAPTIONS)
+    ids = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert text_encoder(ids)[0].shape == (3, 12, 16)
+    assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="hiden_size"):
+        build_text_encoder(TextConfig(encoder={"hiden_size": 16}), CAPTIONS)

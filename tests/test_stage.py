@@ -1,0 +1,157 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from ldm.conditioning import Conditions, TextConditioner, merge
+from ldm.config import ConditionersConfig, LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig, TextConfig
+from ldm.data.batches import Batch
+from ldm.data.positions import generators
+from ldm.models.text_encoder import build_text_encoder
+from ldm.spaces import Moments
+from ldm.stage import build_stage
+from ldm.training.run import Run
+from ldm.training.steps import DiffusionStep
+
+from .test_network import CAPTIONS, UNET
+
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = TextConfig(encoder=ENCODER, vocab_size=600, max_length=12, dropout=0.3)
+
+
+@dataclass
+class Captions:
+    captions: list[str]
+
+
+def config(text=TEXT, **objective):
+    return StageConfig(
+        output_dir="",
+        denoiser=UNET | {"in_channels": 3, "out_channels": 3},
+        space=SpaceConfig(kind="pixel"),
+        conditioners=ConditionersConfig(text=text),
+        objective=ObjectiveConfig(**objective),
+    )
+
+
+def batch(positions=range(6)):
+    positions = list(positions)
+    pictures = torch.stack([torch.rand(3, 8, 8, generator=g) * 2 - 1 for g in generators(9, positions, "picture")])
+    return Batch(positions, positions, [CAPTIONS[p % 3] for p in positions], pictures, None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run(str(tmp_path_factory.mktemp("run")), 0, LoopConfig(trackers=(), mixed_precision="no"))
+    torch.set_num_threads(1)
+    return run
+
+
+def conditioner(train=True, dropout=0.3):
+    torch.manual_seed(0)
+    return TextConditioner(*build_text_encoder(TEXT, CAPTIONS), train=train, dropout=dropout)
+
+
+def test_the_first_loss_is_the_variance_of_the_target(run):
+    stage = build_stage(config(prediction_type="epsilon"), CAPTIONS)
+    step = DiffusionStep(stage, run, 0.9)
+    losses = torch.stack([step.losses(batch(range(i, i + 6)))["denoiser"] for i in range(0, 240, 6)])
+    # the mean square of unit noise: 1, within four standard errors of sqrt(2 / number of draws)
+    assert float(losses.mean()) == pytest.approx(1, abs=4 * (2 / (240 * 192)) ** 0.5)
+
+
+def test_the_same_config_builds_the_same_weights(run):
+    one, two = (build_stage(config(), CAPTIONS).model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = build_stage(replace(config(), seed=1), CAPTIONS).model.state_dict()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loss_does_not_depend_on_how_the_batch_is_cut(run):
+    step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
+    for parameter in step.stage.model.parameters():  # away from the zero function
+        torch.nn.init.normal_(parameter, std=0.05)
+    whole = step.losses(batch(range(6)))["denoiser"]
+    parts = [step.losses(batch(part))["denoiser"] for part in (range(3), range(3, 6))]
+    assert float(whole) == pytest.approx(float(sum(parts)) / 2, rel=1e-5)
+
+
+def test_text_is_trained_with_the_denoiser_unless_frozen(run):
+    for train in (True, False):
+        stage = build_stage(config(replace(TEXT, train=train), prediction_type="epsilon"), CAPTIONS)
+        step = DiffusionStep(stage, run, 0.9)
+        for parameter in stage.model.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        step.losses(batch())["denoiser"].backward()
+        grads = [p.grad for p in stage.model.conditioners["text"].parameters()]
+        assert any(g is not None and g.abs().max() > 0 for g in grads) == train
+        assert all(g is None for g in grads) != train
+
+
+def test_frozen_embeddings_equal_the_encoders(run):
+    frozen = conditioner(train=False)
+    texts = ["men with bunny ears", "", "keycap 3", ""]
+    ids = frozen.tokenize(texts)
+    expected = frozen.text_encoder(**ids)[0]
+    for _ in range(2):  # the second time from memory
+        embeds = frozen.inputs(Captions(texts), [False] * 4)["prompt_embeds"]
+        assert torch.allclose(embeds, expected, atol=1e-6)
+
+
+def test_a_dropped_caption_is_the_empty_caption_on_every_path():
+    text = conditioner()
+    dropped = text.inputs(Captions(["keycap 3", "keycap 3"]), [True, False])
+    plain = text.inputs(Captions(["", "keycap 3"]), [False, False])
+    assert dropped.keys() == plain.keys()
+    assert all(torch.equal(dropped[name], plain[name]) for name in plain)
+
+
+def test_the_dropout_rate_is_the_one_asked_for(run):
+    step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
+    null = step.stage.model.conditioners["text"].tokenize([""])["input_ids"][0]
+    count = 2000
+    ids = step.inputs(batch(range(count)))["text"]["input_ids"]
+    share = float((ids == null).all(1).float().mean())
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
+    kept = step.inputs(batch(range(count)), drop=False)["text"]["input_ids"]
+    assert not (kept == null).all(1).any()
+
+
+def test_tokens_are_those_of_the_stable_diffusion_pipeline():
+    text = conditioner()
+    ids = text.tokenize(["keycap 3"])["input_ids"]
+    tokenizer = text.tokenizer
+    stock = tokenizer(["keycap 3"], padding="max_length", max_length=tokenizer.model_max_length,
+                      truncation=True, return_tensors="pt").input_ids  # fmt: skip
+    assert torch.equal(ids, stock)
+    assert ids.shape == (1, 12)
+
+
+def test_two_conditioners_may_not_set_one_keyword():
+    one = Conditions(channels=(torch.zeros(1),), kwargs={"a": 1})
+    assert merge([one, Conditions(kwargs={"b": 2})]).kwargs == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match="'a'"):
+        merge([one, one])
+
+
+def test_held_out_losses_are_the_averaged_models_and_repeat(run):
+    step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
+    for parameter in step.stage.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    first = step.held_out_losses(batch(), [0.2, 0.8])
+    assert first == step.held_out_losses(batch(), [0.2, 0.8])
+    assert first["validation/loss"] == pytest.approx(
+        (first["validation/loss_at_0.20"] + first["validation/loss_at_0.80"]) / 2
+    )
+    step.averages["denoiser"].update(0)
+    assert first != step.held_out_losses(batch(), [0.2, 0.8])
+
+
+def test_moments_are_sampled_sample_by_sample():
+    moments = Moments(torch.full((3, 2, 4, 4), 5.0), torch.full((3, 2, 4, 4), 2.0))
+    drawn = moments.sample(generators(0, [0, 1, 2], "posterior"))
+    again = Moments(moments.mean[1:], moments.std[1:]).sample(generators(0, [1, 2], "posterior"))
+    assert torch.equal(drawn[1:], again)
+    many = Moments(torch.full((1, 40_000), 5.0), torch.full((1, 40_000), 2.0)).sample(generators(0, [0], "posterior"))
+    assert float(many.mean()) == pytest.approx(5, abs=4 * 2 / 200)
+    assert float(many.std()) == pytest.approx(2, abs=4 * 2 / (2 * 40_000) ** 0.5)

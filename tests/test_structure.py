@@ -1,0 +1,128 @@
+"""The house rules that can be read off the source: sizes, imports, names, and what the README says of the files."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("train_*.py")])
+PARTS = ("ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
+MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
+    "ldm.config": set(),
+    "ldm.config_file": {"ldm.config"},
+    "ldm.schedule": {"ldm.config"},
+    "ldm.objective": {"ldm.config", "ldm.schedule"},
+    "ldm.reconstruction": {"ldm.config"},
+    "ldm.provenance": set(),
+    "ldm.models": {"ldm.config", "ldm.schedule"},
+    "ldm.data": {"ldm.config"},
+    "ldm.spaces": {"ldm.config", "ldm.models"},
+    "ldm.conditioning": {"ldm.config", "ldm.models"},
+    "ldm.stage": {"ldm.config", "ldm.spaces", "ldm.conditioning", "ldm.objective", "ldm.models"},
+    "ldm.evaluation": {"ldm.config", "ldm.models"},
+    "ldm.training": {
+        "ldm.config",
+        "ldm.data",
+        "ldm.objective",
+        "ldm.reconstruction",
+        "ldm.spaces",
+        "ldm.conditioning",
+        "ldm.stage",
+        "ldm.evaluation",
+        "ldm.provenance",
+        "ldm.models",
+    },
+}
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def part(module):
+    """The part of the house a module belongs to: ldm.data.cache -> ldm.data, ldm.stage -> ldm.stage."""
+    return next((folder for folder in PARTS if module == folder or module.startswith(folder + ".")), module)
+
+
+def imports(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).with_suffix("").parts[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, [package, node.module]))
+            yield base if node.module or node.level > 1 else package
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_and_functions_are_short(path):
+    limit = 80 if path.name.startswith("train_") else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    module = name_of(path)
+    if module.startswith("pipelines"):
+        assert not any(name.split(".")[0] == "ldm" for name in imports(path)), "pipelines travel without ldm"
+    elif module.startswith("ldm.") and module != "ldm.cli":
+        own = part(module)
+        assert own in MAY_IMPORT, f"say in MAY_IMPORT what {own} may import"
+        used = {part(name) for name in imports(path) if name.startswith("ldm.")}
+        used = {name for name in used if name in MAY_IMPORT}
+        assert used - {own} <= MAY_IMPORT[own]
+        assert not any(name.split(".")[0] in ("pipelines", "train_text2img", "train_vae") for name in imports(path))
+
+
+def test_nothing_is_unpickled():
+    for path in [*MODULES, *ROOT.glob("benchmarks/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bpickle\b(?!s| is)|torch\.(load|save)\b", text), path
+
+
+def test_no_file_is_a_drawer():
+    assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "misc"}
+
+
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_file_map_of_the_readme_names_every_module_and_nothing_else():
+    block = re.search(r"## The files.*?```(?:text)?\n(.*?)```", readme(), re.DOTALL).group(1)
+    named = {line.split()[0] for line in block.splitlines() if line and not line.startswith(" ")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    folders = {name for name in named if name.endswith("/")}
+    for name in named:
+        assert (ROOT / name).exists(), f"README names {name}"
+    for file in tracked.stdout.split():
+        if file.endswith(".py") and not file.endswith("__init__.py"):
+            assert file in named or any(file.startswith(folder) for folder in folders), f"README leaves {file} out"
+
+
+def test_the_commands_of_the_readme_exist():
+    commands = re.findall(r"^(?:\.venv/bin/)?(?:accelerate launch )?(\S+\.py|ldm \w+|make \w+)", readme(), re.MULTILINE)
+    assert {"make demo", "make test"} <= set(commands)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    cli = (ROOT / "ldm/cli.py").read_text()
+    for command in commands:
+        kind, _, word = command.partition(" ")
+        if kind == "make":
+            assert word in targets
+        elif kind == "ldm":
+            assert f'add_subcommand("{word}"' in cli
+        else:
+            assert (ROOT / command).exists()
+    for config in re.findall(r"configs/[\w/.-]+\.(?:yaml|txt)", readme()):
+        assert (ROOT / config).exists(), config
