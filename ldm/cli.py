@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
+from ldm.data.pixels import to_pixel_values, to_uint8
 from ldm.data.sources import build_source
 from ldm.data.splits import read_captions
 from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
@@ -90,7 +92,7 @@ def evaluate(
     data: str,
     captions: str,
     out: str,
-    held_out: Sequence[str] = (),
+    validation_captions: str | None = None,
     seed: int = 0,
     num_inference_steps: int = 25,
     guidance_scale: float = 3.0,
@@ -103,7 +105,7 @@ def evaluate(
         data: "openmoji", or a folder of captioned pictures (imagefolder).
         captions: File of captions, a line each, whose pictures the model has not seen.
         out: Folder for the results.
-        held_out: Files of further captions that the model was not trained on; a copier may not use them either.
+        validation_captions: File of the validation captions, which the model was not trained on either.
         seed: Seed of the first picture; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none.
@@ -112,30 +114,20 @@ def evaluate(
     """
     pipeline = load_pipeline(model, trust_remote_code)
     image_size = pipeline.unet.config.sample_size * downsampling_factor(pipeline.vae)
+    held_out = {"test": captions} | ({"validation": validation_captions} if validation_captions else {})
     source = {"source": "openmoji"} if data == "openmoji" else {"source": "imagefolder", "path": data}
-    config = DataConfig(**source, image_size=image_size, held_out=_lists(captions, held_out))  # type: ignore[arg-type]
+    config = DataConfig(**source, image_size=image_size, held_out=held_out)  # type: ignore[arg-type]
     images = CaptionedImages(build_source(config), config)
     refuse_leak(model, images.splits.held_out_hash)
     wanted = read_captions(captions)
-    gallery, place = images.gallery()
-    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     generated = sample_pictures(pipeline, wanted, seed, **settings)
-    known = [(place[p], caption) for p in images.splits["train"] for caption in images.source.captions(p)]
-    training_index = np.array([index for index, _ in known])
-
-    def rebuild(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        rebuilt = (reconstruct(pipeline.vae, values) + 1) * 127.5
-        result: NDArray[np.uint8] = rebuilt.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return result
-
+    gallery, place = images.gallery()
+    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
     provenance = read_provenance(model)
     results = {
         **asdict(report(retrieval_ranks(generated, gallery, own_index))),
-        "ceiling": asdict(ceiling(rebuild, gallery, own_index)),
-        "copy": asdict(copy_baseline(wanted, own_index, [caption for _, caption in known], training_index, gallery)),
-        "shuffled": asdict(shuffled_baseline(generated, gallery, own_index)),
+        **_baselines(images, pipeline.vae, wanted, generated),
         "images_per_second": provenance.images_per_second if provenance else None,
         "train_seconds": provenance.train_seconds if provenance else None,
         "seed": seed,
@@ -150,10 +142,24 @@ def evaluate(
     return results
 
 
-def _lists(captions: str, held_out: Sequence[str]) -> dict[str, str]:
-    if len(held_out) > 1:
-        raise ValueError(f"--held_out: got {len(held_out)} files; at most one, the validation list, is known")
-    return {"test": captions} | dict.fromkeys(["validation"] * len(held_out), *held_out)
+def _baselines(
+    images: CaptionedImages, vae: AutoencoderKL, wanted: Sequence[str], generated: NDArray[np.uint8]
+) -> dict[str, Any]:
+    """Return what a perfect denoiser, a copier of training pictures and a shuffler of captions reach."""
+    gallery, place = images.gallery()
+    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
+    known = [(place[p], caption) for p in images.splits["train"] for caption in images.source.captions(p)]
+    training_index, training_captions = np.array([index for index, _ in known]), [caption for _, caption in known]
+
+    def rebuild(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        pixel_values = torch.stack([to_pixel_values(Image.fromarray(picture)) for picture in pictures])
+        return to_uint8(reconstruct(vae, pixel_values)).numpy()
+
+    return {
+        "ceiling": asdict(ceiling(rebuild, gallery, own_index)),
+        "copy": asdict(copy_baseline(wanted, own_index, training_captions, training_index, gallery)),
+        "shuffled": asdict(shuffled_baseline(generated, gallery, own_index)),
+    }
 
 
 def slug(text: str) -> str:

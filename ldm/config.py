@@ -115,7 +115,7 @@ class ReconstructionConfig:
 class OptimConfig:
     """Optimiser and learning rate, a pure function of the step."""
 
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

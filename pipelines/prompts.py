@@ -15,10 +15,8 @@ def encode(
 
     They are the encoder's first output; the encoder is given the attention mask if its config has
     `use_attention_mask`, as in `StableDiffusionPipeline`. If any prompt is cut, one warning counts its tokens; `name`
-    stands in it. ValueError if there is no encoder, or if it cannot read `length` tokens.
+    stands in it. ValueError if the encoder cannot read `length` tokens.
     """
-    if tokenizer is None or text_encoder is None:
-        raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer; give {name}_embeds instead")
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
         raise ValueError(

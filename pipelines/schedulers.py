@@ -14,8 +14,6 @@ SCHEDULERS = {
         "DEISMultistepScheduler",
         "EulerAncestralDiscreteScheduler",
         "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
         "PNDMScheduler",
     ),
     ("diffusion", "sample"): (*SECOND_ORDER, *FIRST_ORDER, "DEISMultistepScheduler", "HeunDiscreteScheduler"),

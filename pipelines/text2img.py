@@ -170,21 +170,17 @@ class TextToImagePipeline(
         """
         device = device or self._execution_device
         dtype = (self.unet or self.text_encoder).dtype
-        text = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, "device": device}
 
         def ready(embeds: torch.Tensor) -> torch.Tensor:
             return embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
 
         if prompt_embeds is None:
-            length = getattr(self.tokenizer, "model_max_length", 0)
-            prompts = self.maybe_convert_prompt(texts("prompt", prompt), self.tokenizer)
-            prompt_embeds = encode("prompt", prompts, length=length, **text)
+            prompt_embeds = self._encode("prompt", texts("prompt", prompt), None, device)
         if not do_classifier_free_guidance:
             return ready(prompt_embeds), None
         if negative_prompt_embeds is None:
             negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-            negatives = self.maybe_convert_prompt(negatives, self.tokenizer)
-            negative_prompt_embeds = encode("negative_prompt", negatives, length=prompt_embeds.shape[1], **text)
+            negative_prompt_embeds = self._encode("negative_prompt", negatives, prompt_embeds.shape[1], device)
             negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
         return ready(prompt_embeds), ready(negative_prompt_embeds)
 
@@ -203,6 +199,14 @@ class TextToImagePipeline(
     def to_json_string(self) -> str:
         """Return model_index.json's text, which names the stock class."""
         return without_path(super().to_json_string(), _class_name="StableDiffusionPipeline")
+
+    def _encode(self, name: str, prompts: list[str], length: int | None, device: torch.device) -> torch.Tensor:
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer; give {name}_embeds instead")
+        prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # textual inversion: one word, several tokens
+        return encode(
+            name, prompts, self.tokenizer, self.text_encoder, length or self.tokenizer.model_max_length, device
+        )
 
     def _limits(self) -> Limits:
         unet, size = self.unet.config, self.unet.config.sample_size

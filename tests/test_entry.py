@@ -137,7 +137,7 @@ def test_evaluation_writes_numbers_and_pictures(model, tmp_path, trust_remote_co
     test = (ROOT / "configs/openmoji/heldout.txt").read_text()
     captions.write_text(test)
     arguments = ["evaluate", str(model), "--data", "openmoji", "--captions", str(captions), "--out", str(tmp_path)]
-    arguments += ["--held_out", "[configs/openmoji/validation.txt]", "--num_inference_steps", "2"]
+    arguments += ["--validation_captions", "configs/openmoji/validation.txt", "--num_inference_steps", "2"]
     cli.main([*arguments, "--trust_remote_code", str(trust_remote_code).lower()])
     results = json.loads((tmp_path / "retrieval.json").read_text())
     assert results["n"] == 200

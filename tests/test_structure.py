@@ -88,7 +88,7 @@ def test_imports_point_one_way(path):
 def test_nothing_is_unpickled():
     for path in [*MODULES, *ROOT.glob("benchmarks/*.py")]:
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"\bpickle\b(?!s| is)|torch\.(load|save)\b", text), path
+        assert not re.search(r"\bpickle\b|(?<!safetensors\.)torch\.(load|save)\b", text), path
 
 
 def test_no_file_is_a_drawer():

@@ -93,9 +93,7 @@ def derangement(own_index: Indices, seed: int = 0) -> Indices:
     return result
 
 
-def shuffled_baseline(
-    generated: Images, gallery: Images, own_index: Indices, seed: int = 0
-) -> RetrievalReport:
+def shuffled_baseline(generated: Images, gallery: Images, own_index: Indices, seed: int = 0) -> RetrievalReport:
     """Return the report of the generated pictures, (N, S, S, 3), each held against another one's caption."""
     own_index = np.asarray(own_index)
     return report(retrieval_ranks(generated, gallery, own_index[derangement(own_index, seed)]))

@@ -50,9 +50,7 @@ def image_grid(images: Images, columns: int = 8) -> Image.Image:
     return grid
 
 
-def comparison_sheet(
-    captions: Sequence[str], generated: Images, true: Images, columns: int = 6
-) -> Image.Image:
+def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, columns: int = 6) -> Image.Image:
     """Return a sheet with each generated picture over the true one and the caption wrapped underneath.
 
     `generated` and `true` are (N, H, W, 3). Pictures narrower than 128 pixels are enlarged by a whole factor,

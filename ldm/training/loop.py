@@ -19,8 +19,14 @@ from tqdm.auto import tqdm
 from ldm.config import LoopConfig, OptimConfig
 from ldm.data.positions import draw_key
 from ldm.training.averages import Average
-from ldm.training.checkpoint import CheckpointStore
-from ldm.training.optim import build_optimizer, flatten_optimizer, learning_rate, restore_optimizer
+from ldm.training.checkpoint import CheckpointError, CheckpointStore
+from ldm.training.optim import (
+    build_optimizer,
+    flatten_optimizer,
+    learning_rate,
+    lookup_tables,
+    restore_optimizer,
+)
 from ldm.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -76,7 +82,7 @@ class Loop(Generic[B]):
         """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch."""
         self.step, self.optim, self.config, self.run = step, optim, config, run
         self.optimizers = {
-            name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim))
+            name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
         }
         self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
@@ -224,6 +230,11 @@ class Loop(Generic[B]):
     def _resume(self) -> None:
         path = self.store.latest()
         if path is None:
+            if damaged := sorted(self.store.folder.glob("step-*")):
+                raise CheckpointError(
+                    f"none of the {len(damaged)} checkpoints in {self.store.folder} verifies (see the warnings above); "
+                    "move that folder away to start anew"
+                )
             return
         saved = self.store.load(path)
         planned = self.progress.total_steps

@@ -6,26 +6,31 @@ import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ldm.config import OptimConfig
 from ldm.training.checkpoint import JSON, CheckpointError
+from ldm.training.muon import Muon
 
 _NOT_SAVED = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 """Keys of a parameter group that say where and how a step is computed, not what: they stay the machine's."""
 
 
-def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> Optimizer:
-    """Return AdamW over the parameters that require grad, in two groups: weights, then norms and biases.
+def build_optimizer(
+    parameters: Iterable[Parameter], config: OptimConfig, tables: Iterable[Parameter] = ()
+) -> Optimizer:
+    """Return the optimiser over the parameters that require grad, in two groups: weights, then norms and biases.
 
-    The second group, everything of fewer than two dimensions, has no weight decay. ``adamw`` is fused on a
-    machine without an accelerator (three times faster on CPU; with one it is not, because fused steps hide
-    from accelerate that float16 gradients overflowed). ``adamw_8bit`` keeps its moments in 8 bits.
+    `tables` are those of the weights that are looked up row by row (embeddings): ``muon`` orthogonalises the
+    weights but these, which step with the second group. The second group, everything of fewer than two dimensions,
+    has no weight decay. ``adamw`` is fused on a machine without an accelerator (three times faster on CPU; with one
+    it is not, because fused steps hide from accelerate that float16 gradients overflowed). ``adamw_8bit`` keeps its
+    moments in 8 bits.
 
     Raises:
         ValueError: no parameter requires grad.
@@ -39,10 +44,21 @@ def build_optimizer(parameters: Iterable[Parameter], config: OptimConfig) -> Opt
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.optimizer == "muon":
+        looked_up = {id(table) for table in tables}
+        groups[1]["params"] += [p for p in groups[0]["params"] if id(p) in looked_up]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in looked_up]
+        groups[0]["orthogonal"] = True
+        return Muon(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
     if config.optimizer == "adamw_8bit":
         return _adamw_8bit(groups, config)
     fused = True if not torch.accelerator.is_available() else None
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def lookup_tables(module: nn.Module) -> list[Parameter]:
+    """Return the weights of the embeddings in `module`."""
+    return [cast(Parameter, part.weight) for part in module.modules() if isinstance(part, nn.Embedding)]
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
