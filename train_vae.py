@@ -48,7 +48,7 @@ def main() -> None:
         progress = loop.fit(batches, validate)
         if run.is_main:
             fold_statistics(step.averaged, *latent_statistics(step.averaged, train))
-            step.averaged.save_pretrained(run.folder / "model")
+            step.averaged.to(getattr(torch, config.save_dtype)).save_pretrained(run.folder / "model")
             provenance(progress, train).save(run.folder / "model")
 
 

@@ -189,6 +189,8 @@ class AutoencoderConfig:
     autoencoder: Network
     """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one."""
     seed: int = 0
+    save_dtype: Literal["float32", "float16"] = "float32"
+    """Of the weights in the model folder; checkpoints are always float32."""
     data: DataConfig = field(default_factory=DataConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,19 +1,12 @@
-"""The text-to-image pipeline: equal to the stock one, checked inputs, and folders that load without this project."""
+"""The text-to-image pipeline: equal to the stock one, batches, outputs, callbacks, faults."""
 
 import copy
-import json
-import logging
-import multiprocessing
-import os
-import sys
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
@@ -21,36 +14,16 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
-from tests.tiny_pipeline import LENGTH, WIDTH, pipeline, text_encoder, unet
-
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.tiny_pipeline import FLOW, LENGTH, WIDTH, arrays, one_thread, pipeline, seeds, text_encoder, unet  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return pipeline()
-
-
-def seeds(*numbers):
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def arrays(pipe, prompt="a cat", steps=3, **changes):
-    call = {"generator": seeds(0)[0], "num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "np"}
-    return pipe(prompt, **call | changes).images
 
 
 # Parity
@@ -110,123 +83,6 @@ def test_the_mask_reaches_only_encoders_that_ask_for_it():
         encoder.register_forward_pre_hook(lambda _, args, kwargs, seen=seen: seen.append(kwargs), with_kwargs=True)
         pipeline(text_encoder=encoder).encode_prompt("a")
         assert all((kwargs["attention_mask"] is not None) == masked for kwargs in seen)
-
-
-# Inputs
-
-UNUSABLE = {
-    "guidance_scale nan": ({"guidance_scale": float("nan")}, "guidance_scale: got nan; expected a finite number >= 0"),
-    "guidance_scale -3": ({"guidance_scale": -3}, "guidance_scale: got -3"),
-    "guidance_scale inf": ({"guidance_scale": float("inf")}, "guidance_scale: got inf"),
-    "guidance_scale text": ({"guidance_scale": "3"}, "guidance_scale: got '3'"),
-    "steps 0": ({"steps": 0}, "num_inference_steps: got 0; expected a whole number from 1 to 1000"),
-    "steps -1": ({"steps": -1}, "num_inference_steps: got -1"),
-    "steps 1001": ({"steps": 1001}, "num_inference_steps: got 1001"),
-    "steps text": ({"steps": "5"}, "num_inference_steps: got '5'"),
-    "prompt []": ({"prompt": []}, "prompt: empty batch"),
-    "prompt None": ({"prompt": None}, "give either prompt or prompt_embeds"),
-    "prompt 5": ({"prompt": 5}, "prompt: got int; expected a string, or a list or tuple"),
-    "prompt [None]": ({"prompt": ["a", None]}, "prompt: item 1 is NoneType"),
-    "prompt surrogate": ({"prompt": "cat \ud83d"}, r"not valid Unicode: lone surrogate '\\ud83d' at character 4"),
-    "images 0": ({"num_images_per_prompt": 0}, "num_images_per_prompt: got 0; expected a whole number >= 1"),
-    "images -1": ({"num_images_per_prompt": -1}, "num_images_per_prompt: got -1"),
-    "images True": ({"num_images_per_prompt": True}, "num_images_per_prompt: got True"),
-    "height 0": ({"height": 0}, "height: got 0; expected a whole number >= 2"),
-    "height -8": ({"height": -8}, "height: got -8"),
-    "height 33": ({"height": 33}, "33 pixels is not a multiple of the autoencoder's factor 2; 32 and 34 are"),
-    "height text": ({"height": "32"}, "height: got '32'"),
-    "width 1": ({"width": 1}, "width: got 1"),
-    "pixels": ({"height": 2**13, "width": 2**13}, "got 8192 . 8192 pixels; expected at most 16777216"),
-    "output_type": ({"output_type": "bogus"}, "output_type: got 'bogus'; expected one of pil, np, pt, latent"),
-    "generators": ({"generator": seeds(0, 1)}, "generator: got a list of 2 for 1 pictures"),
-    "generator 5": ({"generator": 5}, "generator: got int; expected torch.Generator"),
-    "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
-    "negative 5": ({"negative_prompt": 5}, "negative_prompt: got int"),
-    "negative []": ({"negative_prompt": []}, "negative_prompt: empty batch"),
-    "both prompts": ({"prompt_embeds": torch.zeros(1, 4, WIDTH)}, "give either prompt or prompt_embeds, and not both"),
-    "both negatives": (
-        {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, LENGTH, WIDTH)},
-        "give negative_prompt or negative_prompt_embeds, not both",
-    ),
-    "embeds width": (
-        {"prompt": None, "prompt_embeds": torch.zeros(1, 4, 8)},
-        "prompt_embeds has width 8, the denoiser expects 16: was it made by another text encoder",
-    ),
-    "embeds shape": ({"prompt": None, "prompt_embeds": torch.zeros(4, WIDTH)}, r"prompt_embeds: got \(4, 16\)"),
-    "embeds type": ({"prompt": None, "prompt_embeds": [0.0]}, "prompt_embeds: got list"),
-    "negative embeds": (
-        {"negative_prompt_embeds": torch.zeros(1, 4, WIDTH)},
-        "negative_prompt_embeds: got .1, 4, 16.; expected 1 prompts of 12 tokens",
-    ),
-    "latents shape": ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: got \(1, 4, 4, 4\); .* shape \(1, 4, 8, 8\)"),
-    "latents type": ({"latents": 0}, "latents: got int"),
-    "tensor inputs": (
-        {"callback_on_step_end_tensor_inputs": ["noise"]},
-        "callback_on_step_end_tensor_inputs: got ..noise..; expected some of latents",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNUSABLE)
-def test_unusable_inputs(pipe, case):
-    call, message = UNUSABLE[case]
-    with pytest.raises(ValueError, match=message):
-        arrays(pipe, **call)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"prompt": ("a", "b")},
-        {"prompt": ""},
-        {"prompt": "nul \0, \u202eright to left\u202c, ねこ, 🐈\u200d⬛"},
-        {"prompt": ["a", "b"], "negative_prompt": "for both"},
-        {"guidance_scale": 1e6},
-        {"steps": np.int64(2), "guidance_scale": np.float32(2)},
-        {"height": 2, "width": 34},
-        {"prompt": None, "prompt_embeds": torch.zeros(2, 7, WIDTH)},
-    ],
-    ids=str,
-)
-def test_usable_inputs(pipe, call):
-    images = arrays(pipe, **call)
-    assert np.isfinite(images).all()
-    assert images.shape[1:] == (call.get("height", 16), call.get("width", 16), 3)
-
-
-def test_without_a_text_encoder_embeddings_are_needed():
-    alone = pipeline(text_encoder=None, tokenizer=None)
-    with pytest.raises(
-        ValueError, match="prompt: the pipeline has no text encoder or no tokenizer; give prompt_embeds"
-    ):
-        alone("a")
-    with pytest.raises(ValueError, match="give negative_prompt_embeds"):
-        alone(prompt_embeds=torch.zeros(1, 4, WIDTH))
-
-
-def test_a_tokenizer_that_pads_beyond_the_encoder_is_refused():
-    tokenizer = tiny_pipeline.tokenizer()
-    tokenizer.model_max_length = 77
-    with pytest.raises(ValueError, match="the text encoder reads 12 tokens, not 77: set"):
-        pipeline(tokenizer=tokenizer).encode_prompt("a")
-
-
-def test_a_safety_checker_is_refused():
-    with pytest.raises(ValueError, match="runs no safety checker"):
-        TextToImagePipeline(**{**tiny_pipeline.parts(), "safety_checker": text_encoder()})
-
-
-def test_pndm_with_runge_kutta_steps_needs_four():
-    with pytest.raises(ValueError, match="num_inference_steps: got 3; expected a whole number from 4 to 1000"):
-        arrays(pipeline(scheduler=PNDMScheduler()))
-
-
-@pytest.mark.parametrize("prompt", ["x" * 100_000, ["x" * 50, "short"]], ids=["100k", "batch"])
-def test_long_prompts_are_cut_with_one_short_warning(pipe, caplog, prompt):
-    arrays(pipe, prompt, steps=1)
-    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    counts = {"x" * 100_000: 100_002}.get(prompt if isinstance(prompt, str) else "", 52)
-    assert record.getMessage() == f"prompt: {counts} tokens, of which the text encoder reads 12; the rest is cut"
 
 
 # What a call does
@@ -340,62 +196,3 @@ def test_non_finite_numbers_are_errors():
     pipe.vae.decoder.conv_out.bias.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="non-finite pixels from the autoencoder"):
         arrays(pipe)
-
-
-# Folders
-
-
-class Absent:
-    """An import hook that makes this project one that is not installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ldm", "pipelines", "tests"):
-            raise ModuleNotFoundError(name)
-
-
-def be_a_stranger(first, second):
-    """Load, save and load again where this project cannot be imported; run in a forked process."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "pipelines", "tests")]:
-        del sys.modules[name]
-    sys.meta_path.insert(0, Absent())
-    os.chdir("/")
-    cache = first.parent / "modules"
-    dynamic_modules_utils.HF_MODULES_CACHE = str(cache)
-    warnings.simplefilter("error", FutureWarning)
-    stock = DiffusionPipeline.from_pretrained(first)
-    assert type(stock) is StableDiffusionPipeline
-    ours = DiffusionPipeline.from_pretrained(first, custom_pipeline=str(first), trust_remote_code=True)
-    assert type(ours).__module__ == "diffusers_modules.local.pipeline"
-    (written,) = cache.rglob("pipeline.py")
-    written.write_text("another pipeline was loaded")
-    ours.save_pretrained(second)
-    again = DiffusionPipeline.from_pretrained(second, custom_pipeline="pipeline", trust_remote_code=True)
-    assert type(again).__name__ == type(ours).__name__ == "TextToImagePipeline"
-    for pipe in (stock, ours, again):
-        pipe.set_progress_bar_config(disable=True)
-    expected = arrays(stock)
-    np.testing.assert_allclose(arrays(ours), expected, atol=1e-5)
-    np.testing.assert_allclose(arrays(again), expected, atol=1e-5)
-    np.save(second / "expected.npy", expected)
-    assert "pipelines" not in sys.modules
-
-
-def test_folder_loads_as_the_stock_pipeline_and_as_ours_without_this_project(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    pipe = pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW))
-    pipe.save_pretrained(first)
-    stranger = multiprocessing.get_context("fork").Process(target=be_a_stranger, args=(first, second))
-    stranger.start()
-    stranger.join(120)
-    assert stranger.exitcode == 0
-    np.testing.assert_allclose(np.load(second / "expected.npy"), arrays(pipe), atol=1e-5)
-    assert arrays(TextToImagePipeline.from_pretrained(second)).shape == (1, 16, 16, 3)
-    for folder in (first, second):
-        assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-        written = [file for file in folder.rglob("*") if file.suffix in (".json", ".py", ".txt")]
-        assert len(written) > 6
-        for file in written:
-            text = file.read_text(encoding="utf-8")
-            assert str(tmp_path) not in text, file
-            assert file.suffix == ".py" or "_name_or_path" not in text, file
-    assert (first / "pipeline.py").read_bytes() == (second / "pipeline.py").read_bytes()

@@ -1,7 +1,9 @@
 """The parts of a text-to-image pipeline with random weights, small enough to run in milliseconds."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
@@ -21,6 +23,16 @@ from pipelines.text2img import TextToImagePipeline
 LENGTH = 12  # tokens
 WIDTH = 16  # of the prompt embeddings
 PIXELS = 16  # height and width: 8 latents of 2 pixels
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the tests of a module that imports it; networks this small only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -103,3 +115,13 @@ def pipeline(**changes: Any) -> TextToImagePipeline:
     pipe = TextToImagePipeline(**parts(**changes))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def arrays(pipe: Any, prompt: Any = "a cat", steps: int = 3, **changes: Any) -> Any:
+    """Return what a short call with seed 0 makes."""
+    call = {"generator": seeds(0)[0], "num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "np"}
+    return pipe(prompt, **call | changes).images

@@ -1,0 +1,72 @@
+"""A saved text-to-image folder: stock to plain diffusers, ours on request, with this project absent."""
+
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+
+from pipelines.text2img import TextToImagePipeline
+from tests.tiny_pipeline import FLOW, arrays, one_thread, pipeline  # noqa: F401
+
+
+class Absent:
+    """An import hook that makes this project one that is not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ldm", "pipelines", "tests"):
+            raise ModuleNotFoundError(name)
+
+
+def be_a_stranger(first, second):
+    """Load, save and load again where this project cannot be imported; run in a forked process."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "pipelines", "tests")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Absent())
+    os.chdir("/")
+    cache = first.parent / "modules"
+    dynamic_modules_utils.HF_MODULES_CACHE = str(cache)
+    warnings.simplefilter("error", FutureWarning)
+    stock = DiffusionPipeline.from_pretrained(first)
+    assert type(stock) is StableDiffusionPipeline
+    ours = DiffusionPipeline.from_pretrained(first, custom_pipeline=str(first), trust_remote_code=True)
+    assert type(ours).__module__ == "diffusers_modules.local.pipeline"
+    (written,) = cache.rglob("pipeline.py")
+    written.write_text("another pipeline was loaded")
+    ours.save_pretrained(second)
+    again = DiffusionPipeline.from_pretrained(second, custom_pipeline="pipeline", trust_remote_code=True)
+    assert type(again).__name__ == type(ours).__name__ == "TextToImagePipeline"
+    for pipe in (stock, ours, again):
+        pipe.set_progress_bar_config(disable=True)
+    expected = arrays(stock)
+    np.testing.assert_allclose(arrays(ours), expected, atol=1e-5)
+    np.testing.assert_allclose(arrays(again), expected, atol=1e-5)
+    np.save(second / "expected.npy", expected)
+    assert "pipelines" not in sys.modules
+
+
+def test_folder_loads_as_the_stock_pipeline_and_as_ours_without_this_project(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    pipe = pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW))
+    pipe.save_pretrained(first)
+    stranger = multiprocessing.get_context("fork").Process(target=be_a_stranger, args=(first, second))
+    stranger.start()
+    stranger.join(120)
+    assert stranger.exitcode == 0
+    np.testing.assert_allclose(np.load(second / "expected.npy"), arrays(pipe), atol=1e-5)
+    assert arrays(TextToImagePipeline.from_pretrained(second)).shape == (1, 16, 16, 3)
+    for folder in (first, second):
+        assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+        written = [file for file in folder.rglob("*") if file.suffix in (".json", ".py", ".txt")]
+        assert len(written) > 6
+        for file in written:
+            text = file.read_text(encoding="utf-8")
+            assert str(tmp_path) not in text, file
+            assert file.suffix == ".py" or "_name_or_path" not in text, file
+    assert (first / "pipeline.py").read_bytes() == (second / "pipeline.py").read_bytes()

@@ -1,0 +1,132 @@
+"""What the text-to-image pipeline refuses, with which words, and what it takes."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler
+
+from pipelines.text2img import TextToImagePipeline
+from tests import tiny_pipeline
+from tests.tiny_pipeline import LENGTH, WIDTH, arrays, one_thread, pipeline, seeds, text_encoder  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline()
+
+
+UNUSABLE = {
+    "guidance_scale nan": ({"guidance_scale": float("nan")}, "guidance_scale: got nan; expected a finite number >= 0"),
+    "guidance_scale -3": ({"guidance_scale": -3}, "guidance_scale: got -3"),
+    "guidance_scale inf": ({"guidance_scale": float("inf")}, "guidance_scale: got inf"),
+    "guidance_scale text": ({"guidance_scale": "3"}, "guidance_scale: got '3'"),
+    "steps 0": ({"steps": 0}, "num_inference_steps: got 0; expected a whole number from 1 to 1000"),
+    "steps -1": ({"steps": -1}, "num_inference_steps: got -1"),
+    "steps 1001": ({"steps": 1001}, "num_inference_steps: got 1001"),
+    "steps text": ({"steps": "5"}, "num_inference_steps: got '5'"),
+    "prompt []": ({"prompt": []}, "prompt: empty batch"),
+    "prompt None": ({"prompt": None}, "give either prompt or prompt_embeds"),
+    "prompt 5": ({"prompt": 5}, "prompt: got int; expected a string, or a list or tuple"),
+    "prompt [None]": ({"prompt": ["a", None]}, "prompt: item 1 is NoneType"),
+    "prompt surrogate": ({"prompt": "cat \ud83d"}, r"not valid Unicode: lone surrogate '\\ud83d' at character 4"),
+    "images 0": ({"num_images_per_prompt": 0}, "num_images_per_prompt: got 0; expected a whole number >= 1"),
+    "images -1": ({"num_images_per_prompt": -1}, "num_images_per_prompt: got -1"),
+    "images True": ({"num_images_per_prompt": True}, "num_images_per_prompt: got True"),
+    "height 0": ({"height": 0}, "height: got 0; expected a whole number >= 2"),
+    "height -8": ({"height": -8}, "height: got -8"),
+    "height 33": ({"height": 33}, "33 pixels is not a multiple of the autoencoder's factor 2; 32 and 34 are"),
+    "height text": ({"height": "32"}, "height: got '32'"),
+    "width 1": ({"width": 1}, "width: got 1"),
+    "pixels": ({"height": 2**13, "width": 2**13}, "got 8192 . 8192 pixels; expected at most 16777216"),
+    "output_type": ({"output_type": "bogus"}, "output_type: got 'bogus'; expected one of pil, np, pt, latent"),
+    "generators": ({"generator": seeds(0, 1)}, "generator: got a list of 2 for 1 pictures"),
+    "generator 5": ({"generator": 5}, "generator: got int; expected torch.Generator"),
+    "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
+    "negative 5": ({"negative_prompt": 5}, "negative_prompt: got int"),
+    "negative []": ({"negative_prompt": []}, "negative_prompt: empty batch"),
+    "both prompts": ({"prompt_embeds": torch.zeros(1, 4, WIDTH)}, "give either prompt or prompt_embeds, and not both"),
+    "both negatives": (
+        {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, LENGTH, WIDTH)},
+        "give negative_prompt or negative_prompt_embeds, not both",
+    ),
+    "embeds width": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 4, 8)},
+        "prompt_embeds has width 8, the denoiser expects 16: was it made by another text encoder",
+    ),
+    "embeds shape": ({"prompt": None, "prompt_embeds": torch.zeros(4, WIDTH)}, r"prompt_embeds: got \(4, 16\)"),
+    "embeds type": ({"prompt": None, "prompt_embeds": [0.0]}, "prompt_embeds: got list"),
+    "negative embeds": (
+        {"negative_prompt_embeds": torch.zeros(1, 4, WIDTH)},
+        "negative_prompt_embeds: got .1, 4, 16.; expected 1 prompts of 12 tokens",
+    ),
+    "latents shape": ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents: got \(1, 4, 4, 4\); .* shape \(1, 4, 8, 8\)"),
+    "latents type": ({"latents": 0}, "latents: got int"),
+    "tensor inputs": (
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        "callback_on_step_end_tensor_inputs: got ..noise..; expected some of latents",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_inputs(pipe, case):
+    call, message = UNUSABLE[case]
+    with pytest.raises(ValueError, match=message):
+        arrays(pipe, **call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"prompt": ("a", "b")},
+        {"prompt": ""},
+        {"prompt": "nul \0, \u202eright to left\u202c, ねこ, 🐈\u200d⬛"},
+        {"prompt": ["a", "b"], "negative_prompt": "for both"},
+        {"guidance_scale": 1e6},
+        {"steps": np.int64(2), "guidance_scale": np.float32(2)},
+        {"height": 2, "width": 34},
+        {"prompt": None, "prompt_embeds": torch.zeros(2, 7, WIDTH)},
+    ],
+    ids=str,
+)
+def test_usable_inputs(pipe, call):
+    images = arrays(pipe, **call)
+    assert np.isfinite(images).all()
+    assert images.shape[1:] == (call.get("height", 16), call.get("width", 16), 3)
+
+
+def test_without_a_text_encoder_embeddings_are_needed():
+    alone = pipeline(text_encoder=None, tokenizer=None)
+    with pytest.raises(
+        ValueError, match="prompt: the pipeline has no text encoder or no tokenizer; give prompt_embeds"
+    ):
+        alone("a")
+    with pytest.raises(ValueError, match="give negative_prompt_embeds"):
+        alone(prompt_embeds=torch.zeros(1, 4, WIDTH))
+
+
+def test_a_tokenizer_that_pads_beyond_the_encoder_is_refused():
+    tokenizer = tiny_pipeline.tokenizer()
+    tokenizer.model_max_length = 77
+    with pytest.raises(ValueError, match="the text encoder reads 12 tokens, not 77: set"):
+        pipeline(tokenizer=tokenizer).encode_prompt("a")
+
+
+def test_a_safety_checker_is_refused():
+    with pytest.raises(ValueError, match="runs no safety checker"):
+        TextToImagePipeline(**{**tiny_pipeline.parts(), "safety_checker": text_encoder()})
+
+
+def test_pndm_with_runge_kutta_steps_needs_four():
+    with pytest.raises(ValueError, match="num_inference_steps: got 3; expected a whole number from 4 to 1000"):
+        arrays(pipeline(scheduler=PNDMScheduler()))
+
+
+@pytest.mark.parametrize("prompt", ["x" * 100_000, ["x" * 50, "short"]], ids=["100k", "batch"])
+def test_long_prompts_are_cut_with_one_short_warning(pipe, caplog, prompt):
+    arrays(pipe, prompt, steps=1)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    counts = {"x" * 100_000: 100_002}.get(prompt if isinstance(prompt, str) else "", 52)
+    assert record.getMessage() == f"prompt: {counts} tokens, of which the text encoder reads 12; the rest is cut"

@@ -1,0 +1,123 @@
+import json
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.config import DataConfig
+from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.data.openmoji import OpenMoji
+from ldm.data.sources import build_source
+
+CAPTIONS = ["a red square", None, "", "  ", ["green", "grün"], "blue"]
+
+
+def picture(index):
+    return Image.fromarray(np.full((10, 12, 3), index * 40, np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = []
+    for index, caption in enumerate(CAPTIONS):
+        picture(index).save(tmp_path / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": caption if isinstance(caption, str | None) else caption[0]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return tmp_path
+
+
+def table():
+    captions = [c if isinstance(c, list) else [c] for c in CAPTIONS]
+    return datasets.Dataset.from_dict(
+        {"picture": [picture(i) for i in range(6)], "captions": captions},
+        features=datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}),
+    )
+
+
+def test_an_image_folder_is_read_with_its_captions(folder):
+    source = build_source(DataConfig(source="imagefolder", path=str(folder)))
+    assert len(source) == 6
+    found = {source.image(i).getpixel((0, 0))[0] // 40: source.captions(i) for i in range(6)}
+    assert found == {0: ("a red square",), 1: (), 2: (), 3: (), 4: ("green",), 5: ("blue",)}
+
+
+def test_a_csv_does_as_well(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,caption\n" + "\n".join(f"{i}.png,number {i}" for i in range(6)))
+    source = build_source(DataConfig(source="imagefolder", path=str(folder)))
+    assert {source.captions(i) for i in range(6)} == {(f"number {i}",) for i in range(6)}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_tables_with_lists_of_captions_are_read(kind, tmp_path):
+    if kind == "parquet":
+        table().to_parquet(tmp_path / "part.parquet")
+    else:
+        table().save_to_disk(tmp_path)
+    source = build_source(DataConfig(source=kind, path=str(tmp_path)))
+    assert source.captions(4) == ("green", "grün")
+    assert source.captions(1) == ()
+    assert source.image(2).getpixel((3, 3)) == (80, 80, 80)
+
+
+def test_pictures_without_a_caption_train_unconditionally_and_are_counted(folder, caplog):
+    config = DataConfig(source="imagefolder", path=str(folder), image_size=8, held_out_percent=0.0)
+    data = PositionDataset(CaptionedImages(build_source(config), config), "train", 0)
+    assert "3 of 6 pictures have no caption" in caplog.text
+    assert sorted(data[p].caption for p in range(6)) == ["", "", "", "a red square", "blue", "green"]
+
+
+def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
+    table().save_to_disk(tmp_path)
+    config = {"source": "dataset", "path": str(tmp_path)}
+    assert build_source(DataConfig(**config, image_column="picture")).image_column == "picture"
+    with pytest.raises(ValueError, match=r"data\.caption_column: no column 'txet' among the columns picture, captions"):
+        build_source(DataConfig(**config, caption_column="txet"))
+
+
+def test_a_picture_that_cannot_be_read_names_its_row(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "noise"}))
+    source = build_source(DataConfig(source="imagefolder", path=str(tmp_path)))
+    with pytest.raises(ValueError, match="row 0 cannot be read"):
+        source.image(0)
+
+
+def test_a_missing_folder_says_so():
+    with pytest.raises(FileNotFoundError, match="no folder at nowhere"):
+        build_source(DataConfig(source="imagefolder", path="nowhere"))
+    with pytest.raises(ValueError, match=r"data\.path: required"):
+        build_source(DataConfig(source="parquet"))
+
+
+@pytest.fixture(scope="module")
+def openmoji():
+    return OpenMoji(32, ("en", "de"))
+
+
+def test_openmoji_has_its_pictures_and_captions(openmoji):
+    assert len(openmoji) == 3953
+    index = openmoji.keys.index("1F469-1F3FE-200D-1F680")
+    assert openmoji.captions(index)[0] == "woman astronaut medium-dark skin tone"
+    assert openmoji.captions(index)[1].startswith("astronautin")
+    assert len(openmoji.all_captions(index)) > 10
+    assert openmoji.image(index).size == (32, 32)
+    assert openmoji.image(index).mode == "RGBA"
+
+
+def test_openmoji_holds_the_committed_lists_out_of_training(openmoji):
+    held_out = {"validation": "configs/openmoji/validation.txt", "test": "configs/openmoji/heldout.txt"}
+    images = CaptionedImages(openmoji, DataConfig(image_size=32, held_out=held_out))
+    splits = images.splits
+    assert len(splits["test"]) >= 200
+    assert len(splits["validation"]) >= 200
+    train = {images.hashes[picture] for picture in splits["train"]}
+    assert not train & {images.hashes[picture] for name in ("test", "validation") for picture in splits[name]}
+
+
+def test_an_unknown_language_is_refused():
+    with pytest.raises(ValueError, match="no captions in \\['xx'\\]; choose from en"):
+        OpenMoji(32, ("en", "xx"))
