@@ -1,63 +1,31 @@
 """Configs as files: YAML and command-line overrides into the frozen dataclasses of `ldm.config`, and back.
 
-jsonargparse reads each field by its annotation and prints the help; the words of the errors are our own, and
-networks (``dict[str, Any]``) pass it by: there it turns the text "2" into a number and imports a ``class_path``.
+The dataclasses are the schema: a value is read by the annotation of its field, nothing is guessed. That is
+why jsonargparse does not read here: under ``dict[str, Any]`` it turns the text "2" into a number, and imports
+and calls whatever class a ``class_path`` key names.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
-import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from functools import cache, reduce
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
-
-from .config import Network
+from .config_tree import ConfigError, Text, Tree, dump_tree, read_tree, shown
 
 __all__ = ["ConfigError", "config_differences", "exit_on_config_error", "load_config", "save_config"]
 
 T = TypeVar("T")
-Tree = dict[str, Any]
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-
-
-class ConfigError(ValueError):
-    """What is wrong with a config: a line for each problem, with its path."""
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """1e-4 is a number; on, off, yes, no and dates are text, as in YAML 1.2."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes text that `_Loader` or a YAML 1.1 reader would take for something else."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|false|False)$"), list("tTfF"))
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-
-
-set_loader("ldm", _load_yaml, exceptions=(yaml.YAMLError, ValueError))
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @contextmanager
@@ -73,7 +41,7 @@ def exit_on_config_error() -> Iterator[None]:
 def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """Return the config in ``--config FILE.yaml``, changed by ``--path.to.field VALUE`` (or ``=VALUE``).
 
-    ``argv`` defaults to the command line; of several values for an option the last counts. A value is YAML, but
+    ``argv`` defaults to the command line; of several values for a field the last counts. A value is YAML, but
     a text field takes it as it stands. An override inside a mapping, or inside an optional part that is null,
     adds what is missing; an override of a whole part or mapping replaces it. ``--help`` lists every field and
     exits.
@@ -84,108 +52,167 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
-        _parser(kind).print_help()
+        _help_parser(kind).print_help()
         sys.exit(0)
     problems: list[str] = []
-    tree = _read_tree(kind, words)
-    typed = _read_fields(kind, _known(kind, tree, "", problems), problems)
+    config: T = _read_fields(kind, read_tree(words, problems), "", problems)
     if problems:
         raise ConfigError("\n".join(problems))
-    config: T = _build(kind, tree, typed)
     return config
 
 
 def save_config(config: object, path: str | Path) -> None:
     """Write every field as YAML in UTF-8, into an existing folder; `load_config` reads back an equal config.
 
-    Two things are not kept: a tuple in a network comes back as a list, the text "null" in an optional field as None.
+    Under ``dict[str, Any]`` that takes values that YAML has: a tuple there would come back as a list.
     """
-    Path(path).write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")  # type: ignore[call-overload]
+    Path(path).write_text(dump_tree(_plain(config)), encoding="utf-8")
 
 
 def config_differences(a: object, b: object) -> list[str]:
     """Return a line ``path: old -> new`` for each leaf in which two configs of one kind differ."""
-    return list(_differences(asdict(a), asdict(b), ""))  # type: ignore[call-overload]
+    return list(_differences(_plain(a), _plain(b), ""))
 
 
-def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
-    for key in a | b:
-        old, new = (tree.get(key, _MISSING) for tree in (a, b))
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, _join(path, key))
-        elif old != new:
-            yield f"{_join(path, key)}: {old!r} -> {new!r}"
+# ---- the tree to dataclasses: a problem is noted and None stands in for the value ----
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "not set"
+def _read(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """Return a value of the tree as its annotation wants it."""
+    container, args = get_origin(annotation), get_args(annotation)
+    if container in (Union, UnionType):
+        return _read_union(annotation, value, path, problems)
+    if isinstance(value, Text):
+        value = str(value) if annotation is str else value.parsed()
+    if isinstance(annotation, type) and is_dataclass(annotation) and isinstance(value, dict):
+        return _read_fields(annotation, value, path, problems)
+    if annotation is Any and isinstance(value, dict):  # an override may be inside
+        return {key: _read(Any, item, path, problems) for key, item in value.items()}
+    if container is dict and isinstance(value, dict):
+        wrong = [key for key in value if type(key) is not str]
+        problems += [f"{_join(path, key)}: got the key {shown(key)}; expected text" for key in wrong]
+        return {key: _read(args[1], item, _join(path, key), problems) for key, item in value.items()}
+    if container is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if Ellipsis in args else args
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(_read(item_kind, item, f"{path}[{i}]", problems) for i, (item_kind, item) in items)
+    if container is Literal and any(value == choice and type(value) is type(choice) for choice in args):
+        return value
+    if annotation in (Any, type(value)):  # exactly that type: True is not an int here
+        return value
+    if annotation is float and type(value) is int:
+        return float(value)
+    problems.append(f"{path}: got {shown(value)}; {_wanted(annotation, value)}")
+    return None
 
 
-_MISSING = _Missing()
+def _read_union(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """Return the value as the first alternative that takes it."""
+    if NoneType in get_args(annotation) and (value is None or (isinstance(value, Text) and value == "null")):
+        return None
+    arms = [arm for arm in get_args(annotation) if arm is not NoneType]
+    for arm in arms:
+        found: list[str] = []
+        result = _read(arm, value, path, found)
+        if not found:
+            return result
+    value = value.parsed() if isinstance(value, Text) else value
+    problems += found if len(arms) == 1 else [f"{path}: got {shown(value)}; {_wanted(annotation, value)}"]
+    return None
 
 
-# ---- the schema: a part is a dataclass, optional or not, and a leaf is any other field ----
+def _read_fields(kind: type[Any], tree: Tree, path: str, problems: list[str]) -> Any:
+    """Return the dataclass; a ValueError of its ``__post_init__`` is a problem as well."""
+    hints, before = get_type_hints(kind), len(problems)
+    for key in [key for key in tree if key not in hints]:
+        inside = [_join(part, key) for part, below in _parts(kind, path) if key in get_type_hints(below)]
+        meant = inside or difflib.get_close_matches(str(key), hints, n=1)
+        hint = f"did you mean {meant[0]!r}?" if meant else f"choose from {', '.join(hints)}"
+        problems.append(f"{_join(path, key)}: no such field; {hint}")
+    for field in fields(kind):
+        if field.name not in tree and field.default is MISSING and field.default_factory is MISSING:
+            problems.append(f"{_join(path, field.name)}: required")
+    known = [name for name in hints if name in tree]
+    values = {name: _read(hints[name], tree[name], _join(path, name), problems) for name in known}
+    if len(problems) == before:
+        try:
+            return kind(**values)
+        except ValueError as error:
+            problems.append(f"{path}: {error}" if path else str(error))
+    return None
+
+
+# ---- words for people ----
 
 
 def _join(path: str, name: object) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def _part(hint: Any) -> type[Any] | None:
-    return next((arm for arm in (hint, *get_args(hint)) if isinstance(arm, type) and is_dataclass(arm)), None)
+def _wanted(annotation: Any, value: Any) -> str:
+    """Return how an error asks for a type, with the choice nearest to the value."""
+    if get_origin(annotation) is not Literal:
+        return f"expected {_type_name(annotation)}"
+    choices = [str(choice) for choice in get_args(annotation)]
+    meant = difflib.get_close_matches(str(value), choices, n=1)
+    return f"choose from {', '.join(choices)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+
+
+def _type_name(annotation: Any) -> str:
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return name.replace("typing.", "").replace("None", "null")
+
+
+def _plain(value: Any) -> Any:
+    """Return a config as mappings, lists and scalars."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a | b:
+            yield from _differences(a.get(key, MISSING), b.get(key, MISSING), _join(path, key))
+    elif a != b:
+        old, new = ("not set" if value is MISSING else repr(value) for value in (a, b))
+        yield f"{path}: {old} -> {new}"
 
 
 def _parts(kind: type[Any], path: str = "") -> Iterator[tuple[str, type[Any]]]:
-    """Yield ``(path, dataclass)`` for a dataclass and those below it."""
+    """Yield ``(path, dataclass)`` for a dataclass and those below it, optional ones included."""
     yield path, kind
-    for name, hint in get_type_hints(kind).items():
-        if part := _part(hint):
-            yield from _parts(part, _join(path, name))
+    for name, annotation in get_type_hints(kind).items():
+        for below in (annotation, *get_args(annotation)):
+            if isinstance(below, type) and is_dataclass(below):
+                yield from _parts(below, _join(path, name))
 
 
-@cache
-def _leaves(kind: type[Any]) -> Tree:
-    """Return the annotation of each leaf by its path."""
-    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in get_type_hints(part).items())
-    return {path: hint for path, hint in fields if not _part(hint)}
+def _field_docs(kind: type[Any]) -> dict[str, str]:
+    """Return the string literal below each field, as one line."""
+    docs = {}
+    for statements in pairwise(ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body):  # type: ignore[attr-defined]
+        match statements:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
-@cache
-def _parser(kind: type[Any]) -> ArgumentParser:
-    """Return a parser with an option for each leaf, in a group for each part."""
+def _help_parser(kind: type[Any]) -> argparse.ArgumentParser:
+    """Return a parser that is only printed: a group for each dataclass, an option for each field."""
     usage = "%(prog)s [--help] [--config FILE.yaml] [--path.to.field VALUE ...]"
-    parser = ArgumentParser(usage=usage, exit_on_error=False, parser_mode="ldm")
-    parser.add_argument("--config", metavar="FILE.yaml", help="values of fields; the other options change them")
+    parser = argparse.ArgumentParser(usage=usage, add_help=False)
     for path, part in _parts(kind):
         group = parser.add_argument_group(path or "fields", inspect.getdoc(part))
-        below = {name for name, hint in get_type_hints(part).items() if _part(hint)}
-        group.add_class_arguments(part, path or None, as_group=False, skip=below)
+        hints, docs = get_type_hints(part), _field_docs(part)
+        for field in fields(part):
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            if is_dataclass(default):
+                continue  # a group of its own
+            note = "required" if default is MISSING else f"default: {_plain(default)!r}"
+            text = f"{docs.get(field.name, '')} ({_type_name(hints[field.name])}; {note})".strip()
+            group.add_argument(f"--{_join(path, field.name)}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser
-
-
-# ---- the tree: the mapping in the file, with the overrides put into it ----
-
-
-def _read_tree(kind: type[Any], words: list[str]) -> Tree:
-    """Return the values a command line gives, unchecked; those of leaves that are no mappings are still text."""
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in dict.fromkeys(re.findall(r"^--[^=\n]+", "\n".join(words), re.MULTILINE)):
-        options.add_argument(option, dest=option[2:], default=argparse.SUPPRESS)
-    try:
-        given, stray = options.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        name = str(error.argument_name)
-        raise ConfigError(f"{name[2:]}: no value given; write {name}=VALUE") from None
-    if stray:  # not echoed: it may belong to an unknown option
-        raise ConfigError("command line: a word that belongs to no option; write --path.to.field VALUE")
-    overrides = vars(given)
-    tree = _read_file(overrides.pop("config")) if "config" in overrides else {}
-    for path, text in overrides.items():
-        below, (*parents, name) = tree, path.split(".")
-        for parent in parents:
-            if not isinstance(below.get(parent), dict):
-                below[parent] = {}
-            below = below[parent]
-        below[name] = _yaml_or_text(text) if get_origin(_leaves(kind).get(path, Network)) is dict else text
-    return tree
