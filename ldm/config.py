@@ -140,8 +140,6 @@ class LoopConfig:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else float32."""
-    gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "xformers"] = "sdpa"
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2

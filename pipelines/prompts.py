@@ -20,7 +20,8 @@ def encode(
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
         raise ValueError(
-            f"{name}: the text encoder reads {readable} tokens, not {length}: set pipe.tokenizer.model_max_length"
+            f"{name}: the text encoder reads {readable} tokens, not {length}: set pipe.tokenizer.model_max_length, or "
+            f"give {name}_embeds"
         )
     longest = max(len(ids) for ids in tokenizer(prompts, verbose=False).input_ids)
     if longest > length:

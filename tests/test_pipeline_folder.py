@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiff
 from diffusers.utils import dynamic_modules_utils
 
 from pipelines.text2img import TextToImagePipeline
-from tests.tiny_pipeline import FLOW, arrays, one_thread, pipeline  # noqa: F401
+from tests.tiny_pipeline import FLOW, arrays, pipeline
 
 
 class Absent:

@@ -1,9 +1,7 @@
 """The parts of a text-to-image pipeline with random weights, small enough to run in milliseconds."""
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import pre_tokenizers
@@ -24,15 +22,6 @@ LENGTH = 12  # tokens
 WIDTH = 16  # of the prompt embeddings
 PIXELS = 16  # height and width: 8 latents of 2 pixels
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the tests of a module that imports it; networks this small only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -30,14 +31,46 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if vocab_size < len(base) + 2:
         raise ValueError(f"vocab_size {vocab_size}: at least {len(base) + 2} are needed, for every byte")
     learner = CLIPTokenizer(vocab={BEGIN: 0, END: 1}, merges=[]).backend_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=letters, end_of_word_suffix=WORD_END, show_progress=False
-    )
-    learner.train_from_iterator(sorted(set(captions)), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][: vocab_size - len(base) - 2]
+    words: Counter[tuple[str, ...]] = Counter()
+    for caption in sorted(set(captions)):
+        pieces = learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(caption))
+        words.update((*piece[:-1], piece[-1] + WORD_END) for piece, _ in pieces)
+    merges = learn_merges(words, vocab_size - len(base) - 2)
     tokens = dict.fromkeys(base + [left + right for left, right in merges] + [BEGIN, END])
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+
+
+def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
+    """Return up to `count` byte-pair merges of `words`, symbols with how often they occur (Sennrich et al. 2016).
+
+    The most frequent pair first, the first in alphabetical order of equals: the same captions always give the same
+    tokenizer, which a resumed run needs (the trainer of `tokenizers` breaks ties differently in every call).
+    """
+    left_words, merges = dict(words), list[tuple[str, str]]()
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for symbols, occurrences in left_words.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += occurrences
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        left_words = {_merged(symbols, best): occurrences for symbols, occurrences in left_words.items()}
+    return merges
+
+
+def _merged(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    if pair[0] not in symbols:
+        return symbols
+    result: list[str] = []
+    for symbol in symbols:
+        if result and (result[-1], symbol) == pair:
+            result[-1] += symbol
+        else:
+            result.append(symbol)
+    return tuple(result)
 
 
 def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.Module, Any]:
