@@ -1,31 +1,70 @@
 """Configs as files: YAML and command-line overrides into the frozen dataclasses of `ldm.config`, and back.
 
-The dataclasses are the schema: a value is read by the annotation of its field, nothing is guessed. That is
-why jsonargparse does not read here: under ``dict[str, Any]`` it turns the text "2" into a number, and imports
-and calls whatever class a ``class_path`` key names.
+jsonargparse reads each field by its annotation and prints the help; the words of the errors are our own. Networks
+(``dict[str, Any]``) pass it by: there it would read the text "2" as a number and import what a ``class_path`` names.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import inspect
+import re
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
-from itertools import pairwise
+from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .config_tree import ConfigError, Text, Tree, dump_tree, read_tree, shown
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+
+from .config import Network
 
 __all__ = ["ConfigError", "config_differences", "exit_on_config_error", "load_config", "save_config"]
 
 T = TypeVar("T")
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config: a line for each problem, with its path."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML as version 1.2 has it: 1e-4 is a number; on, off, yes, no and dates are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes text that `_Loader` or a YAML 1.1 reader would take for something else."""
+
+
+_EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|false|False)$"), list("tTfF"))
+
+
+def _load_yaml(text: str, place: str = "value") -> Any:
+    """Return what the text says; an error names the place and the line but quotes nothing, it may be a secret."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{place}{line}: not valid YAML{f': {problem}' if problem else ''}") from None
+
+
+set_loader("yaml_1_2", _load_yaml, exceptions=(ConfigError,))
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @contextmanager
@@ -41,7 +80,7 @@ def exit_on_config_error() -> Iterator[None]:
 def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """Return the config in ``--config FILE.yaml``, changed by ``--path.to.field VALUE`` (or ``=VALUE``).
 
-    ``argv`` defaults to the command line; of several values for a field the last counts. A value is YAML, but
+    ``argv`` defaults to the command line; of several values for an option the last counts. A value is YAML, but
     a text field takes it as it stands. An override inside a mapping, or inside an optional part that is null,
     adds what is missing; an override of a whole part or mapping replaces it. ``--help`` lists every field and
     exits.
@@ -52,167 +91,177 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
-        _help_parser(kind).print_help()
+        _parser(*_parts(kind)).print_help()
         sys.exit(0)
     problems: list[str] = []
-    config: T = _read_fields(kind, read_tree(words, problems), "", problems)
-    if problems:
+    config = _build(kind, _read_tree(kind, words), "", problems)
+    if config is None:
         raise ConfigError("\n".join(problems))
     return config
 
 
-def save_config(config: object, path: str | Path) -> None:
-    """Write every field as YAML in UTF-8, into an existing folder; `load_config` reads back an equal config.
+def save_config(config: Any, path: str | Path) -> None:
+    """Write every field as YAML into an existing folder; `load_config` reads back an equal config.
 
-    Under ``dict[str, Any]`` that takes values that YAML has: a tuple there would come back as a list.
+    For a network that takes values that YAML has: a tuple there comes back as a list.
     """
-    Path(path).write_text(dump_tree(_plain(config)), encoding="utf-8")
+    Path(path).write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
 
 
-def config_differences(a: object, b: object) -> list[str]:
+def config_differences(a: Any, b: Any) -> list[str]:
     """Return a line ``path: old -> new`` for each leaf in which two configs of one kind differ."""
-    return list(_differences(_plain(a), _plain(b), ""))
+    return list(_differences(asdict(a), asdict(b), ""))
 
 
-# ---- the tree to dataclasses: a problem is noted and None stands in for the value ----
+def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
+    for key in a | b:
+        both = [tree[key] for tree in (a, b) if key in tree]
+        if all(isinstance(value, dict) for value in both) and len(both) == 2:
+            yield from _differences(a[key], b[key], _join(path, key))
+        elif len(both) == 1 or both[0] != both[1]:
+            old, new = (repr(tree[key]) if key in tree else "not set" for tree in (a, b))
+            yield f"{_join(path, key)}: {old} -> {new}"
 
 
-def _read(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """Return a value of the tree as its annotation wants it."""
-    container, args = get_origin(annotation), get_args(annotation)
-    if container in (Union, UnionType):
-        return _read_union(annotation, value, path, problems)
-    if isinstance(value, Text):
-        value = str(value) if annotation is str else value.parsed()
-    if isinstance(annotation, type) and is_dataclass(annotation) and isinstance(value, dict):
-        return _read_fields(annotation, value, path, problems)
-    if annotation is Any and isinstance(value, dict):  # an override may be inside
-        return {key: _read(Any, item, path, problems) for key, item in value.items()}
-    if container is dict and isinstance(value, dict):
-        wrong = [key for key in value if type(key) is not str]
-        problems += [f"{_join(path, key)}: got the key {shown(key)}; expected text" for key in wrong]
-        return {key: _read(args[1], item, _join(path, key), problems) for key, item in value.items()}
-    if container is tuple and isinstance(value, list):
-        kinds = args[:1] * len(value) if Ellipsis in args else args
-        if len(kinds) == len(value):
-            items = enumerate(zip(kinds, value, strict=True))
-            return tuple(_read(item_kind, item, f"{path}[{i}]", problems) for i, (item_kind, item) in items)
-    if container is Literal and any(value == choice and type(value) is type(choice) for choice in args):
-        return value
-    if annotation in (Any, type(value)):  # exactly that type: True is not an int here
-        return value
-    if annotation is float and type(value) is int:
-        return float(value)
-    problems.append(f"{path}: got {shown(value)}; {_wanted(annotation, value)}")
-    return None
-
-
-def _read_union(annotation: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """Return the value as the first alternative that takes it."""
-    if NoneType in get_args(annotation) and (value is None or (isinstance(value, Text) and value == "null")):
-        return None
-    arms = [arm for arm in get_args(annotation) if arm is not NoneType]
-    for arm in arms:
-        found: list[str] = []
-        result = _read(arm, value, path, found)
-        if not found:
-            return result
-    value = value.parsed() if isinstance(value, Text) else value
-    problems += found if len(arms) == 1 else [f"{path}: got {shown(value)}; {_wanted(annotation, value)}"]
-    return None
-
-
-def _read_fields(kind: type[Any], tree: Tree, path: str, problems: list[str]) -> Any:
-    """Return the dataclass; a ValueError of its ``__post_init__`` is a problem as well."""
-    hints, before = get_type_hints(kind), len(problems)
-    for key in [key for key in tree if key not in hints]:
-        inside = [_join(part, key) for part, below in _parts(kind, path) if key in get_type_hints(below)]
-        meant = inside or difflib.get_close_matches(str(key), hints, n=1)
-        hint = f"did you mean {meant[0]!r}?" if meant else f"choose from {', '.join(hints)}"
-        problems.append(f"{_join(path, key)}: no such field; {hint}")
-    for field in fields(kind):
-        if field.name not in tree and field.default is MISSING and field.default_factory is MISSING:
-            problems.append(f"{_join(path, field.name)}: required")
-    known = [name for name in hints if name in tree]
-    values = {name: _read(hints[name], tree[name], _join(path, name), problems) for name in known}
-    if len(problems) == before:
-        try:
-            return kind(**values)
-        except ValueError as error:
-            problems.append(f"{path}: {error}" if path else str(error))
-    return None
-
-
-# ---- words for people ----
+# ---- the fields: a part is a dataclass, optional or not; a leaf is any other field ----
 
 
 def _join(path: str, name: object) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def _wanted(annotation: Any, value: Any) -> str:
-    """Return how an error asks for a type, with the choice nearest to the value."""
-    if get_origin(annotation) is not Literal:
-        return f"expected {_type_name(annotation)}"
-    choices = [str(choice) for choice in get_args(annotation)]
-    meant = difflib.get_close_matches(str(value), choices, n=1)
-    return f"choose from {', '.join(choices)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
-
-
-def _type_name(annotation: Any) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return name.replace("typing.", "").replace("None", "null")
-
-
-def _plain(value: Any) -> Any:
-    """Return a config as mappings, lists and scalars."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _differences(a: Any, b: Any, path: str) -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a | b:
-            yield from _differences(a.get(key, MISSING), b.get(key, MISSING), _join(path, key))
-    elif a != b:
-        old, new = ("not set" if value is MISSING else repr(value) for value in (a, b))
-        yield f"{path}: {old} -> {new}"
+def _part(hint: Any) -> type[Any] | None:
+    return next((arm for arm in (hint, *get_args(hint)) if isinstance(arm, type) and is_dataclass(arm)), None)
 
 
 def _parts(kind: type[Any], path: str = "") -> Iterator[tuple[str, type[Any]]]:
-    """Yield ``(path, dataclass)`` for a dataclass and those below it, optional ones included."""
+    """Yield ``(path, dataclass)`` for a dataclass and those below it."""
     yield path, kind
-    for name, annotation in get_type_hints(kind).items():
-        for below in (annotation, *get_args(annotation)):
-            if isinstance(below, type) and is_dataclass(below):
-                yield from _parts(below, _join(path, name))
+    for name, hint in get_type_hints(kind).items():
+        if part := _part(hint):
+            yield from _parts(part, _join(path, name))
 
 
-def _field_docs(kind: type[Any]) -> dict[str, str]:
-    """Return the string literal below each field, as one line."""
-    docs = {}
-    for statements in pairwise(ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body):  # type: ignore[attr-defined]
-        match statements:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
-    return docs
+def _leaves(kind: type[Any]) -> Tree:
+    """Return the annotation of each leaf by its path."""
+    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in get_type_hints(part).items())
+    return {path: hint for path, hint in fields if not _part(hint)}
 
 
-def _help_parser(kind: type[Any]) -> argparse.ArgumentParser:
-    """Return a parser that is only printed: a group for each dataclass, an option for each field."""
+@cache
+def _parser(*parts: tuple[str, type[Any]]) -> ArgumentParser:
+    """Return a parser with an option for each leaf of the parts."""
     usage = "%(prog)s [--help] [--config FILE.yaml] [--path.to.field VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, add_help=False)
-    for path, part in _parts(kind):
+    parser = ArgumentParser(usage=usage, exit_on_error=False, parser_mode="yaml_1_2")
+    parser.add_argument("--config", metavar="FILE.yaml", help="values of fields; the other options change them")
+    for path, part in parts:
         group = parser.add_argument_group(path or "fields", inspect.getdoc(part))
-        hints, docs = get_type_hints(part), _field_docs(part)
-        for field in fields(part):
-            default = field.default_factory() if field.default_factory is not MISSING else field.default
-            if is_dataclass(default):
-                continue  # a group of its own
-            note = "required" if default is MISSING else f"default: {_plain(default)!r}"
-            text = f"{docs.get(field.name, '')} ({_type_name(hints[field.name])}; {note})".strip()
-            group.add_argument(f"--{_join(path, field.name)}", metavar="VALUE", help=text.replace("%", "%%"))
+        below = {name for name, hint in get_type_hints(part).items() if _part(hint)}
+        group.add_class_arguments(part, path or None, as_group=False, skip=below)
     return parser
+
+
+# ---- the tree: the mapping in the file, with the overrides put into it ----
+
+
+def _read_tree(kind: type[Any], words: list[str]) -> Tree:
+    """Return the values of a command line, unchecked; overrides of leaves other than mappings are still text."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in {word.partition("=")[0] for word in words if re.match("--[^=]", word)}:
+        options.add_argument(option, dest=option[2:], default=argparse.SUPPRESS)
+    try:
+        given, stray = options.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        name = str(error.argument_name)
+        raise ConfigError(f"{name[2:]}: no value given; write {name}=VALUE") from None
+    if stray:  # not echoed: it may belong to an unknown option
+        raise ConfigError("command line: a word that belongs to no option; write --path.to.field VALUE")
+    overrides, leaves = vars(given), _leaves(kind)
+    tree = _read_file(overrides.pop("config")) if "config" in overrides else {}
+    for path, text in overrides.items():
+        below, (*parents, name) = tree, path.split(".")
+        for parent in parents:
+            held = below.get(parent)
+            below[parent] = dict(held) if isinstance(held, dict) else {}  # a copy: YAML aliases share mappings
+            below = below[parent]
+        hint: Any = leaves.get(path, Network)
+        if get_origin(hint) is dict:
+            below[name] = _load_yaml(text, path)
+        else:
+            below[name] = None if text == "null" and hint is not str else text
+    return tree
+
+
+def _read_file(file: str) -> Tree:
+    """Return the mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        tree = _load_yaml(Path(file).read_text(encoding="utf-8"), file)
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not text in UTF-8") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{file}: {_complaint(dict, tree)}")
+    return tree or {}
+
+
+# ---- from the tree to the dataclasses; a problem is noted ----
+
+
+def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | None:
+    """Return the dataclass of a mapping; None if there are problems."""
+    hints = get_type_hints(kind)
+    values: Tree = {}
+    leaves: Tree = {}
+    for key, value in tree.items():
+        hint, at = hints.get(key), _join(path, key)
+        part = _part(hint)
+        if key not in hints:
+            inside = [_join(path, leaf) for leaf in _leaves(kind) if leaf.endswith(f".{key}")]
+            meant = inside or difflib.get_close_matches(str(key), hints, n=1)
+            advice = f"did you mean {meant[0]!r}?" if meant else f"choose from {', '.join(hints)}"
+            problems.append(f"{at}: no such field; {advice}")
+        elif NoneType in get_args(hint) and (value is None or (isinstance(value, str) and str in get_args(hint))):
+            values[key] = value  # jsonargparse would take the text "#1" for null, which YAML it is
+        elif value is None or (part and not isinstance(value, dict)):  # jsonargparse takes null for not given
+            problems.append(f"{at}: {_complaint(hint, value)}")
+        elif part:
+            values[key] = _build(part, value, at, problems)
+        else:
+            leaves[key] = value
+    values |= _read_leaves(kind, leaves, path, problems)
+    return None if problems else kind(**values)
+
+
+def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) -> Tree:
+    """Return the leaves as jsonargparse reads them, networks as they are; what it refuses is a problem."""
+    hints = get_type_hints(kind)
+    networks = {name: value for name, value in leaves.items() if hints[name] == Network}
+    asked = leaves | {name: {} if isinstance(value, dict) else [] for name, value in networks.items()}
+    while True:
+        try:
+            read: Tree = _parser(("", kind)).parse_object(asked, defaults=False).as_dict()
+            return read | networks
+        except ArgumentError as error:
+            message = str(error)
+        if required := re.search("arguments are required: (.*)", message):
+            noted = {problem.partition(": ")[0] for problem in problems}
+            missing = [_join(path, name) for name in required[1].split(", ")]
+            problems += [f"{at}: required" for at in missing if at not in noted]
+            return {}
+        name = re.findall('Parser key "(.+?)"', message)[0]
+        problems.append(f"{_join(path, name)}: {_complaint(hints[name], leaves[name])}")
+        del asked[name]
+
+
+def _complaint(hint: Any, value: Any) -> str:
+    """Return what is wrong with a value, with the choice nearest to it; what a container holds stays out of it."""
+    kind = type(value).__name__
+    got = f"a {kind} of {len(value)}" if isinstance(value, dict | list) else f"{value!r:.80}"
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        meant = difflib.get_close_matches(str(value), choices, n=1)
+        return f"got {got}; choose from {', '.join(choices)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
+    shown = got if value is None or isinstance(value, dict | list) else f"{got} ({kind})"
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    return f"got {shown}; expected {name}"

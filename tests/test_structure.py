@@ -12,8 +12,7 @@ MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT
 PARTS = ("ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
-    "ldm.config_tree": set(),
-    "ldm.config_file": {"ldm.config", "ldm.config_tree"},
+    "ldm.config_file": {"ldm.config"},
     "ldm.schedule": {"ldm.config"},
     "ldm.objective": {"ldm.config", "ldm.schedule"},
     "ldm.reconstruction": {"ldm.config"},
