@@ -203,8 +203,8 @@ class Loop(Generic[B]):
             median = statistics.median(self._step_seconds[TIMED_STEPS // 4 :])
             left = max(0.0, self.config.max_train_seconds - progress.train_seconds)
             progress.total_steps = progress.global_step + max(1, round(left / median))
-            bar.reset(total=progress.total_steps)
-            bar.update(progress.global_step - 1)
+            bar.total = progress.total_steps
+            bar.refresh()
             log.info(
                 "%.3f s a step: %d steps will take the %g s asked for; fixed from here on, also when resumed",
                 median,
