@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ldm.config import StageConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
-from ldm.data.batches import Batch, CaptionedImages, PositionDataset, training_batches
+from ldm.data.batches import CaptionedImages, PositionDataset, training_batches
 from ldm.data.sources import build_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
@@ -37,16 +37,7 @@ def main() -> None:
         pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
         pipeline.set_progress_bar_config(disable=True)
 
-        def batches(start_step: int) -> Iterator[Sequence[Batch]]:
-            return training_batches(
-                train,
-                start_step,
-                micro_steps=config.loop.gradient_accumulation_steps,
-                rank=run.accelerator.process_index,
-                world=run.accelerator.num_processes,
-            )
-
-        progress = loop.fit(batches, Validation(config, images, step, pipeline, run))
+        progress = loop.fit(partial(training_batches, train), Validation(config, images, step, pipeline, run))
         if run.is_main:
             pipeline.save_pretrained(run.folder / "model")
             provenance(progress, train).save(run.folder / "model")

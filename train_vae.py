@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ldm.config import AutoencoderConfig
@@ -31,21 +33,12 @@ def main() -> None:
         loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
         save_config(config, run.folder / "config.yaml")
 
-        def batches(start_step: int):
-            return training_batches(
-                train,
-                start_step,
-                micro_steps=config.loop.gradient_accumulation_steps,
-                rank=run.accelerator.process_index,
-                world=run.accelerator.num_processes,
-            )
-
         def validate(global_step: int) -> None:
             metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images)
             run.log_metrics(metrics, global_step)
             run.log_picture("reconstructions", sheet, global_step)
 
-        progress = loop.fit(batches, validate)
+        progress = loop.fit(partial(training_batches, train), validate)
         if run.is_main:
             fold_statistics(step.averaged, *latent_statistics(step.averaged, train))
             step.averaged.to(getattr(torch, config.save_dtype)).save_pretrained(run.folder / "model")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import ConditionersConfig
-from ldm.models.network import weights_hash
 from ldm.models.text_encoder import build_text_encoder
 
 Inputs = dict[str, Tensor]
@@ -108,11 +107,6 @@ class TextConditioner(nn.Module):
         """Return the prompt embeddings, (B, L, D), as ``encoder_hidden_states``."""
         embeds = inputs["prompt_embeds"] if "prompt_embeds" in inputs else self.text_encoder(**inputs)[0]
         return Conditions(kwargs={"encoder_hidden_states": embeds})
-
-    @property
-    def key(self) -> str:
-        """Name what a frozen encoder computes."""
-        return f"text-{weights_hash(self.text_encoder)}-{self.tokenizer.model_max_length}"
 
 
 def build_conditioners(config: ConditionersConfig, captions: Sequence[str]) -> dict[str, TextConditioner]:

@@ -151,9 +151,8 @@ class LoopConfig:
 class ValidationConfig:
     """What is looked at during training, always with the averaged weights and fixed noise."""
 
-    prompts: tuple[str, ...] = ()
-    """Empty: the first captions of the validation split."""
     num_images: int = 8
+    """Held-out pictures on the sheet of each validation, generated (or reconstructed) beside true."""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     loss_images: int = 128

@@ -43,9 +43,9 @@ class Quadratic:
         return {"main": main, "other": other}
 
 
-def batches(micro_steps=1, size=4):
-    def start(global_step) -> Iterator[list[Points]]:
-        step = global_step
+def batches(size=4):
+    def start(start_step, *, micro_steps, rank, world) -> Iterator[list[Points]]:
+        step = start_step
         while True:
             share = size // micro_steps
             yield [
@@ -56,14 +56,14 @@ def batches(micro_steps=1, size=4):
     return start
 
 
-def train(folder, steps, micro_steps=1, poison=(), validate=None, **loop):
+def train(folder, steps, poison=(), validate=None, **loop):
     settings = {"max_train_steps": steps, "log_every_steps": 1, "save_every_steps": 3, "validate_every_steps": 5}
     config = LoopConfig(**settings | {"trackers": (), "mixed_precision": "no"} | loop)
     optim = OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2)
     with finishing(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         loop_ = Loop(step, optim, config, run, epoch_steps=10)
-        progress = loop_.fit(batches(micro_steps), validate)
+        progress = loop_.fit(batches(), validate)
     return step, loop_, progress
 
 
@@ -89,8 +89,8 @@ def test_resuming_twice_equals_not_stopping(tmp_path):
     for limit in (4, 7, 9):  # each stops a run that plans nine steps, by raising after its limit
 
         def stop(limit=limit):
-            def endless(start):
-                for k, step in enumerate(batches()(start), start):
+            def endless(start_step, **share):
+                for k, step in enumerate(batches()(start_step, **share), start_step):
                     if k == limit:
                         raise KeyboardInterrupt
                     yield step
@@ -115,7 +115,7 @@ def test_resuming_twice_equals_not_stopping(tmp_path):
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     whole, _, one = train(tmp_path / "a", 20)
-    parts, _, four = train(tmp_path / "b", 20, micro_steps=4)
+    parts, _, four = train(tmp_path / "b", 20, gradient_accumulation_steps=4)
     assert one.global_step == four.global_step == 20
     main = [step.modules["main"].weight.item() for step in (whole, parts)]
     assert main[0] == pytest.approx(main[1], abs=1e-6)

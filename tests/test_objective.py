@@ -184,8 +184,8 @@ def test_min_snr_warns_where_pure_noise_would_go_untrained(config):
         Objective(replace(config, min_snr_gamma=5.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Objective(config)
-        Objective(ObjectiveConfig("cosine", "v_prediction", min_snr_gamma=5.0))
+        silent = Objective(config), Objective(ObjectiveConfig("cosine", "v_prediction", min_snr_gamma=5.0))
+    assert [objective.config.min_snr_gamma for objective in silent] == [None, 5.0]
 
 
 @pytest.mark.parametrize(

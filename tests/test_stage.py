@@ -155,3 +155,9 @@ def test_moments_are_sampled_sample_by_sample():
     many = Moments(torch.full((1, 40_000), 5.0), torch.full((1, 40_000), 2.0)).sample(generators(0, [0], "posterior"))
     assert float(many.mean()) == pytest.approx(5, abs=4 * 2 / 200)
     assert float(many.std()) == pytest.approx(2, abs=4 * 2 / (2 * 40_000) ** 0.5)
+
+
+def test_a_stage_without_autoencoder_or_text_makes_no_text_to_image_pipeline(run):
+    step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
+    with pytest.raises(ValueError, match="needs space"):
+        step.pipeline_components()

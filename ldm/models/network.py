@@ -22,7 +22,6 @@ ALLOWED = (
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
 )
-CHANNELS_FIRST_RANK = 4
 
 
 def build_network(network: dict[str, Any], where: str) -> nn.Module:
@@ -77,11 +76,6 @@ def zero_tails(denoiser: nn.Module) -> None:
         if tail is not None:
             for parameter in tail.parameters():
                 nn.init.zeros_(parameter)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def weights_hash(module: nn.Module) -> str:

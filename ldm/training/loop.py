@@ -43,6 +43,14 @@ class SizedBatch(Protocol):
 
 
 B = TypeVar("B", bound=SizedBatch, contravariant=True)
+C = TypeVar("C", bound=SizedBatch, covariant=True)
+
+
+class Batches(Protocol[C]):
+    """Where a step's samples come from."""
+
+    def __call__(self, start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[Sequence[C]]:
+        """Yield, for each optimiser step from `start_step` on, the micro-batches of process `rank` of `world`."""
 
 
 class TrainingStep(Protocol[B]):
@@ -96,10 +104,8 @@ class Loop(Generic[B]):
         """Whether the last step has been taken."""
         return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
 
-    def fit(
-        self, batches: Callable[[int], Iterator[Sequence[B]]], validate: Callable[[int], None] | None = None
-    ) -> Progress:
-        """Return the progress after the last step; `batches` yields each step's micro-batches from a step on."""
+    def fit(self, batches: Batches[B], validate: Callable[[int], None] | None = None) -> Progress:
+        """Return the progress after the last step."""
         progress, config = self.progress, self.config
         if self.done:
             log.info("nothing to train: %d of %s steps are done", progress.global_step, progress.total_steps)
@@ -113,8 +119,13 @@ class Loop(Generic[B]):
             mininterval=0.5 if interactive else 30,
             disable=not self.run.is_main,
         )
-        self._started = time.perf_counter()
-        for micro_batches in batches(progress.global_step):
+        accelerator = self.run.accelerator
+        for micro_batches in batches(
+            progress.global_step,
+            micro_steps=config.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        ):
             began = time.perf_counter()
             metrics = self._take_step(micro_batches)
             self._count(micro_batches, time.perf_counter() - began, bar)

@@ -43,9 +43,11 @@ class DiffusionStep:
 
     def pipeline_components(self) -> dict[str, Any]:
         """Return what the text-to-image pipeline is made of, but the scheduler: the averaged weights, live."""
+        if not isinstance(self.stage.space, LatentSpace) or "text" not in self.averaged.conditioners:
+            raise ValueError("a text-to-image pipeline needs space.kind: latent and conditioners.text; set both")
         text = cast(TextConditioner, self.averaged.conditioners["text"])
         return {
-            "vae": cast(LatentSpace, self.stage.space).autoencoder,
+            "vae": self.stage.space.autoencoder,
             "text_encoder": text.text_encoder,
             "tokenizer": text.tokenizer,
             "unet": self.averaged.denoiser,
