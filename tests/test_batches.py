@@ -14,6 +14,7 @@ class Shades:
     """Pictures of one grey each; some have no caption, one has two."""
 
     fingerprint = "shades"
+    names = None
 
     def __init__(self, count=12):
         self.count = count
@@ -134,6 +135,29 @@ def test_pictures_of_equal_pixels_share_a_place_in_the_gallery():
     gallery, place = CaptionedImages(Twins(), DataConfig(image_size=8)).gallery()
     assert gallery.shape == (6, 8, 8, 3)
     assert place == [i // 2 for i in range(12)]
+
+
+def test_names_of_the_source_outlive_the_last_bits_of_its_pixels():
+    class Rendered(Shades):
+        names = tuple(f"name {9 - index // 2}" for index in range(12))
+
+        def __init__(self, brightness):
+            super().__init__()
+            self.fingerprint = f"rendered-{brightness}"
+            self.brightness = brightness
+
+        def image(self, index):
+            return super().image(index // 2).point(lambda value: value + self.brightness)
+
+    one, two = (CaptionedImages(Rendered(b), DataConfig(image_size=8, held_out_percent=20)) for b in (0, 1))
+    assert one.hashes == two.hashes
+    assert len(set(one.hashes)) == 6  # equal pixels share a name, the first
+    assert one.splits == two.splits
+
+
+def test_stages_of_different_sizes_split_alike():
+    small, large = (CaptionedImages(Shades(), DataConfig(image_size=s, held_out_percent=20)) for s in (4, 8))
+    assert small.splits == large.splits
 
 
 def test_captions_lead_to_their_pictures():

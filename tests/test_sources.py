@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.openmoji import OpenMoji
 from ldm.data.sources import build_source
+from ldm.provenance import refuse_leak
 
 CAPTIONS = ["a red square", None, "", "  ", ["green", "grün"], "blue"]
 
@@ -95,27 +97,29 @@ def test_a_missing_folder_says_so():
 
 @pytest.fixture(scope="module")
 def openmoji():
-    return OpenMoji(32, ("en", "de"))
+    return OpenMoji(64, ("en", "de"))
 
 
 def test_openmoji_has_its_pictures_and_captions(openmoji):
     assert len(openmoji) == 3953
-    index = openmoji.keys.index("1F469-1F3FE-200D-1F680")
+    index = openmoji.names.index("1F469-1F3FE-200D-1F680")
     assert openmoji.captions(index)[0] == "woman astronaut medium-dark skin tone"
     assert openmoji.captions(index)[1].startswith("astronautin")
     assert len(openmoji.all_captions(index)) > 10
-    assert openmoji.image(index).size == (32, 32)
+    assert openmoji.image(index).size == (64, 64)
     assert openmoji.image(index).mode == "RGBA"
 
 
 def test_openmoji_holds_the_committed_lists_out_of_training(openmoji):
     held_out = {"validation": "configs/openmoji/validation.txt", "test": "configs/openmoji/heldout.txt"}
-    images = CaptionedImages(openmoji, DataConfig(image_size=32, held_out=held_out))
+    images = CaptionedImages(openmoji, DataConfig(image_size=64, held_out=held_out))
     splits = images.splits
     assert len(splits["test"]) >= 200
     assert len(splits["validation"]) >= 200
     train = {images.hashes[picture] for picture in splits["train"]}
     assert not train & {images.hashes[picture] for name in ("test", "validation") for picture in splits[name]}
+    for asset in sorted(Path("assets").iterdir()):
+        refuse_leak(asset, splits.held_out_hash)  # on any machine: no shipped weights have seen those pictures
 
 
 def test_an_unknown_language_is_refused():

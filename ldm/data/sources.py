@@ -21,6 +21,10 @@ class Source(Protocol):
     fingerprint: str
     """Names the pictures: equal fingerprints, equal pictures."""
 
+    @property
+    def names(self) -> Sequence[str] | None:
+        """A name of each picture that outlives changes of its last bits, None if there is none but its pixels."""
+
     def __len__(self) -> int:
         """Return the number of pictures."""
 
@@ -36,6 +40,8 @@ class Source(Protocol):
 
 class TableSource:
     """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+
+    names = None
 
     def __init__(self, table: Any, image_column: str | None, caption_column: str | None):
         self._table = table
