@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +25,9 @@ def _own_cache(tmp_path_factory):
         del os.environ["LDM_CACHE"]
     else:
         os.environ["LDM_CACHE"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_precision():
+    """Let each module choose its precision: accelerate keeps the first one for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
