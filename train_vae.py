@@ -12,7 +12,7 @@ from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, trai
 from ldm.data.sources import build_source
 from ldm.models.autoencoder import fold_statistics
 from ldm.models.network import build_network
-from ldm.training.autoencoding import latent_statistics, reconstruction_report
+from ldm.training.autoencoding import latent_statistics, measuring_distance, reconstruction_report
 from ldm.training.loop import Loop
 from ldm.training.record import provenance
 from ldm.training.run import Run, finishing
@@ -33,8 +33,10 @@ def main() -> None:
         loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
         save_config(config, run.folder / "config.yaml")
 
+        distance = measuring_distance()
+
         def validate(global_step: int) -> None:
-            metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images)
+            metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)
             run.log_metrics(metrics, global_step)
             run.log_picture("reconstructions", sheet, global_step)
 

@@ -109,6 +109,22 @@ class ReconstructionConfig:
     l2_weight: float = 0.0
     kl_weight: float = 1e-6
     """Weight of the KL to N(0, I), summed over the latent and divided by the number of picture elements."""
+    learned_logvar: bool = False
+    """Learn the scale of the error, so that the loss is a likelihood (Dai & Wipf 2019)."""
+    perceptual: Literal["none", "efficientnet_lite2", "lpips_vgg"] = "none"
+    """Distance in the features of a pretrained network (Zhang et al. 2018)."""
+    perceptual_weight: float = 1.0
+    lpips_weights: str | None = None
+    """safetensors file of lpips_vgg: ``safetensors.torch.save_model(lpips.LPIPS(net="vgg"), FILE)``."""
+    adversarial: Literal["none", "hinge", "minimax"] = "none"
+    """Loss of a PatchGAN that is trained along (Isola et al. 2017; Goodfellow et al. 2014)."""
+    adversarial_weight: float = 0.5
+    adaptive: bool = True
+    """Scale it to the error's gradient at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    discriminator_start_step: int = 0
+    """Steps before which the discriminator is neither used nor trained."""
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
 
 
 @dataclass(frozen=True)

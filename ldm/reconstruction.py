@@ -1,10 +1,20 @@
-"""Autoencoder losses, each per element of the picture."""
+"""Autoencoder losses: per element of the picture, in float32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.config import ReconstructionConfig
+
+Adversarial = Literal["hinge", "minimax"]
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""A perceptual distance of each pair of pictures, (B,)."""
+MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -12,11 +22,56 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(1)
 
 
-def reconstruction_loss(
-    pixel_values: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor, config: ReconstructionConfig
-) -> Tensor:
-    """Return the scalar loss: weighted absolute and squared error and KL, all per picture element, in float32."""
+def reconstruction_error(
+    pixel_values: Tensor, reconstruction: Tensor, config: ReconstructionConfig, distance: Distance | None = None
+) -> dict[str, Tensor]:
+    """Return the weighted terms of the error, scalars: l1, l2 and, with a `distance`, perceptual."""
     error = reconstruction.float() - pixel_values
-    elements = pixel_values[0].numel()
-    kl = kl_to_standard_normal(mean, logvar).mean() / elements
-    return config.l1_weight * error.abs().mean() + config.l2_weight * error.square().mean() + config.kl_weight * kl
+    terms = {"l1": config.l1_weight * error.abs().mean(), "l2": config.l2_weight * error.square().mean()}
+    if distance is not None:
+        terms["perceptual"] = config.perceptual_weight * distance(reconstruction.float(), pixel_values).mean()
+    return terms
+
+
+def negative_log_likelihood(error: Tensor, logvar: Tensor) -> Tensor:
+    """Return the loss of an error whose scale is exp(logvar): ``error / exp(logvar) + logvar``.
+
+    Up to constants the negative log-likelihood of a Laplace distribution for an absolute error, twice that of a normal
+    distribution for a squared one; smallest at logvar = log(error). With logvar 0 it is the error.
+    """
+    return error / logvar.float().exp() + logvar.float()
+
+
+def discriminator_loss(kind: Adversarial, real: Tensor, reconstructed: Tensor) -> Tensor:
+    """Return what the discriminator minimises, a scalar, for its logits of real and reconstructed pictures.
+
+    hinge: half the sum of two margins (Lim & Ye 2017). minimax: ``-E log D(x) - E log(1 - D(y))`` (Goodfellow et al.
+    2014, eq. 1), which is ``2 log 2 - 2 JSD`` at the best discriminator.
+    """
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + reconstructed.float()).mean())
+    return F.softplus(-real.float()).mean() + F.softplus(reconstructed.float()).mean()
+
+
+def generator_loss(kind: Adversarial, reconstructed: Tensor) -> Tensor:
+    """Return what the autoencoder minimises: hinge ``-E f(y)``, minimax ``E log(1 - D(y))``."""
+    return -reconstructed.float().mean() if kind == "hinge" else -F.softplus(reconstructed.float()).mean()
+
+
+def adaptive_weight(
+    error: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
+    """Return the ratio of the losses' gradient norms at the last layer, at most 1e4 (Esser et al. 2021, eq. 7).
+
+    `reduce` averages a gradient over processes, so that each has the weight of the whole batch. No gradient; both
+    graphs stay usable.
+    """
+    norms = [
+        reduce(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
+        for loss in (error, adversarial)
+    ]
+    ratio: Tensor = norms[0] / (norms[1] + 1e-4)
+    return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT)

@@ -34,7 +34,7 @@ class Quadratic:
         self.poison = set(poison)
         self.seen = []
 
-    def losses(self, batch):
+    def losses(self, batch, global_step):
         self.seen.append(list(batch.positions))
         x = torch.tensor([[float(p % 7)] for p in batch.positions])
         factor = float("nan") if self.poison & set(batch.positions) else 1.0

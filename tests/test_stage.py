@@ -55,7 +55,7 @@ def conditioner(train=True, dropout=0.3):
 def test_the_first_loss_is_the_variance_of_the_target(run):
     stage = build_stage(config(prediction_type="epsilon"), CAPTIONS)
     step = DiffusionStep(stage, run, 0.9)
-    losses = torch.stack([step.losses(batch(range(i, i + 6)))["denoiser"] for i in range(0, 240, 6)])
+    losses = torch.stack([step.losses(batch(range(i, i + 6)), 0)["denoiser"] for i in range(0, 240, 6)])
     # the mean square of unit noise: 1, within four standard errors of sqrt(2 / number of draws)
     assert float(losses.mean()) == pytest.approx(1, abs=4 * (2 / (240 * 192)) ** 0.5)
 
@@ -71,8 +71,8 @@ def test_a_loss_does_not_depend_on_how_the_batch_is_cut(run):
     step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
     for parameter in step.stage.model.parameters():  # away from the zero function
         torch.nn.init.normal_(parameter, std=0.05)
-    whole = step.losses(batch(range(6)))["denoiser"]
-    parts = [step.losses(batch(part))["denoiser"] for part in (range(3), range(3, 6))]
+    whole = step.losses(batch(range(6)), 0)["denoiser"]
+    parts = [step.losses(batch(part), 0)["denoiser"] for part in (range(3), range(3, 6))]
     assert float(whole) == pytest.approx(float(sum(parts)) / 2, rel=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_text_is_trained_with_the_denoiser_unless_frozen(run):
         step = DiffusionStep(stage, run, 0.9)
         for parameter in stage.model.denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
-        step.losses(batch())["denoiser"].backward()
+        step.losses(batch(), 0)["denoiser"].backward()
         grads = [p.grad for p in stage.model.conditioners["text"].parameters()]
         assert any(g is not None and g.abs().max() > 0 for g in grads) == train
         assert all(g is None for g in grads) != train

@@ -13,6 +13,7 @@ from ldm.data.batches import Batch, PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
+from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
 CHUNK = 32
@@ -29,10 +30,23 @@ def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
     return torch.cat(parts).float().clamp(-1, 1)
 
 
+def measuring_distance() -> PerceptualDistance | None:
+    """Return the distance that held-out reconstructions are measured with, None without its packages.
+
+    EfficientNet-lite0: nothing is ever trained against it.
+    """
+    try:
+        return build_perceptual_distance("efficientnet_lite0")
+    except ImportError as error:
+        log.info("held-out perceptual distance is not measured: %s", error)
+        return None
+
+
+@torch.no_grad()
 def reconstruction_report(
-    autoencoder: AutoencoderKL, held_out: Batch, num_images: int
+    autoencoder: AutoencoderKL, held_out: Batch, num_images: int, distance: PerceptualDistance | None = None
 ) -> tuple[dict[str, float], Image.Image]:
-    """Return held-out PSNR (dB) and SSIM, means over pictures, and a sheet: originals over reconstructions."""
+    """Return held-out PSNR (dB), SSIM and perceptual distance, means, and a sheet: originals over reconstructions."""
     originals = held_out.pixel_values
     if originals is None:
         raise ValueError("reconstructions are measured on pictures, got cached latents")
@@ -41,7 +55,10 @@ def reconstruction_report(
         "validation/psnr": float(psnr(rebuilt, originals).mean()),
         "validation/ssim": float(ssim(rebuilt, originals).mean()),
     }
-    log.info("held-out PSNR %.2f dB, SSIM %.4f", *metrics.values())
+    if distance is not None:
+        pairs = zip(torch.split(rebuilt, CHUNK), torch.split(originals, CHUNK), strict=True)
+        metrics["validation/perceptual"] = float(torch.cat([distance(*pair) for pair in pairs]).mean())
+    log.info("held-out %s", ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items()))
     rows = torch.cat([to_uint8(originals[:num_images]), to_uint8(rebuilt[:num_images])])
     return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
 

@@ -63,8 +63,8 @@ class TrainingStep(Protocol[B]):
     averages: Mapping[str, Average]
     """Averaged weights of those that have them."""
 
-    def losses(self, batch: B) -> dict[str, Tensor]:
-        """Return a scalar loss with gradient for each module, by its name."""
+    def losses(self, batch: B, global_step: int) -> dict[str, Tensor]:
+        """Return a scalar loss with gradient for modules by their names; scalars by other names are only logged."""
 
 
 @dataclass
@@ -159,8 +159,9 @@ class Loop(Generic[B]):
                 if number < len(micro_batches) - 1:
                     for forward in step.forwards.values():
                         stack.enter_context(run.accelerator.no_sync(forward))
-                for name, loss in step.losses(batch).items():
-                    run.accelerator.backward(loss / len(micro_batches))
+                for name, loss in step.losses(batch, progress.global_step).items():
+                    if name in step.modules:
+                        run.accelerator.backward(loss / len(micro_batches))
                     means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
         metrics: dict[str, Tensor | float] = {}
         for name, value in means.items():

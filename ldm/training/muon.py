@@ -22,7 +22,7 @@ def orthogonalized(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torc
     """Return about ``U V^T`` for ``matrix = U S V^T``, (R, C) float32, by Newton-Schulz (no SVD) in `dtype`."""
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+    x: Tensor = (wide / (wide.norm() + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -13,7 +13,16 @@ from ldm.conditioning import Inputs, TextConditioner
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generator, generators
-from ldm.reconstruction import reconstruction_loss
+from ldm.models.discriminator import PatchDiscriminator
+from ldm.models.features import build_perceptual_distance
+from ldm.reconstruction import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    kl_to_standard_normal,
+    negative_log_likelihood,
+    reconstruction_error,
+)
 from ldm.spaces import LatentSpace, Moments
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average
@@ -53,7 +62,7 @@ class DiffusionStep:
             "unet": self.averaged.denoiser,
         }
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; every draw comes from its sample's position."""
         inputs = self.inputs(batch)
         model = self.forwards["denoiser"]
@@ -108,39 +117,80 @@ class DiffusionStep:
 class Autoencoding(nn.Module):
     """An autoencoder's whole pass behind one forward, so that every process sees the same graph."""
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: AutoencoderKL, learned_logvar: bool = False):
         super().__init__()
         self.autoencoder = autoencoder
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
 
-    def forward(self, pixel_values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return reconstruction (B, 3, H, W) and the posterior's mean and log-variance, (B, C, h, w)."""
+    def forward(self, pixel_values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return reconstruction (B, 3, H, W), posterior mean and log-variance (B, C, h, w), log-scale of the error."""
         posterior = self.autoencoder.encode(pixel_values).latent_dist
         latents = posterior.mean + posterior.std * noise
-        return self.autoencoder.decode(latents, return_dict=False)[0], posterior.mean, posterior.logvar
+        return self.autoencoder.decode(latents, return_dict=False)[0], posterior.mean, posterior.logvar, self.logvar
 
 
 class AutoencoderStep:
-    """An autoencoder: encode, draw, decode, compare."""
+    """An autoencoder: encode, draw, decode, compare; with a discriminator, if asked for, that is trained along."""
 
     def __init__(self, autoencoder: AutoencoderKL, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
-        module = Autoencoding(autoencoder).to(run.device).train()
+        module = Autoencoding(autoencoder, config.learned_logvar).to(run.device).train()
         self.latent_channels = int(autoencoder.config.latent_channels)
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        self.modules = {"autoencoder": module}
+        self.modules: dict[str, nn.Module] = {"autoencoder": module}
         self.averages = {"autoencoder": Average(module, ema_decay)}
-        self.forwards = {"autoencoder": run.prepare(module)}
+        self.distance = None
+        if config.perceptual != "none":
+            self.distance = build_perceptual_distance(config.perceptual, config.lpips_weights).to(run.device)
+        if config.adversarial != "none":
+            if run.accelerator.mixed_precision == "fp16":
+                raise ValueError(
+                    "loop.mixed_precision: fp16 scales one loss, reconstruction.adversarial needs two; use bf16 or no"
+                )
+            discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+            self.modules["discriminator"] = discriminator.to(run.device).train()
+        self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
 
     @property
     def averaged(self) -> AutoencoderKL:
         """The autoencoder with averaged weights."""
         return cast(Autoencoding, self.averages["autoencoder"].module).autoencoder
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean loss."""
+    def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
+        """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""
+        config = self.config
         pixel_values = cast(Tensor, batch.pixel_values).to(self.run.device)
         size = pixel_values.shape[-1] // self.factor
         draws = generators(self.run.seed, batch.positions, "posterior")
         noise = torch.stack([torch.randn(self.latent_channels, size, size, generator=draw) for draw in draws])
-        reconstruction, mean, logvar = self.forwards["autoencoder"](pixel_values, noise.to(self.run.device))
-        return {"autoencoder": reconstruction_loss(pixel_values, reconstruction, mean, logvar, self.config)}
+        reconstruction, mean, logvar, scale = self.forwards["autoencoder"](pixel_values, noise.to(self.run.device))
+        terms = reconstruction_error(pixel_values, reconstruction, config, self.distance)
+        likelihood = negative_log_likelihood(torch.stack([*terms.values()]).sum(), scale)
+        terms["kl"] = config.kl_weight * kl_to_standard_normal(mean, logvar).mean() / pixel_values[0].numel()
+        loss = likelihood + terms["kl"]
+        if config.adversarial == "none" or global_step < config.discriminator_start_step:
+            return {"autoencoder": loss, **_detached(terms)}
+        adversarial = generator_loss(config.adversarial, self._discriminator.frozen(reconstruction))
+        weight: float | Tensor = config.adversarial_weight
+        if config.adaptive:
+            last_layer = cast(Autoencoding, self.modules["autoencoder"]).autoencoder.decoder.conv_out.weight
+            weight = weight * adaptive_weight(likelihood, adversarial, last_layer, self._mean_over_processes)
+        terms["adversarial"] = weight * adversarial
+        pictures = torch.cat([pixel_values, reconstruction.detach().float()])
+        real, reconstructed = self.forwards["discriminator"](pictures).chunk(2)
+        return {
+            "autoencoder": loss + terms["adversarial"],
+            "discriminator": discriminator_loss(config.adversarial, real, reconstructed),
+            **_detached(terms),
+        }
+
+    @property
+    def _discriminator(self) -> PatchDiscriminator:
+        return cast(PatchDiscriminator, self.modules["discriminator"])
+
+    def _mean_over_processes(self, gradient: Tensor) -> Tensor:
+        return cast(Tensor, self.run.accelerator.reduce(gradient, reduction="mean"))
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: term.detach() for name, term in terms.items()}

