@@ -49,6 +49,10 @@ class Conditioner(Protocol):
     frozen: bool
     """Whether `inputs` already holds what a frozen network computed."""
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """Return what it encodes with."""
+
     def inputs(self, batch: ConditioningBatch, dropped: Sequence[bool]) -> Inputs:
         """Return the tensors that `forward` takes, (B, ...), the null where `dropped`; no gradient."""
 
@@ -70,6 +74,11 @@ class TextConditioner(nn.Module):
         if self.frozen:
             self.text_encoder.eval()
         self._embeds: dict[str, Tensor] = {}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The text encoder."""
+        return [self.text_encoder]
 
     def tokenize(self, captions: Sequence[str]) -> Inputs:
         """Return ``input_ids``, (B, max_length) int64, and ``attention_mask`` if the encoder was made for one.

@@ -156,6 +156,10 @@ class LoopConfig:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes it natively, else float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    xformers: bool = False
+    """Attention by xformers, on a GPU; torch's own is as good on most."""
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2

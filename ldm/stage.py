@@ -32,6 +32,11 @@ class ConditionedDenoiser(nn.Module):
         )[0]
         return output
 
+    def encoders(self) -> list[nn.Module]:
+        """Return the networks of the conditioners that are trained with the denoiser."""
+        conditioners = map(self.conditioner, self.conditioners)
+        return [network for one in conditioners if not one.frozen for network in one.networks]
+
     def conditioner(self, name: str) -> Conditioner:
         """Return conditioner `name`."""
         return cast(Conditioner, self.conditioners[name])

@@ -170,6 +170,12 @@ def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
+def test_nothing_needs_torchvision():
+    code = "import sys; sys.modules['torchvision'] = None; import train_vae, train_text2img, ldm.cli"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_config_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         train_autoencoder(monkeypatch, tmp_path, "--optim.learning_rate", "fast")

@@ -3,8 +3,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from ldm.config import TextConfig
+from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
-from ldm.models.network import build_network, weights_hash, zero_tails
+from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
 from ldm.models.text_encoder import build_text_encoder, train_tokenizer
 
 UNET = {
@@ -51,6 +52,44 @@ def test_zeroed_residual_branches_leave_the_input_unchanged():
     out = block.resnets[0](hidden, torch.randn(2, 64))
     assert torch.equal(out, hidden)
     assert torch.equal(block.attentions[0](hidden, torch.randn(2, 5, 16), return_dict=False)[0], hidden)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
+    torch.manual_seed(0)
+    denoiser = build_network(UNET, "denoiser").train()
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    calls = []
+    denoiser.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+
+    def gradients():
+        calls.clear()
+        denoiser.zero_grad()
+        denoiser(x, timestep=torch.tensor([3, 700]), encoder_hidden_states=text).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert len(calls) == 1
+    set_attention_and_memory(denoiser, gradient_checkpointing=True, xformers=False)
+    again = gradients()
+    assert len(calls) == 2  # forward, and once more in the backward pass
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def test_a_network_without_gradient_checkpointing_says_so():
+    with pytest.raises(ValueError, match="Linear has none"):
+        set_attention_and_memory(torch.nn.Linear(1, 1), gradient_checkpointing=True, xformers=False)
+
+
+def test_xformers_without_the_package_or_a_gpu_says_what_to_do(monkeypatch):
+    denoiser = build_network(UNET, "denoiser")
+    find = network.importlib.util.find_spec
+    with pytest.raises(ImportError, match="pip install xformers"):
+        set_attention_and_memory(denoiser, gradient_checkpointing=False, xformers=True)
+    monkeypatch.setattr(network.importlib.util, "find_spec", lambda name: name if name == "xformers" else find(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
+        set_attention_and_memory(denoiser, gradient_checkpointing=False, xformers=True)
 
 
 def test_the_hash_names_the_weights():

@@ -88,6 +88,14 @@ def test_text_is_trained_with_the_denoiser_unless_frozen(run):
         assert all(g is None for g in grads) != train
 
 
+def test_gradient_checkpointing_reaches_denoiser_and_trained_encoder(run, monkeypatch):
+    monkeypatch.setattr(run, "config", LoopConfig(gradient_checkpointing=True))
+    for train in (True, False):
+        step = DiffusionStep(build_stage(config(replace(TEXT, train=train)), CAPTIONS), run, 0.9)
+        assert step.stage.model.denoiser.is_gradient_checkpointing
+        assert step.stage.model.conditioners["text"].text_encoder.is_gradient_checkpointing == train
+
+
 def test_frozen_embeddings_equal_the_encoders(run):
     frozen = conditioner(train=False)
     texts = ["men with bunny ears", "", "keycap 3", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -76,6 +77,29 @@ def zero_tails(denoiser: nn.Module) -> None:
         if tail is not None:
             for parameter in tail.parameters():
                 nn.init.zeros_(parameter)
+
+
+def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xformers: bool) -> None:
+    """Switch gradient checkpointing and xformers' attention on where asked for, in place.
+
+    Raises:
+        ImportError, RuntimeError: xformers is not installed, or there is no GPU for it.
+        ValueError: the network has no gradient checkpointing.
+
+    """
+    if gradient_checkpointing:
+        enable = getattr(
+            network, "enable_gradient_checkpointing", getattr(network, "gradient_checkpointing_enable", None)
+        )
+        if enable is None:
+            raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
+        enable()
+    if xformers and hasattr(network, "enable_xformers_memory_efficient_attention"):
+        if importlib.util.find_spec("xformers") is None:
+            raise ImportError("loop.xformers: pip install xformers, or set it to false for the attention of torch")
+        if not torch.cuda.is_available():
+            raise RuntimeError("loop.xformers: needs a CUDA GPU, there is none; set it to false")
+        network.enable_xformers_memory_efficient_attention()
 
 
 def weights_hash(module: nn.Module) -> str:

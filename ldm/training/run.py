@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import LoopConfig
+from ldm.models.network import set_attention_and_memory
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -67,6 +68,12 @@ class Run:
     def prepare(self, module: M) -> M:
         """Return the module as it is called in training: autocast, and gradients averaged over processes."""
         return cast(M, self.accelerator.prepare_model(module))
+
+    def switch(self, network: nn.Module) -> None:
+        """Switch on what the config asks for of memory and attention; see `set_attention_and_memory`."""
+        set_attention_and_memory(
+            network, gradient_checkpointing=self.config.gradient_checkpointing, xformers=self.config.xformers
+        )
 
     def attention(self) -> AbstractContextManager[None]:
         """Return the context of forward and backward.

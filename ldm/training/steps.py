@@ -35,6 +35,8 @@ class DiffusionStep:
     def __init__(self, stage: Stage, run: Run, ema_decay: float):
         self.stage, self.run = stage, run
         stage.model.to(run.device)
+        for network in (stage.model.denoiser, *stage.model.encoders()):
+            run.switch(network)
         self.modules = {"denoiser": stage.model}
         self.averages = {"denoiser": Average(stage.model, ema_decay)}
         self.forwards = {"denoiser": run.prepare(stage.model)}
@@ -134,6 +136,7 @@ class AutoencoderStep:
 
     def __init__(self, autoencoder: AutoencoderKL, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
+        run.switch(autoencoder)
         module = Autoencoding(autoencoder, config.learned_logvar).to(run.device).train()
         self.latent_channels = int(autoencoder.config.latent_channels)
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
