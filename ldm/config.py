@@ -99,6 +99,11 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
+    variational_weight: float | None = None
+    """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
+    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels. None: fixed."""
+    pixel_grid: bool = True
+    """Whether x0 is 8-bit pixels, whose likelihood is that of a bin; False (latents): a density. For the bound only."""
 
 
 @dataclass(frozen=True)

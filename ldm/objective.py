@@ -6,20 +6,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
-from ldm.schedule import Schedule, build_schedule, snr, target_coefficients
+from ldm.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
+from ldm.variational import PIXEL_STEP, variational_term
 
 
 class Predict(Protocol):
     """A network with its conditions filled in."""
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, /) -> Tensor:
-        """Return the model output, shaped like x_t (B, ...), for float32 x_t and timesteps (B,)."""
+        """Return the model output for float32 x_t (B, C, ...), timesteps (B,): 2C channels with learned variance."""
         ...
 
 
@@ -44,6 +45,16 @@ class Objective:
             )
         if gamma is not None and gamma <= 0:
             raise ValueError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
+        if config.variational_weight is not None:
+            if config.variational_weight <= 0:
+                raise ValueError(
+                    f"objective.variational_weight {config.variational_weight}: must be positive; 1 is usual"
+                )
+            if not isinstance(self.schedule, DiscreteSchedule) or config.zero_terminal_snr:
+                raise ValueError(
+                    "objective.variational_weight: needs steps of noise whose variance can be learned; use path: "
+                    "linear, scaled_linear or cosine, without zero_terminal_snr"
+                )
         last_alpha, _ = self.schedule.alpha_sigma(self.schedule.timesteps(torch.ones(())))
         if gamma is not None and last_alpha == 0:
             warnings.warn(
@@ -85,11 +96,22 @@ class Objective:
         alpha, sigma = (level.view(-1, *[1] * (x0.ndim - 1)) for level in (alpha, sigma))  # (B, 1, ...)
         a, b = target_coefficients(self.config.prediction_type, alpha, sigma)
         x0, noise = x0.float(), noise.float()
-        model_output = predict(alpha * x0 + sigma * noise, timesteps.to(x0.device))
-        if model_output.shape != x0.shape:
-            raise ValueError(f"the network returned {tuple(model_output.shape)}, expected {tuple(x0.shape)}")
-        error = model_output - (a * x0 + b * noise)  # float32 like its second term
-        return weight * error.square().flatten(1).mean(1)
+        x_t = alpha * x0 + sigma * noise
+        model_output = predict(x_t, timesteps.to(x0.device))
+        channels, learned = x0.shape[1], self.config.variational_weight
+        expected = (len(x0), channels if learned is None else 2 * channels, *x0.shape[2:])
+        if model_output.shape != expected:
+            raise ValueError(f"the network returned {tuple(model_output.shape)}, expected {expected}")
+        error = model_output[:, :channels] - (a * x0 + b * noise)  # float32 like its second term
+        loss: Tensor = weight * error.square().flatten(1).mean(1)
+        if learned is None:
+            return loss
+        # the bound trains the variance alone: on the mean its gradient is noisy (Nichol & Dhariwal 2021, section 3.1)
+        mean_half, values = model_output[:, :channels].detach().float(), model_output[:, channels:].float()
+        predicted_x0, _ = recover(mean_half, x_t, self.config.prediction_type, alpha, sigma)
+        schedule, step = cast(DiscreteSchedule, self.schedule), PIXEL_STEP if self.config.pixel_grid else 0.0
+        bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, step)
+        return loss + learned * bits
 
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the weight of the target's squared error, shaped like alpha; finite at SNR 0 and infinity.
