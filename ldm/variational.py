@@ -29,7 +29,7 @@ def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Te
 def interpolated_log_variance(schedule: DiscreteSchedule, values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the log-variance, shaped like `values`, between its bounds (Nichol & Dhariwal 2021, eq. 15).
 
-    `values` in [-1, 1] is the second half of what the network returns: 1 is log beta_t, right for data of unit variance,
+    `values` in [-1, 1] is the second half of the model output: 1 is log beta_t, right for data of unit variance,
     -1 that of `posterior`, of data that is one point.
     """
     upper, lower = _at(schedule.betas.log(), timesteps, values), _at(_log_variances(schedule), timesteps, values)
