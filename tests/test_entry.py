@@ -170,6 +170,23 @@ def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
+def test_a_stable_diffusion_folder_can_be_trained_further(model, tmp_path, monkeypatch):
+    again = train_model(
+        monkeypatch,
+        tmp_path,
+        model / "vae",
+        *("--denoiser", f"{{_class_name: UNet2DConditionModel, pretrained: {model}, subfolder: unet}}"),
+        *("--conditioners.text.pretrained", model, "--conditioners.text.encoder", "{}"),
+        *("--optim.learning_rate", "1e-9", "--loop.max_train_steps", "8"),
+    )
+    names = {path.name for path in again.iterdir()}
+    assert {"unet", "vae", "text_encoder", "tokenizer"} <= names
+    for part in ("unet", "text_encoder", "vae"):  # the rate is next to nothing: what came out is what went in
+        one, two = (load_file(next((folder / part).glob("*.safetensors"))) for folder in (model, again))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one), part
+
+
 def test_nothing_needs_torchvision():
     code = "import sys; sys.modules['torchvision'] = None; import train_vae, train_text2img, ldm.cli"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
