@@ -25,8 +25,9 @@ def main() -> None:
         config = load_config(StageConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         images = CaptionedImages(build_source(config.data), config.data)
-        if config.space.autoencoder is not None:
-            refuse_leak(config.space.autoencoder, images.splits.held_out_hash)
+        text = config.conditioners.text
+        for part in (config.space.autoencoder, config.denoiser.get("pretrained"), text.pretrained if text else None):
+            refuse_leak(part, images.splits.held_out_hash)
         stage = build_stage(config, images.captions("train"))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
         cached = config.data.cache and stage.space.frozen

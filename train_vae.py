@@ -12,6 +12,7 @@ from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, trai
 from ldm.data.sources import build_source
 from ldm.models.autoencoder import fold_statistics
 from ldm.models.network import build_network
+from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import latent_statistics, measuring_distance, reconstruction_report
 from ldm.training.loop import Loop
 from ldm.training.record import provenance
@@ -26,13 +27,13 @@ def main() -> None:
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         torch.manual_seed(config.seed)
         images = CaptionedImages(build_source(config.data), config.data)
+        refuse_leak(config.autoencoder.get("pretrained"), images.splits.held_out_hash)
         train = PositionDataset(images, "train", config.seed)
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
         autoencoder = build_network(config.autoencoder, "autoencoder")
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
         save_config(config, run.folder / "config.yaml")
-
         distance = measuring_distance()
 
         def validate(global_step: int) -> None:

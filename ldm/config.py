@@ -101,9 +101,8 @@ class ObjectiveConfig:
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
     variational_weight: float | None = None
     """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
-    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels. None: fixed."""
-    pixel_grid: bool = True
-    """Whether x0 is 8-bit pixels, whose likelihood is that of a bin; False (latents): a density. For the bound only."""
+    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels, and
+    our pipeline samples it, the stock one does not. None: fixed."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.config import ObjectiveConfig
 from ldm.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
-from ldm.variational import PIXEL_STEP, variational_term
+from ldm.variational import variational_term
 
 
 class Predict(Protocol):
@@ -33,6 +33,8 @@ class Objective:
     """
 
     config: ObjectiveConfig
+    grid_step: float = 0.0
+    """Distance of two values that x0 can take, 0 if it is continuous; see `ldm.spaces.Space`. The bound reads it."""
 
     def __post_init__(self) -> None:
         config, gamma = self.config, self.config.min_snr_gamma
@@ -109,8 +111,8 @@ class Objective:
         # the bound trains the variance alone: on the mean its gradient is noisy (Nichol & Dhariwal 2021, section 3.1)
         mean_half, values = model_output[:, :channels].detach().float(), model_output[:, channels:].float()
         predicted_x0, _ = recover(mean_half, x_t, self.config.prediction_type, alpha, sigma)
-        schedule, step = cast(DiscreteSchedule, self.schedule), PIXEL_STEP if self.config.pixel_grid else 0.0
-        bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, step)
+        schedule = cast(DiscreteSchedule, self.schedule)
+        bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, self.grid_step)
         return loss + learned * bits
 
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:

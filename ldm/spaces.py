@@ -35,6 +35,8 @@ class Space(Protocol):
     """Names what `moments` computes: equal keys, equal moments of equal pictures."""
     frozen: bool
     """Whether `moments` costs enough to be worth keeping."""
+    grid_step: float
+    """Distance of two values that x0 can take, 0 if it is continuous."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the distribution of x0 given (B, 3, H, W) in [-1, 1]; no gradient."""
@@ -48,6 +50,7 @@ class PixelSpace:
 
     key = "pixel"
     frozen = False
+    grid_step = 1 / 127.5  # 256 grey levels in [-1, 1]
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the pictures with std 0."""
@@ -62,6 +65,7 @@ class LatentSpace:
     """The latents of a frozen autoencoder."""
 
     frozen = True
+    grid_step = 0.0
 
     def __init__(self, autoencoder: AutoencoderKL):
         self.autoencoder = autoencoder.eval().requires_grad_(False)

@@ -63,4 +63,4 @@ def build_stage(config: StageConfig, captions: Sequence[str]) -> Stage:
     if "pretrained" not in config.denoiser:
         zero_tails(denoiser)
     model = ConditionedDenoiser(denoiser, conditioners)
-    return Stage(space, model, Objective(config.objective))
+    return Stage(space, model, Objective(config.objective, space.grid_step))

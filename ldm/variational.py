@@ -9,9 +9,6 @@ from torch import Tensor
 
 from ldm.schedule import DiscreteSchedule
 
-PIXEL_STEP = 1 / 127.5
-"""Distance of two grey levels of 8 bits in [-1, 1]."""
-
 
 def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean, (B, ...), and log-variance, (B, 1, ...), of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7).
@@ -44,18 +41,18 @@ def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
     return 0.5 * (difference.exp() - 1 - difference + squared)
 
 
-def log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, step: float) -> Tensor:
+def log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, grid_step: float) -> Tensor:
     """Return the log-probability of each element, in nats, under N(mean, exp(log_variance)).
 
-    With `step` > 0 of the bin of that width around x0, the first and last of [-1, 1] being open (Ho et al. 2020,
+    With `grid_step` > 0 of the bin of that width around x0, the first and last of [-1, 1] being open (Ho et al. 2020,
     eq. 13); with 0 the density, for data that is not on a grid.
     """
     deviation = (0.5 * log_variance).exp()
     centred = x0 - mean
-    if step == 0:
+    if grid_step == 0:
         return -0.5 * ((centred / deviation).square() + log_variance + math.log(2 * math.pi))
-    above = torch.special.ndtr((centred + step / 2) / deviation).where(x0 < 1 - step / 2, 1.0)
-    below = torch.special.ndtr((centred - step / 2) / deviation).where(x0 > -1 + step / 2, 0.0)
+    above = torch.special.ndtr((centred + grid_step / 2) / deviation).where(x0 < 1 - grid_step / 2, 1.0)
+    below = torch.special.ndtr((centred - grid_step / 2) / deviation).where(x0 > -1 + grid_step / 2, 0.0)
     probability: Tensor = (above - below).clamp(min=1e-12)
     return probability.log()
 
@@ -67,18 +64,18 @@ def variational_term(
     timesteps: Tensor,
     predicted_x0: Tensor,
     values: Tensor,
-    step: float,
+    grid_step: float,
 ) -> Tensor:
     """Return each sample's term L_t of the bound in bits, averaged over its elements, (B,) (Ho et al. 2020, eq. 5).
 
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for timesteps from 1 on, -log p(x0 | x_1) at timestep 0; p has the mean
-    that `predicted_x0` gives and the variance that `values` gives. `step` as in `log_likelihood`.
+    that `predicted_x0` gives and the variance that `values` gives. `grid_step` as in `log_likelihood`.
     """
     mean, log_variance = posterior(schedule, x0, x_t, timesteps)
     predicted_mean, _ = posterior(schedule, predicted_x0, x_t, timesteps)
     predicted_log_variance = interpolated_log_variance(schedule, values, timesteps)
     kl = normal_kl(mean, log_variance, predicted_mean, predicted_log_variance)
-    decoder = -log_likelihood(x0, predicted_mean, predicted_log_variance, step)
+    decoder = -log_likelihood(x0, predicted_mean, predicted_log_variance, grid_step)
     first = _view(timesteps == 0, x_t)
     return torch.where(first, decoder, kl).flatten(1).mean(1) / math.log(2)
 

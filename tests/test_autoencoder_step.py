@@ -1,9 +1,11 @@
 """Training an autoencoder with its judge: what the stock example gets wrong, each with its test."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from ldm.config import LoopConfig, OptimConfig, ReconstructionConfig
 from ldm.data.batches import Batch
@@ -97,8 +99,6 @@ def test_c_every_trained_pass_goes_through_the_prepared_modules(run):
 
 
 def test_d_weights_averages_and_judge_stay_float32(tmp_path):
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     run = Run(str(tmp_path), 0, LoopConfig(trackers=(), mixed_precision="bf16"))
     torch.set_num_threads(1)
@@ -138,8 +138,6 @@ def test_f_before_its_start_the_discriminator_costs_nothing_and_after_it_every_s
 
 
 def test_the_discriminator_learns_to_tell_reconstructions(run, tmp_path):
-    import json
-
     fit(run, tmp_path / "long", 60, replace(CONFIG, discriminator_start_step=0, adversarial_weight=0.0))
     rows = [json.loads(line) for line in (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()]
     values = [row["loss/discriminator"] for row in rows]

@@ -1,6 +1,7 @@
 """The two commands on the tiny configs: in this process, killed and resumed, and as a user launches them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,29 @@ def test_a_run_leaves_what_people_look_for(model, vae):
 def test_an_autoencoder_with_other_pictures_held_out_is_refused(vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other pictures held out"):
         train_model(monkeypatch, tmp_path, vae, "--data.held_out", "{validation: configs/openmoji/validation.txt}")
+
+
+@pytest.mark.parametrize("part", ["denoiser", "text", "vae of a pipeline"])
+def test_any_pretrained_part_with_other_pictures_held_out_is_refused(part, model, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    record = json.loads((other / "training.json").read_text())
+    (other / "training.json").write_text(json.dumps(record | {"held_out_hash": "0" * 32}))
+    more = {
+        "denoiser": ["--denoiser", f"{{_class_name: UNet2DConditionModel, pretrained: {other}, subfolder: unet}}"],
+        "text": ["--conditioners.text.pretrained", other, "--conditioners.text.encoder", "{}"],
+        "vae of a pipeline": [],
+    }
+    vae = other / "vae" if part == "vae of a pipeline" else model / "vae"
+    with pytest.raises(ValueError, match="other pictures held out"):
+        train_model(monkeypatch, tmp_path / "out", vae, *more[part])
+
+
+def test_a_learned_variance_trains_and_samples(vae, tmp_path, monkeypatch):
+    objective = "{path: scaled_linear, prediction_type: epsilon, variational_weight: 1.0}"
+    more = ["--objective", objective, "--denoiser.out_channels", "8", "--loop.max_train_steps", "8"]
+    model = train_model(monkeypatch, tmp_path, vae, *more)
+    cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
 
 
 def test_samples_carry_their_settings_and_repeat(model, tmp_path):

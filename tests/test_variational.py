@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler
 from ldm.config import ObjectiveConfig
 from ldm.objective import Objective
 from ldm.schedule import build_schedule
+from ldm.spaces import PixelSpace
 from ldm.variational import (
-    PIXEL_STEP,
     interpolated_log_variance,
     log_likelihood,
     normal_kl,
@@ -19,6 +19,7 @@ from ldm.variational import (
 )
 
 STEPS = 50
+PIXEL_STEP = PixelSpace.grid_step
 CONFIG = ObjectiveConfig(path="linear", num_train_timesteps=STEPS, variational_weight=1.0)
 SCHEDULE = build_schedule(CONFIG)
 

