@@ -159,7 +159,7 @@ class LoopConfig:
     """Exactly one of the three. Seconds are turned into steps once, from the time of the first steps."""
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device computes it natively, else float32."""
+    """auto: bf16 where the device computes faster with it (measured), else float32."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     xformers: bool = False

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ldm.config import LoopConfig, OptimConfig
+from ldm.training import run as run_module
 from ldm.training.averages import Average
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop, planned_steps
 from ldm.training.run import Run, finishing, native_precision
@@ -185,5 +186,7 @@ def test_precision_is_native_or_float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert native_precision("auto") == "no"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert native_precision("auto") == "bf16"
+    for speed, expected in ((1.5, "bf16"), (0.6, "no")):
+        monkeypatch.setattr(run_module, "bf16_speed", lambda speed=speed: speed)
+        assert native_precision("auto") == expected
     assert native_precision("fp16") == "fp16"

@@ -34,8 +34,8 @@ class Muon(Optimizer):
     """Muon for groups with ``orthogonal=True``, AdamW for the others; one learning rate for both.
 
     A weight of more than two dimensions counts as a matrix of its outputs (Jordan et al. 2024). The iteration runs in
-    bf16 where the device computes it natively and in float32 elsewhere; the stock `torch.optim.Muon` takes two
-    dimensions only and always uses bf16, which is ten times slower than float32 on processors without it.
+    bf16 where that is faster and in float32 elsewhere; the stock `torch.optim.Muon` takes two dimensions only and
+    always uses bf16, which is ten times slower than float32 on processors without it.
     """
 
     def __init__(
