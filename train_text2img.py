@@ -10,13 +10,15 @@ from ldm.data.batches import CaptionedImages, PositionDataset, training_batches
 from ldm.data.sources import build_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
-from ldm.stage import build_stage
+from ldm.stage import build_stage, pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.record import provenance
 from ldm.training.run import Run, finishing
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
 from pipelines.text2img import TextToImagePipeline
+
+STATISTICS_PICTURES = 4096
 
 
 def main() -> None:
@@ -25,14 +27,16 @@ def main() -> None:
         config = load_config(StageConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         images = CaptionedImages(build_source(config.data), config.data)
-        text = config.conditioners.text
-        for part in (config.space.autoencoder, config.denoiser.get("pretrained"), text.pretrained if text else None):
+        for part in pretrained_parts(config):
             refuse_leak(part, images.splits.held_out_hash)
-        stage = build_stage(config, images.captions("train"))
+        pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)
+        stage = build_stage(config, images.captions("train"), pictures)
         step = DiffusionStep(stage, run, config.optim.ema_decay)
-        cached = config.data.cache and stage.space.frozen
-        encoded = images.encoded(stage.space.key, step.encode) if cached else None
-        train = PositionDataset(images, "train", config.seed, encoded)
+        encoded = None
+        if config.data.cache:
+            encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
+            step.remember_captions(images.known_captions())
+        train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
         loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
         save_config(config, run.folder / "config.yaml")
         pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))

@@ -27,7 +27,8 @@ def main() -> None:
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         torch.manual_seed(config.seed)
         images = CaptionedImages(build_source(config.data), config.data)
-        refuse_leak(config.autoencoder.get("pretrained"), images.splits.held_out_hash)
+        if "pretrained" in config.autoencoder:
+            refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
         train = PositionDataset(images, "train", config.seed)
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
         autoencoder = build_network(config.autoencoder, "autoencoder")

@@ -1,36 +1,61 @@
-"""What the denoiser is told: each conditioner knows how to encode, what its null is and how it is dropped."""
+"""What the denoiser is told: the contract that every conditioner keeps, and how several become one call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ldm.config import ConditionersConfig
-from ldm.models.text_encoder import build_text_encoder
-
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What conditions add to a call of the denoiser: input channels and keyword arguments."""
+    """What conditions add to a call of the denoiser: input channels and keyword arguments.
+
+    A keyword with a dot is an entry of a dictionary: ``added_cond_kwargs.image_embeds``.
+    """
 
     channels: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def merge(conditions: Sequence[Conditions]) -> Conditions:
-    """Return all conditions as one; raises ValueError if two set the same keyword."""
-    kwargs: dict[str, Any] = {}
-    for one in conditions:
-        if both := kwargs.keys() & one.kwargs.keys():
-            raise ValueError(f"two conditioners set the denoiser's {sorted(both)[0]!r}")
-        kwargs |= one.kwargs
+    """Return all conditions as one, in their order; raises ValueError if two set the same keyword."""
+    refuse_collisions([one.kwargs for one in conditions])
+    kwargs = {keyword: value for one in conditions for keyword, value in one.kwargs.items()}
     return Conditions(tuple(channel for one in conditions for channel in one.channels), kwargs)
+
+
+def refuse_collisions(keywords: Sequence[Collection[str]]) -> None:
+    """Raise ValueError if two conditioners, each given by its keywords, set the same one."""
+    seen: set[str] = set()
+    for one in keywords:
+        if both := seen & set(one):
+            raise ValueError(f"two conditioners set the denoiser's {min(both)!r}; name other keywords or leave one out")
+        seen |= set(one)
+
+
+def nested(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments with the dotted ones gathered: ``a.b`` and ``a.c`` as ``a={"b": ..., "c": ...}``."""
+    gathered: dict[str, Any] = {}
+    for keyword, value in kwargs.items():
+        name, _, entry = keyword.partition(".")
+        if entry:
+            gathered.setdefault(name, {})[entry] = value
+        else:
+            gathered[name] = value
+    return gathered
+
+
+def checked_share(where: str, dropout: float) -> float:
+    """Return `dropout`; ValueError, which names `where`, unless 0 <= dropout < 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}.dropout: got {dropout}; expected 0 <= dropout < 1")
+    return dropout
 
 
 class ConditioningBatch(Protocol):
@@ -40,90 +65,40 @@ class ConditioningBatch(Protocol):
     def captions(self) -> Sequence[str]:
         """Return the B captions."""
 
+    @property
+    def class_labels(self) -> Tensor | None:
+        """Return the B classes, int64; None if the data has none."""
+
+    @property
+    def pixel_values(self) -> Tensor | None:
+        """Return the pictures, (B, 3, H, W) in [-1, 1]; None if only their encodings were loaded."""
+
 
 class Conditioner(Protocol):
     """A module that turns its part of a batch into conditions."""
 
     dropout: float
-    """Share of samples that train with the null."""
+    """Share of samples that train with the null; 0: told always, and guidance does not leave it out."""
     frozen: bool
     """Whether `inputs` already holds what a frozen network computed."""
+    reads_pixels: bool
+    """Whether `inputs` needs the batch's pictures."""
+
+    @property
+    def keywords(self) -> Collection[str]:
+        """Return the denoiser's keyword arguments that it sets."""
 
     @property
     def networks(self) -> Sequence[nn.Module]:
         """Return what it encodes with."""
 
-    def inputs(self, batch: ConditioningBatch, dropped: Sequence[bool]) -> Inputs:
-        """Return the tensors that `forward` takes, (B, ...), the null where `dropped`; no gradient."""
+    def inputs(
+        self, batch: ConditioningBatch, x0: Tensor, dropped: Sequence[bool], draws: Sequence[torch.Generator]
+    ) -> Inputs:
+        """Return the tensors that `forward` takes, (B, ...), the null where `dropped`; no gradient.
+
+        x0: what is diffused, (B, ...). draws: a CPU generator for each sample, for whatever is random in telling it.
+        """
 
     def __call__(self, **inputs: Tensor) -> Conditions:
         """Return the conditions; runs inside the trained module's forward."""
-
-
-class TextConditioner(nn.Module):
-    """Captions as ``encoder_hidden_states``; the null is the caption ""."""
-
-    def __init__(self, text_encoder: nn.Module, tokenizer: Any, *, train: bool, dropout: float):
-        super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"conditioners.text.dropout: got {dropout}; expected 0 <= dropout < 1")
-        self.frozen = not train
-        self.dropout = dropout
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder.requires_grad_(train)
-        if self.frozen:
-            self.text_encoder.eval()
-        self._embeds: dict[str, Tensor] = {}
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The text encoder."""
-        return [self.text_encoder]
-
-    def tokenize(self, captions: Sequence[str]) -> Inputs:
-        """Return ``input_ids``, (B, max_length) int64, and ``attention_mask`` if the encoder was made for one.
-
-        Exactly what the Stable Diffusion pipeline feeds its text encoder, padding included.
-        """
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        inputs = {"input_ids": tokens.input_ids}
-        if getattr(self.text_encoder.config, "use_attention_mask", None):
-            inputs["attention_mask"] = tokens.attention_mask
-        return inputs
-
-    def inputs(self, batch: ConditioningBatch, dropped: Sequence[bool]) -> Inputs:
-        """Return token ids, or prompt embeddings if the encoder is frozen."""
-        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
-        return {"prompt_embeds": self.embed(captions)} if self.frozen else self.tokenize(captions)
-
-    @torch.no_grad()
-    def embed(self, captions: Sequence[str]) -> Tensor:
-        """Return prompt embeddings (B, L, D) of the frozen encoder; each caption is encoded once and kept."""
-        new = sorted({caption for caption in captions if caption not in self._embeds})
-        if new:
-            device = next(self.text_encoder.parameters()).device
-            tokens = {name: tensor.to(device) for name, tensor in self.tokenize(new).items()}
-            self._embeds |= zip(new, self.text_encoder(**tokens)[0].float().cpu(), strict=True)
-        return torch.stack([self._embeds[caption] for caption in captions])
-
-    def forward(self, **inputs: Tensor) -> Conditions:
-        """Return the prompt embeddings, (B, L, D), as ``encoder_hidden_states``."""
-        embeds = inputs["prompt_embeds"] if "prompt_embeds" in inputs else self.text_encoder(**inputs)[0]
-        return Conditions(kwargs={"encoder_hidden_states": embeds})
-
-
-def build_conditioners(config: ConditionersConfig, captions: Sequence[str]) -> dict[str, TextConditioner]:
-    """Return the conditioners that `config` names; `captions` are those of the training split."""
-    conditioners: dict[str, TextConditioner] = {}
-    if config.text is not None:
-        text_encoder, tokenizer = build_text_encoder(config.text, captions)
-        conditioners["text"] = TextConditioner(
-            text_encoder, tokenizer, train=config.text.train, dropout=config.text.dropout
-        )
-    return conditioners

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
+TextOutput = Literal["prompt_embeds", "pooled_prompt_embeds", "attention_mask"]
 Network = dict[str, Any]
 """A network by diffusers' or transformers' own config keys, ``_class_name`` included."""
 
@@ -27,6 +28,8 @@ class DataConfig:
     """None: found by its usual names (image, picture, ...)."""
     caption_column: str | None = None
     """None: found by its usual names (text, caption, captions, prompt, ...)."""
+    class_column: str | None = None
+    """Column of class numbers, from 0 on, for `conditioners.label`; not for openmoji."""
     image_size: int = 64
     """Pixels, height and width."""
     background: str = "white"
@@ -53,9 +56,11 @@ class DataConfig:
 class SpaceConfig:
     """What is diffused."""
 
-    kind: Literal["pixel", "latent"] = "latent"
+    kind: Literal["pixel", "latent", "embedding"] = "latent"
     autoencoder: str | None = None
-    """Folder or Hub name of the autoencoder of a latent space."""
+    """Folder or Hub name of the autoencoder of a latent space: AutoencoderKL or VQModel."""
+    image_encoder: str | None = None
+    """Folder or Hub name of the CLIP vision model of an embedding space."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,49 @@ class TextConfig:
     """Train the encoder with the denoiser; False: frozen, and its embeddings are cached."""
     dropout: float = 0.1
     """Share of captions replaced by "", which is what guidance needs."""
+    keywords: dict[str, TextOutput] = field(default_factory=lambda: {"encoder_hidden_states": "prompt_embeds"})
+    """The denoiser's keyword arguments and the output that each gets; ``added_cond_kwargs.NAME`` is an entry."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Classes, by number."""
+
+    num_classes: int
+    """The denoiser needs ``num_class_embeds`` one higher, for the null (DiT: ``num_embeds_ada_norm``, this number)."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The embedding of the picture itself, which at sampling a prior predicts."""
+
+    pretrained: str
+    """Folder or Hub name of a CLIP vision model with projection."""
+    null: Literal["zeros", "zero_picture"] = "zeros"
+    """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero picture (Kandinsky 2.2)."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class LowResConfig:
+    """The picture itself, smaller, as three more input channels: a cascade's next stage."""
+
+    image_size: int
+    """Pixels, height and width, of the small picture."""
+    noise_timesteps: int = 0
+    """Noise is put on it up to this step of the cosine path of 1000, and the level told as ``class_labels``; 0: no."""
+
+
+@dataclass(frozen=True)
+class FramesConfig:
+    """The first frames of each clip, as 1 + C more input channels."""
+
+    num_frames: int
+    """Frames of a clip; ``data.batch_size`` counts frames."""
+    max_context: int = 1
+    """Most frames that are given."""
+    dropout: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,6 +129,10 @@ class ConditionersConfig:
     """What the denoiser is told besides the noisy latents and the time."""
 
     text: TextConfig | None = None
+    label: LabelConfig | None = None
+    image: ImageConfig | None = None
+    low_res: LowResConfig | None = None
+    frames: FramesConfig | None = None
 
 
 @dataclass(frozen=True)

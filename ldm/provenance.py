@@ -41,14 +41,14 @@ def read_provenance(folder: str | Path) -> Provenance | None:
     return None
 
 
-def refuse_leak(folder: str | Path | None, held_out_hash: str) -> None:
+def refuse_leak(folder: str | Path, held_out_hash: str) -> None:
     """Raise ValueError if the model in `folder` was trained with other pictures held out than those of the hash.
 
     A component that has seen the held-out pictures would falsify every number measured on them. A foreign model
-    says nothing and passes, as does None, a part that is made from scratch.
+    says nothing and passes.
     """
-    found = None if folder is None else read_provenance(folder)
-    if folder is not None and found is not None and found.held_out_hash != held_out_hash:
+    found = read_provenance(folder)
+    if found is not None and found.held_out_hash != held_out_hash:
         raise ValueError(
             f"{Path(folder).name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
             f"{held_out_hash[:8]}): it may have seen what is to be measured. Train it with the same data.held_out"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from ldm.config import SpaceConfig
 from ldm.models import autoencoder as ae
+from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import build_network, weights_hash
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and std of a diagonal Gaussian over x0, each (B, C, h, w) float32; std 0 where encoding is exact."""
+    """Mean and std of a diagonal Gaussian over x0, each (B, C, ...) float32; std 0 where encoding is exact."""
 
     mean: Tensor
     std: Tensor
@@ -37,12 +38,14 @@ class Space(Protocol):
     """Whether `moments` costs enough to be worth keeping."""
     grid_step: float
     """Distance of two values that x0 can take, 0 if it is continuous."""
+    statistics: tuple[Tensor, Tensor] | None
+    """Mean and std, (C,), that the denoiser must keep so that its pipeline can undo them; None: there are none."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the distribution of x0 given (B, 3, H, W) in [-1, 1]; no gradient."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return (B, 3, H, W) pixel values, not clipped."""
+        """Return what x0 stands for: (B, 3, H, W) pixel values, not clipped, or (B, D) embeddings."""
 
 
 class PixelSpace:
@@ -51,6 +54,7 @@ class PixelSpace:
     key = "pixel"
     frozen = False
     grid_step = 1 / 127.5  # 256 grey levels in [-1, 1]
+    statistics: tuple[Tensor, Tensor] | None = None
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the pictures with std 0."""
@@ -66,8 +70,9 @@ class LatentSpace:
 
     frozen = True
     grid_step = 0.0
+    statistics: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, autoencoder: AutoencoderKL):
+    def __init__(self, autoencoder: AutoencoderKL | VQModel):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.key = f"latent-{weights_hash(autoencoder)}"
 
@@ -92,11 +97,45 @@ class LatentSpace:
         return ae.decode(self.autoencoder, x0.to(parameter.device, parameter.dtype)).float()
 
 
-def build_space(config: SpaceConfig) -> PixelSpace | LatentSpace:
-    """Return the space that `config` names."""
+class EmbeddingSpace:
+    """The embeddings of a frozen image encoder, each dimension brought to zero mean and unit std."""
+
+    frozen = True
+    grid_step = 0.0
+    statistics: tuple[Tensor, Tensor] | None
+
+    def __init__(self, image_encoder: ImageEncoder, pictures: Tensor):
+        """Take the statistics from `pictures`, (N, 3, H, W) in [-1, 1], at least two."""
+        self.image_encoder = image_encoder
+        embeds = torch.cat([image_encoder(some).cpu() for some in torch.split(pictures, 64)])
+        mean, std = embeds.mean(0), embeds.std(0)
+        if not (std > 0).all():
+            raise ValueError(f"{int((std <= 0).sum())} dimensions of the image embeddings are equal for all pictures")
+        self.statistics, self.mean, self.std = (mean, std), mean, std
+        self.key = f"embedding-{weights_hash(image_encoder)}-{float(mean.sum()):.6g}-{float(std.sum()):.6g}"
+
+    def moments(self, pixel_values: Tensor) -> Moments:
+        """Return the embeddings, (B, D), with std 0."""
+        embeds = self.image_encoder(pixel_values.to(self.image_encoder.mean.device))
+        normalised = (embeds - self.mean.to(embeds)) / self.std.to(embeds)
+        return Moments(normalised, torch.zeros_like(normalised))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Return the embeddings as the image encoder gives them."""
+        return x0 * self.std.to(x0) + self.mean.to(x0)
+
+
+def build_space(config: SpaceConfig, pictures: Callable[[], Tensor] | None = None) -> Space:
+    """Return the space that `config` names; `pictures` returns training pictures, for its statistics."""
     if config.kind == "pixel":
         return PixelSpace()
+    if config.kind == "embedding":
+        if config.image_encoder is None:
+            raise ValueError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")
+        if pictures is None:
+            raise ValueError("an embedding space needs training pictures for its statistics")
+        return EmbeddingSpace(load_image_encoder(config.image_encoder), pictures())
     if config.autoencoder is None:
         raise ValueError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
-    network = build_network({"_class_name": "AutoencoderKL", "pretrained": config.autoencoder}, "space.autoencoder")
+    network = build_network({"pretrained": config.autoencoder}, "space.autoencoder")
     return LatentSpace(network.float())

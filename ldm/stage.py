@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Conditioner, Inputs, build_conditioners, merge
-from ldm.config import StageConfig
-from ldm.models.network import build_network, zero_tails
+from ldm.conditioners.frames import FramesConditioner
+from ldm.conditioners.image import ImageConditioner
+from ldm.conditioners.label import LabelConditioner
+from ldm.conditioners.low_res import LowResConditioner
+from ldm.conditioners.text import TextConditioner
+from ldm.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
+from ldm.config import ConditionersConfig, StageConfig
+from ldm.models.clip import load_image_encoder
+from ldm.models.network import build_network, keep_statistics, prepare_denoiser
+from ldm.models.text_encoder import build_text_encoder
 from ldm.objective import Objective
-from ldm.spaces import LatentSpace, PixelSpace, build_space
+from ldm.spaces import Space, build_space
 
 
 class ConditionedDenoiser(nn.Module):
     """The trained module: conditioners and denoiser behind one forward, so that every process sees the same graph."""
 
     def __init__(self, denoiser: nn.Module, conditioners: Mapping[str, nn.Module]):
+        """Raise ValueError if two conditioners set the same keyword of the denoiser."""
         super().__init__()
         self.denoiser = denoiser
         self.conditioners = nn.ModuleDict(conditioners)
+        refuse_collisions([self.conditioner(name).keywords for name in conditioners])
+        wanted = list(inspect.signature(denoiser.forward).parameters.values())[1:]
+        self._unset = {p.name: None for p in wanted if p.default is p.empty and p.name != "timestep"}
 
     def forward(self, x_t: Tensor, timesteps: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
         """Return ``model_output``, (B, C or 2C, ...), for noisy `x_t` at the network's `timesteps`."""
-        conditions = merge([self.conditioners[name](**inputs[name]) for name in self.conditioners])
+        conditions = self.conditions(inputs)
         output: Tensor = self.denoiser(
             torch.cat([x_t, *conditions.channels], 1), timestep=timesteps, **conditions.kwargs, return_dict=False
         )[0]
         return output
 
+    def conditions(self, inputs: Mapping[str, Inputs]) -> Conditions:
+        """Return what all conditioners add to a call of the denoiser; what it demands and none sets is None."""
+        merged = merge([self.conditioners[name](**inputs[name]) for name in self.conditioners])
+        return Conditions(merged.channels, self._unset | nested(merged.kwargs))
+
     def encoders(self) -> list[nn.Module]:
         """Return the networks of the conditioners that are trained with the denoiser."""
         conditioners = map(self.conditioner, self.conditioners)
         return [network for one in conditioners if not one.frozen for network in one.networks]
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether a conditioner needs the pictures themselves."""
+        return any(self.conditioner(name).reads_pixels for name in self.conditioners)
 
     def conditioner(self, name: str) -> Conditioner:
         """Return conditioner `name`."""
@@ -46,21 +68,55 @@ class ConditionedDenoiser(nn.Module):
 class Stage:
     """What is trained, and what it is trained in."""
 
-    space: PixelSpace | LatentSpace
+    space: Space
     model: ConditionedDenoiser
     objective: Objective
 
 
-def build_stage(config: StageConfig, captions: Sequence[str]) -> Stage:
-    """Return the stage that `config` describes; `captions` are those of the training split, for the tokenizer.
+def build_stage(config: StageConfig, captions: Sequence[str], pictures: Callable[[], Tensor] | None = None) -> Stage:
+    """Return the stage that `config` describes.
 
-    Weights are drawn from the global generator, seeded by ``config.seed`` here.
+    Weights are drawn from the global generator, seeded by ``config.seed`` here. `captions` are those of the training
+    split, for the tokenizer; `pictures` returns pictures of it, (N, 3, H, W), for the statistics of a space that needs
+    them (an embedding space).
     """
     torch.manual_seed(config.seed)
-    space = build_space(config.space)
+    space = build_space(config.space, pictures)
     conditioners = build_conditioners(config.conditioners, captions)
     denoiser = build_network(config.denoiser, "denoiser")
-    if "pretrained" not in config.denoiser:
-        zero_tails(denoiser)
-    model = ConditionedDenoiser(denoiser, conditioners)
-    return Stage(space, model, Objective(config.objective, space.grid_step))
+    prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
+    if space.statistics is not None:
+        keep_statistics(denoiser, *space.statistics)
+    return Stage(space, ConditionedDenoiser(denoiser, conditioners), Objective(config.objective, space.grid_step))
+
+
+def build_conditioners(config: ConditionersConfig, captions: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the conditioners that `config` names; `captions` are those of the training split."""
+    conditioners: dict[str, nn.Module] = {}
+    if (text := config.text) is not None:
+        encoder, tokenizer = build_text_encoder(text, captions)
+        conditioners["text"] = TextConditioner(
+            encoder, tokenizer, train=text.train, dropout=text.dropout, keywords=text.keywords
+        )
+    if (label := config.label) is not None:
+        conditioners["label"] = LabelConditioner(label.num_classes, label.dropout)
+    if (image := config.image) is not None:
+        conditioners["image"] = ImageConditioner(load_image_encoder(image.pretrained), image.null, image.dropout)
+    if (low_res := config.low_res) is not None:
+        conditioners["low_res"] = LowResConditioner(low_res.image_size, low_res.noise_timesteps)
+    if (frames := config.frames) is not None:
+        conditioners["frames"] = FramesConditioner(frames.num_frames, frames.max_context, frames.dropout)
+    return conditioners
+
+
+def pretrained_parts(config: StageConfig) -> list[str]:
+    """Return the folder or Hub name of every part that `config` does not train from scratch."""
+    text, image = config.conditioners.text, config.conditioners.image
+    named = [
+        config.space.autoencoder,
+        config.space.image_encoder,
+        config.denoiser.get("pretrained"),
+        text.pretrained if text else None,
+        image.pretrained if image else None,
+    ]
+    return [name for name in named if name is not None]

@@ -1,6 +1,5 @@
 """Text to image, in the layout of Stable Diffusion."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +12,10 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLo
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from .guidance import guide
 from .inputs import Inputs, Limits, check_inputs, texts
 from .prompts import encode
-from .schedulers import check_scheduler, set_timesteps, takes_variance
+from .sampling import denoise, guided_output
+from .schedulers import check_scheduler, set_timesteps
 from .source import single_file, without_path
 
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -225,7 +224,7 @@ class TextToImagePipeline(
         )
 
     def _denoise(self, inputs: Inputs, callback: StepCallback | None) -> torch.Tensor:
-        """Return the latents after the last step, float32 throughout: bfloat16 would lose the small steps."""
+        """Return the latents after the last step, float32."""
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             inputs.prompt,
             None,
@@ -242,41 +241,27 @@ class TextToImagePipeline(
         self._num_timesteps = len(timesteps)
         if noise is None:
             noise = randn_tensor(inputs.latents_shape, inputs.generator, device, torch.float32)
-        latents: torch.Tensor = noise.to(device, torch.float32) * self.scheduler.init_noise_sigma
-        random = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": inputs.generator} if random else {}
-        for step, timestep in enumerate(self.progress_bar(timesteps)):
-            model_output = self._predict(latents, timestep, prompt_embeds)
-            latents = self.scheduler.step(model_output, timestep, latents, **options, return_dict=False)[0]
-            if not latents.isfinite().all():
-                raise FloatingPointError(
-                    f"non-finite latents at step {step} of {len(timesteps)}: check the denoiser's weights and the "
-                    f"prompt embeddings for NaN and infinity, or leave {self.unet.dtype} for float32"
-                )
+        embeds = [prompt_embeds]  # a callback may replace them
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            text = {"encoder_hidden_states": embeds[0]}
+            return guided_output(self.unet, self.scheduler, latents, timestep, self.guidance_scale, kwargs=text)
+
+        def after_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback is not None:
                 tensors: dict[str, Any] = {
                     "latents": latents,
-                    "prompt_embeds": prompt_embeds,
+                    "prompt_embeds": embeds[0],
                     "negative_prompt_embeds": negative_prompt_embeds,
                 }
                 shown = {name: tensors[name] for name in inputs.callback_on_step_end_tensor_inputs}
                 tensors |= callback(self, step, timestep, shown) or {}
-                latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
-            if self.interrupt:
-                break
-        return latents
+                latents, embeds[0] = tensors["latents"], tensors["prompt_embeds"]
+            return latents, self.interrupt
 
-    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Return what the scheduler takes: the guided model output, float32, with the variance only if it is used."""
-        guided, channels = self.do_classifier_free_guidance, latents.shape[1]
-        model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-        model_output: torch.Tensor = self.unet(
-            model_input.to(self.unet.dtype), timestep=timestep, encoder_hidden_states=prompt_embeds, return_dict=False
-        )[0].to(latents.dtype)
-        if guided:
-            uncond, cond = model_output.chunk(2)
-            model_output = guide(uncond, cond, self.guidance_scale, channels)
-        return model_output if takes_variance(self.scheduler) else model_output[:, :channels]
+        return denoise(
+            predict, self.scheduler, noise.to(device), timesteps, inputs.generator, after_step, self.progress_bar
+        )
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)

@@ -32,6 +32,9 @@ class Shades:
 
     all_captions = captions
 
+    def class_label(self, index):
+        return index % 3
+
 
 def images(**config):
     return CaptionedImages(Shades(), DataConfig(image_size=8, held_out_percent=0.0, **config))
@@ -102,6 +105,31 @@ def test_cached_moments_are_those_of_the_picture_that_would_have_been_loaded(fli
         mean, std = encode(without.pixel_values[None])
         assert torch.allclose(with_cache.moments[0], mean[0])
         assert torch.equal(with_cache.moments[1], std[0])
+        assert with_cache.pixel_values is None
+    both = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode), with_pixels=True)
+    assert torch.equal(both[3].pixel_values, plain[3].pixel_values)
+    assert torch.equal(both[3].moments[0], cached[3].moments[0])
+
+
+def test_class_labels_follow_their_pictures():
+    batch = fixed_batch(dataset(), 12)
+    assert batch.class_labels.tolist() == [picture % 3 for picture in batch.pictures]
+
+
+def test_known_captions_are_those_that_training_and_validation_may_show():
+    split = CaptionedImages(Shades(100), DataConfig(image_size=8, held_out_percent=20.0))
+    shown = {caption for name in ("train", "validation") for caption in split.captions(name)}
+    assert set(split.known_captions()) == shown | {""}
+    assert len(split.known_captions()) < 100
+
+
+def test_first_pictures_are_of_their_split_whatever_its_order():
+    split = images()
+    few = split.first_pictures("train", 5)
+    assert few.shape == (5, 3, 8, 8)
+    levels = {round(float(value)) for value in (few[:, 0, 4, 4] + 1) * 12.75}
+    assert levels != set(range(5)), "the first by hash, not by row"
+    assert len(split.first_pictures("train", 100)) == 12
 
 
 def test_an_interrupted_cache_build_goes_on_where_it_stopped():

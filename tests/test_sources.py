@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -49,6 +50,20 @@ def test_a_csv_does_as_well(folder):
     (folder / "metadata.csv").write_text("file_name,caption\n" + "\n".join(f"{i}.png,number {i}" for i in range(6)))
     source = build_source(DataConfig(source="imagefolder", path=str(folder)))
     assert {source.captions(i) for i in range(6)} == {(f"number {i}",) for i in range(6)}
+
+
+def test_classes_are_read_from_the_column_that_is_named(tmp_path):
+    classes = datasets.ClassLabel(names=["round", "square"])
+    labelled = table().add_column("kind", [0, 1, 1, 0, 1, 0]).cast_column("kind", classes)
+    labelled.add_column("width", [0.5] * 6).save_to_disk(tmp_path)
+    config = DataConfig(source="dataset", path=str(tmp_path), class_column="kind")
+    source = build_source(config)
+    assert [source.class_label(row) for row in range(6)] == [0, 1, 1, 0, 1, 0]
+    assert build_source(replace(config, class_column=None)).class_label(0) is None
+    with pytest.raises(ValueError, match=r"data\.class_column: no column 'sort' among"):
+        build_source(replace(config, class_column="sort"))
+    with pytest.raises(ValueError, match=r"data\.class_column: row 0 has a float"):
+        build_source(replace(config, class_column="width")).class_label(0)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])

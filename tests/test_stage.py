@@ -3,7 +3,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from ldm.conditioning import Conditions, TextConditioner, merge
+from ldm.conditioners.text import TextConditioner
+from ldm.conditioning import Conditions, merge
 from ldm.config import ConditionersConfig, LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig, TextConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
@@ -102,14 +103,14 @@ def test_frozen_embeddings_equal_the_encoders(run):
     ids = frozen.tokenize(texts)
     expected = frozen.text_encoder(**ids)[0]
     for _ in range(2):  # the second time from memory
-        embeds = frozen.inputs(Captions(texts), [False] * 4)["prompt_embeds"]
+        embeds = frozen.inputs(Captions(texts), None, [False] * 4, [])["prompt_embeds"]
         assert torch.allclose(embeds, expected, atol=1e-6)
 
 
 def test_a_dropped_caption_is_the_empty_caption_on_every_path():
     text = conditioner()
-    dropped = text.inputs(Captions(["keycap 3", "keycap 3"]), [True, False])
-    plain = text.inputs(Captions(["", "keycap 3"]), [False, False])
+    dropped = text.inputs(Captions(["keycap 3", "keycap 3"]), None, [True, False], [])
+    plain = text.inputs(Captions(["", "keycap 3"]), None, [False, False], [])
     assert dropped.keys() == plain.keys()
     assert all(torch.equal(dropped[name], plain[name]) for name in plain)
 
@@ -118,10 +119,10 @@ def test_the_dropout_rate_is_the_one_asked_for(run):
     step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
     null = step.stage.model.conditioners["text"].tokenize([""])["input_ids"][0]
     count = 2000
-    ids = step.inputs(batch(range(count)))["text"]["input_ids"]
+    ids = step.inputs(batch(range(count)), None)["text"]["input_ids"]
     share = float((ids == null).all(1).float().mean())
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
-    kept = step.inputs(batch(range(count)), drop=False)["text"]["input_ids"]
+    kept = step.inputs(batch(range(count)), None, dropped=False)["text"]["input_ids"]
     assert not (kept == null).all(1).any()
 
 

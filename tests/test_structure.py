@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("train_*.py")])
-PARTS = ("ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
+PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
     "ldm.config_file": {"ldm.config"},
@@ -21,8 +21,16 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.models": {"ldm.config", "ldm.schedule"},
     "ldm.data": {"ldm.config"},
     "ldm.spaces": {"ldm.config", "ldm.models"},
-    "ldm.conditioning": {"ldm.config", "ldm.models"},
-    "ldm.stage": {"ldm.config", "ldm.spaces", "ldm.conditioning", "ldm.objective", "ldm.models"},
+    "ldm.conditioning": set(),
+    "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
+    "ldm.stage": {
+        "ldm.config",
+        "ldm.spaces",
+        "ldm.conditioning",
+        "ldm.conditioners",
+        "ldm.objective",
+        "ldm.models",
+    },
     "ldm.evaluation": {"ldm.config", "ldm.models"},
     "ldm.training": {
         "ldm.config",
@@ -31,6 +39,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.reconstruction",
         "ldm.spaces",
         "ldm.conditioning",
+        "ldm.conditioners",
         "ldm.stage",
         "ldm.evaluation",
         "ldm.provenance",

@@ -29,11 +29,12 @@ Encode = Callable[[Tensor], Moments]
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], or the moments of its cached encoding."""
+    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], its cached encoding's moments, or both."""
 
     position: int
     picture: int
     caption: str
+    class_label: int | None = None
     pixel_values: Tensor | None = None
     moments: Moments | None = None
 
@@ -45,8 +46,9 @@ class Batch:
     positions: list[int]
     pictures: list[int]
     captions: list[str]
-    pixel_values: Tensor | None
-    moments: Moments | None
+    pixel_values: Tensor | None = None
+    moments: Moments | None = None
+    class_labels: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -57,12 +59,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Return the samples as one batch."""
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     moments = [sample.moments for sample in samples if sample.moments is not None]
+    labels = [sample.class_label for sample in samples if sample.class_label is not None]
     return Batch(
         [sample.position for sample in samples],
         [sample.picture for sample in samples],
         [sample.caption for sample in samples],
         torch.stack(pixels) if pixels else None,
         (torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])) if moments else None,
+        torch.tensor(labels) if labels else None,
     )
 
 
@@ -139,6 +143,11 @@ class CaptionedImages:
         """Return every caption of a split's pictures."""
         return [caption for picture in self.splits[split] for caption in self.source.captions(picture)]
 
+    def first_pictures(self, split: str, count: int) -> Tensor:
+        """Return up to `count` pictures of a split, (N, 3, H, W), in the order of their hashes: as good as random."""
+        pictures = sorted(self.splits[split], key=lambda picture: self.hashes[picture])[:count]
+        return torch.stack([self.pixel_values(picture) for picture in pictures])
+
     @property
     def _key(self) -> str:
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}"
@@ -157,12 +166,26 @@ class CaptionedImages:
 
         return CachedRows("latents", f"{self._key}/{views}/{key}", len(self.source) * views, compute)
 
+    def known_captions(self) -> list[str]:
+        """Return every caption that training or validation may show, "" included, in alphabetical order."""
+        pictures = (*self.splits["train"], *self.splits["validation"])
+        return sorted({""}.union(*(self.source.captions(picture) for picture in pictures)))
+
 
 class PositionDataset(Dataset[Sample]):
     """A split as the endless stream of positions that training runs along."""
 
-    def __init__(self, images: CaptionedImages, split: str, seed: int, encoded: CachedRows | None = None):
+    def __init__(
+        self,
+        images: CaptionedImages,
+        split: str,
+        seed: int,
+        encoded: CachedRows | None = None,
+        with_pixels: bool = False,
+    ):
+        """Read moments from `encoded` if it is given, the pictures if it is not or if `with_pixels` asks for both."""
         self.images, self.seed, self.encoded = images, seed, encoded
+        self.with_pixels = with_pixels or encoded is None
         self.pictures = images.splits[split]
         if not self.pictures:
             raise ValueError(f"the {split} split has no pictures; see data.held_out and data.held_out_percent")
@@ -181,10 +204,12 @@ class PositionDataset(Dataset[Sample]):
         captions = self.images.source.captions(picture)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
-        if self.encoded is None:
-            return Sample(position, picture, caption, pixel_values=self.images.pixel_values(picture, mirrored))
-        row = self.encoded[picture * (1 + self.images.config.flip) + mirrored]
-        return Sample(position, picture, caption, moments=(row["mean"], row["std"]))
+        moments = None
+        if self.encoded is not None:
+            row = self.encoded[picture * (1 + self.images.config.flip) + mirrored]
+            moments = row["mean"], row["std"]
+        pixel_values = self.images.pixel_values(picture, mirrored) if self.with_pixels else None
+        return Sample(position, picture, caption, self.images.source.class_label(picture), pixel_values, moments)
 
 
 def training_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -64,3 +64,24 @@ class CachedRows:
         shard, offset = divmod(row, self.rows_per_shard)
         file = self._shards[shard]
         return {name: file.get_slice(name)[offset] for name in self._names}
+
+
+class CachedCaptions(Mapping[str, dict[str, Tensor]]):
+    """What a frozen encoder makes of captions, by caption, kept as `CachedRows`."""
+
+    def __init__(self, captions: Sequence[str], key: str, encode: Callable[[Sequence[str]], dict[str, Tensor]]):
+        """`encode` returns tensors (B, ...) for B captions; `key` names what it makes of these captions."""
+        self._rows = {caption: row for row, caption in enumerate(captions)}
+        self._cached = CachedRows("captions", key, len(captions), lambda rows: encode(captions[rows.start : rows.stop]))
+
+    def __getitem__(self, caption: str) -> dict[str, Tensor]:
+        """Return the tensors of one caption."""
+        return self._cached[self._rows[caption]]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the captions."""
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return len(self._rows)

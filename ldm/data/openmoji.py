@@ -56,6 +56,9 @@ class OpenMoji:
         """Return the captions of picture `index` in every language: a held-out caption holds out the picture."""
         return self._captions(index, tuple(self._names[self.names[index]]))
 
+    def class_label(self, index: int) -> None:
+        """Return None: the pictures have no classes."""
+
     def _captions(self, index: int, languages: tuple[str, ...]) -> tuple[str, ...]:
         names = self._names[self.names[index]]
         return tuple(dict.fromkeys(names[language] for language in languages if language in names))

@@ -37,18 +37,24 @@ class Source(Protocol):
     def all_captions(self, index: int) -> Sequence[str]:
         """Return every caption it is known by, also those not chosen: what held-out lists are matched with."""
 
+    def class_label(self, index: int) -> int | None:
+        """Return the number of its class, None if the data has none."""
+
 
 class TableSource:
     """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
 
     names = None
 
-    def __init__(self, table: Any, image_column: str | None, caption_column: str | None):
+    def __init__(
+        self, table: Any, image_column: str | None, caption_column: str | None, class_column: str | None = None
+    ):
         self._table = table
         columns = table.column_names
         self.image_column = _column("data.image_column", image_column, columns, IMAGE_COLUMNS)
         self.caption_column = _column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
         self._captions = table[self.caption_column]
+        self._labels = table[_column("data.class_column", class_column, columns, ())] if class_column else None
         self.fingerprint = f"table-{table._fingerprint}"
 
     def __len__(self) -> int:
@@ -72,6 +78,13 @@ class TableSource:
 
     all_captions = captions
 
+    def class_label(self, index: int) -> int | None:
+        """Return the class of row `index`; raises ValueError unless it is a whole number."""
+        label = None if self._labels is None else self._labels[index]
+        if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
+            raise ValueError(f"data.class_column: row {index} has a {type(label).__name__}; expected a whole number")
+        return label
+
 
 def build_source(config: DataConfig) -> Source:
     """Return the pictures that `config` names."""
@@ -93,7 +106,7 @@ def build_source(config: DataConfig) -> Source:
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
     else:
         table = datasets.load_dataset(config.path, split=config.split)
-    return TableSource(table, config.image_column, config.caption_column)
+    return TableSource(table, config.image_column, config.caption_column, config.class_column)
 
 
 def _column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:

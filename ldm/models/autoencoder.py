@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 
-def downsampling_factor(autoencoder: AutoencoderKL) -> int:
+def downsampling_factor(autoencoder: AutoencoderKL | VQModel) -> int:
     """Return the pixels per latent along one side."""
     return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
 
 
-def posterior_moments(autoencoder: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def posterior_moments(autoencoder: AutoencoderKL | VQModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and std of the posterior, (B, C, H/f, W/f), in the units that the denoiser sees.
 
-    An unfinished or foreign autoencoder's ``scaling_factor`` is applied; ours is 1 (see `fold_statistics`).
+    An unfinished or foreign autoencoder's ``scaling_factor`` is applied; ours is 1 (see `fold_statistics`). A
+    VQModel's latents are those before quantisation, with std 0.
     """
-    posterior = autoencoder.encode(pixel_values).latent_dist
-    scale = autoencoder.config.scaling_factor
-    return posterior.mean * scale, posterior.std * scale
+    encoded, scale = autoencoder.encode(pixel_values), autoencoder.config.scaling_factor
+    if isinstance(autoencoder, VQModel):
+        return encoded.latents * scale, torch.zeros_like(encoded.latents)
+    return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Return ``pixel_values`` (B, 3, H, W) of `latents` in the units that the denoiser sees; not clipped."""
-    decoded: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor, return_dict=False)[0]
+def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
+    """Return ``pixel_values`` (B, 3, H, W) of `latents` in the units that the denoiser sees; not clipped.
+
+    A VQModel decodes them as they are, not quantised, as Kandinsky's pipelines do.
+    """
+    options = {"force_not_quantize": True} if isinstance(autoencoder, VQModel) else {}
+    latents = latents / autoencoder.config.scaling_factor
+    decoded: Tensor = autoencoder.decode(latents, **options, return_dict=False)[0]
     return decoded
 
 

@@ -10,29 +10,38 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import PriorTransformer
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 ALLOWED = (
     "AutoencoderKL",
+    "VQModel",
     "UNet2DModel",
     "UNet2DConditionModel",
     "PriorTransformer",
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
 )
+PRIOR_OUT = "proj_to_clip_embeddings"
 
 
 def build_network(network: dict[str, Any], where: str) -> nn.Module:
     """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
 
     `network` holds ``_class_name`` and arguments of that class's ``__init__``; or ``pretrained`` (folder or Hub name),
-    optionally with ``revision`` and ``subfolder``. `where` is the config path that errors name. Raises ValueError.
+    optionally with ``revision`` and ``subfolder``, whose own config names the class. `where` is the config path that
+    errors name. Raises ValueError.
     """
     keys = dict(network)
     name = keys.pop("_class_name", None)
+    if name is None and "pretrained" in keys:
+        place = {key: keys[key] for key in ("revision", "subfolder") if key in keys}
+        name = diffusers.UNet2DModel.load_config(keys["pretrained"], **place).get("_class_name")
     if name not in ALLOWED:
         raise ValueError(f"{where}._class_name: got {name!r}; choose from {', '.join(ALLOWED)}")
     kind = getattr(diffusers, name)
@@ -59,13 +68,47 @@ def _refuse_unknown(keys: dict[str, Any], allowed: set[str], where: str, what: s
             raise ValueError(f"{where}.{key}: no such field {what}{hint}")
 
 
+def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
+    """Make a network of diffusers ready to be trained here, in place.
+
+    Statistics of an embedding are no parameters to train; what is dropped is the conditioners' affair and not the
+    label embedding's too. A `fresh` one, with random weights, gets `zero_tails` and statistics that change nothing.
+    """
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    if isinstance(denoiser, PriorTransformer):
+        denoiser.clip_mean.requires_grad_(False)
+        denoiser.clip_std.requires_grad_(False)
+        if fresh:  # they are zero, and so would be every embedding
+            nn.init.ones_(denoiser.clip_std)
+    if fresh:
+        zero_tails(denoiser)
+
+
+def keep_statistics(denoiser: Any, mean: Tensor, std: Tensor) -> None:
+    """Write the mean and std of embeddings, (D,), where the denoiser's pipeline looks for them, in place."""
+    if not isinstance(denoiser, PriorTransformer):
+        raise ValueError(f"denoiser: {type(denoiser).__name__} predicts no embeddings; use PriorTransformer")
+    if denoiser.clip_mean.shape[1] != len(mean):
+        raise ValueError(
+            f"denoiser: predicts embeddings of width {denoiser.clip_mean.shape[1]}, the space has {len(mean)}; set "
+            f"denoiser.embedding_dim or clip_embed_dim to {len(mean)}"
+        )
+    with torch.no_grad():
+        denoiser.clip_mean.copy_(mean)
+        denoiser.clip_std.copy_(std)
+
+
 def zero_tails(denoiser: nn.Module) -> None:
     """Zero the last layer of the network and of each residual branch, in place.
 
     The network then starts as the zero function and every block as the identity ("zero_module" of Dhariwal & Nichol
     2021; diffusers zeroes nothing), so that the first loss is the variance of the target and not that plus noise.
     """
-    tails = [getattr(denoiser, "conv_out", None)]
+    tails = [getattr(denoiser, name, None) for name in ("conv_out", "proj_out", "proj_out_2", PRIOR_OUT)]
+    whole = [module for module in denoiser.modules() if isinstance(module, Transformer2DModel)]
+    inside = {block for module in whole for block in module.modules()}  # one branch, whatever it is made of
     for module in denoiser.modules():
         if isinstance(module, ResnetBlock2D):
             tails.append(module.conv2)
@@ -73,6 +116,9 @@ def zero_tails(denoiser: nn.Module) -> None:
             tails.append(module.proj_out)
         elif isinstance(module, Attention) and module.residual_connection:
             tails.append(module.to_out[0])
+        elif isinstance(module, BasicTransformerBlock) and module not in inside:
+            tails += [attention.to_out[0] for attention in (module.attn1, module.attn2) if attention is not None]
+            tails.append(module.ff.net[2])
     for tail in tails:
         if tail is not None:
             for parameter in tail.parameters():

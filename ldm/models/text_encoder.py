@@ -12,7 +12,15 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from ldm.config import TextConfig
 
@@ -103,22 +111,28 @@ def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.
 def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
-    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. BERT-like encoders get
-    ``use_attention_mask`` in their config, which makes the Stable Diffusion pipeline pass them the mask they need.
+    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. All encoders but CLIP's
+    get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline pass them the mask they need.
     """
     encoder_folder = tokenizer_folder = resolve(pretrained)
     if (Path(encoder_folder) / "text_encoder").is_dir():
         encoder_folder, tokenizer_folder = f"{encoder_folder}/text_encoder", f"{tokenizer_folder}/tokenizer"
-    kind = CLIPTextModel if AutoConfig.from_pretrained(encoder_folder).model_type.startswith("clip") else AutoModel
+    found = AutoConfig.from_pretrained(encoder_folder)
+    clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
+    kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
     encoder = kind.from_pretrained(encoder_folder, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
         raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")
     tokenizer.model_max_length = max_length
-    if kind is AutoModel:
+    if kind is AutoModelForTextEncoding:
         encoder.config.use_attention_mask = True
     return encoder, tokenizer
+
+
+def _projects(config: Any) -> bool:
+    return "CLIPTextModelWithProjection" in (config.architectures or ())
 
 
 def resolve(pretrained: str) -> str:

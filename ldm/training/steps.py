@@ -9,9 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ldm.conditioning import Inputs, TextConditioner
+from ldm.conditioners.text import TextConditioner
+from ldm.conditioning import Inputs
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
+from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generator, generators
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import build_perceptual_distance
@@ -52,6 +54,12 @@ class DiffusionStep:
         moments = self.stage.space.moments(pixel_values.to(self.run.device))
         return moments.mean, moments.std
 
+    def remember_captions(self, captions: Sequence[str]) -> None:
+        """Keep what a frozen text encoder makes of `captions` on disk, and look it up from there."""
+        for conditioner in self.stage.model.conditioners.values():
+            if isinstance(conditioner, TextConditioner) and conditioner.frozen:
+                conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
+
     def pipeline_components(self) -> dict[str, Any]:
         """Return what the text-to-image pipeline is made of, but the scheduler: the averaged weights, live."""
         if not isinstance(self.stage.space, LatentSpace) or "text" not in self.averaged.conditioners:
@@ -66,14 +74,14 @@ class DiffusionStep:
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; every draw comes from its sample's position."""
-        inputs = self.inputs(batch)
-        model = self.forwards["denoiser"]
+        x0 = self.x0(batch)
+        inputs, model = self.inputs(batch, x0), self.forwards["denoiser"]
 
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             return cast(Tensor, model(x_t, timesteps, inputs))
 
         draws = generators(self.run.seed, batch.positions, "noise")
-        return {"denoiser": self.stage.objective.loss(predict, self.x0(batch), draws).mean()}
+        return {"denoiser": self.stage.objective.loss(predict, x0, draws).mean()}
 
     def x0(self, batch: Batch) -> Tensor:
         """Return what is diffused, drawn anew from the posterior, on the run's device."""
@@ -83,24 +91,30 @@ class DiffusionStep:
             moments = self.stage.space.moments(cast(Tensor, batch.pixel_values).to(self.run.device))
         return moments.sample(generators(self.run.seed, batch.positions, "posterior"))
 
-    def inputs(self, batch: Batch, drop: bool = True) -> dict[str, Inputs]:
-        """Return each conditioner's inputs, on the run's device, with its share dropped unless `drop` is False."""
+    def inputs(self, batch: Batch, x0: Tensor, dropped: bool | None = None) -> dict[str, Inputs]:
+        """Return each conditioner's inputs, on the run's device, the nulls where dropped.
+
+        dropped: None, as in training: of each conditioner its share, drawn for each sample; False: none; True: all that
+        training drops, which is what guidance compares with.
+        """
         inputs = {}
         for name in self.stage.model.conditioners:
             conditioner = self.stage.model.conditioner(name)
-            rate = conditioner.dropout if drop else 0.0
-            dropped = [
+            rate = conditioner.dropout if dropped is None else float(dropped and conditioner.dropout > 0)
+            drops = [
                 torch.rand((), generator=generator(self.run.seed, position, f"drop-{name}")).item() < rate
                 for position in batch.positions
             ]
-            tensors = conditioner.inputs(batch, dropped)
+            draws = generators(self.run.seed, batch.positions, f"condition-{name}")
+            tensors = conditioner.inputs(batch, x0, drops, draws)
             inputs[name] = {key: tensor.to(self.run.device) for key, tensor in tensors.items()}
         return inputs
 
     @torch.no_grad()
     def held_out_losses(self, batch: Batch, levels: Sequence[float]) -> dict[str, float]:
         """Return the averaged model's mean loss over a batch at each noise level in (0, 1), with fixed noise."""
-        x0, inputs = self.x0(batch), self.inputs(batch, drop=False)
+        x0 = self.x0(batch)
+        inputs = self.inputs(batch, x0, dropped=False)
         draws = generators(self.run.seed, batch.positions, "validation")
         noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
 

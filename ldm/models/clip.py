@@ -1,0 +1,55 @@
+"""Image embeddings of a frozen CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+class ImageEncoder(nn.Module):
+    """A vision model with projection, from our pictures to its embeddings; frozen."""
+
+    def __init__(self, network: CLIPVisionModelWithProjection):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the embeddings, (B, D) float32, of pictures (B, 3, H, W) in [-1, 1] of any size."""
+        size = self.network.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
+        pictures = (pixel_values.clamp(-1, 1) + 1) / 2
+        return self._embeds((pictures - self.mean) / self.std)
+
+    @torch.no_grad()
+    def zero_picture(self) -> Tensor:
+        """Return the embedding, (D,), of a picture that is zero everywhere once normalised: Kandinsky's null."""
+        size = self.network.config.image_size
+        return self._embeds(torch.zeros(1, 3, size, size, device=self.mean.device))[0]
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def _embeds(self, normalised: Tensor) -> Tensor:
+        return cast(Tensor, self.network(normalised.to(self.network.dtype)).image_embeds.float())
+
+
+def load_image_encoder(pretrained: str) -> ImageEncoder:
+    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name."""
+    inside = Path(pretrained) / "image_encoder"
+    network = CLIPVisionModelWithProjection.from_pretrained(
+        str(inside) if inside.is_dir() else pretrained, use_safetensors=True
+    )
+    return ImageEncoder(network)

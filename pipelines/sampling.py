@@ -1,0 +1,82 @@
+"""From noise to x0: the one sampling loop, for any space, denoiser and conditions."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .guidance import guide
+from .schedulers import takes_variance
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From x_t and the timestep to what the scheduler takes."""
+AfterStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]]
+"""From step number, timestep and x_t to the x_t to go on with, and whether to stop."""
+
+
+def denoise(
+    predict: Predict,
+    scheduler: Any,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    after_step: AfterStep | None = None,
+    progress: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
+) -> torch.Tensor:
+    """Return x0 of unit `noise`, both (B, C, ...), after one step of `scheduler` at each of its `timesteps`.
+
+    Float32 throughout: bfloat16 would lose the small steps. `generator` is for schedulers that add noise; `progress`
+    iterates over the timesteps, with a bar. FloatingPointError if a step gives NaN or infinity.
+    """
+    random = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if random else {}
+    x_t: torch.Tensor = noise.float() * scheduler.init_noise_sigma
+    for step, timestep in enumerate(progress(timesteps)):
+        x_t = scheduler.step(predict(x_t, timestep), timestep, x_t, **options, return_dict=False)[0]
+        if not x_t.isfinite().all():
+            raise FloatingPointError(
+                f"non-finite latents at step {step} of {len(timesteps)}: check the denoiser's weights and the "
+                "conditions for NaN and infinity, or leave half precision for float32"
+            )
+        stop = False
+        if after_step is not None:
+            x_t, stop = after_step(step, timestep, x_t)
+        if stop:
+            break
+    return x_t
+
+
+def guided_output(
+    denoiser: Any,
+    scheduler: Any,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    guidance_scale: float,
+    channels: Sequence[torch.Tensor] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Return what `scheduler` takes at `timestep`: the guided output, float32, with the variance only if it is used.
+
+    channels, kwargs: the conditions of B samples; with guidance, above 1, of 2B, the nulls first (`both`): one pass
+    computes both.
+    """
+    guided, width = guidance_scale > 1, x_t.shape[1]
+    model_input = scheduler.scale_model_input(torch.cat([x_t] * 2) if guided else x_t, timestep)
+    model_input = torch.cat([model_input, *channels], 1).to(denoiser.dtype)
+    timesteps = timestep.expand(len(model_input))  # transformers take no scalar
+    model_output: torch.Tensor = denoiser(model_input, timestep=timesteps, **kwargs or {}, return_dict=False)[0]
+    model_output = model_output.to(x_t.dtype)
+    if guided:
+        uncond, cond = model_output.chunk(2)
+        model_output = guide(uncond, cond, guidance_scale, width)
+    return model_output if takes_variance(scheduler) else model_output[:, :width]
+
+
+def both(null: Any, given: Any) -> Any:
+    """Return conditions for one pass over nulls and given ones: tensors one after the other, containers alike."""
+    if isinstance(given, Mapping):
+        return {name: both(null[name], given[name]) for name in given}
+    if isinstance(given, list | tuple):
+        return tuple(both(one, other) for one, other in zip(null, given, strict=True))
+    return None if given is None else torch.cat([null, given])

@@ -1,0 +1,237 @@
+"""What each conditioner tells, against its definition; its null; and that a sample's draws are its own."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ldm.conditioners.frames import FramesConditioner
+from ldm.conditioners.image import ImageConditioner
+from ldm.conditioners.label import LabelConditioner
+from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
+from ldm.conditioners.text import TextConditioner
+from ldm.conditioning import nested
+from ldm.data.cache import CachedCaptions
+from ldm.data.positions import generators
+from ldm.models.clip import ImageEncoder
+from ldm.spaces import EmbeddingSpace
+from ldm.stage import ConditionedDenoiser
+
+from . import tiny_pipeline
+
+
+@dataclass
+class Some:
+    captions: tuple[str, ...] = ()
+    class_labels: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+
+
+def pictures(count, size=16):
+    return torch.stack([torch.rand(3, size, size, generator=draw) * 2 - 1 for draw in generators(5, range(count), "p")])
+
+
+def tell(conditioner, batch, count, dropped=None, x0=None, positions=None):
+    draws = generators(0, positions or range(count), "condition")
+    x0 = torch.zeros(count, 4, 2, 2) if x0 is None else x0
+    return conditioner.inputs(batch, x0, dropped or [False] * count, draws)
+
+
+def image_encoder(image_size=8):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=image_size, patch_size=4, projection_dim=12)
+    return ImageEncoder(CLIPVisionModelWithProjection(config))
+
+
+def text(**keywords):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    config = CLIPTextConfig(**sizes, **ids, projection_dim=6, max_position_embeddings=tiny_pipeline.LENGTH)
+    encoder = CLIPTextModelWithProjection(config).eval()
+    return TextConditioner(encoder, tiny_pipeline.tokenizer(), train=False, dropout=0.1, keywords=keywords or None)
+
+
+def test_dotted_keywords_gather_in_one_dictionary():
+    assert nested({"a": 1, "b.c": 2, "b.d": 3}) == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+def test_each_keyword_of_text_gets_the_output_it_names():
+    one = text(**{"a": "prompt_embeds", "b.c": "pooled_prompt_embeds", "m": "attention_mask"})
+    captions = ["a cat", ""]
+    kwargs = one(**tell(one, Some(captions), 2)).kwargs
+    tokens = one.tokenizer(captions, padding="max_length", max_length=12, return_tensors="pt")
+    output = one.text_encoder(tokens.input_ids)
+    torch.testing.assert_close(kwargs["a"], output.last_hidden_state)
+    torch.testing.assert_close(kwargs["b.c"], output.text_embeds)
+    assert kwargs["b.c"].shape == (2, 6)
+    assert torch.equal(kwargs["m"], tokens.attention_mask)
+    assert kwargs["m"].sum(1).tolist() == [6, 2]  # begin, a, c, a, t, end; begin, end
+
+
+def test_dropped_text_is_the_empty_caption_in_every_output():
+    one = text(**{"a": "prompt_embeds", "b": "pooled_prompt_embeds", "m": "attention_mask"})
+    dropped = tell(one, Some(["a cat", "a cat"]), 2, [True, False])
+    plain = tell(one, Some(["", "a cat"]), 2)
+    assert all(torch.equal(dropped[name], plain[name]) for name in plain)
+
+
+def test_an_output_that_the_encoder_lacks_is_named():
+    t5 = TextConditioner(
+        tiny_pipeline.text_encoder("t5"),
+        tiny_pipeline.tokenizer(),
+        train=False,
+        dropout=0,
+        keywords={"x": "pooled_prompt_embeds"},
+    )
+    with pytest.raises(ValueError, match="T5EncoderModel has no pooled_prompt_embeds"):
+        tell(t5, Some(["a cat"]), 1)
+
+
+def test_captions_on_disk_are_those_of_the_encoder_and_spare_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    captions = ["", "a cat", "a dog"]
+    first = text()
+    expected = first.encode_captions(["a dog", "", "a bird"])["prompt_embeds"]
+    cached = CachedCaptions(captions, first.key(captions), first.encode_captions)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    again = text()
+    asked = []
+    encode = again.encode_captions
+    monkeypatch.setattr(again, "encode_captions", lambda captions: asked.extend(captions) or encode(captions))
+    again.remember(CachedCaptions(captions, again.key(captions), again.encode_captions))
+    embeds = tell(again, Some(["a dog", "a bird", "a bird"]), 3, [False, True, False])["prompt_embeds"]
+    torch.testing.assert_close(embeds, expected)
+    assert asked == ["a bird"]
+    assert sorted(cached) == captions
+
+
+def test_another_encoder_or_other_captions_have_another_key():
+    one, other = text(), text()
+    assert one.key(["a"]) == other.key(["a"])
+    torch.nn.init.normal_(next(other.text_encoder.parameters()))
+    keys = {one.key(["a"]), one.key(["b"]), other.key(["a"]), text(m="attention_mask").key(["a"])}
+    assert len(keys) == 4
+
+
+def test_labels_and_their_null():
+    label = LabelConditioner(5, 0.5)
+    told = tell(label, Some(class_labels=torch.tensor([0, 4, 2])), 3, [False, True, False])
+    assert label(**told).kwargs["class_labels"].tolist() == [0, 5, 2]
+    with pytest.raises(ValueError, match=r"num_classes: 5, but the data has a class 5"):
+        tell(label, Some(class_labels=torch.tensor([0, 5])), 2)
+    with pytest.raises(ValueError, match=r"data\.class_column"):
+        tell(label, Some(), 2)
+
+
+def test_image_embeddings_are_those_of_the_models_own_processor():
+    encoder = image_encoder()
+    raw = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8)
+    ready = processor([Image.fromarray(one.numpy()) for one in raw], return_tensors="pt").pixel_values
+    expected = encoder.network(ready).image_embeds
+    pixel_values = raw.permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(encoder(pixel_values), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("null", ["zeros", "zero_picture"])
+def test_the_null_of_image_embeddings(null):
+    encoder = image_encoder()
+    conditioner = ImageConditioner(encoder, null, 0.5)
+    told = tell(conditioner, Some(pixel_values=pictures(2)), 2, [True, False])["image_embeds"]
+    zero = encoder.network(torch.zeros(1, 3, 8, 8)).image_embeds[0]  # as KandinskyV22PriorPipeline.get_zero_embed
+    torch.testing.assert_close(told[0], torch.zeros(12) if null == "zeros" else zero)
+    torch.testing.assert_close(told[1], encoder(pictures(2))[1])
+
+
+def test_the_small_picture_is_eight_bits_and_enlarged_keeps_a_plain_colour():
+    plain = torch.full((1, 3, 16, 16), 0.5)
+    small = shrunk(plain, 4)
+    assert small.shape == (1, 3, 4, 4)
+    levels = (small + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round())
+    torch.testing.assert_close(enlarged(small, 16), small[:, :, :1, :1].expand(1, 3, 16, 16))
+    assert shrunk(pictures(8), 4).abs().max() <= 1
+
+
+def test_low_res_noise_is_that_of_the_cosine_path_at_the_level_it_tells():
+    conditioner = LowResConditioner(4, 1000)
+    count = 400
+    same = pictures(1).expand(count, -1, -1, -1)
+    told = tell(conditioner, Some(pixel_values=same), count)
+    clean = enlarged(shrunk(same[:1], 4), 16)
+    alpha_bar = torch.cos((told["levels"].double() + 1) / 1000 / 1.008 * torch.pi / 2 + 0.008 / 1.008 * torch.pi / 2)
+    alpha = (alpha_bar / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2))).view(-1, 1, 1, 1)
+    middle = (told["levels"] > 20) & (told["levels"] < 950)  # the path is clipped at its end
+    noise = ((told["pictures"] - alpha * clean) / (1 - alpha**2).sqrt())[middle]
+    assert float(noise.mean()) == pytest.approx(0, abs=4 / noise.numel() ** 0.5)
+    assert float(noise.std()) == pytest.approx(1, abs=4 / (2 * noise.numel()) ** 0.5)
+    assert abs(float(told["levels"].float().mean()) - 499.5) < 4 * 289 / count**0.5
+    assert conditioner(**told).kwargs["class_labels"] is told["levels"]
+
+
+def test_without_noise_low_res_tells_no_level():
+    conditioner = LowResConditioner(4, 0)
+    told = tell(conditioner, Some(pixel_values=pictures(2)), 2)
+    conditions = conditioner(**told)
+    assert conditions.kwargs == {}
+    assert conditioner.keywords == ()
+    torch.testing.assert_close(conditions.channels[0], enlarged(shrunk(pictures(2), 4), 16))
+
+
+def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
+    conditioner = FramesConditioner(4, 2, 0.5)
+    x0 = torch.randn(80, 3, 2, 2)
+    dropped = [False] * 40 + [True] * 40
+    told = tell(conditioner, Some(), 80, dropped, x0)["frames"]
+    mask, frames = told[:, :1], told[:, 1:]
+    assert told.shape == (80, 4, 2, 2)
+    counts = mask[:, 0, 0, 0].view(20, 4)
+    assert set(counts[:10].sum(1).tolist()) == {0, 1, 2}
+    assert (counts.diff(dim=1) <= 0).all(), "ones, then zeros"
+    assert counts[10:].sum() == 0
+    assert torch.equal(frames, x0 * mask)
+    with pytest.raises(ValueError, match="whole clips of 4"):
+        tell(conditioner, Some(), 6, x0=x0[:6])
+
+
+@pytest.mark.parametrize("kind", ["low_res", "frames"])
+def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
+    conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(2, 1, 0.5)
+    x0 = pictures(6)
+    whole = tell(conditioner, Some(pixel_values=x0), 6, x0=x0)
+    part = tell(conditioner, Some(pixel_values=x0[2:4]), 2, x0=x0[2:4], positions=[2, 3])
+    assert all(torch.equal(whole[name][2:4], part[name]) for name in part)
+
+
+@pytest.mark.parametrize("made", [lambda d: LabelConditioner(3, d), lambda d: FramesConditioner(2, 1, d)])
+def test_a_share_that_leaves_nothing_is_refused(made):
+    with pytest.raises(ValueError, match=r"conditioners\.\w+\.dropout: got 1; expected"):
+        made(1)
+
+
+def test_conditioners_that_set_the_same_keyword_are_refused_when_the_stage_is_built():
+    both = {"label": LabelConditioner(3, 0.1), "low_res": LowResConditioner(4, 1000)}
+    with pytest.raises(ValueError, match="'class_labels'"):
+        ConditionedDenoiser(torch.nn.Identity(), both)
+
+
+def test_embedding_space_has_unit_scale_and_decodes_to_the_encoders_embeddings():
+    encoder = image_encoder()
+    space = EmbeddingSpace(encoder, pictures(200))
+    x0 = space.moments(pictures(200)).mean
+    torch.testing.assert_close(x0.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x0.std(0), torch.ones(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(space.decode(x0), encoder(pictures(200)), atol=1e-5, rtol=1e-4)
+    assert space.key != EmbeddingSpace(encoder, pictures(50)).key
+    with pytest.raises(ValueError, match="equal for all pictures"):
+        EmbeddingSpace(encoder, torch.zeros(3, 3, 16, 16))

@@ -1,0 +1,171 @@
+"""One idea for the whole family: each system's stage, from its YAML, through the same objective, step and sampler."""
+
+import pytest
+import torch
+import yaml
+
+from ldm.config import LoopConfig, StageConfig
+from ldm.config_file import load_config
+from ldm.data.batches import Batch
+from ldm.data.positions import generators
+from ldm.models.network import build_network
+from ldm.models.scheduler import build_scheduler
+from ldm.stage import build_stage
+from ldm.training.run import Run
+from ldm.training.steps import DiffusionStep
+from pipelines.guidance import guide
+from pipelines.sampling import both, denoise, guided_output
+
+from .test_network import CAPTIONS
+from .tiny_stages import CLASSES, PIXELS, save_parts, stages
+
+NAMES = [
+    "ddpm",
+    "adm",
+    "stable diffusion",
+    "unclip prior",
+    "unclip decoder",
+    "unclip upsampler",
+    "imagen",
+    "imagen upsampler",
+    "kandinsky decoder",
+    "videoldm",
+    "dit",
+    "pixart",
+]
+UNUSED = {  # parameters that a stock class has and never reads: its own fault
+    "pixart": ("scale_shift_table",),
+}
+
+
+def pictures(positions):
+    draws = generators(9, positions, "picture")
+    return torch.stack([torch.rand(3, PIXELS, PIXELS, generator=draw) * 2 - 1 for draw in draws])
+
+
+def batch(positions=range(4)):
+    positions = list(positions)
+    labels = torch.tensor([position % CLASSES for position in positions])
+    captions = [CAPTIONS[position % 3] for position in positions]
+    return Batch(positions, positions, captions, pictures(positions), None, labels)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    save_parts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run(str(tmp_path_factory.mktemp("run")), 0, LoopConfig(trackers=(), mixed_precision="no"))
+    torch.set_num_threads(1)
+    return run
+
+
+@pytest.fixture(params=NAMES)
+def stage(request, parts, tmp_path_factory):
+    """Name, stage and config of each system, as it is before any training."""
+    file = tmp_path_factory.mktemp("config") / "stage.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[request.param]}))
+    config = load_config(StageConfig, ["--config", str(file)])
+    return request.param, build_stage(config, CAPTIONS, lambda: pictures(range(40))), config
+
+
+@pytest.fixture
+def step(stage, run):
+    _, made, _ = stage
+    step = DiffusionStep(made, run, 0.9)
+    torch.manual_seed(1)
+    for parameter in made.model.parameters():  # away from the zero function
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return step
+
+
+def test_the_table_is_whole(parts):
+    assert list(stages(parts)) == NAMES
+
+
+def test_it_starts_as_the_zero_function(stage, run):
+    _, made, config = stage
+    step = DiffusionStep(made, run, 0.9)
+    x0 = step.x0(batch())
+    output = made.model(torch.randn_like(x0), torch.full((4,), 500), step.inputs(batch(), x0))
+    width = x0.shape[1] * (1 if config.objective.variational_weight is None else 2)
+    assert output.shape == (4, width, *x0.shape[2:])
+    assert output.abs().max() == 0
+
+
+def test_the_objective_knows_whether_x0_is_on_a_grid(stage):
+    _, made, config = stage
+    assert made.objective.grid_step == (2 / 255 if config.space.kind == "pixel" else 0)
+
+
+def test_every_trained_parameter_gets_a_gradient(stage, step):
+    name, made, _ = stage
+    loss = sum(step.losses(batch(range(first, first + 4)), 0)["denoiser"] for first in (0, 4, 8, 12))
+    assert loss.isfinite()
+    loss.backward()
+    without = {key for key, p in made.model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not {key for key in without if not key.endswith(UNUSED.get(name, ()))}
+
+
+def test_a_loss_does_not_depend_on_how_the_batch_is_cut(step):
+    whole = step.losses(batch(), 0)["denoiser"]
+    halves = [step.losses(batch(half), 0)["denoiser"] for half in (range(2), range(2, 4))]
+    assert float(whole) == pytest.approx(float(sum(halves)) / 2, rel=1e-4)
+
+
+def test_a_guided_step_is_guidance_of_two_separate_passes(stage, step):
+    _, made, config = stage
+    some = batch()
+    x0 = step.x0(some)
+    told = [made.model.conditions(step.inputs(some, x0, dropped=dropped)) for dropped in (True, False)]
+    scheduler = build_scheduler(config.objective)
+    scheduler.set_timesteps(3)
+    x_t, timestep = torch.randn_like(x0), scheduler.timesteps[1]
+    pairs = both(told[0].channels, told[1].channels), both(told[0].kwargs, told[1].kwargs)
+    with torch.no_grad():
+        once = guided_output(made.model.denoiser, scheduler, x_t, timestep, 3.0, *pairs)
+        passes = []
+        for dropped in (True, False):
+            inputs = step.inputs(some, x0, dropped=dropped)
+            passes.append(made.model(x_t, timestep.expand(4), inputs))
+    width = x0.shape[1]
+    torch.testing.assert_close(once, guide(*passes, 3.0, width)[:, :width], rtol=1e-4, atol=1e-4)
+    guided = any(made.model.conditioner(name).dropout for name in made.model.conditioners)
+    assert guided != torch.equal(passes[0], passes[1]), "what training drops, and nothing else, guidance compares"
+
+
+def test_it_samples_and_decodes(stage, step):
+    _, made, config = stage
+    some = batch()
+    x0 = step.x0(some)
+    told = made.model.conditions(step.inputs(some, x0, dropped=False))
+    scheduler = build_scheduler(config.objective)
+    scheduler.set_timesteps(3)
+
+    def predict(x_t, timestep):
+        return guided_output(made.model.denoiser, scheduler, x_t, timestep, 1.0, told.channels, told.kwargs)
+
+    with torch.no_grad():
+        sampled = denoise(predict, scheduler, torch.randn_like(x0), scheduler.timesteps)
+    assert sampled.shape == x0.shape
+    decoded = made.space.decode(sampled)
+    assert decoded.isfinite().all()
+    assert decoded.shape == (x0.shape if config.space.kind == "embedding" else some.pixel_values.shape)
+
+
+def test_what_is_saved_is_a_pretrained_denoiser_that_computes_the_same(stage, step, tmp_path):
+    _, made, _ = stage
+    made.model.denoiser.save_pretrained(tmp_path / "denoiser")
+    again = build_network({"pretrained": str(tmp_path / "denoiser")}, "denoiser")
+    some = batch()
+    x0 = step.x0(some)
+    told = made.model.conditions(step.inputs(some, x0, dropped=False))
+    call = {"timestep": torch.full((4,), 500), **told.kwargs, "return_dict": False}
+    x_t = torch.cat([x0, *told.channels], 1)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x_t, **call)[0], made.model.denoiser.eval()(x_t, **call)[0])
