@@ -5,7 +5,15 @@ import torch
 
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditions, merge
-from ldm.config import ConditionersConfig, LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig, TextConfig
+from ldm.config import (
+    ConditionersConfig,
+    LabelConfig,
+    LoopConfig,
+    ObjectiveConfig,
+    SpaceConfig,
+    StageConfig,
+    TextConfig,
+)
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
 from ldm.models.text_encoder import build_text_encoder
@@ -166,7 +174,11 @@ def test_moments_are_sampled_sample_by_sample():
     assert float(many.std()) == pytest.approx(2, abs=4 * 2 / (2 * 40_000) ** 0.5)
 
 
-def test_a_stage_without_autoencoder_or_text_makes_no_text_to_image_pipeline(run):
-    step = DiffusionStep(build_stage(config(), CAPTIONS), run, 0.9)
-    with pytest.raises(ValueError, match="needs space"):
-        step.pipeline_components()
+def test_a_stage_that_is_told_other_things_makes_no_text_to_image_pipeline(run):
+    pixels = config()
+    more = {"label": LabelConfig(3)}
+    with_class = replace(pixels, conditioners=ConditionersConfig(text=TEXT, **more))
+    for one in (pixels, with_class):
+        step = DiffusionStep(build_stage(one, CAPTIONS), run, 0.9)
+        with pytest.raises(ValueError, match="needs space"):
+            step.pipeline_components()

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
 from ldm.models.network import weights_hash
 
+KEYWORDS = {"encoder_hidden_states": "prompt_embeds"}
+"""What Stable Diffusion's U-Net is told."""
+
 
 class TextConditioner(nn.Module):
     """Prompt embeddings of captions; the null is the caption ""."""
@@ -31,7 +34,7 @@ class TextConditioner(nn.Module):
         super().__init__()
         self.frozen = not train
         self.dropout = checked_share("conditioners.text", dropout)
-        self.keywords = dict(keywords or {"encoder_hidden_states": "prompt_embeds"})
+        self.keywords = dict(keywords or KEYWORDS)
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder.requires_grad_(train)
         if self.frozen:

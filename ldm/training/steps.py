@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ldm.conditioners.text import TextConditioner
+from ldm.conditioners.text import KEYWORDS, TextConditioner
 from ldm.conditioning import Inputs
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
@@ -61,12 +61,19 @@ class DiffusionStep:
                 conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
 
     def pipeline_components(self) -> dict[str, Any]:
-        """Return what the text-to-image pipeline is made of, but the scheduler: the averaged weights, live."""
-        if not isinstance(self.stage.space, LatentSpace) or "text" not in self.averaged.conditioners:
-            raise ValueError("a text-to-image pipeline needs space.kind: latent and conditioners.text; set both")
-        text = cast(TextConditioner, self.averaged.conditioners["text"])
+        """Return what the text-to-image pipeline is made of, but the scheduler: the averaged weights, live.
+
+        Raises ValueError if the denoiser is told more than that pipeline can tell it, or works in another space.
+        """
+        space, conditioners = self.stage.space, self.averaged.conditioners
+        text = conditioners["text"] if list(conditioners) == ["text"] else None
+        if not isinstance(space, LatentSpace) or not isinstance(text, TextConditioner) or text.keywords != KEYWORDS:
+            raise ValueError(
+                "a text-to-image pipeline needs space.kind: latent and conditioners.text, no other conditioner and no "
+                "other conditioners.text.keywords"
+            )
         return {
-            "vae": self.stage.space.autoencoder,
+            "vae": space.autoencoder,
             "text_encoder": text.text_encoder,
             "tokenizer": text.tokenizer,
             "unet": self.averaged.denoiser,
