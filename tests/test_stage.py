@@ -115,6 +115,21 @@ def test_frozen_embeddings_equal_the_encoders(run):
         assert torch.allclose(embeds, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_remembered_captions_are_encoded_once_for_all_runs_if_the_encoder_is_frozen(train, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    known = sorted({"", *CAPTIONS})
+    for calls in (1, 0):
+        step = DiffusionStep(build_stage(config(replace(TEXT, train=train)), CAPTIONS), run, 0.9)
+        text = step.stage.model.conditioners["text"]
+        encoded, encode = [], text.encode_captions
+        monkeypatch.setattr(text, "encode_captions", lambda c, e=encode, n=encoded: n.append(c) or e(c))
+        step.remember_captions(known)
+        step.inputs(batch(), None)
+        assert len(encoded) == (0 if train else calls)
+    assert bool(list(tmp_path.rglob("*.safetensors"))) != train
+
+
 def test_a_dropped_caption_is_the_empty_caption_on_every_path():
     text = conditioner()
     dropped = text.inputs(Captions(["keycap 3", "keycap 3"]), None, [True, False], [])
