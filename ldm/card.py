@@ -61,8 +61,8 @@ on, with the same noise each time, at several noise levels (0: picture, 1: noise
 STAGE_PICTURE = """
 ![generated over true pictures for captions of the validation split](samples.png)
 
-*Captions of the validation split, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds from
-{seed} on, over the true pictures, which were not trained on.*
+*Captions of the validation split, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
+from {seed} on, over the true pictures, which were not trained on.*
 """
 RETRIEVAL = """
 Retrieval: of {count} validation captions, drawn in the same way, the share whose generated picture is nearest to the

@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
     commands.add_subcommand("evaluate", evaluating)
     pushing = ArgumentParser(description="Push a model folder to the Hugging Face Hub.")
-    pushing.add_argument("folder", help="folder of a pipeline or an autoencoder, such as OUTPUT_DIR/model of a training")
+    pushing.add_argument("folder", help="folder of a pipeline or an autoencoder, such as a training's OUTPUT_DIR/model")
     pushing.add_argument("repo_id", help="repository, user/name")
     pushing.add_function_arguments(push, skip={"folder", "repo_id"}, as_positional=False)
     commands.add_subcommand("push", pushing)

@@ -53,7 +53,7 @@ def check(repo_id: str, private: bool = False) -> None:
             repository cannot be created, or is public where `private` is asked for.
 
     """
-    with _explained(f"cannot push to {repo_id}"):
+    with _explained(f"cannot push to {repo_id}", "a model can also be pushed later: ldm push OUTPUT_DIR/model NAME"):
         api = _client(repo_id)
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise HubError("the token may only read; make one that may write")
@@ -129,7 +129,7 @@ def _open(api: HfApi, repo_id: str, private: bool) -> None:
 
 
 @contextmanager
-def _explained(what: str, advice: str = "") -> Iterator[None]:
+def _explained(what: str, advice: str) -> Iterator[None]:
     """Turn whatever goes wrong into a `HubError` that begins with `what` and ends with `advice`."""
     try:
         yield
@@ -137,4 +137,4 @@ def _explained(what: str, advice: str = "") -> Iterator[None]:
     except Exception as error:
         said = str(error) if isinstance(error, HubError) else f"{type(error).__name__}: {error}"
         said = re.sub(r"\bhf_[\w.-]{16,}", "(token)", " ".join(said.split()))  # a server may repeat what it was sent
-        raise HubError("; ".join(filter(None, [f"{what}: {said[:500].rstrip('.')}", advice]))) from None
+        raise HubError(f"{what}: {said[:500].rstrip('.')}; {advice}") from None
