@@ -52,9 +52,8 @@ A latent diffusion model that draws pictures of {size} x {size} pixels from capt
 {picture}
 ## How to load it
 
-{loading}
-## How good it is
-
+{loading}"""
+STAGE_MEASURED = """\
 At step {step}, with the averaged weights: the loss on validation pictures, at most {loss_images}, none of them trained
 on, with the same noise each time, at several noise levels (0: picture, 1: noise) and as their mean.{retrieval}
 """
@@ -85,18 +84,18 @@ pictures = torch.zeros(1, 3, {size}, {size})  # in [-1, 1]
 latents = vae.encode(pictures).latent_dist.mode()
 reconstructions = vae.decode(latents).sample
 ```
-
-## How good it is
-
+"""
+AUTOENCODER_MEASURED = """\
 At step {step}, with the averaged weights: reconstructions, from the mean of the posterior, of validation pictures, at
 most {loss_images}, none of them trained on.
 """
 AUTOENCODER_PICTURE = """
 ![validation pictures, which were not trained on, over their reconstructions](samples.png)
 """
-TRAINING = """\
-{table}
+TRAINING = """
+## How good it is
 
+{measured}
 ## Data
 
 {data}: {pictures:,} training pictures, fingerprint `{fingerprint}`. The pictures that were held out have the hash
@@ -121,7 +120,7 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
     sheets = sorted((run / ("samples" if stage else "reconstructions")).glob("step-*.png"))
     if sheets:
         shutil.copyfile(sheets[-1], model / "samples.png")
-    metrics = _newest_metrics(run / "metrics.jsonl")
+    measured_at, metrics = _newest_metrics(run / "metrics.jsonl")
     results = [_result(stage, data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     name, licence = _data(data)
     identifier = (licence or "").lower().replace(" ", "-")
@@ -131,12 +130,12 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
         pipeline_tag="text-to-image" if stage else None,
         tags=["text-to-image", "latent-diffusion"] if stage else ["autoencoder", "latent-diffusion"],
         datasets=[data.path] if _on_hub(data) and data.path else None,
-        model_name=public(config.output_dir) if results else None,
+        model_name=(public(config.output_dir) or model.name) if results else None,
         eval_results=results or None,
     )
     fields = {key: value for key, value in public(asdict(config)).items() if not key.startswith("push_")}
     training = TRAINING.format(
-        table=_table(metrics),
+        measured=_measured(config, measured_at, metrics),
         data=name,
         pictures=record.train_pictures,
         fingerprint=record.data,
@@ -149,8 +148,7 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
         versions=", ".join(f"{package} {number}" for package, number in record.versions.items()),
         config=config_text(fields),
     )
-    body = _body(config, model.name, bool(sheets), record.global_step)
-    text = f"---\n{card.to_yaml()}\n---\n\n{body}\n{training}"
+    text = f"---\n{card.to_yaml()}\n---\n\n{_body(config, model.name, bool(sheets))}{training}"
     ModelCard(text).save(model / CARD)
 
 
@@ -188,41 +186,45 @@ def _data(data: DataConfig) -> tuple[str, str | None]:
     return f"{name} ({data.source})", data.licence
 
 
-def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool, step: int) -> str:
-    """Return what the model is, how to load it from folder `name` and how it was measured."""
-    looked = config.validation
-    said = {"name": name, "size": config.data.image_size, "step": step, "loss_images": looked.loss_images}
+def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> str:
+    """Return what the model is and draws, and how to load it from folder `name`."""
+    looked, size = config.validation, config.data.image_size
     if isinstance(config, AutoencoderConfig):
-        return AUTOENCODER.format(**said, picture=AUTOENCODER_PICTURE if picture else "")
+        return AUTOENCODER.format(name=name, size=size, picture=AUTOENCODER_PICTURE if picture else "")
     call = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
     own = STAGE_LOADING.format(name=name, **call, arguments="model, custom_pipeline=model, trust_remote_code=True")
     loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"
     if config.objective.variational_weight is None:  # the stock pipeline samples no learned variance
         stock = STAGE_LOADING.format(name=name, **call, arguments="model")
         loading = f"With diffusers alone:\n\n{stock}\n{loading}"
-    return STAGE.format(
-        **said,
-        loading=loading,
-        picture=STAGE_PICTURE.format(**call, count=looked.num_images, seed=config.seed) if picture else "",
-        retrieval=RETRIEVAL.format(count=looked.retrieval_images) if looked.retrieval_images else "",
-    )
+    shown = STAGE_PICTURE.format(**call, count=looked.num_images, seed=config.seed) if picture else ""
+    return STAGE.format(size=size, picture=shown, loading=loading)
 
 
-def _newest_metrics(file: Path) -> dict[str, float]:
-    """Return the values of the last validation by their names."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    found = [{key: value for key, value in row.items() if key.startswith("validation/")} for row in rows]
-    newest = next(filter(None, reversed(found)), {})
-    return {key.removeprefix("validation/"): float(value) for key, value in newest.items()}
+def _measured(config: StageConfig | AutoencoderConfig, step: int, metrics: dict[str, float]) -> str:
+    """Return what was measured at `step`, how, and a table of it."""
+    if not metrics:
+        return "Nothing was measured.\n"
+    looked = config.validation
+    retrieval = RETRIEVAL.format(count=looked.retrieval_images) if "r_at_1" in metrics else ""
+    template = STAGE_MEASURED if isinstance(config, StageConfig) else AUTOENCODER_MEASURED
+    how = template.format(step=step, loss_images=looked.loss_images, retrieval=retrieval)
+    rows = [f"| {_metric_name(metric)} | {value:.4g} |" for metric, value in metrics.items()]
+    return "\n".join([how, "| held-out | |", "|---|---|", *rows, ""])
+
+
+def _newest_metrics(file: Path) -> tuple[int, dict[str, float]]:
+    """Return the step of the last validation and its values by their names, (0, {}) if there was none."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for row in map(json.loads, reversed(lines)):
+        values = {key: float(value) for key, value in row.items() if key.startswith("validation/")}
+        if values:
+            return int(row["step"]), {key.removeprefix("validation/"): value for key, value in values.items()}
+    return 0, {}
 
 
 def _metric_name(metric: str) -> str:
     return METRICS.get(metric) or metric.replace("loss_at_", "loss at noise level ")
-
-
-def _table(metrics: dict[str, float]) -> str:
-    rows = [f"| {_metric_name(metric)} | {value:.4g} |" for metric, value in metrics.items()]
-    return "\n".join(["| held-out | |", "|---|---|", *rows]) if rows else "Nothing was measured."
 
 
 def _result(stage: bool, data: DataConfig, metric: str, value: float) -> EvalResult:

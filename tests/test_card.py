@@ -80,7 +80,12 @@ def test_what_was_measured_and_how_is_said(run):
     ):
         assert expected in text
     assert "Retrieval" not in text
-    assert "Retrieval: of 50 validation captions" in card(run, stage("--validation.retrieval_images", "50")).text
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 37, "validation/loss": 1.0, "validation/r_at_1": 0.5}) + "\n")
+    text = card(run, stage("--validation.retrieval_images", "50")).text
+    assert "Retrieval: of 50 validation captions" in text
+    assert "At step 37" in text
+    assert "40 steps" in text
 
 
 def test_nothing_measured_and_nothing_drawn_is_said(run, tmp_path):

@@ -254,9 +254,11 @@ def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch):
 
 
 def test_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
+    vae().save_pretrained(tmp_path / "start")
+    start = ["--autoencoder", f"{{_class_name: AutoencoderKL, pretrained: {tmp_path / 'start'}}}"]
     hub.fail("commit", None, 500)  # the first one is that of step 20
     with pytest.raises(SystemExit, match=r"not pushed to me/vae: .*500.*again: ldm push"):
-        train_autoencoder(monkeypatch, tmp_path / "a", "--push_to_hub", "me/vae", "--push_every_steps", "20")
+        train_autoencoder(monkeypatch, tmp_path / "a", *start, "--push_to_hub", "me/vae", "--push_every_steps", "20")
     model = tmp_path / "a" / "model"
     assert {"config.json", "diffusion_pytorch_model.safetensors", "training.json", "README.md", "samples.png"} == {
         path.name for path in model.iterdir()
@@ -266,7 +268,9 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
     cli.main(["push", str(model), "me/vae"])
     assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 20", "Model at step 40"]
 
-    without = train_autoencoder(monkeypatch, tmp_path / "b")
+    assert not [name for name, content in files(model).items() if str(tmp_path).encode() in content]
+
+    without = train_autoencoder(monkeypatch, tmp_path / "b", *start)
     weights = "diffusion_pytorch_model.safetensors"
     assert (model / weights).read_bytes() == (without / weights).read_bytes(), "pushing changes what is trained"
     assert ModelCard.load(without / "README.md").data.eval_results
