@@ -198,7 +198,7 @@ class StageConfig:
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
-    """Push the model as it stands during training too; None: only the finished one."""
+    """Push the model as it stands every so many steps too; None: only the finished one."""
     push_private: bool = False
     """Make the repository private; False: as the account has it, usually public."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -223,7 +223,7 @@ class AutoencoderConfig:
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
-    """Push the model as it stands during training too; None: only the finished one."""
+    """Push the model as it stands every so many steps too; None: only the finished one."""
     push_private: bool = False
     """Make the repository private; False: as the account has it, usually public."""
     data: DataConfig = field(default_factory=DataConfig)
