@@ -12,7 +12,7 @@ from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.loop import Loop
-from ldm.training.record import provenance
+from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.run import Run, finishing
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
@@ -22,10 +22,11 @@ STATISTICS_PICTURES = 4096
 
 
 def main() -> None:
-    """Train, validate, save the pipeline folder."""
+    """Train, validate, save the pipeline folder, push it if asked to."""
     with exit_on_config_error():
         config = load_config(StageConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
+        check_push(config, run)
         images = CaptionedImages(build_source(config.data), config.data)
         for part in pretrained_parts(config):
             refuse_leak(part, images.splits.held_out_hash)
@@ -42,10 +43,14 @@ def main() -> None:
         pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
         pipeline.set_progress_bar_config(disable=True)
 
-        progress = loop.fit(partial(training_batches, train), Validation(config, images, step, pipeline, run))
-        if run.is_main:
-            pipeline.save_pretrained(run.folder / "model")
-            provenance(progress, train).save(run.folder / "model")
+        validation = Validation(config, images, step, pipeline, run)
+        model = ModelFolder(config, run, loop, train, pipeline.save_pretrained)
+        loop.fit(
+            partial(training_batches, train),
+            (config.loop.validate_every_steps, validation),
+            (config.push_every_steps, model.push_meanwhile),
+        )
+        model.finish()
 
 
 if __name__ == "__main__":

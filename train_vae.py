@@ -10,21 +10,21 @@ from ldm.config import AutoencoderConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
 from ldm.data.sources import build_source
-from ldm.models.autoencoder import fold_statistics
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak
-from ldm.training.autoencoding import latent_statistics, measuring_distance, reconstruction_report
+from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
 from ldm.training.loop import Loop
-from ldm.training.record import provenance
+from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.run import Run, finishing
 from ldm.training.steps import AutoencoderStep
 
 
 def main() -> None:
-    """Train, validate, bring the latents to unit scale, save."""
+    """Train, validate, bring the latents to unit scale, save, push if asked to."""
     with exit_on_config_error():
         config = load_config(AutoencoderConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
+        check_push(config, run)
         torch.manual_seed(config.seed)
         images = CaptionedImages(build_source(config.data), config.data)
         if "pretrained" in config.autoencoder:
@@ -42,11 +42,14 @@ def main() -> None:
             run.log_metrics(metrics, global_step)
             run.log_picture("reconstructions", sheet, global_step)
 
-        progress = loop.fit(partial(training_batches, train), validate)
-        if run.is_main:
-            fold_statistics(step.averaged, *latent_statistics(step.averaged, train))
-            step.averaged.to(getattr(torch, config.save_dtype)).save_pretrained(run.folder / "model")
-            provenance(progress, train).save(run.folder / "model")
+        save = partial(save_at_unit_scale, step.averaged, train, getattr(torch, config.save_dtype))
+        model = ModelFolder(config, run, loop, train, save)
+        loop.fit(
+            partial(training_batches, train),
+            (config.loop.validate_every_steps, validate),
+            (config.push_every_steps, model.push_meanwhile),
+        )
+        model.finish()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from ldm.data.splits import read_captions
 from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
+from ldm.hub import HubError, push
 from ldm.models.autoencoder import downsampling_factor
 from ldm.provenance import read_provenance, refuse_leak
 from ldm.training.autoencoding import reconstruct
@@ -180,9 +182,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluating.add_argument("model", help="folder or Hub name of a pipeline")
     evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
     commands.add_subcommand("evaluate", evaluating)
+    pushing = ArgumentParser(description="Push a model folder to the Hugging Face Hub.")
+    pushing.add_argument("folder", help="folder of a pipeline or an autoencoder, such as a training's OUTPUT_DIR/model")
+    pushing.add_argument("repo_id", help="repository, user/name")
+    pushing.add_function_arguments(push, skip={"folder", "repo_id"}, as_positional=False)
+    commands.add_subcommand("push", pushing)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     if chosen.subcommand == "sample":
         sample(**arguments)
-    else:
+    elif chosen.subcommand == "evaluate":
         evaluate(**arguments)
+    else:
+        try:
+            print(push(**arguments))
+        except (HubError, ValueError) as error:
+            sys.exit(str(error))

@@ -24,6 +24,8 @@ class DataConfig:
     """Folder, Parquet file or data set name; not used by openmoji."""
     split: str = "train"
     """Split of a `datasets` data set to read; our own train/validation/test split is made from it."""
+    licence: str | None = None
+    """Licence of the pictures, for the model card, such as CC BY 4.0; that of openmoji is known."""
     image_column: str | None = None
     """None: found by its usual names (image, picture, ...)."""
     caption_column: str | None = None
@@ -245,6 +247,12 @@ class StageConfig:
     denoiser: Network
     """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one."""
     seed: int = 0
+    push_to_hub: str | None = None
+    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
+    push_every_steps: int | None = None
+    """Push the model as it stands every so many steps too; None: only the finished one."""
+    push_private: bool = False
+    """Make the repository private; False: as the account has it, usually public."""
     data: DataConfig = field(default_factory=DataConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
@@ -264,6 +272,12 @@ class AutoencoderConfig:
     seed: int = 0
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""
+    push_to_hub: str | None = None
+    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
+    push_every_steps: int | None = None
+    """Push the model as it stands every so many steps too; None: only the finished one."""
+    push_private: bool = False
+    """Make the repository private; False: as the account has it, usually public."""
     data: DataConfig = field(default_factory=DataConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import cache
@@ -24,7 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_
 
 from .config import Network
 
-__all__ = ["ConfigError", "config_differences", "exit_on_config_error", "load_config", "save_config"]
+__all__ = ["ConfigError", "config_differences", "config_text", "exit_on_config_error", "load_config", "save_config"]
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -105,7 +105,13 @@ def save_config(config: Any, path: str | Path) -> None:
 
     For a network that takes values that YAML has: a tuple there comes back as a list.
     """
-    Path(path).write_text(yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+    Path(path).write_text(config_text(asdict(config)), encoding="utf-8")
+
+
+def config_text(tree: Mapping[str, Any]) -> str:
+    """Return the fields of a config as the YAML that `load_config` reads."""
+    text: str = yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 def config_differences(a: Any, b: Any) -> list[str]:

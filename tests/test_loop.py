@@ -57,14 +57,14 @@ def batches(size=4):
     return start
 
 
-def train(folder, steps, poison=(), validate=None, **loop):
-    settings = {"max_train_steps": steps, "log_every_steps": 1, "save_every_steps": 3, "validate_every_steps": 5}
+def train(folder, steps, poison=(), events=(), **loop):
+    settings = {"max_train_steps": steps, "log_every_steps": 1, "save_every_steps": 3}
     config = LoopConfig(**settings | {"trackers": (), "mixed_precision": "no"} | loop)
     optim = OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2)
     with finishing(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         loop_ = Loop(step, optim, config, run, epoch_steps=10)
-        progress = loop_.fit(batches(), validate)
+        progress = loop_.fit(batches(), *events)
     return step, loop_, progress
 
 
@@ -148,10 +148,11 @@ def test_the_learning_rate_follows_the_step(tmp_path):
     assert all(a >= b for a, b in itertools.pairwise(rates[1:]))
 
 
-def test_validation_runs_when_due_and_at_the_end(tmp_path):
+def test_events_happen_in_order_when_due_and_at_the_end(tmp_path):
     called = []
-    train(tmp_path, 12, validate=called.append)
-    assert called == [5, 10, 12]
+    events = [(every, lambda step, every=every: called.append((every, step))) for every in (5, None, 10)]
+    train(tmp_path, 12, events=events)
+    assert called == [(5, 5), (5, 10), (10, 10), (5, 12), (10, 12)]
 
 
 def test_a_finished_run_has_nothing_to_train(tmp_path):

@@ -18,6 +18,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.objective": {"ldm.config", "ldm.schedule", "ldm.variational"},
     "ldm.reconstruction": {"ldm.config"},
     "ldm.provenance": set(),
+    "ldm.card": {"ldm.config", "ldm.config_file", "ldm.provenance"},
+    "ldm.hub": {"ldm.card", "ldm.provenance"},
     "ldm.models": {"ldm.config", "ldm.schedule"},
     "ldm.data": {"ldm.config"},
     "ldm.spaces": {"ldm.config", "ldm.models"},
@@ -43,6 +45,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.stage",
         "ldm.evaluation",
         "ldm.provenance",
+        "ldm.card",
+        "ldm.hub",
         "ldm.models",
     },
 }

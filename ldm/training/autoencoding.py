@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,6 +15,7 @@ from ldm.data.batches import Batch, PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
+from ldm.models.autoencoder import fold_statistics
 from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
@@ -75,3 +78,12 @@ def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count:
     variances = torch.cat([posterior.var for posterior in posteriors]).double()
     over = (0, 2, 3)
     return means.mean(over).float(), (means.var(over) + variances.mean(over)).sqrt().float()
+
+
+def save_at_unit_scale(autoencoder: AutoencoderKL, train: PositionDataset, dtype: torch.dtype, folder: Path) -> None:
+    """Save a copy whose latents of the training pictures have mean 0 and std 1; `autoencoder` stays as it is."""
+    finished = copy.deepcopy(autoencoder)
+    fold_statistics(finished, *latent_statistics(finished, train))
+    if "_name_or_path" in finished.config:
+        finished.register_to_config(_name_or_path="")  # the folder that it was once loaded from, on this machine
+    finished.to(dtype).save_pretrained(folder)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 TIMED_STEPS = 20
 """Steps whose time turns `max_train_seconds` into a number of steps; none of them sees a learning-rate decay."""
 MAX_SKIPPED_IN_A_ROW = 10
+Event = tuple[int | None, Callable[[int], None]]
+"""What is called with the step, and every how many steps, the last one included; None: never."""
 
 
 class SizedBatch(Protocol):
@@ -104,8 +106,8 @@ class Loop(Generic[B]):
         """Whether the last step has been taken."""
         return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
 
-    def fit(self, batches: Batches[B], validate: Callable[[int], None] | None = None) -> Progress:
-        """Return the progress after the last step."""
+    def fit(self, batches: Batches[B], *events: Event) -> Progress:
+        """Return the progress after the last step; between steps, `events` happen, in this order."""
         progress, config = self.progress, self.config
         if self.done:
             log.info("nothing to train: %d of %s steps are done", progress.global_step, progress.total_steps)
@@ -135,8 +137,9 @@ class Loop(Generic[B]):
                 values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
                 self.run.log_metrics(values, progress.global_step)
                 bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
-            if self._due(config.validate_every_steps) and validate is not None:
-                validate(progress.global_step)
+            for every_steps, happen in events:
+                if self._due(every_steps):
+                    happen(progress.global_step)
             if self._due(config.save_every_steps):
                 self.save()
             if self.done:
@@ -144,8 +147,8 @@ class Loop(Generic[B]):
         bar.close()
         return progress
 
-    def _due(self, every_steps: int) -> bool:
-        return self.done or self.progress.global_step % every_steps == 0
+    def _due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and (self.done or self.progress.global_step % every_steps == 0)
 
     def _take_step(self, micro_batches: Sequence[B]) -> dict[str, Tensor | float]:
         """Return the metrics of one optimiser step; a non-finite loss or gradient changes nothing and is counted."""

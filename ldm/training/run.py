@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import LoopConfig
+from ldm.hub import HubError
 from ldm.models.network import set_attention_and_memory
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Run:
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr
         )
+        for client in ("httpx", "httpx2"):
+            logging.getLogger(client).setLevel(logging.WARNING)  # a line for each request, with signed addresses
         self.seed = seed
         self.config = config
         self.folder = Path(output_dir)
@@ -146,9 +149,11 @@ def bf16_speed() -> float:
 
 @contextlib.contextmanager
 def finishing(run: Run) -> Iterator[Run]:
-    """Close trackers and the process group when the run ends, however it ends."""
+    """Close trackers and the process group when the run ends, however it ends: a `HubError` as exit code 1."""
     try:
         yield run
+    except HubError as error:
+        sys.exit(str(error))
     finally:
         run.accelerator.end_training()
 

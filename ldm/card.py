@@ -1,0 +1,240 @@
+"""The model card: README.md of a model folder, with what the Hub and its readers want to know of the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ldm.config import AutoencoderConfig, DataConfig, StageConfig
+from ldm.config_file import config_text
+from ldm.provenance import Provenance
+
+CARD = "README.md"
+KNOWN_DATA = {"openmoji": ("[OpenMoji](https://openmoji.org)", "CC BY-SA 4.0")}
+"""Name and licence of pictures that are always the same."""
+HUB_LICENCES = {
+    *("mit", "apache-2.0", "unlicense", "cc", "cc0-1.0", "pddl", "odc-by", "odbl"),
+    *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
+    *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
+}
+"""Those of the Hub's identifiers that pictures come under; it refuses a card with one that it does not know."""
+METRICS = {
+    "loss": "loss",
+    "r_at_1": "retrieval R@1",
+    "r_at_5": "retrieval R@5",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "perceptual": "distance in the features of EfficientNet-lite0",
+}
+STAGE_LOADING = """\
+```python
+from diffusers import DiffusionPipeline
+
+model = "{name}"
+pipe = DiffusionPipeline.from_pretrained({arguments})
+picture = pipe("a cat", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+picture.save("a-cat.png")
+```
+"""
+STAGE = """\
+# Text to image
+
+A latent diffusion model that draws pictures of {size} x {size} pixels from captions.
+{picture}
+## How to load it
+
+{loading}"""
+STAGE_MEASURED = """\
+At step {step}, with the averaged weights: the loss on validation pictures, at most {loss_images}, none of them trained
+on, with the same noise each time, at several noise levels (0: picture, 1: noise) and as their mean.{retrieval}
+"""
+STAGE_PICTURE = """
+![generated over true pictures for captions of the validation split](samples.png)
+
+*Captions of the validation split, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
+from {seed} on, over the true pictures, which were not trained on.*
+"""
+RETRIEVAL = """
+Retrieval: of {count} validation captions, drawn in the same way, the share whose generated picture is nearest to the
+caption's own picture, or has it among its five nearest, of all distinct pictures of the data."""
+AUTOENCODER = """\
+# Autoencoder
+
+An autoencoder of pictures, for latent diffusion. Its latents have mean 0 and standard deviation 1, and its
+`scaling_factor` is 1.
+{picture}
+## How to load it
+
+```python
+import torch
+from diffusers import AutoencoderKL
+
+model = "{name}"
+vae = AutoencoderKL.from_pretrained(model).float()
+pictures = torch.zeros(1, 3, {size}, {size})  # in [-1, 1]
+latents = vae.encode(pictures).latent_dist.mode()
+reconstructions = vae.decode(latents).sample
+```
+"""
+AUTOENCODER_MEASURED = """\
+At step {step}, with the averaged weights: reconstructions, from the mean of the posterior, of validation pictures, at
+most {loss_images}, none of them trained on.
+"""
+AUTOENCODER_PICTURE = """
+![validation pictures, which were not trained on, over their reconstructions](samples.png)
+"""
+TRAINING = """
+## How good it is
+
+{measured}
+## Data
+
+{data}: {pictures:,} training pictures, fingerprint `{fingerprint}`. The pictures that were held out have the hash
+`{held_out}`. Licence of the pictures: {licence}.
+
+## Training
+
+{step:,} steps in {seconds:,.0f} s, {rate:,.0f} pictures/s, on {hardware}. Made with {versions}.
+
+```yaml
+{config}```
+"""
+
+
+def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, record: Provenance) -> None:
+    """Write README.md into the folder `model`, and the newest validation sheet of the folder `run` as samples.png.
+
+    The metrics are those of the newest validation in the run's ``metrics.jsonl``. Folders of this machine appear by
+    their last names only.
+    """
+    stage, data = isinstance(config, StageConfig), config.data
+    sheets = sorted((run / ("samples" if stage else "reconstructions")).glob("step-*.png"))
+    if sheets:
+        shutil.copyfile(sheets[-1], model / "samples.png")
+    measured_at, metrics = _newest_metrics(run / "metrics.jsonl")
+    results = [_result(stage, data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
+    name, licence = _data(data)
+    identifier = (licence or "").lower().replace(" ", "-")
+    card = ModelCardData(
+        license=identifier if identifier in HUB_LICENCES else "other" if licence else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if stage else None,
+        tags=["text-to-image", "latent-diffusion"] if stage else ["autoencoder", "latent-diffusion"],
+        datasets=[data.path] if _on_hub(data) and data.path else None,
+        model_name=(public(config.output_dir) or model.name) if results else None,
+        eval_results=results or None,
+    )
+    fields = {key: value for key, value in public(asdict(config)).items() if not key.startswith("push_")}
+    training = TRAINING.format(
+        measured=_measured(config, measured_at, metrics),
+        data=name,
+        pictures=record.train_pictures,
+        fingerprint=record.data,
+        held_out=record.held_out_hash,
+        licence=licence or "not stated",
+        step=record.global_step,
+        seconds=record.train_seconds,
+        rate=record.images_per_second,
+        hardware=record.hardware,
+        versions=", ".join(f"{package} {number}" for package, number in record.versions.items()),
+        config=config_text(fields),
+    )
+    text = f"---\n{card.to_yaml()}\n---\n\n{_body(config, model.name, bool(sheets))}{training}"
+    ModelCard(text).save(model / CARD)
+
+
+def with_name(text: str, name: str) -> str:
+    """Return a card's text with `name`, folder or repository, as the model that it tells to load."""
+    return re.sub(r'^model = "[^"\n]*"$', f'model = "{name}"', text, flags=re.MULTILINE)
+
+
+def public(value: Any) -> Any:
+    """Return a config's value with each local path in it cut to its last name: a path tells of users and machines."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    return PureWindowsPath(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is a path and not a name on the Hub, which has one slash at most, or inside a package."""
+    if text.startswith("package:"):
+        return False
+    return text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1 or os.path.exists(text)
+
+
+def _on_hub(data: DataConfig) -> bool:
+    return data.source == "dataset" and data.path is not None and not _is_path(data.path)
+
+
+def _data(data: DataConfig) -> tuple[str, str | None]:
+    """Return what the pictures are called, in Markdown, and their licence, None if it is not stated."""
+    if data.source in KNOWN_DATA:
+        name, licence = KNOWN_DATA[data.source]
+        return name, data.licence or licence
+    name = f"[{data.path}](https://huggingface.co/datasets/{data.path})" if _on_hub(data) else public(data.path)
+    return f"{name} ({data.source})", data.licence
+
+
+def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> str:
+    """Return what the model is and draws, and how to load it from folder `name`."""
+    looked, size = config.validation, config.data.image_size
+    if isinstance(config, AutoencoderConfig):
+        return AUTOENCODER.format(name=name, size=size, picture=AUTOENCODER_PICTURE if picture else "")
+    call = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
+    own = STAGE_LOADING.format(name=name, **call, arguments="model, custom_pipeline=model, trust_remote_code=True")
+    loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"
+    if config.objective.variational_weight is None:  # the stock pipeline samples no learned variance
+        stock = STAGE_LOADING.format(name=name, **call, arguments="model")
+        loading = f"With diffusers alone:\n\n{stock}\n{loading}"
+    shown = STAGE_PICTURE.format(**call, count=looked.num_images, seed=config.seed) if picture else ""
+    return STAGE.format(size=size, picture=shown, loading=loading)
+
+
+def _measured(config: StageConfig | AutoencoderConfig, step: int, metrics: dict[str, float]) -> str:
+    """Return what was measured at `step`, how, and a table of it."""
+    if not metrics:
+        return "Nothing was measured.\n"
+    looked = config.validation
+    retrieval = RETRIEVAL.format(count=looked.retrieval_images) if "r_at_1" in metrics else ""
+    template = STAGE_MEASURED if isinstance(config, StageConfig) else AUTOENCODER_MEASURED
+    how = template.format(step=step, loss_images=looked.loss_images, retrieval=retrieval)
+    rows = [f"| {_metric_name(metric)} | {value:.4g} |" for metric, value in metrics.items()]
+    return "\n".join([how, "| held-out | |", "|---|---|", *rows, ""])
+
+
+def _newest_metrics(file: Path) -> tuple[int, dict[str, float]]:
+    """Return the step of the last validation and its values by their names, (0, {}) if there was none."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for row in map(json.loads, reversed(lines)):
+        values = {key: float(value) for key, value in row.items() if key.startswith("validation/")}
+        if values:
+            return int(row["step"]), {key.removeprefix("validation/"): value for key, value in values.items()}
+    return 0, {}
+
+
+def _metric_name(metric: str) -> str:
+    return METRICS.get(metric) or metric.replace("loss_at_", "loss at noise level ")
+
+
+def _result(stage: bool, data: DataConfig, metric: str, value: float) -> EvalResult:
+    name = public(data.path) if data.path else data.source
+    return EvalResult(
+        task_type="text-to-image" if stage else "image-to-image",
+        dataset_type=data.path if _on_hub(data) and data.path else data.source,
+        dataset_name=name,
+        dataset_split="validation",
+        metric_type=metric,
+        metric_name=_metric_name(metric),
+        metric_value=round(value, 6),
+    )

@@ -1,0 +1,140 @@
+"""Models on the Hugging Face Hub: what goes there, in one commit, and what is said when it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ldm.card import CARD, with_name
+from ldm.provenance import FILE as RECORD
+from ldm.provenance import read_provenance
+
+FILES = (
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    "preprocessor_config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "model*.safetensors",
+    "*model*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "pipeline.py",
+    "samples.png",
+    RECORD,
+    CARD,
+)
+"""What a model is made of. A list of what goes up, not of what does not: what else is in the folder stays private."""
+
+
+class HubError(RuntimeError):
+    """What the Hub, or the way to it, refused, and what to do about it; one line, without the token."""
+
+
+def check(repo_id: str, private: bool = False) -> None:
+    """Make sure that `push` can be expected to work; creates the repository if there is none.
+
+    Raises:
+        HubError: `repo_id` is not user/name; there is no token, or the Hub refuses it, or it may only read; the
+            repository cannot be created, or is public where `private` is asked for.
+
+    """
+    with _explained(f"cannot push to {repo_id}", "a model can also be pushed later: ldm push OUTPUT_DIR/model NAME"):
+        api = _client(repo_id)
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError("the token may only read; make one that may write")
+        _open(api, repo_id, private)
+
+
+def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
+    """Return the address of the repository, whose newest commit holds the model in `folder`; creates it if needed.
+
+    Args:
+        folder: Folder of a pipeline or an autoencoder; it is only read. Of its files those of a model go up.
+        repo_id: Repository, user/name.
+        private: Make the repository private, and refuse one that is public.
+
+    Raises:
+        ValueError: `folder` is not a model's.
+        HubError: with how to push again. The repository holds what it held before.
+
+    """
+    files = model_files(Path(folder))
+    again = shlex.join(["ldm", "push", str(folder), repo_id, *(["--private", "true"] if private else [])])
+    with _explained(f"not pushed to {repo_id}", f"the model is whole in {folder}; to push it again: {again}"):
+        api = _client(repo_id)
+        _open(api, repo_id, private)
+        # not upload_folder: it cuts what is large into several commits, and a visitor between two gets half a model
+        additions = [CommitOperationAdd(file, _content(Path(folder) / file, repo_id)) for file in files]
+        record = read_provenance(folder)
+        message = f"Model at step {record.global_step}" if record else "Model"
+        api.create_commit(repo_id, additions, commit_message=message)
+    return f"{api.endpoint}/{repo_id}"
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the files that make up the model in `folder`, relative to it: its own and its components'.
+
+    Raises ValueError for a folder that has neither ``model_index.json`` nor ``config.json``.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a model: it has neither model_index.json nor config.json; "
+            "training writes one to OUTPUT_DIR/model"
+        )
+    components = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    folders = [folder, *(folder / name for name, value in components.items() if isinstance(value, list))]
+    found = {file for inside in folders for pattern in FILES for file in inside.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _content(file: Path, repo_id: str) -> str | bytes:
+    """Return what goes up for a file: its path, or of a card the text with the repository's name in it."""
+    return with_name(file.read_text(encoding="utf-8"), repo_id).encode() if file.name == CARD else str(file)
+
+
+def _client(repo_id: str) -> HfApi:
+    """Return the client, once the name and the token have passed what can be checked from here."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"the name must be user/name. {error}") from None
+    if repo_id.count("/") != 1:
+        raise HubError("the name must be user/name")
+    if get_token() is None:
+        raise HubError("there is no token; run `hf auth login`, or set HF_TOKEN to one that may write")
+    return HfApi()
+
+
+def _open(api: HfApi, repo_id: str, private: bool) -> None:
+    """Create the repository if there is none; refuse a public one where a private one is asked for."""
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise HubError("the repository is public; make it private in its settings, or do not ask for private")
+
+
+@contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a `HubError` that begins with `what` and ends with `advice`."""
+    try:
+        yield
+    # Whatever: errors of the client, of its HTTP library, of a thread of either. None of them may end a training.
+    except Exception as error:
+        said = str(error) if isinstance(error, HubError) else f"{type(error).__name__}: {error}"
+        said = re.sub(r"\bhf_[\w.-]{16,}", "(token)", " ".join(said.split()))  # a server may repeat what it was sent
+        raise HubError(f"{what}: {said[:500].rstrip('.')}; {advice}") from None
