@@ -12,7 +12,8 @@ from torch import nn
 from ldm.config import LoopConfig, OptimConfig
 from ldm.training import run as run_module
 from ldm.training.averages import Average
-from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop, planned_steps
+from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
+from ldm.training.progress import planned_steps
 from ldm.training.run import Run, finishing, native_precision
 
 

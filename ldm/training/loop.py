@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -27,7 +27,9 @@ from ldm.training.optim import (
     lookup_tables,
     restore_optimizer,
 )
+from ldm.training.progress import Progress, planned_steps
 from ldm.training.run import Run
+from ldm.training.signals import Stopped
 
 log = logging.getLogger(__name__)
 TIMED_STEPS = 20
@@ -69,22 +71,6 @@ class TrainingStep(Protocol[B]):
         """Return a scalar loss with gradient for modules by their names; scalars by other names are only logged."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands; with the weights and the optimisers all that a resume needs."""
-
-    global_step: int = 0
-    total_steps: int | None = None
-    train_seconds: float = 0.0
-    images: int = 0
-    skipped_steps: int = 0
-
-    @property
-    def images_per_second(self) -> float:
-        """Return the pictures trained on per second of training, over the whole run."""
-        return self.images / self.train_seconds if self.train_seconds else 0.0
-
-
 class Loop(Generic[B]):
     """Trains one `TrainingStep` to its end, from wherever the newest checkpoint stands."""
 
@@ -100,6 +86,7 @@ class Loop(Generic[B]):
         self._skipped_in_a_row = 0
         self.store = CheckpointStore(run.folder / "checkpoints", config.keep_checkpoints)
         self._resume()
+        self._saved_step = self.progress.global_step
 
     @property
     def done(self) -> bool:
@@ -108,7 +95,7 @@ class Loop(Generic[B]):
 
     def fit(self, batches: Batches[B], *events: Event) -> Progress:
         """Return the progress after the last step; between steps, `events` happen, in this order."""
-        progress, config = self.progress, self.config
+        progress = self.progress
         if self.done:
             log.info("nothing to train: %d of %s steps are done", progress.global_step, progress.total_steps)
             return progress
@@ -121,31 +108,45 @@ class Loop(Generic[B]):
             mininterval=0.5 if interactive else 30,
             disable=not self.run.is_main,
         )
-        accelerator = self.run.accelerator
+        together = self.run.accelerator.num_processes > 1  # one process must not stop while others wait for it
+        with bar, self.run.stop.held() if together else contextlib.nullcontext():
+            try:
+                self._train(batches, events, bar)
+            except Stopped as stopped:
+                if progress.global_step != self._saved_step:
+                    self.save()
+                step = f"{progress.global_step} of {progress.total_steps}"
+                log.warning("stopped by %s at step %s; the same command goes on from there", stopped.name, step)
+                raise
+        return progress
+
+    def _train(self, batches: Batches[B], events: Sequence[Event], bar: tqdm[None]) -> None:
+        progress, config, accelerator = self.progress, self.config, self.run.accelerator
         for micro_batches in batches(
             progress.global_step,
             micro_steps=config.gradient_accumulation_steps,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         ):
-            began = time.perf_counter()
-            metrics = self._take_step(micro_batches)
-            self._count(micro_batches, time.perf_counter() - began, bar)
-            rate = progress.images_per_second
-            bar.update()
-            if progress.global_step % config.log_every_steps == 0 or self.done:
-                values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
-                self.run.log_metrics(values, progress.global_step)
-                bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
+            with self.run.stop.held():
+                began = time.perf_counter()
+                metrics = self._take_step(micro_batches)
+                self._count(micro_batches, time.perf_counter() - began, bar)
+                rate = progress.images_per_second
+                bar.update()
+                if progress.global_step % config.log_every_steps == 0 or self.done:
+                    values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
+                    self.run.log_metrics(values, progress.global_step)
+                    bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
+            self.run.stop_if_asked()
             for every_steps, happen in events:
                 if self._due(every_steps):
                     happen(progress.global_step)
             if self._due(config.save_every_steps):
                 self.save()
+                self.run.stop_if_asked()
             if self.done:
                 break
-        bar.close()
-        return progress
 
     def _due(self, every_steps: int | None) -> bool:
         return every_steps is not None and (self.done or self.progress.global_step % every_steps == 0)
@@ -229,6 +230,7 @@ class Loop(Generic[B]):
 
     def save(self) -> None:
         """Write a checkpoint of weights, averages, optimisers and progress."""
+        self._saved_step = self.progress.global_step
         self.run.accelerator.wait_for_everyone()
         if not self.run.is_main:
             return
@@ -240,7 +242,8 @@ class Loop(Generic[B]):
             )
         for name, average in self.step.averages.items():
             tensors[f"{name}-average"] = trained_state(average.module, self.step.modules[name])
-        self.store.save(self.progress.global_step, tensors, state)
+        with self.run.stop.held():
+            self.store.save(self.progress.global_step, tensors, state)
 
     def _resume(self) -> None:
         path = self.store.latest()
@@ -265,25 +268,6 @@ class Loop(Generic[B]):
             load_trained(average.module, saved.tensors[f"{name}-average"])
         self.run.forget_metrics_after(self.progress.global_step)
         log.info("resumed %s at step %d", path.name, self.progress.global_step)
-
-
-def planned_steps(config: LoopConfig, epoch_steps: float) -> int | None:
-    """Return the number of optimiser steps, None if seconds decide; raises ValueError unless one limit is set."""
-    limits = {
-        "max_train_steps": config.max_train_steps,
-        "max_train_epochs": config.max_train_epochs,
-        "max_train_seconds": config.max_train_seconds,
-    }
-    given = {name: value for name, value in limits.items() if value is not None}
-    if len(given) != 1 or min(given.values()) <= 0:
-        raise ValueError(f"loop: set one of {', '.join(limits)} to a positive number; got {given or 'none'}")
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    if config.max_train_epochs is not None:
-        steps = math.ceil(config.max_train_epochs * epoch_steps)
-        log.info("%g epochs of %.1f steps: %d steps", config.max_train_epochs, epoch_steps, steps)
-        return steps
-    return None
 
 
 def trained_state(module: nn.Module, like: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ldm.data.batches import PositionDataset
 from ldm.provenance import Provenance, hardware, versions
-from ldm.training.loop import Progress
+from ldm.training.progress import Progress
 
 
 def provenance(progress: Progress, train: PositionDataset) -> Provenance:

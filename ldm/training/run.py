@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.config import LoopConfig
 from ldm.hub import HubError
 from ldm.models.network import set_attention_and_memory
+from ldm.training.lock import FolderLock
+from ldm.training.signals import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +63,8 @@ class Run:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.folder) if self.is_main else None
+        self.stop = StopSignals()
         if config.trackers:
             self.accelerator.init_trackers("logs")
         log.info(
@@ -70,6 +74,14 @@ class Run:
             torch.get_num_threads(),
             {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
         )
+
+    def stop_if_asked(self) -> None:
+        """Raise `Stopped` in every process if a signal has asked any of them to stop."""
+        asked = self.stop.received or 0
+        if self.accelerator.num_processes > 1:
+            asked = int(self.accelerator.gather(torch.tensor([asked], device=self.device)).max())
+        if asked:
+            raise Stopped(asked)
 
     def prepare(self, module: M) -> M:
         """Return the module as it is called in training: autocast, and gradients averaged over processes."""
@@ -149,13 +161,19 @@ def bf16_speed() -> float:
 
 @contextlib.contextmanager
 def finishing(run: Run) -> Iterator[Run]:
-    """Close trackers and the process group when the run ends, however it ends: a `HubError` as exit code 1."""
+    """Close trackers and the process group and unlock the folder when the run ends, however it ends.
+
+    A `HubError` ends it with exit code 1; SIGTERM and SIGUSR1 with 143 and 138, the training saved: see `StopSignals`.
+    """
     try:
-        yield run
+        with run.stop.handled():
+            yield run
     except HubError as error:
         sys.exit(str(error))
     finally:
         run.accelerator.end_training()
+        if run.lock is not None:
+            run.lock.release()
 
 
 def _step_of(line: str) -> int:
