@@ -13,6 +13,7 @@ from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
+from ldm.training.record import run_record
 from ldm.training.run import Run, finishing
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
@@ -38,7 +39,8 @@ def main() -> None:
             encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
             step.remember_captions(images.known_captions())
         train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
-        loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
+        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")
         pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
         pipeline.set_progress_bar_config(disable=True)

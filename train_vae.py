@@ -15,6 +15,7 @@ from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
+from ldm.training.record import run_record
 from ldm.training.run import Run, finishing
 from ldm.training.steps import AutoencoderStep
 
@@ -33,7 +34,8 @@ def main() -> None:
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
         autoencoder = build_network(config.autoencoder, "autoencoder")
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
-        loop = Loop(step, config.optim, config.loop, run, len(train) / config.data.batch_size)
+        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")
         distance = measuring_distance()
 

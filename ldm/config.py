@@ -247,6 +247,8 @@ class StageConfig:
     denoiser: Network
     """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one."""
     seed: int = 0
+    allow_config_change: bool = False
+    """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
@@ -272,6 +274,8 @@ class AutoencoderConfig:
     seed: int = 0
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""
+    allow_config_change: bool = False
+    """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None

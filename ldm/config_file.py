@@ -24,7 +24,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_
 
 from .config import Network
 
-__all__ = ["ConfigError", "config_differences", "config_text", "exit_on_config_error", "load_config", "save_config"]
+__all__ = [
+    "ConfigError",
+    "config_differences",
+    "config_text",
+    "exit_on_config_error",
+    "load_config",
+    "portable",
+    "save_config",
+    "tree_differences",
+]
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -105,7 +114,7 @@ def save_config(config: Any, path: str | Path) -> None:
 
     For a network that takes values that YAML has: a tuple there comes back as a list.
     """
-    Path(path).write_text(config_text(asdict(config)), encoding="utf-8")
+    Path(path).write_text(config_text(portable(asdict(config))), encoding="utf-8")
 
 
 def config_text(tree: Mapping[str, Any]) -> str:
@@ -114,16 +123,32 @@ def config_text(tree: Mapping[str, Any]) -> str:
     return text
 
 
+def portable(tree: Any) -> Any:
+    """Return a config's fields with absolute paths below the working folder made relative, others cut to their names.
+
+    An absolute path names users and machines, and what is written beside a model travels.
+    """
+    if isinstance(tree, Mapping):
+        return {key: portable(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [portable(value) for value in tree]
+    if not isinstance(tree, str) or not (tree.startswith("~") or Path(tree).is_absolute()):
+        return tree
+    path, here = Path(tree).expanduser(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+
 def config_differences(a: Any, b: Any) -> list[str]:
     """Return a line ``path: old -> new`` for each leaf in which two configs of one kind differ."""
-    return list(_differences(asdict(a), asdict(b), ""))
+    return list(tree_differences(asdict(a), asdict(b)))
 
 
-def _differences(a: Tree, b: Tree, path: str) -> Iterator[str]:
-    for key in a | b:
+def tree_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Yield a line ``path: old -> new`` for each leaf in which two trees differ."""
+    for key in {**a, **b}:
         both = [tree[key] for tree in (a, b) if key in tree]
         if all(isinstance(value, dict) for value in both) and len(both) == 2:
-            yield from _differences(a[key], b[key], _join(path, key))
+            yield from tree_differences(a[key], b[key], _join(path, key))
         elif len(both) == 1 or both[0] != both[1]:
             old, new = (repr(tree[key]) if key in tree else "not set" for tree in (a, b))
             yield f"{_join(path, key)}: {old} -> {new}"

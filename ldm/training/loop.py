@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ldm.training.optim import (
     restore_optimizer,
 )
 from ldm.training.progress import Progress, planned_steps
+from ldm.training.record import refuse_changes
 from ldm.training.run import Run
 from ldm.training.signals import Stopped
 
@@ -74,9 +75,22 @@ class TrainingStep(Protocol[B]):
 class Loop(Generic[B]):
     """Trains one `TrainingStep` to its end, from wherever the newest checkpoint stands."""
 
-    def __init__(self, step: TrainingStep[B], optim: OptimConfig, config: LoopConfig, run: Run, epoch_steps: float):
-        """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch."""
+    def __init__(
+        self,
+        step: TrainingStep[B],
+        optim: OptimConfig,
+        config: LoopConfig,
+        run: Run,
+        epoch_steps: float,
+        record: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
+    ):
+        """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
+
+        `record` says what is trained, see `run_record`; a checkpoint of another one is refused unless `allow_changes`.
+        """
         self.step, self.optim, self.config, self.run = step, optim, config, run
+        self.record, self.allow_changes = record or {}, allow_changes
         self.optimizers = {
             name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
@@ -234,7 +248,7 @@ class Loop(Generic[B]):
         self.run.accelerator.wait_for_everyone()
         if not self.run.is_main:
             return
-        tensors, state = {}, {"progress": asdict(self.progress)}
+        tensors, state = {}, {"progress": asdict(self.progress), "record": self.record}
         for name, module in self.step.modules.items():
             tensors[f"{name}-weights"] = trained_state(module, module)
             tensors[f"{name}-optimizer"], state[f"{name}-optimizer"] = flatten_optimizer(
@@ -255,6 +269,7 @@ class Loop(Generic[B]):
                 )
             return
         saved = self.store.load(path)
+        refuse_changes(saved.state["record"], self.record, self.allow_changes)
         planned = self.progress.total_steps
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:

@@ -1,10 +1,66 @@
-"""What is recorded of a training when its model is saved."""
+"""What is recorded of a training: in its checkpoints, to go on with the same; with its model, for others."""
 
 from __future__ import annotations
 
-from ldm.data.batches import PositionDataset
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config_file import portable, tree_differences
+from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.provenance import Provenance, hardware, versions
 from ldm.training.progress import Progress
+
+log = logging.getLogger(__name__)
+MAY_CHANGE = (
+    "output_dir",
+    "allow_config_change",
+    "push_",
+    "save_dtype",
+    "data.path",  # the fingerprint tells whether the pictures are the same
+    "data.licence",
+    "data.workers",
+    "data.cache",
+    "loop.max_train_",
+    "loop.gradient_accumulation_steps",
+    "loop.gradient_checkpointing",
+    "loop.xformers",
+    "loop.log_every_steps",
+    "loop.save_every_steps",
+    "loop.keep_checkpoints",
+    "loop.validate_every_steps",
+    "loop.trackers",
+    "validation.",
+)
+"""What a run can be resumed with other values of: the weights it arrives at do not depend on it, or it is their end."""
+
+
+def run_record(config: StageConfig | AutoencoderConfig, images: CaptionedImages) -> dict[str, Any]:
+    """Return what decides where a training arrives: its config, without folders of this machine, and its pictures."""
+    record = {
+        "config": portable(asdict(config)),
+        "pictures": {"fingerprint": images.source.fingerprint, "held_out_hash": images.splits.held_out_hash},
+    }
+    again: dict[str, Any] = json.loads(json.dumps(record))  # as it comes back from a checkpoint
+    return again
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: bool) -> None:
+    """Log what differs between two records; raise ValueError for what may not, unless it is `allowed`."""
+    changes = list(tree_differences(before.get("config", {}), now.get("config", {})))
+    changes += tree_differences(before.get("pictures", {}), now.get("pictures", {}), "pictures")
+    refused = [change for change in changes if not change.startswith(MAY_CHANGE)]
+    if refused and not allowed:
+        raise ValueError(
+            "output_dir holds a training that was started with other values, and the result would be neither's:\n  "
+            + "\n  ".join(refused)
+            + "\nSet them back, choose another output_dir, or go on with the new ones: --allow_config_change true"
+        )
+    for change in changes:
+        log.warning("resumed with another value: %s", change)
 
 
 def provenance(progress: Progress, train: PositionDataset) -> Provenance:
