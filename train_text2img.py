@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 
 from ldm.config import StageConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
@@ -14,6 +16,7 @@ from ldm.stage import build_stage, pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
+from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
@@ -26,6 +29,8 @@ def main() -> None:
     """Train, validate, save the pipeline folder, push it if asked to."""
     with exit_on_config_error():
         config = load_config(StageConfig)
+    if config.resume_check:
+        return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         images = CaptionedImages(build_source(config.data), config.data)

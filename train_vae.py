@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from ldm.training.autoencoding import measuring_distance, reconstruction_report,
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
+from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
 from ldm.training.steps import AutoencoderStep
 
@@ -24,6 +27,8 @@ def main() -> None:
     """Train, validate, bring the latents to unit scale, save, push if asked to."""
     with exit_on_config_error():
         config = load_config(AutoencoderConfig)
+    if config.resume_check:
+        return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         torch.manual_seed(config.seed)

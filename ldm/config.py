@@ -247,6 +247,8 @@ class StageConfig:
     denoiser: Network
     """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one."""
     seed: int = 0
+    resume_check: bool = False
+    """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
@@ -274,6 +276,8 @@ class AutoencoderConfig:
     seed: int = 0
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""
+    resume_check: bool = False
+    """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
