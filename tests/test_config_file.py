@@ -15,7 +15,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config import AutoencoderConfig, ConditionersConfig, OptimConfig, StageConfig, TextConfig
+from ldm.config import (
+    AutoencoderConfig,
+    ConditionersConfig,
+    FramesConfig,
+    ImageConfig,
+    LabelConfig,
+    LowResConfig,
+    OptimConfig,
+    StageConfig,
+    TextConfig,
+)
 from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
@@ -192,7 +202,7 @@ def test_overrides_of_a_real_stage(tmp_path):
             "conditioners: {dropout: 1}",
             "conditioners.dropout: no such field; did you mean 'conditioners.text.dropout'?",
         ),
-        ("space: {1: 1}", "space.1: no such field; choose from kind, autoencoder"),
+        ("space: {1: 1}", "space.1: no such field; choose from kind, autoencoder, image_encoder"),
         ("optim: {learning_rate: fast}", "optim.learning_rate: got 'fast' (str); expected float"),
         ("optim: {betas: [1, 2, 3]}", "optim.betas: got a list of 3; expected tuple[float, float]"),
         ("optim: 3", "optim: got 3 (int); expected OptimConfig"),
@@ -424,7 +434,8 @@ def annotation_of(path: str) -> Any:
 def full(tmp_path_factory) -> Path:
     """A file with every field of a stage."""
     file = tmp_path_factory.mktemp("full") / "full.yaml"
-    save_config(StageConfig("x", {"a": 1}, conditioners=ConditionersConfig(TextConfig())), file)
+    every = ConditionersConfig(TextConfig(), LabelConfig(3), ImageConfig("clip"), LowResConfig(8), FramesConfig(2))
+    save_config(StageConfig("x", {"a": 1}, conditioners=every), file)
     return file
 
 
