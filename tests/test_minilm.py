@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import train_text2img
 import train_vae
-from ldm.conditioning import TextConditioner
+from ldm.conditioners.text import TextConditioner
 from ldm.config import StageConfig, TextConfig
 from ldm.config_file import load_config
 from ldm.data.openmoji import OpenMoji
