@@ -150,6 +150,14 @@ def test_the_dropout_rate_is_the_one_asked_for(run):
     assert not (kept == null).all(1).any()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_guidance_leaves_out_what_training_drops_and_nothing_else(dropout, run):
+    step = DiffusionStep(build_stage(config(replace(TEXT, dropout=dropout)), CAPTIONS), run, 0.9)
+    null = step.stage.model.conditioners["text"].tokenize([""])["input_ids"][0]
+    ids = step.inputs(batch(), None, dropped=True)["text"]["input_ids"]
+    assert (ids == null).all(1).tolist() == [dropout > 0] * 6
+
+
 def test_tokens_are_those_of_the_stable_diffusion_pipeline():
     text = conditioner()
     ids = text.tokenize(["keycap 3"])["input_ids"]
