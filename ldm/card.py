@@ -79,7 +79,7 @@ import torch
 from diffusers import AutoencoderKL
 
 model = "{name}"
-vae = AutoencoderKL.from_pretrained(model).float()
+vae = AutoencoderKL.from_pretrained(model)
 pictures = torch.zeros(1, 3, {size}, {size})  # in [-1, 1]
 latents = vae.encode(pictures).latent_dist.mode()
 reconstructions = vae.decode(latents).sample

@@ -202,7 +202,9 @@ class TextToImagePipeline(
     def _encode(self, name: str, prompts: list[str], length: int | None, device: torch.device) -> torch.Tensor:
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer; give {name}_embeds instead")
-        prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # textual inversion: one word, several tokens
+        added = self.tokenizer.added_tokens_encoder
+        if any(f"{token}_1" in added for token in added):  # textual inversion: one word, several tokens
+            prompts = self.maybe_convert_prompt(prompts, self.tokenizer)
         return encode(
             name, prompts, self.tokenizer, self.text_encoder, length or self.tokenizer.model_max_length, device
         )

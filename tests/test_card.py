@@ -114,6 +114,10 @@ def test_the_licence_of_the_pictures_is_said(run, licence, metadata, said):
     assert said in found.text
 
 
+def test_a_licence_that_is_given_counts_also_for_known_pictures(run):
+    assert card(run, stage("--data.licence", "MIT")).data.license == "mit"
+
+
 def test_a_data_set_of_the_hub_is_linked(run):
     found = card(run, stage("--data.source", "dataset", "--data.path", "alice/birds"))
     assert found.data.datasets == ["alice/birds"]

@@ -15,7 +15,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config import AutoencoderConfig, ConditionersConfig, OptimConfig, StageConfig, TextConfig
+from ldm.config import (
+    AutoencoderConfig,
+    ConditionersConfig,
+    FramesConfig,
+    ImageConfig,
+    LabelConfig,
+    LowResConfig,
+    OptimConfig,
+    StageConfig,
+    TextConfig,
+)
 from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
@@ -88,7 +98,8 @@ def test_yaml_becomes_the_dataclasses(tmp_path):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_our_own_configs_are_read(file):
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config = load_config(AutoencoderConfig if file.stem == "vae" else StageConfig, ["--config", str(file)])
+    kind = AutoencoderConfig if "autoencoder" in written else StageConfig
+    config = load_config(kind, ["--config", str(file)])
     assert config.output_dir == written["output_dir"]
     assert config.data.held_out == written["data"]["held_out"]
     assert config.optim.learning_rate == float(written["optim"]["learning_rate"])
@@ -191,7 +202,7 @@ def test_overrides_of_a_real_stage(tmp_path):
             "conditioners: {dropout: 1}",
             "conditioners.dropout: no such field; did you mean 'conditioners.text.dropout'?",
         ),
-        ("space: {1: 1}", "space.1: no such field; choose from kind, autoencoder"),
+        ("space: {1: 1}", "space.1: no such field; choose from kind, autoencoder, image_encoder"),
         ("optim: {learning_rate: fast}", "optim.learning_rate: got 'fast' (str); expected float"),
         ("optim: {betas: [1, 2, 3]}", "optim.betas: got a list of 3; expected tuple[float, float]"),
         ("optim: 3", "optim: got 3 (int); expected OptimConfig"),
@@ -423,7 +434,8 @@ def annotation_of(path: str) -> Any:
 def full(tmp_path_factory) -> Path:
     """A file with every field of a stage."""
     file = tmp_path_factory.mktemp("full") / "full.yaml"
-    save_config(StageConfig("x", {"a": 1}, conditioners=ConditionersConfig(TextConfig())), file)
+    every = ConditionersConfig(TextConfig(), LabelConfig(3), ImageConfig("clip"), LowResConfig(8), FramesConfig(2))
+    save_config(StageConfig("x", {"a": 1}, conditioners=every), file)
     return file
 
 

@@ -255,22 +255,23 @@ def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch):
 
 def test_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
     vae().save_pretrained(tmp_path / "start")
-    start = ["--autoencoder", f"{{_class_name: AutoencoderKL, pretrained: {tmp_path / 'start'}}}"]
-    hub.fail("commit", None, 500)  # the first one is that of step 20
+    short = ["--autoencoder", f"{{_class_name: AutoencoderKL, pretrained: {tmp_path / 'start'}}}"]
+    short += ["--loop.max_train_steps", "8"]
+    hub.fail("commit", None, 500)  # the first one is that of step 5
     with pytest.raises(SystemExit, match=r"not pushed to me/vae: .*500.*again: ldm push"):
-        train_autoencoder(monkeypatch, tmp_path / "a", *start, "--push_to_hub", "me/vae", "--push_every_steps", "20")
+        train_autoencoder(monkeypatch, tmp_path / "a", *short, "--push_to_hub", "me/vae", "--push_every_steps", "5")
     model = tmp_path / "a" / "model"
     assert {"config.json", "diffusion_pytorch_model.safetensors", "training.json", "README.md", "samples.png"} == {
         path.name for path in model.iterdir()
     }
-    assert json.loads((model / "training.json").read_text())["global_step"] == 40
-    assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 20"]
+    assert json.loads((model / "training.json").read_text())["global_step"] == 8
+    assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 5"]
     cli.main(["push", str(model), "me/vae"])
-    assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 20", "Model at step 40"]
+    assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 5", "Model at step 8"]
 
     assert not [name for name, content in files(model).items() if str(tmp_path).encode() in content]
 
-    without = train_autoencoder(monkeypatch, tmp_path / "b", *start)
+    without = train_autoencoder(monkeypatch, tmp_path / "b", *short)
     weights = "diffusion_pytorch_model.safetensors"
     assert (model / weights).read_bytes() == (without / weights).read_bytes(), "pushing changes what is trained"
     assert ModelCard.load(without / "README.md").data.eval_results
@@ -280,15 +281,16 @@ def test_text2img_is_trained_and_pushed_by_one_command(tmp_path):
     vae().save_pretrained(tmp_path / "vae")
     command = [sys.executable, "train_text2img.py", "--config", "configs/tiny/text2img.yaml"]
     command += ["--space.autoencoder", tmp_path / "vae", "--output_dir", tmp_path / "out"]
-    command += ["--push_to_hub", "me/emoji", "--push_every_steps", "15", "--push_private", "true"]
+    command += ["--push_to_hub", "me/emoji", "--push_every_steps", "5", "--push_private", "true"]
+    command += ["--loop.max_train_steps", "12"]
     with FakeHub() as hub:
         hub.fail("commit", 500)
         environ = environment(hub, tmp_path / "home") | {"HF_TOKEN": TOKEN}
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert re.search("WARNING .*step 15: not pushed to me/emoji: .*500", done.stderr)
+    assert re.search("WARNING .*step 5: not pushed to me/emoji: .*500", done.stderr)
     repository = hub.repositories["me/emoji"]
-    assert [message for message, _ in repository.commits] == ["Model at step 30", "Model at step 40"]
+    assert [message for message, _ in repository.commits] == ["Model at step 10", "Model at step 12"]
     assert repository.private
     assert {"model_index.json", "pipeline.py", "samples.png", "README.md"} <= repository.files.keys()
     assert len(list((tmp_path / "out" / "logs").rglob("events*"))) == 1

@@ -1,12 +1,14 @@
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from ldm.config import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
-from ldm.models.text_encoder import build_text_encoder, train_tokenizer
+from ldm.models.text_encoder import build_text_encoder, resolve, train_tokenizer
+
+from .tiny_stages import stages
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -52,6 +54,32 @@ def test_zeroed_residual_branches_leave_the_input_unchanged():
     out = block.resnets[0](hidden, torch.randn(2, 64))
     assert torch.equal(out, hidden)
     assert torch.equal(block.attentions[0](hidden, torch.randn(2, 5, 16), return_dict=False)[0], hidden)
+    inside = block.attentions[0].transformer_blocks[0]
+    assert inside.attn2.to_out[0].weight.abs().max() > 0, "one zero a branch: behind two of them nothing would learn"
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "unclip prior"])
+def test_zeroed_transformer_blocks_leave_the_input_unchanged(name, tmp_path):
+    denoiser = build_network(stages(tmp_path)[name]["denoiser"], "denoiser")
+    zero_tails(denoiser)
+    hidden = torch.randn(2, 4, 16)
+    call = {"dit": {"timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([0, 1])}}.get(name, {})
+    if name == "pixart":
+        call = {"timestep": torch.randn(2, 96), "encoder_hidden_states": torch.randn(2, 3, 16)}
+    assert torch.equal(denoiser.transformer_blocks[0](hidden, **call), hidden)
+
+
+def test_latents_of_a_vq_model_are_scaled_and_not_quantised():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vq = VQModel(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, num_vq_embeddings=8)
+    pictures = torch.randn(2, 3, 16, 16)
+    latents = vq.encode(pictures).latents
+    mean, std = posterior_moments(vq, pictures)
+    torch.testing.assert_close(mean, latents * vq.config.scaling_factor)
+    assert std.abs().max() == 0
+    torch.testing.assert_close(decode(vq, mean), vq.decode(latents, force_not_quantize=True).sample)
+    assert not torch.allclose(decode(vq, mean), vq.decode(latents).sample)
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient():
@@ -154,6 +182,19 @@ def test_a_text_encoder_from_scratch_fits_its_tokenizer():
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(ValueError, match="hiden_size"):
         build_text_encoder(TextConfig(encoder={"hiden_size": 16}), CAPTIONS)
+
+
+def test_a_folder_in_a_package_is_found_and_what_is_missing_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "my_weights" / "model").mkdir(parents=True)
+    (tmp_path / "my_weights" / "__init__.py").write_text("raise RuntimeError('weights need no code')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("package:my_weights/model") == str(tmp_path / "my_weights" / "model")
+    assert resolve("some/folder") == "some/folder"
+    with pytest.raises(FileNotFoundError, match="package my_weights has no folder 'weights'"):
+        resolve("package:my_weights/weights")
+    for name in ("no_such_weights", "no.such", "..", ""):
+        with pytest.raises(ImportError, match="is installed; pip install"):
+            resolve(f"package:{name}/model")
 
 
 def test_the_same_captions_always_give_the_same_tokenizer():

@@ -190,7 +190,7 @@ def test_min_snr_warns_where_pure_noise_would_go_untrained(config):
 
 @pytest.mark.parametrize(
     ("path", "prediction_type", "rescaled"),
-    product(get_args(PathName), get_args(PredictionType), (False, True)),
+    [*product(get_args(PathName), get_args(PredictionType), (False, True))],
 )
 def test_exactly_the_sound_combinations_are_built(path, prediction_type, rescaled):
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)

@@ -39,7 +39,7 @@ def diffusers_of(path, zero_terminal_snr=False, steps=1000):
     )
 
 
-@pytest.mark.parametrize(("path", "prediction_type"), product(PATHS, TYPES))
+@pytest.mark.parametrize(("path", "prediction_type"), [*product(PATHS, TYPES)])
 def test_recover_inverts_the_target(path, prediction_type):
     alpha, sigma = levels(path, [[0.1], [0.5], [0.9]])
     x0, noise = torch.randn(2, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_recover_is_singular_only_where_the_target_repeats_x_t(prediction_type):
     assert (x0.isfinite() & noise.isfinite()).tolist() == solved
 
 
-@pytest.mark.parametrize(("path", "prediction_type"), product(PATHS, TYPES))
+@pytest.mark.parametrize(("path", "prediction_type"), [*product(PATHS, TYPES)])
 def test_error_of_the_best_prediction_is_the_posterior_variance_of_the_target(path, prediction_type):
     """x0 ~ N(0, s^2): the target's part that x_t does not determine, by the closed form of each type."""
     s = 0.5
@@ -89,14 +89,14 @@ def test_noisy_latents_and_velocity_equal_diffusers(path):
     torch.testing.assert_close(a * x0 + b * noise, reference.get_velocity(x0, noise, timesteps), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("path", "rescaled", "steps"), product(DISCRETE, (False, True), (1000, 250)))
+@pytest.mark.parametrize(("path", "rescaled", "steps"), [*product(DISCRETE, (False, True), (1000, 250))])
 def test_alphas_cumprod_equal_diffusers(path, rescaled, steps):
     ours = schedule_of(path, rescaled, steps).alphas_cumprod
     theirs = diffusers_of(path, rescaled, steps).alphas_cumprod.double()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # float32 products, as above
 
 
-@pytest.mark.parametrize(("path", "rescaled"), product(DISCRETE, (False, True)))
+@pytest.mark.parametrize(("path", "rescaled"), [*product(DISCRETE, (False, True))])
 def test_one_step_transitions_chain_to_the_marginal(path, rescaled):
     """q(x_t | x_{t-1}) applied t times to x0 = 1 has mean alpha and variance sigma^2."""
     schedule = schedule_of(path, rescaled)
@@ -195,7 +195,7 @@ def flow_error(order, steps, prediction_type, s=0.5, first=0.95, last=0.05):
     return abs(x_t.item() - std(last))  # the exact flow keeps x_t / std(t)
 
 
-@pytest.mark.parametrize(("order", "prediction_type"), product((1, 2), TYPES))
+@pytest.mark.parametrize(("order", "prediction_type"), [*product((1, 2), TYPES)])
 def test_doubling_steps_halves_the_error_of_euler_and_quarters_that_of_heun(order, prediction_type):
     ratio = flow_error(order, 100, prediction_type) / flow_error(order, 200, prediction_type)
     assert ratio == pytest.approx(2**order, rel=0.05)  # the next order is 1 / 100 of this one, times a few

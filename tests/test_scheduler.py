@@ -55,7 +55,7 @@ def test_twenty_steps_come_close(path, prediction_type, rescaled):
 
 
 @pytest.mark.parametrize(
-    ("path", "rescaled", "steps"), product(("linear", "scaled_linear", "cosine"), (False, True), (1000, 100))
+    ("path", "rescaled", "steps"), [*product(("linear", "scaled_linear", "cosine"), (False, True), (1000, 100))]
 )
 def test_the_scheduler_has_the_noise_levels_of_training(path, rescaled, steps):
     config = ObjectiveConfig(path, "v_prediction", steps, rescaled)
@@ -84,7 +84,7 @@ def test_usual_numbers_of_steps_are_kept(path):
 
 @pytest.mark.parametrize(
     ("path", "prediction_type", "rescaled"),
-    product(get_args(PathName), get_args(PredictionType), (False, True)),
+    [*product(get_args(PathName), get_args(PredictionType), (False, True))],
 )
 def test_what_cannot_be_trained_cannot_be_sampled(path, prediction_type, rescaled):
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)

@@ -103,6 +103,15 @@ def test_the_objective_knows_whether_x0_is_on_a_grid(stage):
     assert made.objective.grid_step == (2 / 255 if config.space.kind == "pixel" else 0)
 
 
+def test_the_prior_undoes_the_statistics_of_its_space(stage):
+    name, made, _ = stage
+    if name == "unclip prior":  # as the pipelines of diffusers do, and every other space has none
+        x0 = torch.randn(4, 16)
+        torch.testing.assert_close(made.model.denoiser.post_process_latents(x0), made.space.decode(x0))
+    else:
+        assert made.space.statistics is None
+
+
 def test_every_trained_parameter_gets_a_gradient(stage, step):
     name, made, _ = stage
     loss = sum(step.losses(batch(range(first, first + 4)), 0)["denoiser"] for first in (0, 4, 8, 12))

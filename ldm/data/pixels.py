@@ -32,11 +32,18 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:
-    """Return an 8-bit grey picture: integers are 16-bit (65535 is white), floats are 0..1, or 0..255 above that."""
+    """Return an 8-bit grey picture: integers are 16-bit (65535 is white), floats are 0..1, or 0..255 above that.
+
+    With alpha if the picture has a transparent key value, which has 16 bits too.
+    """
     values = np.asarray(image, dtype=np.float64)
     float_scale = 255.0 if values.max() <= 1 else 1.0
     scale = float_scale if image.mode == "F" else 1 / 257
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8), mode="L")
+    grey = np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    if "transparency" not in image.info:
+        return Image.fromarray(grey)
+    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.fromarray(np.dstack([grey, alpha]))
 
 
 def resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:

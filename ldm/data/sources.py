@@ -13,6 +13,8 @@ from ldm.data.openmoji import OpenMoji
 
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
+FILE_TYPES = ("binary", "large_binary", "string", "large_string")
+"""Of a column that holds the bytes or the paths of image files."""
 
 
 class Source(Protocol):
@@ -49,22 +51,24 @@ class TableSource:
     def __init__(
         self, table: Any, image_column: str | None, caption_column: str | None, class_column: str | None = None
     ):
-        self._table = table
         columns = table.column_names
         self.image_column = _column("data.image_column", image_column, columns, IMAGE_COLUMNS)
         self.caption_column = _column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
+        self._table = _with_pictures(table, self.image_column)
         self._captions = table[self.caption_column]
         self._labels = table[_column("data.class_column", class_column, columns, ())] if class_column else None
-        self.fingerprint = f"table-{table._fingerprint}"
+        self.fingerprint = f"table-{self._table._fingerprint}"
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._table)
 
     def image(self, index: int) -> Image.Image:
-        """Return the picture of row `index`; raises ValueError with the row if it cannot be decoded."""
+        """Return the picture of row `index`; raises ValueError with the row if it is missing or cannot be decoded."""
         try:
-            image: Image.Image = self._table[index][self.image_column]
+            image: Image.Image | None = self._table[index][self.image_column]
+            if image is None:
+                raise ValueError(f"row {index} has no picture; leave it out of the data")
             image.load()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"the picture of row {index} cannot be read: {error}") from error
@@ -107,6 +111,22 @@ def build_source(config: DataConfig) -> Source:
     else:
         table = datasets.load_dataset(config.path, split=config.split)
     return TableSource(table, config.image_column, config.caption_column, config.class_column)
+
+
+def _with_pictures(table: Any, column: str) -> Any:
+    """Return the table with pictures in `column`; raises ValueError if it holds neither pictures nor image files.
+
+    Parquet files that were not written by `datasets` hold the bytes of image files, or a struct of bytes and path.
+    """
+    import datasets
+
+    feature = table.features[column]
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return table
+    is_struct = isinstance(feature, dict) and bool(feature.keys() & {"bytes", "path"})
+    if not (is_struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in FILE_TYPES):
+        raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
+    return table.cast_column(column, datasets.Image())
 
 
 def _column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:

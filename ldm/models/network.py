@@ -134,9 +134,9 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
 
     """
     if gradient_checkpointing:
-        enable = getattr(
-            network, "enable_gradient_checkpointing", getattr(network, "gradient_checkpointing_enable", None)
-        )
+        # of diffusers, of transformers, of transformers before it changed the name
+        names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next((getattr(network, name) for name in names if hasattr(network, name)), None)
         if enable is None:
             raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
         enable()

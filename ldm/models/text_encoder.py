@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,23 @@ def _projects(config: Any) -> bool:
 
 
 def resolve(pretrained: str) -> str:
-    """Return the folder that ``package:NAME/FOLDER`` names; any other name unchanged."""
+    """Return the folder that ``package:NAME/FOLDER`` names; any other name unchanged. No code of the package is run.
+
+    Raises:
+        ImportError: there is no installed package NAME.
+        FileNotFoundError: it has no such folder.
+
+    """
     if not pretrained.startswith("package:"):
         return pretrained
     package, _, folder = pretrained.removeprefix("package:").partition("/")
-    return str(resources.files(package) / folder)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"conditioners.text.pretrained: no package {package!r} is installed; pip install the distribution that "
+            f"holds it (often {package.replace('_', '-')}), or name a folder"
+        )
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"conditioners.text.pretrained: the package {package} has no folder {folder!r}")
+    return str(path)

@@ -86,4 +86,5 @@ def save_at_unit_scale(autoencoder: AutoencoderKL, train: PositionDataset, dtype
     fold_statistics(finished, *latent_statistics(finished, train))
     if "_name_or_path" in finished.config:
         finished.register_to_config(_name_or_path="")  # the folder that it was once loaded from, on this machine
-    finished.to(dtype).save_pretrained(folder)
+    torch.nn.Module.to(finished, dtype)  # the class's own `to` warns of what it keeps in float32: nothing
+    finished.save_pretrained(folder)

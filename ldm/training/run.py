@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,10 +46,11 @@ class Run:
         self.seed = seed
         self.config = config
         self.folder = Path(output_dir)
+        refuse_missing_trackers(config.trackers)
         self.accelerator = Accelerator(
             mixed_precision=native_precision(config.mixed_precision),
             log_with=list(config.trackers) or None,
-            project_dir=str(self.folder),
+            project_config=ProjectConfiguration(logging_dir=str(self.folder / "logs")),
         )
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
@@ -66,7 +70,11 @@ class Run:
         self.lock = FolderLock(self.folder) if self.is_main else None
         self.stop = StopSignals()
         if config.trackers:
-            self.accelerator.init_trackers("logs")
+            names = {
+                "wandb": {"name": self.folder.name, "dir": str(self.folder)},
+                "trackio": {"name": self.folder.name},
+            }
+            self.accelerator.init_trackers("ldm", init_kwargs=names)
         log.info(
             "%s, %d process(es), %d thread(s) each, %s",
             self.device,
@@ -118,7 +126,7 @@ class Run:
             path.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
 
     def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
-        """Write a picture to ``<name>/step-N.png`` and to TensorBoard."""
+        """Write a picture to ``<name>/step-N.png`` and to the trackers."""
         if not self.is_main:
             return
         path = self.folder / name / f"step-{global_step:07d}.png"
@@ -126,10 +134,21 @@ class Run:
         picture.save(path)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-                tracker.writer.add_image(
-                    name, pixels.view(picture.height, picture.width, 3), global_step, dataformats="HWC"
-                )
+                pixels = np.asarray(picture.convert("RGB"))
+                tracker.writer.add_image(name, pixels, global_step, dataformats="HWC")
+            else:  # wandb and trackio have a class of one name, whose objects are logged as numbers are
+                package = importlib.import_module(tracker.name)
+                tracker.log({name: package.Image(picture)}, step=global_step)
+
+
+def refuse_missing_trackers(trackers: Sequence[str]) -> None:
+    """Raise ImportError if a tracker's package is not installed; accelerate would go on without a word."""
+    available = {str(tracker) for tracker in tracking.get_available_trackers()}
+    if missing := [name for name in trackers if name not in available]:
+        raise ImportError(
+            f"loop.trackers: {' and '.join(missing)} not installed; pip install {' '.join(missing)}, or leave out what "
+            "is missing (--loop.trackers '[tensorboard]')"
+        )
 
 
 def native_precision(wanted: str) -> str:
