@@ -7,7 +7,7 @@ from functools import partial
 from ldm.config import StageConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, training_batches
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
@@ -26,7 +26,7 @@ def main() -> None:
     with exit_on_config_error():
         config = load_config(StageConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
-        images = CaptionedImages(build_source(config.data), config.data)
+        images = CaptionedImages(checked_source(config.data), config.data)
         for part in pretrained_parts(config):
             refuse_leak(part, images.splits.held_out_hash)
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)

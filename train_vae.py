@@ -9,7 +9,7 @@ import torch
 from ldm.config import AutoencoderConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
 from ldm.models.autoencoder import fold_statistics
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak
@@ -26,7 +26,7 @@ def main() -> None:
         config = load_config(AutoencoderConfig)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         torch.manual_seed(config.seed)
-        images = CaptionedImages(build_source(config.data), config.data)
+        images = CaptionedImages(checked_source(config.data), config.data)
         if "pretrained" in config.autoencoder:
             refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
         train = PositionDataset(images, "train", config.seed)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,29 @@ from jsonargparse import ArgumentParser
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from transformers import AutoTokenizer
 
-from ldm.config import DataConfig
+from ldm.config import DataConfig, TextConfig
 from ldm.data.batches import CaptionedImages
+from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.pixels import to_pixel_values, to_uint8
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
+from ldm.data.sources import Source, build_source, source_config
 from ldm.data.splits import read_captions
 from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
-from ldm.evaluation.pictures import comparison_sheet
+from ldm.evaluation.pictures import CELL_WIDTH, comparison_sheet, contact_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
 from ldm.models.autoencoder import downsampling_factor
+from ldm.models.text_encoder import resolve, train_tokenizer
 from ldm.provenance import read_provenance, refuse_leak
 from ldm.training.autoencoding import reconstruct
 from ldm.training.validation import sample_pictures
 
 SHEET_PICTURES = 24
+SHEET_PROBLEMS = 4
+"""Of each kind."""
+LEARNED_FROM = 2000
+"""Captions that the tokenizer of `validate` is learned from at most: its counts are an estimate."""
 
 
 def load_pipeline(model: str, trust_remote_code: bool) -> Any:
@@ -102,7 +112,7 @@ def evaluate(
 
     Args:
         model: Folder or Hub name of a pipeline.
-        data: "openmoji", or a folder of captioned pictures (imagefolder).
+        data: What `validate` takes; what cannot be read is left out.
         captions: File of captions, a line each, whose pictures the model has not seen.
         out: Folder for the results.
         validation_captions: File of the validation captions, which the model was not trained on either.
@@ -115,9 +125,8 @@ def evaluate(
     pipeline = load_pipeline(model, trust_remote_code)
     image_size = pipeline.unet.config.sample_size * downsampling_factor(pipeline.vae)
     held_out = {"test": captions} | ({"validation": validation_captions} if validation_captions else {})
-    source = {"source": "openmoji"} if data == "openmoji" else {"source": "imagefolder", "path": data}
-    config = DataConfig(**source, image_size=image_size, held_out=held_out)  # type: ignore[arg-type]
-    images = CaptionedImages(build_source(config), config)
+    config = source_config(data, image_size=image_size, held_out=held_out, on_bad_data="skip")
+    images = CaptionedImages(checked_source(config), config)
     refuse_leak(model, images.splits.held_out_hash)
     wanted = read_captions(captions)
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -162,6 +171,90 @@ def _baselines(
     }
 
 
+def validate(
+    data: str,
+    out: str = "out/validation",
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_size: int = 64,
+    background: str = "white",
+    held_out: dict[str, str] | None = None,
+    held_out_percent: float = 2.0,
+    tokenizer: str | None = None,
+    max_length: int = 77,
+    workers: int | None = None,
+) -> Report:
+    """Look at every picture and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
+
+    Args:
+        data: A folder of pictures with a metadata file, Parquet, a saved or named data set, or "openmoji".
+        out: Folder for the results.
+        split: As data.split of a training.
+        image_column: As data.image_column.
+        caption_column: As data.caption_column.
+        image_size: Pictures of fewer pixels on a side are counted.
+        background: As data.background.
+        held_out: As data.held_out.
+        held_out_percent: As data.held_out_percent.
+        tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.
+        max_length: Tokens a caption may have, as conditioners.text.max_length.
+        workers: Processes that decode; none: one a core.
+
+    """
+    columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
+    held = {"held_out": held_out or {}, "held_out_percent": held_out_percent}
+    config = source_config(data, image_size=image_size, background=background, **columns, **held)
+    source = build_source(config)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    report = inspect(source, config, _token_counter(tokenizer, max_length), max_length, workers)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "validation.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    _problem_sheet(report, source, config).save(folder / "contact_sheet.png")
+    print(report.text())
+    return report
+
+
+def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
+    """Return what counts the tokens of captions, with the tokenizer in a folder or one learned from them."""
+
+    def count(captions: Sequence[str]) -> list[int]:
+        if tokenizer is None:
+            some = captions[:: 1 + len(captions) // LEARNED_FROM]
+            chosen = train_tokenizer(some, TextConfig.vocab_size, max_length)
+        else:
+            folder = resolve(tokenizer)
+            below = f"{folder}/tokenizer"
+            chosen = AutoTokenizer.from_pretrained(below if Path(below).is_dir() else folder)
+        return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
+
+    return count
+
+
+def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.Image:
+    """Return a sheet of some good pictures and of some problems of each kind; grey: no picture can be shown."""
+    images = CaptionedImages(source, replace(config, image_size=CELL_WIDTH))
+    cells: list[tuple[int | None, str]] = [
+        (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in report.examples
+    ]
+    for kind in dict.fromkeys(problem.kind for problem in report.problems):
+        for problem in [problem for problem in report.problems if problem.kind == kind][:SHEET_PROBLEMS]:
+            if problem.like is not None:
+                cells.append((problem.like, place(source, problem.like)))
+            cells.append((problem.row, str(problem)))
+
+    def picture(row: int | None) -> NDArray[np.uint8]:
+        try:
+            if row is not None:
+                return np.asarray(images.image(row))
+        except (ValueError, OSError):
+            pass
+        return np.full((CELL_WIDTH, CELL_WIDTH, 3), 224, np.uint8)
+
+    return contact_sheet([text for _, text in cells], np.stack([picture(row) for row, _ in cells]))
+
+
 def slug(text: str) -> str:
     """Return a file name of at most 80 characters of ``a-z0-9._-`` that reminds of the text."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
@@ -180,9 +273,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluating.add_argument("model", help="folder or Hub name of a pipeline")
     evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
     commands.add_subcommand("evaluate", evaluating)
+    validating = ArgumentParser(description="Look at every picture and caption; exit code 1: a training would stop.")
+    validating.add_argument("data", help="a folder of pictures, Parquet, a data set, or openmoji")
+    validating.add_function_arguments(validate, skip={"data"}, as_positional=False)
+    commands.add_subcommand("validate", validating)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     if chosen.subcommand == "sample":
         sample(**arguments)
-    else:
+    elif chosen.subcommand == "evaluate":
         evaluate(**arguments)
+    elif validate(**arguments).stops:
+        sys.exit(1)
