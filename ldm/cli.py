@@ -252,7 +252,8 @@ def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.
             pass
         return np.full((CELL_WIDTH, CELL_WIDTH, 3), 224, np.uint8)
 
-    return contact_sheet([text for _, text in cells], np.stack([picture(row) for row, _ in cells]))
+    captions = [text.encode(errors="backslashreplace").decode() for _, text in cells]  # a file name may be any bytes
+    return contact_sheet(captions, np.stack([picture(row) for row, _ in cells]))
 
 
 def slug(text: str) -> str:

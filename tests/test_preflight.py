@@ -420,6 +420,7 @@ def test_the_command_writes_its_report_and_a_sheet(spoiled, tmp_path, capsys):
     assert written["captions"]["share of captions cut"] == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "a training would stop"
+    assert "\nwidth: min 40, median 64.0, max 64\n" in printed
     assert all(where in printed for places in expected.values() for where in places)
     assert Image.open(tmp_path / "contact_sheet.png").width > 700
 
@@ -436,6 +437,16 @@ def test_the_command_ends_well_on_good_data_and_counts_with_the_tokenizer_given(
         assert captions["longest, tokens"] == 22
         assert captions["share of captions cut"] == round(1 / 30, 4)
     assert capsys.readouterr().out.splitlines()[-1] == "nothing here stops a training"
+
+
+def test_a_file_name_of_any_bytes_can_be_read_and_reported(clean, tmp_path):
+    folder, rows = clean
+    name = os.fsdecode(b"\xff.png")
+    (folder / name).write_bytes((folder / "0000.png").read_bytes())
+    write_metadata(folder, rows, b'{"file_name": "\xff.png", "text": "odd"}\n')
+    cli.main(["validate", str(folder), "--out", str(tmp_path), "--workers", "0"])
+    problems = json.loads((tmp_path / "validation.json").read_text())["problems"]
+    assert problems == {"exact duplicate": [{"where": name, "reason": "the same pixels as 0000.png"}]}
 
 
 def test_held_out_lists_reach_the_command(clean, tmp_path):

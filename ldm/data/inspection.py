@@ -61,7 +61,7 @@ class Report:
 
     def text(self) -> str:
         """Return it for people: the first problems of each kind, the statistics line by line."""
-        lines = [f"{name}: {value}" for name, value in self.statistics.items()]
+        lines = [f"{name}: {_shown(value)}" for name, value in self.statistics.items()]
         stopping, others = ([p for p in self.problems if p.stops is stops] for stops in (True, False))
         if others:
             lines.append(f"{len(others)} problem(s) worth knowing:\n{listing(others)}")
@@ -107,8 +107,16 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
 
 
 def place(source: Source, row: int) -> str:
-    """Return what a person finds a row by: the path of its picture in the folder, or its number."""
-    return source.where(row) if isinstance(source, RowSource) else f"row {row}"
+    """Return what a person finds a row by: the path of its picture in the folder, its name, or its number."""
+    if isinstance(source, RowSource):
+        return source.where(row)
+    return f"row {row}" if source.names is None else source.names[row]
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items()) or "none"
 
 
 class _Decoding(Dataset[Facts | Problem]):
