@@ -311,6 +311,20 @@ def test_equal_fingerprints_mean_equal_pictures(clean):
     assert build_source(config(folder)).fingerprint != before
 
 
+def test_leaving_out_another_row_is_another_set_of_pictures(clean):
+    folder, rows = clean
+
+    def hashes_without(number):
+        spoiled = [{**row, "text": 5} if index == number else row for index, row in enumerate(rows)]
+        write_metadata(folder, spoiled)
+        chosen = config(folder, on_bad_data="skip")
+        return CaptionedImages(checked_source(chosen), chosen).hashes
+
+    first, second = hashes_without(0), hashes_without(1)
+    assert len(first) == len(second) == 29
+    assert set(first) != set(second)  # what was cached of the one is not taken for the other
+
+
 def test_a_split_folder_is_read_alone(tmp_path):
     for name, count in (("train", 12), ("test", 6)):
         (tmp_path / name).mkdir()
