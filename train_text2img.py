@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm.config import StageConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, training_batches
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
@@ -33,7 +33,7 @@ def main() -> None:
         return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
-        images = CaptionedImages(build_source(config.data), config.data)
+        images = CaptionedImages(checked_source(config.data), config.data)
         for part in pretrained_parts(config):
             refuse_leak(part, images.splits.held_out_hash)
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)

@@ -11,7 +11,7 @@ import torch
 from ldm.config import AutoencoderConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
@@ -32,7 +32,7 @@ def main() -> None:
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         torch.manual_seed(config.seed)
-        images = CaptionedImages(build_source(config.data), config.data)
+        images = CaptionedImages(checked_source(config.data), config.data)
         if "pretrained" in config.autoencoder:
             refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
         train = PositionDataset(images, "train", config.seed)

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.pixels import to_pixel_values, to_uint8
-from ldm.data.sources import build_source
+from ldm.data.preflight import checked_source
+from ldm.data.sources import source_config
 from ldm.data.splits import read_captions
 from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
 from ldm.evaluation.pictures import comparison_sheet
@@ -32,6 +32,7 @@ from ldm.models.autoencoder import downsampling_factor
 from ldm.provenance import read_provenance, refuse_leak
 from ldm.training.autoencoding import reconstruct
 from ldm.training.validation import sample_pictures
+from ldm.validate import validate
 
 SHEET_PICTURES = 24
 
@@ -104,7 +105,7 @@ def evaluate(
 
     Args:
         model: Folder or Hub name of a pipeline.
-        data: "openmoji", or a folder of captioned pictures (imagefolder).
+        data: What `validate` takes; what cannot be read is left out.
         captions: File of captions, a line each, whose pictures the model has not seen.
         out: Folder for the results.
         validation_captions: File of the validation captions, which the model was not trained on either.
@@ -117,9 +118,8 @@ def evaluate(
     pipeline = load_pipeline(model, trust_remote_code)
     image_size = pipeline.unet.config.sample_size * downsampling_factor(pipeline.vae)
     held_out = {"test": captions} | ({"validation": validation_captions} if validation_captions else {})
-    source = {"source": "openmoji"} if data == "openmoji" else {"source": "imagefolder", "path": data}
-    config = DataConfig(**source, image_size=image_size, held_out=held_out)  # type: ignore[arg-type]
-    images = CaptionedImages(build_source(config), config)
+    config = source_config(data, image_size=image_size, held_out=held_out, on_bad_data="skip")
+    images = CaptionedImages(checked_source(config), config)
     refuse_leak(model, images.splits.held_out_hash)
     wanted = read_captions(captions)
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
@@ -187,14 +187,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     pushing.add_argument("repo_id", help="repository, user/name")
     pushing.add_function_arguments(push, skip={"folder", "repo_id"}, as_positional=False)
     commands.add_subcommand("push", pushing)
+    validating = ArgumentParser(description="Look at every picture and caption; exit code 1: a training would stop.")
+    validating.add_argument("data", help="a folder of pictures, Parquet, a data set, or openmoji")
+    validating.add_function_arguments(validate, skip={"data"}, as_positional=False)
+    commands.add_subcommand("validate", validating)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     if chosen.subcommand == "sample":
         sample(**arguments)
     elif chosen.subcommand == "evaluate":
         evaluate(**arguments)
-    else:
+    elif chosen.subcommand == "push":
         try:
             print(push(**arguments))
         except (HubError, ValueError) as error:
             sys.exit(str(error))
+    elif validate(**arguments).stops:
+        sys.exit(1)

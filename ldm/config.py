@@ -32,6 +32,8 @@ class DataConfig:
     """None: found by its usual names (text, caption, captions, prompt, ...)."""
     class_column: str | None = None
     """Column of class numbers, from 0 on, for `conditioners.label`; not for openmoji."""
+    on_bad_data: Literal["error", "skip"] = "error"
+    """What rows do that cannot be trained on: stop the run before its first step, or are left out and counted."""
     image_size: int = 64
     """Pixels, height and width."""
     background: str = "white"

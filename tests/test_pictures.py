@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ldm.evaluation.pictures import CELL_WIDTH, GAP, LINE_HEIGHT, MARGIN, comparison_sheet, image_grid, wrap
+from ldm.evaluation.pictures import (
+    CELL_WIDTH,
+    GAP,
+    LINE_HEIGHT,
+    MARGIN,
+    comparison_sheet,
+    contact_sheet,
+    image_grid,
+    wrap,
+)
 
 LONG = "men with bunny ears medium skin tone medium-dark skin tone"
 
@@ -83,6 +92,21 @@ def test_each_caption_is_drawn_under_its_own_picture() -> None:
         top = y + 2 * CELL_WIDTH + GAP + 1
         under = np.asarray(sheet)[top : top + LINE_HEIGHT, x : x + CELL_WIDTH]
         assert (under < 100).any() == (index == 2)
+
+
+def test_a_contact_sheet_has_each_picture_over_its_caption() -> None:
+    images = pictures(5)
+    sheet = contact_sheet(["", "", "cat", "", ""], images, columns=3)
+    pixels = np.asarray(sheet)
+    for index, image in enumerate(images):
+        row, column = divmod(index, 3)
+        ((x, y),) = places(sheet, image)
+        assert x == MARGIN + column * (CELL_WIDTH + MARGIN)
+        assert y == MARGIN + row * (CELL_WIDTH + MARGIN // 2 + LINE_HEIGHT + MARGIN)
+        under = pixels[y + CELL_WIDTH + 1 : y + CELL_WIDTH + MARGIN // 2 + LINE_HEIGHT, x : x + CELL_WIDTH]
+        assert (under < 100).any() == (index == 2)
+    with pytest.raises(ValueError, match="got 1 captions and 5 pictures"):
+        contact_sheet(["cat"], images)
 
 
 def test_rows_are_labelled() -> None:

@@ -93,13 +93,13 @@ def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
         build_source(DataConfig(**config, caption_column="txet"))
 
 
-def test_a_picture_that_cannot_be_read_names_its_row(tmp_path):
+def test_a_picture_that_cannot_be_read_names_its_file(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png")
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "noise"}))
     source = build_source(DataConfig(source="imagefolder", path=str(tmp_path)))
-    with pytest.raises(ValueError, match="row 0 cannot be read"):
+    with pytest.raises(ValueError, match=r"^0\.png: the picture cannot be read: "):
         source.image(0)
 
 

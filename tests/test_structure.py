@@ -34,8 +34,10 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.models",
     },
     "ldm.evaluation": {"ldm.config", "ldm.models"},
+    "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models"},
     "ldm.training": {
         "ldm.config",
+        "ldm.config_file",
         "ldm.data",
         "ldm.objective",
         "ldm.reconstruction",

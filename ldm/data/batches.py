@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import DataConfig
 from ldm.data.cache import CachedRows
+from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index, step_positions
 from ldm.data.sources import Source
@@ -95,18 +95,11 @@ class CaptionedImages:
         From the pixels before they are resized, so that stages of different sizes split alike; where the source
         has names of its own, the first of those with equal pixels, the same on machines that render differently.
         """
-
-        def compute(rows: range) -> dict[str, Tensor]:
-            return {"hash": torch.stack([_hash(self._rgb(row)) for row in rows])}
-
-        rows = CachedRows("hashes", f"{self.source.fingerprint}/{self.config.background}", len(self.source), compute)
-        hashes = [bytes(rows[row]["hash"].tolist()).hex() for row in range(len(self.source))]
-        if self.source.names is None:
-            return hashes
-        first: dict[str, str] = {}
-        for value, name in zip(hashes, self.source.names, strict=True):
-            first[value] = min(name, first.get(value, name))
-        return [first[value] for value in hashes]
+        hashes = [value for value in pixel_hashes(self.source, self.config.background) if value is not None]
+        if len(hashes) < len(self.source):
+            bad = len(self.source) - len(hashes)
+            raise ValueError(f"{bad} of {len(self.source)} pictures cannot be decoded; ldm validate says which")
+        return lasting_names(hashes, self.source.names)
 
     @cached_property
     def splits(self) -> Splits:
@@ -242,8 +235,3 @@ def training_batches(
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:
     """Return the first `count` positions of a data set (fewer if it is smaller): the same in every run."""
     return collate([dataset[position] for position in range(min(count, len(dataset)))])
-
-
-def _hash(image: Image.Image) -> Tensor:
-    digest = blake2b(np.asarray(image).tobytes(), digest_size=16).digest()
-    return torch.tensor(list(digest), dtype=torch.uint8)

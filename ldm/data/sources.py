@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
 from ldm.config import DataConfig
+from ldm.data.folder import METADATA, FolderSource
 from ldm.data.openmoji import OpenMoji
-
-IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
-FILE_TYPES = ("binary", "large_binary", "string", "large_string")
-"""Of a column that holds the bytes or the paths of image files."""
+from ldm.data.rows import TableSource
 
 
 class Source(Protocol):
@@ -43,51 +42,34 @@ class Source(Protocol):
         """Return the number of its class, None if the data has none."""
 
 
-class TableSource:
-    """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+class Subset:
+    """Some rows of a source, as a source."""
 
-    names = None
-
-    def __init__(
-        self, table: Any, image_column: str | None, caption_column: str | None, class_column: str | None = None
-    ):
-        columns = table.column_names
-        self.image_column = _column("data.image_column", image_column, columns, IMAGE_COLUMNS)
-        self.caption_column = _column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
-        self._table = _with_pictures(table, self.image_column)
-        self._captions = table[self.caption_column]
-        self._labels = table[_column("data.class_column", class_column, columns, ())] if class_column else None
-        self.fingerprint = f"table-{self._table._fingerprint}"
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self._source, self._rows = source, rows
+        self.names = None if source.names is None else [source.names[row] for row in rows]
+        kept = blake2b(",".join(map(str, rows)).encode(), digest_size=8).hexdigest()
+        self.fingerprint = f"{source.fingerprint}-{kept}"
 
     def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._table)
+        """Return the number of rows that are left."""
+        return len(self._rows)
 
     def image(self, index: int) -> Image.Image:
-        """Return the picture of row `index`; raises ValueError with the row if it is missing or cannot be decoded."""
-        try:
-            image: Image.Image | None = self._table[index][self.image_column]
-            if image is None:
-                raise ValueError(f"row {index} has no picture; leave it out of the data")
-            image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the picture of row {index} cannot be read: {error}") from error
-        return image
+        """Return a picture in whatever mode it has."""
+        return self._source.image(self._rows[index])
 
     def captions(self, index: int) -> Sequence[str]:
-        """Return the captions of row `index`; null and empty ones are left out."""
-        value = self._captions[index]
-        texts = value if isinstance(value, list | tuple) else [value]
-        return tuple(str(text).strip() for text in texts if text is not None and str(text).strip())
+        """Return the captions to choose from."""
+        return self._source.captions(self._rows[index])
 
-    all_captions = captions
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption."""
+        return self._source.all_captions(self._rows[index])
 
     def class_label(self, index: int) -> int | None:
-        """Return the class of row `index`; raises ValueError unless it is a whole number."""
-        label = None if self._labels is None else self._labels[index]
-        if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
-            raise ValueError(f"data.class_column: row {index} has a {type(label).__name__}; expected a whole number")
-        return label
+        """Return the number of the class."""
+        return self._source.class_label(self._rows[index])
 
 
 def build_source(config: DataConfig) -> Source:
@@ -96,44 +78,37 @@ def build_source(config: DataConfig) -> Source:
         return OpenMoji(config.image_size, config.languages)
     if config.path is None:
         raise ValueError(f"data.path: required with data.source {config.source}")
-    import datasets
-
+    columns = config.image_column, config.caption_column, config.class_column
     if config.source == "imagefolder":
         if not Path(config.path).is_dir():
             raise FileNotFoundError(f"data.path: no folder at {config.path}")
-        table = datasets.load_dataset("imagefolder", data_dir=config.path, split=config.split)
-    elif config.source == "parquet":
+        return FolderSource(config.path, config.split, *columns)
+    import datasets
+
+    root: str | None = os.path.realpath(config.path)  # pictures that are files beside the table must lie in it
+    if config.source == "parquet":
         files = sorted(map(str, Path(config.path).glob("*.parquet"))) if Path(config.path).is_dir() else config.path
         table = datasets.load_dataset("parquet", data_files=files, split=config.split)
     elif Path(config.path).is_dir():
         table = datasets.load_from_disk(config.path)
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
     else:
-        table = datasets.load_dataset(config.path, split=config.split)
-    return TableSource(table, config.image_column, config.caption_column, config.class_column)
+        table, root = datasets.load_dataset(config.path, split=config.split), None
+    return TableSource(table, *columns, root=root)
 
 
-def _with_pictures(table: Any, column: str) -> Any:
-    """Return the table with pictures in `column`; raises ValueError if it holds neither pictures nor image files.
+def source_config(data: str, **more: Any) -> DataConfig:
+    """Return the config, with values `more`, of what `data` names.
 
-    Parquet files that were not written by `datasets` hold the bytes of image files, or a struct of bytes and path.
+    That is "openmoji", a folder of pictures with a metadata file, a Parquet file or a folder of them, a folder that
+    `datasets` saved, or else the name of a data set.
     """
-    import datasets
-
-    feature = table.features[column]
-    if isinstance(feature, datasets.Image) and feature.decode:
-        return table
-    is_struct = isinstance(feature, dict) and bool(feature.keys() & {"bytes", "path"})
-    if not (is_struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in FILE_TYPES):
-        raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
-    return table.cast_column(column, datasets.Image())
-
-
-def _column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:
-    if wanted is not None and wanted in columns:
-        return wanted
-    found = None if wanted else next((name for name in usual if name in columns), None)
-    if found is None:
-        what = f"no column {wanted!r}" if wanted else f"none of the usual names {', '.join(usual)}"
-        raise ValueError(f"{key}: {what} among the columns {', '.join(columns)}; name the right one")
-    return found
+    path = Path(data)
+    if data == "openmoji":
+        return DataConfig(**more)
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return DataConfig(source="dataset", path=data, **more)
+    tables = {file.name for file in path.glob("*.parquet")} if path.is_dir() else set()
+    if path.suffix == ".parquet" or (tables and not tables & set(METADATA)):
+        return DataConfig(source="parquet", path=data, **more)
+    return DataConfig(source="imagefolder" if path.is_dir() else "dataset", path=data, **more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,6 @@ LINE_HEIGHT = 18
 PAPER = (255, 255, 255)
 LINES = (208, 208, 208)
 INK = (32, 32, 32)
-LABELS = ("generated", "true")
 
 
 def image_grid(images: Images, columns: int = 8) -> Image.Image:
@@ -62,21 +61,36 @@ def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, c
     if generated.shape != true.shape or len(captions) != len(generated):
         got = f"{len(captions)} captions, generated {generated.shape}, true {true.shape}"
         raise ValueError(f"got {got}; expected as many captions as pictures, in one shape")
+    return _sheet(captions, {"generated": generated, "true": true}, columns)
+
+
+def contact_sheet(captions: Sequence[str], images: Images, columns: int = 6) -> Image.Image:
+    """Return a sheet with each picture, (N, H, W, 3), over its caption; otherwise as `comparison_sheet`."""
+    _check(images, "images", columns)
+    if len(captions) != len(images):
+        raise ValueError(f"got {len(captions)} captions and {len(images)} pictures; expected as many")
+    return _sheet(captions, {"": images}, columns)
+
+
+def _sheet(captions: Sequence[str], rows: Mapping[str, Images], columns: int) -> Image.Image:
+    """Return the pictures of each row, labelled with its name, one row over the other, the captions underneath."""
     font = ImageFont.load_default(size=FONT_SIZE)
-    factor = -(-CELL_WIDTH // generated.shape[2])
-    height, width = generated.shape[1] * factor, generated.shape[2] * factor
+    shape = next(iter(rows.values())).shape
+    factor = -(-CELL_WIDTH // shape[2])
+    height, width = shape[1] * factor, shape[2] * factor
     wrapped = [wrap(_plain(caption), width, font) for caption in captions]
     bands = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
     caption_heights = [LINE_HEIGHT * max(len(wrapped[index]) for index in band) for band in bands]
-    picture_rows = 2 * height + GAP + MARGIN // 2  # the two pictures and the space to the caption
-    left = 2 * MARGIN + max(_width(label, font) for label in LABELS)
+    picture_rows = len(rows) * (height + GAP) - GAP + MARGIN // 2  # the pictures and the space to the caption
+    widest = max(_width(label, font) for label in rows)
+    left = MARGIN + (widest + MARGIN if widest else 0)
     sheet_width = left + len(bands[0]) * (width + MARGIN)
     sheet_height = MARGIN + sum(caption_heights) + len(bands) * (picture_rows + MARGIN)
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
     for band, caption_height in zip(bands, caption_heights, strict=True):
-        for row, (label, images) in enumerate(zip(LABELS, (generated, true), strict=True)):
+        for row, (label, images) in enumerate(rows.items()):
             y = top + row * (height + GAP)
             draw.text((left - MARGIN, y + height // 2), label, INK, font, anchor="rm")
             for column, index in enumerate(band):

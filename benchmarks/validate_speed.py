@@ -1,0 +1,42 @@
+"""How long 10,000 pictures take to validate and to look at before a training: python -m benchmarks.validate_speed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from ldm import cli
+from ldm.config import DataConfig
+from ldm.data.preflight import quick_problems
+from ldm.data.sources import build_source
+from tests.picture_folders import write_folder
+
+PICTURES = 10_000
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(folder, PICTURES, suffixes=("png", "jpg", "webp"))
+        for attempt in ("first", "second"):
+            began = time.perf_counter()
+            source = build_source(DataConfig(source="imagefolder", path=name))
+            problems = list(quick_problems(source))
+            print(f"quick, {attempt}: {time.perf_counter() - began:.2f} s, {len(problems)} problems", file=sys.stderr)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
+        report = cli.validate(name, out=f"{name}/out")
+        seconds = time.perf_counter() - began
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        kinds = dict(Counter(problem.kind for problem in report.problems))
+        print(f"validate: {seconds:.1f} s, {PICTURES / seconds:.0f} pictures/s, {kinds}", file=sys.stderr)
+        print(f"memory: {grown:.0f} MB more in this process, {worker:.0f} MB in a worker at most", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

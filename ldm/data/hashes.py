@@ -1,0 +1,57 @@
+"""Names of pictures by their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+from torch import Tensor
+
+from ldm.data.cache import CachedRows
+from ldm.data.headers import PictureError, explained
+from ldm.data.pixels import to_rgb
+from ldm.data.sources import Source
+
+DIGEST_SIZE = 16
+"""Bytes."""
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """Return the name of an RGB picture: equal pixels, equal names."""
+    return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE).digest()
+
+
+def pixel_hashes(source: Source, background: str) -> list[str | None]:
+    """Return `pixel_digest` of each picture in hex, None where it cannot be decoded. Computed once and kept."""
+
+    def compute(rows: range) -> dict[str, Tensor]:
+        return {"hash": torch.stack([torch.tensor(list(digest(row)), dtype=torch.uint8) for row in rows])}
+
+    def digest(row: int) -> bytes:
+        try:
+            image = source.image(row)
+            with explained():
+                return pixel_digest(to_rgb(image, background))
+        except PictureError:
+            return bytes(DIGEST_SIZE)
+
+    ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every picture
+    cached = CachedRows("hashes", f"{source.fingerprint}/{background}", len(source), compute)
+    digests = (bytes(cached[row]["hash"].tolist()) for row in range(len(source)))
+    return [value.hex() if any(value) else None for value in digests]
+
+
+def lasting_names(hashes: Sequence[str], names: Sequence[str] | None) -> list[str]:
+    """Return for each hash the first of the source's own `names` with it; the hashes where the source has none.
+
+    Names are the same on machines that render differently; pictures of equal pixels still share one.
+    """
+    if names is None:
+        return list(hashes)
+    first: dict[str, str] = {}
+    for value, name in zip(hashes, names, strict=True):
+        first[value] = min(name, first.get(value, name))
+    return [first[value] for value in hashes]

@@ -1,0 +1,237 @@
+"""What is worth knowing of a data set before a training: each picture decoded, repeats, captions, sizes."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ldm.config import DataConfig
+from ldm.data.duplicates import Look, look, near_pairs
+from ldm.data.hashes import lasting_names, pixel_digest
+from ldm.data.headers import PictureError, decode, explained
+from ldm.data.pixels import to_rgb
+from ldm.data.preflight import listing, quick_problems
+from ldm.data.rows import Problem, RowSource
+from ldm.data.sources import Source
+from ldm.data.splits import SPLITS, split_pictures
+
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Tokens of each caption, begin and end included."""
+EXAMPLES = 12
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding a picture showed; `size` is width and height, upright."""
+
+    row: int
+    size: tuple[int, int]
+    mode: str
+    format: str
+    digest: bytes
+    look: Look
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found: problems, and `statistics` that JSON can hold."""
+
+    problems: list[Problem]
+    statistics: dict[str, Any]
+    examples: list[int]
+    """Some good rows."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether a training would refuse the data."""
+        return any(problem.stops for problem in self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything: by kind each problem with its place and reason, then the statistics."""
+        kinds: dict[str, list[dict[str, str]]] = defaultdict(list)
+        for problem in self.problems:
+            kinds[problem.kind].append({"where": problem.where, "reason": problem.reason})
+        return {"trainable": not self.stops, **self.statistics, "problems": kinds}
+
+    def text(self) -> str:
+        """Return it for people: the first problems of each kind, the statistics line by line."""
+        lines = [f"{name}: {_shown(value)}" for name, value in self.statistics.items()]
+        stopping, others = ([p for p in self.problems if p.stops is stops] for stops in (True, False))
+        if others:
+            lines.append(f"{len(others)} problem(s) worth knowing:\n{listing(others)}")
+        if stopping:
+            lines.append(f"{len(stopping)} problem(s) that stop a training:\n{listing(stopping)}")
+        return "\n".join([*lines, "a training would stop" if stopping else "nothing here stops a training"])
+
+
+def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
+    """Return what is wrong with the pictures and captions of a source and what they are like.
+
+    Decodes in `workers` processes (0: in this one); memory grows by some hundred bytes a picture. `max_length` is the
+    number of tokens that a caption may have.
+
+    Raises:
+        ValueError: there are no rows.
+
+    """
+    if not len(source):
+        raise ValueError("the data has no rows")
+    problems = list(quick_problems(source)) if isinstance(source, RowSource) else []
+    unread = {problem.row for problem in problems if problem.stops and problem.kind != "bad caption"}
+    facts: list[Facts] = []
+    for seen in _decoded(source, config, [row for row in range(len(source)) if row not in unread], workers):
+        if isinstance(seen, Facts):
+            facts.append(seen)
+        else:
+            problems.append(seen)
+    owner, unsplit = _splits(source, config, facts, problems)
+    problems += [*unsplit, *_repeats(source, facts, owner)]
+    bad = {problem.row for problem in problems if problem.stops}
+    good = [fact for fact in facts if fact.row not in bad]
+    statistics = {
+        "rows": len(source),
+        "good rows": len(good),
+        "problem kinds": dict(Counter(problem.kind for problem in problems).most_common()),
+        "splits": {name: list(owner.values()).count(name) for name in SPLITS},
+        **_picture_statistics(good, config.image_size),
+        "captions": _caption_statistics([source.captions(fact.row) for fact in good], count_tokens, max_length),
+    }
+    examples = [fact.row for fact in sorted(good, key=lambda fact: fact.digest)[:EXAMPLES]]
+    return Report(problems, statistics, examples)
+
+
+def place(source: Source, row: int) -> str:
+    """Return what a person finds a row by: the path of its picture in the folder, its name, or its number."""
+    if isinstance(source, RowSource):
+        return source.where(row)
+    return f"row {row}" if source.names is None else source.names[row]
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items()) or "none"
+
+
+class _Decoding(Dataset[Facts | Problem]):
+    """The facts of rows, or the problem with them; what worker processes are given."""
+
+    def __init__(self, source: Source, background: str, rows: Sequence[int]):
+        self.source, self.background, self.rows = source, background, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Facts | Problem:
+        row, source = self.rows[index], self.source
+        where = place(source, row)
+        try:
+            with explained():
+                image = source.header(row) if isinstance(source, RowSource) else source.image(row)
+                mode, kind = image.mode, image.format or "none"
+                rgb = to_rgb(decode(image), self.background)
+                return Facts(row, rgb.size, mode, kind, pixel_digest(rgb), look(rgb))
+        except PictureError as error:
+            return Problem(where, error.kind, str(error), row)
+        except OSError as error:
+            return Problem(where, "unreadable", error.strerror or str(error), row)
+
+
+def _decoded(source: Source, config: DataConfig, rows: Sequence[int], workers: int) -> Iterator[Facts | Problem]:
+    dataset = _Decoding(source, config.background, rows)
+    loader = DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(rows), desc="decoding", unit="picture", mininterval=1) as bar:
+        for several in loader:
+            yield from several
+            bar.update(len(several))
+
+
+def _splits(
+    source: Source, config: DataConfig, facts: Sequence[Facts], problems: Sequence[Problem]
+) -> tuple[dict[int, str], list[Problem]]:
+    """Return the split of each row that can be trained on, and what keeps the data from being split."""
+    bad = {problem.row for problem in problems if problem.stops}
+    rows = [fact.row for fact in facts if fact.row not in bad]
+    if not rows:
+        return {}, []
+    names = None if source.names is None else [source.names[row] for row in rows]
+    hashes = lasting_names([fact.digest.hex() for fact in facts if fact.row not in bad], names)
+    try:
+        splits = split_pictures(
+            hashes, lambda index: source.all_captions(rows[index]), config.held_out, config.held_out_percent
+        )
+    except ValueError as error:
+        return {}, [Problem("data.held_out", "bad split", str(error))]
+    return {rows[index]: name for name, members in splits.indices.items() for index in members}, []
+
+
+def _repeats(source: Source, facts: Sequence[Facts], owner: dict[int, str]) -> Iterator[Problem]:
+    """Yield the pictures that are the same as another, which always share its split, or look like another."""
+    first: dict[bytes, Facts] = {}
+    for fact in facts:
+        earlier = first.setdefault(fact.digest, fact)
+        if earlier is not fact:
+            reason = f"the same pixels as {place(source, earlier.row)}"
+            yield Problem(place(source, fact.row), "exact duplicate", reason, fact.row, earlier.row)
+    distinct = list(first.values())
+    for i, j, bits in near_pairs([fact.look for fact in distinct]):
+        one, other = distinct[i].row, distinct[j].row
+        splits = owner.get(one, "no split"), owner.get(other, "no split")
+        reason = f"looks like {place(source, one)} ({bits} of 128 bits differ)"
+        kind = "near duplicate"
+        if splits[0] != splits[1]:
+            kind = "near duplicate across splits"
+            reason += f"; it is in {splits[1]}, the other in {splits[0]}"
+        yield Problem(place(source, other), kind, reason, other, one)
+
+
+def _picture_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, Any]:
+    """Return sizes, modes and formats; `aspect` is width over height."""
+    if not facts:
+        return {}
+    widths, heights = ([fact.size[side] for fact in facts] for side in (0, 1))
+    small = sum(min(fact.size) < image_size for fact in facts)
+    return {
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "aspect": _spread([width / height for width, height in zip(widths, heights, strict=True)]),
+        f"share smaller than {image_size} px": round(small / len(facts), 4),
+        "modes": dict(Counter(fact.mode for fact in facts).most_common()),
+        "formats": dict(Counter(fact.format for fact in facts).most_common()),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": round(min(values), 3), "median": round(median(values), 3), "max": round(max(values), 3)}
+
+
+def _caption_statistics(
+    captions: Sequence[Sequence[str]], count_tokens: CountTokens, max_length: int
+) -> dict[str, Any]:
+    """Return how many there are, which stand at several pictures, and how much of them is cut off."""
+    pictures = Counter(caption for several in captions for caption in set(several))
+    everything = [caption for several in captions for caption in several]
+    repeated = [(caption, count) for caption, count in pictures.most_common() if count > 1]
+    statistics: dict[str, Any] = {
+        "captions": len(everything),
+        "pictures without": sum(not several for several in captions),
+        "at several pictures": len(repeated),
+        "most repeated": dict(repeated[:EXAMPLES]),
+        "longest, characters": max(map(len, everything), default=0),
+    }
+    if not everything:
+        return statistics
+    tokens = count_tokens(everything)
+    cut = [max(0, count - max_length) for count in tokens]
+    return statistics | {
+        "max_length, tokens": max_length,
+        "longest, tokens": max(tokens),
+        "share of captions cut": round(sum(map(bool, cut)) / len(tokens), 4),
+        "share of tokens cut": round(sum(cut) / sum(tokens), 4),
+    }

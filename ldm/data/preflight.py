@@ -1,0 +1,122 @@
+"""What is wrong with the data, found before the first step: quickly, and then what only decoding shows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from ldm.config import DataConfig
+from ldm.data.hashes import pixel_hashes
+from ldm.data.headers import PictureError, decode, explained
+from ldm.data.pixels import to_rgb
+from ldm.data.rows import Problem, RowSource, texts
+from ldm.data.sources import Source, Subset, build_source
+
+log = logging.getLogger(__name__)
+
+LISTED = 20
+"""Problems of a kind that a message lists one by one."""
+
+
+def checked_source(config: DataConfig) -> Source:
+    """Return the pictures that `config` names, all of which can be trained on.
+
+    Metadata, paths, headers and captions are looked at, then every picture is decoded, which the split needs anyway
+    and which is kept. Pictures that we make ourselves (openmoji) pass unseen.
+
+    Raises:
+        ValueError: something cannot be trained on and `data.on_bad_data` is "error", or nothing can be.
+
+    """
+    source = build_source(config)
+    if not isinstance(source, RowSource):
+        return source
+    began = time.perf_counter()
+    found = list(quick_problems(source))
+    log.info("looked at %d pictures and captions in %.1f s", len(source), time.perf_counter() - began)
+    unlisted = [problem for problem in found if problem.kind == "unlisted"]
+    if unlisted:
+        log.warning("%d pictures of the folder are in no row, such as %s", len(unlisted), unlisted[0].where)
+    stopping = [problem for problem in found if problem.stops]
+    good = _good_rows(source, stopping, config)
+    hashes = pixel_hashes(Subset(source, good) if len(good) < len(source) else source, config.background)
+    undecodable = [row for row, value in zip(good, hashes, strict=True) if value is None]
+    if undecodable:
+        stopping += [undecodable_problem(source, row, config.background) for row in undecodable]
+        good = _good_rows(source, stopping, config)
+    if stopping:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(problem.kind for problem in stopping).items())
+        epoch = f"{len(good) / config.batch_size:.1f} steps of {config.batch_size}"
+        log.warning(
+            "data.on_bad_data skip: %d rows left out (%s); the other %d make an epoch of %s, less what is held out",
+            len({problem.where for problem in stopping}), kinds, len(good), epoch,
+        )  # fmt: skip
+    return Subset(source, good) if len(good) < len(source) else source
+
+
+def quick_problems(source: RowSource) -> Iterator[Problem]:
+    """Yield what is wrong with metadata, paths, headers and captions; no picture is decoded."""
+    yield from source.problems
+    for row, caption in enumerate(source.caption_values()):
+        where = source.where(row)
+        try:
+            source.header(row).close()
+        except PictureError as error:
+            yield Problem(where, error.kind, str(error), row)
+        except OSError as error:
+            yield Problem(where, "unreadable", error.strerror or str(error), row)
+        if reason := caption_fault(caption):
+            yield Problem(where, "bad caption", reason, row)
+        elif not texts(caption):
+            yield Problem(where, "no caption", "it will be trained unconditionally", row)
+
+
+def caption_fault(value: object) -> str | None:
+    """Return why a caption column's value is not a text in valid Unicode, a list of such, or nothing; else None."""
+    for caption in value if isinstance(value, list | tuple) else [value]:
+        if caption is None:
+            continue
+        if not isinstance(caption, str):
+            return f"the caption is a {type(caption).__name__}; expected text or a list of texts"
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            return f"the caption is not valid Unicode at character {error.start}"
+    return None
+
+
+def undecodable_problem(source: RowSource, row: int, background: str) -> Problem:
+    """Return why the picture of a row cannot be decoded."""
+    try:
+        with explained():
+            to_rgb(decode(source.header(row)), background)
+        reason = "it cannot be decoded"
+    except (PictureError, OSError) as error:
+        reason = str(error)
+    return Problem(source.where(row), "unreadable", reason, row)
+
+
+def listing(problems: Sequence[Problem]) -> str:
+    """Return a line for each of the first problems of each kind, and how many more there are."""
+    lines = []
+    for kind, count in Counter(problem.kind for problem in problems).items():
+        lines += [f"  {problem}" for problem in problems if problem.kind == kind][:LISTED]
+        if count > LISTED:
+            lines.append(f"  {kind}: and {count - LISTED} more, {count} in all")
+    return "\n".join(lines)
+
+
+def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfig) -> list[int]:
+    """Return the rows without a problem; raises ValueError if that is none or there may be no other."""
+    if stopping and config.on_bad_data == "error":
+        raise ValueError(
+            f"{len(stopping)} problem(s) in data.path {config.path}, which has {len(source)} rows:\n"
+            f"{listing(stopping)}\nMend them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
+        )
+    bad = {problem.row for problem in stopping}
+    good = [row for row in range(len(source)) if row not in bad]
+    if not good:
+        raise ValueError(f"data.path {config.path}: not one row can be trained on:\n{listing(stopping)}")
+    return good

@@ -1,0 +1,192 @@
+"""Captioned pictures in rows that were written by others, so that anything in them may be wrong."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from ldm.data.headers import PictureError, decode, inside, open_picture
+
+IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
+FILE_TYPES = ("binary", "large_binary", "string", "large_string")
+"""Of a column that holds the bytes or the paths of image files."""
+
+STOPPING = frozenset({"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad split"})
+"""Kinds of problems that a training cannot begin with; the others are worth knowing."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one picture or row."""
+
+    where: str
+    """Path relative to the folder, or "row 7"."""
+    kind: str
+    reason: str
+    row: int | None = None
+    """Row of the source, if it got as far as being one."""
+    like: int | None = None
+    """Row that it repeats."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether a training cannot begin with it."""
+        return self.kind in STOPPING
+
+    def __str__(self) -> str:
+        """Return what, where and why in a line that can be printed, whatever bytes a file name has."""
+        return f"{self.kind}: {self.where}: {self.reason}".encode(errors="backslashreplace").decode()
+
+
+class RowSource(ABC):
+    """A `Source` that knows where each of its pictures comes from."""
+
+    fingerprint: str
+    names = None
+    problems: Sequence[Problem] = ()
+    """What was found wrong before there were rows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Return what a person finds row `index` by."""
+
+    @abstractmethod
+    def file(self, index: int) -> str | BinaryIO:
+        """Return the path or the bytes of a picture; raises PictureError if it has none that may be read."""
+
+    @abstractmethod
+    def caption_values(self) -> Iterator[object]:
+        """Yield what stands in the caption column, row by row."""
+
+    @abstractmethod
+    def caption_value(self, index: int) -> object:
+        """Return what stands in the caption column of row `index`."""
+
+    @abstractmethod
+    def label_value(self, index: int) -> object:
+        """Return what stands in the class column of row `index`, None without such a column."""
+
+    def header(self, index: int) -> Image.Image:
+        """Return a picture that is not decoded yet; raises as `open_picture` and `file`."""
+        return open_picture(self.file(index))
+
+    def image(self, index: int) -> Image.Image:
+        """Return the picture of row `index`; raises PictureError with its place if it cannot be read."""
+        try:
+            return decode(self.header(index))
+        except PictureError as error:
+            raise PictureError(f"{self.where(index)}: the picture cannot be read: {error}", error.kind) from error
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of row `index`; null and empty ones are left out."""
+        return texts(self.caption_value(index))
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return the same: no others are known."""
+        return self.captions(index)
+
+    def class_label(self, index: int) -> int | None:
+        """Return the class of row `index`; raises ValueError unless it is a whole number."""
+        label = self.label_value(index)
+        if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
+            got = type(label).__name__
+            raise ValueError(f"data.class_column: {self.where(index)} has a {got}; expected a whole number")
+        return label
+
+
+class TableSource(RowSource):
+    """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+
+    def __init__(
+        self,
+        table: Any,
+        image_column: str | None,
+        caption_column: str | None,
+        class_column: str | None = None,
+        root: str | None = None,
+    ):
+        """Pictures that are files must lie in folder `root`, a real path; None: wherever `datasets` put them."""
+        import datasets
+
+        columns = table.column_names
+        self.image_column = find_column("data.image_column", image_column, columns, IMAGE_COLUMNS)
+        self.caption_column = find_column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
+        if not isinstance(feature := table.features[self.image_column], datasets.Image):
+            table = _with_pictures(table, self.image_column, feature)
+        self.root = root
+        self._pictures = table.select_columns([self.image_column]).with_format("arrow")
+        self._captions = table[self.caption_column]
+        self._labels = table[find_column("data.class_column", class_column, columns, ())] if class_column else None
+        self.fingerprint = f"table-{table._fingerprint}"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._pictures)
+
+    def where(self, index: int) -> str:
+        """Return "row" and its number."""
+        return f"row {index}"
+
+    def file(self, index: int) -> str | BinaryIO:
+        """Return the bytes of the picture, mapped and not yet read, or the path of its file."""
+        from pyarrow import BufferReader
+
+        cell = self._pictures[index][self.image_column][0]
+        if cell.is_valid and cell["bytes"].is_valid:
+            data: BinaryIO = BufferReader(cell["bytes"].as_buffer())
+            return data
+        path: str | None = cell["path"].as_py() if cell.is_valid else None
+        if path is None:
+            raise PictureError("the row has no picture", "missing")
+        return path if self.root is None else inside(self.root, path)
+
+    def caption_values(self) -> Iterator[object]:
+        """Yield the captions of each row."""
+        return iter(self._captions)
+
+    def caption_value(self, index: int) -> object:
+        """Return the caption, or the captions, of row `index`."""
+        return self._captions[index]
+
+    def label_value(self, index: int) -> object:
+        """Return the class of row `index`."""
+        return None if self._labels is None else self._labels[index]
+
+
+def _with_pictures(table: Any, column: str, feature: Any) -> Any:
+    """Return the table with pictures in `column`; raises ValueError if it holds neither pictures nor image files.
+
+    Parquet files that were not written by `datasets` hold the bytes of image files, or a struct of bytes and path.
+    """
+    import datasets
+
+    is_struct = isinstance(feature, dict) and bool(feature.keys() & {"bytes", "path"})
+    if not is_struct and getattr(feature, "dtype", None) not in FILE_TYPES:
+        raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
+    return table.cast_column(column, datasets.Image())
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """Return the captions in a caption column's value; null and empty ones are left out."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(text).strip() for text in several if text is not None and str(text).strip())
+
+
+def find_column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:
+    """Return the column `wanted`, else the first of the `usual` names; raises ValueError if there is none."""
+    if wanted is not None and wanted in columns:
+        return wanted
+    found = None if wanted else next((name for name in usual if name in columns), None)
+    if found is None:
+        what = f"no column {wanted!r}" if wanted else f"none of the usual names {', '.join(usual)}"
+        raise ValueError(f"{key}: {what} among the columns {', '.join(columns)}; name the right one")
+    return found

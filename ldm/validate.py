@@ -1,0 +1,111 @@
+"""``ldm validate``: what is wrong with which picture and caption of a data set, in words, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoTokenizer
+
+from ldm.config import DataConfig, TextConfig
+from ldm.data.batches import CaptionedImages
+from ldm.data.inspection import CountTokens, Report, inspect, place
+from ldm.data.sources import Source, build_source, source_config
+from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
+from ldm.models.text_encoder import resolve, train_tokenizer
+
+SHEET_PROBLEMS = 4
+"""Of each kind."""
+LEARNED_FROM = 2000
+"""Captions that the tokenizer of `validate` is learned from at most: its counts are an estimate."""
+
+
+def validate(
+    data: str,
+    out: str = "out/validation",
+    split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_size: int = 64,
+    background: str = "white",
+    held_out: dict[str, str] | None = None,
+    held_out_percent: float = 2.0,
+    tokenizer: str | None = None,
+    max_length: int = 77,
+    workers: int | None = None,
+) -> Report:
+    """Look at every picture and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
+
+    Args:
+        data: A folder of pictures with a metadata file, Parquet, a saved or named data set, or "openmoji".
+        out: Folder for the results.
+        split: As data.split of a training.
+        image_column: As data.image_column.
+        caption_column: As data.caption_column.
+        image_size: Pictures of fewer pixels on a side are counted.
+        background: As data.background.
+        held_out: As data.held_out.
+        held_out_percent: As data.held_out_percent.
+        tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.
+        max_length: Tokens a caption may have, as conditioners.text.max_length.
+        workers: Processes that decode; none: one a core.
+
+    """
+    columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
+    held = {"held_out": held_out or {}, "held_out_percent": held_out_percent}
+    config = source_config(data, image_size=image_size, background=background, **columns, **held)
+    source = build_source(config)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    report = inspect(source, config, _token_counter(tokenizer, max_length), max_length, workers)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "validation.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    _problem_sheet(report, source, config).save(folder / "contact_sheet.png")
+    print(report.text())
+    return report
+
+
+def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
+    """Return what counts the tokens of captions, with the tokenizer in a folder or one learned from them."""
+
+    def count(captions: Sequence[str]) -> list[int]:
+        if tokenizer is None:
+            some = captions[:: 1 + len(captions) // LEARNED_FROM]
+            chosen = train_tokenizer(some, TextConfig.vocab_size, max_length)
+        else:
+            folder = resolve(tokenizer)
+            below = f"{folder}/tokenizer"
+            chosen = AutoTokenizer.from_pretrained(below if Path(below).is_dir() else folder)
+        return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
+
+    return count
+
+
+def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.Image:
+    """Return a sheet of some good pictures and of some problems of each kind; grey: no picture can be shown."""
+    images = CaptionedImages(source, replace(config, image_size=CELL_WIDTH))
+    cells: list[tuple[int | None, str]] = [
+        (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in report.examples
+    ]
+    for kind in dict.fromkeys(problem.kind for problem in report.problems):
+        for problem in [problem for problem in report.problems if problem.kind == kind][:SHEET_PROBLEMS]:
+            if problem.like is not None:
+                cells.append((problem.like, place(source, problem.like)))
+            cells.append((problem.row, str(problem)))
+
+    def picture(row: int | None) -> NDArray[np.uint8]:
+        try:
+            if row is not None:
+                return np.asarray(images.image(row))
+        except (ValueError, OSError):
+            pass
+        return np.full((CELL_WIDTH, CELL_WIDTH, 3), 224, np.uint8)
+
+    captions = [text.encode(errors="backslashreplace").decode() for _, text in cells]  # a file name may be any bytes
+    return contact_sheet(captions, np.stack([picture(row) for row, _ in cells]))
