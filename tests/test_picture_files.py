@@ -244,7 +244,7 @@ def test_a_column_without_pictures_is_refused_and_a_missing_picture_names_its_ro
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     images = images_of("parquet", tmp_path)
     assert images.pixel_values(0).shape == (3, SIZE, SIZE)
-    with pytest.raises(ValueError, match="row 1: .* the row has no picture"):
+    with pytest.raises(ValueError, match=r"row 1: .* the row has no picture"):
         images.pixel_values(1)
     with pytest.raises(ValueError, match=r"data\.image_column: 'number' holds Value\('int64'\); expected pictures"):
         build_source(DataConfig(source="parquet", path=str(tmp_path), image_column="number"))
