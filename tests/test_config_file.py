@@ -26,7 +26,7 @@ from ldm.config import (
     StageConfig,
     TextConfig,
 )
-from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
+from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, portable, save_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 STAGE = """
@@ -361,7 +361,7 @@ def test_saved_configs_read_back_equal(tmp_path):
 
 
 ODD = ["1e-4", "no", "null", "~", "<<", "=", "#1", "0x1", "12:30", "a: #b", "a\x85b", "\u2028", "\ufeff", " a "]
-TEXT = st.text() | st.sampled_from(ODD)
+TEXT = (st.text() | st.sampled_from(ODD)).filter(lambda text: portable(text) == text)  # an absolute path is cut
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=3))
 INNERS = st.builds(

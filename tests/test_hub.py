@@ -221,7 +221,7 @@ def test_names_that_cannot_be_pushed_to_are_refused_at_the_start(hub, name, mess
     with pytest.raises(SystemExit) as stopped:
         train_autoencoder(monkeypatch, tmp_path / "out", "--push_to_hub", name)
     assert re.search(message, str(stopped.value.code))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_tokens_that_cannot_push_are_refused_at_the_start(hub, monkeypatch):

@@ -65,7 +65,7 @@ def saved_step(folder):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_r21_a_signal_during_training_saves_the_step_reached_and_resuming_goes_on_exactly(number, code, tmp_path):
-    settings = {"save_every_steps": FOREVER, "validate_every_steps": FOREVER}
+    settings = {"save_every_steps": FOREVER}
 
     def until_stopped():
         train(tmp_path / "stopped", FOREVER, max_train_steps=FOREVER, **settings)
@@ -83,13 +83,12 @@ def test_r21_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    settings = {"validate_every_steps": 2}
-    whole, _, _ = train(tmp_path / "whole", 9, **settings)
+    whole, _, _ = train(tmp_path / "whole", 9)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "stopped", 9, validate=stop_at_4, **settings)
+        train(tmp_path / "stopped", 9, events=[(2, stop_at_4)])
     assert stopped.value.code == 143
     assert saved_step(tmp_path / "stopped") == 4
-    again, _, _ = train(tmp_path / "stopped", 9, **settings)
+    again, _, _ = train(tmp_path / "stopped", 9)
     assert (weights(again) == weights(whole)).all()
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
@@ -99,7 +98,7 @@ def test_r21_a_signal_interrupts_a_validation(tmp_path):
         (tmp_path / "validating").write_text("now")
         time.sleep(600)
 
-    child = forked(lambda: train(tmp_path, 100, validate=validate, validate_every_steps=5, save_every_steps=1000))
+    child = forked(lambda: train(tmp_path, 100, events=[(5, validate)], save_every_steps=1000))
     wait_for(tmp_path / "validating", "now")
     os.kill(child, signal.SIGTERM)
     assert exit_code(child, 30) == 143
@@ -115,7 +114,7 @@ def test_r21_a_signal_during_a_save_waits_for_its_end(tmp_path, monkeypatch):
         return save(self, global_step, tensors, state)
 
     monkeypatch.setattr(CheckpointStore, "save", slow)
-    child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=7, validate_every_steps=FOREVER))
+    child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=7))
     wait_for(tmp_path / "saving", "now")
     os.kill(child, signal.SIGTERM)
     assert exit_code(child) == 143
@@ -132,7 +131,7 @@ def test_r21_a_second_signal_ends_the_run_at_once_and_harms_nothing(tmp_path, mo
         return save(self, global_step, tensors, state)
 
     monkeypatch.setattr(CheckpointStore, "save", stuck)
-    child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=3, validate_every_steps=FOREVER))
+    child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=3))
     wait_for(tmp_path / "stuck", "now")
     os.kill(child, signal.SIGTERM)
     time.sleep(0.3)
@@ -155,7 +154,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_a_checkpoint(tmp_pa
 
 def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    train(tmp_path, 2)
+    train(tmp_path, 4)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -167,7 +166,7 @@ def test_r21_a_signal_to_the_launcher_reaches_the_trainer_and_leaves_no_orphan(t
         "from pathlib import Path\n"
         "from tests.test_loop import train\n"
         f"Path({str(tmp_path / 'trainer')!r}).write_text(str(os.getpid()))\n"
-        f"every = {{'save_every_steps': {FOREVER}, 'validate_every_steps': {FOREVER}}}\n"
+        f"every = {{'save_every_steps': {FOREVER}}}\n"
         f"train(Path({str(tmp_path / 'run')!r}), {FOREVER}, **every)\n"
     )
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", str(script)]
@@ -188,7 +187,7 @@ def test_r21_a_signal_to_the_launcher_reaches_the_trainer_and_leaves_no_orphan(t
 
 def test_r23_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
     def first():
-        train(tmp_path, FOREVER, save_every_steps=FOREVER, validate_every_steps=FOREVER)
+        train(tmp_path, FOREVER, save_every_steps=FOREVER)
 
     child = forked(first)
     wait_for(tmp_path / "metrics.jsonl", '"step": 1')
