@@ -84,7 +84,7 @@ def test_embeddings_are_those_of_the_model_called_with_the_mask(text):
     with torch.no_grad():
         expected = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         unmasked = model(input_ids=tokens.input_ids).last_hidden_state
-    found = text.embed(CAPTIONS)
+    found = text.embed(CAPTIONS)["prompt_embeds"]
     assert found.shape == (4, 17, 384)
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, unmasked, atol=0.1)
@@ -93,7 +93,7 @@ def test_embeddings_are_those_of_the_model_called_with_the_mask(text):
 def test_padding_changes_no_token(text):
     tokenizer = AutoTokenizer.from_pretrained(resolve(NAME))
     model = AutoModel.from_pretrained(resolve(NAME)).eval()
-    for caption, found in zip(CAPTIONS[:3], text.embed(CAPTIONS), strict=False):
+    for caption, found in zip(CAPTIONS[:3], text.embed(CAPTIONS)["prompt_embeds"], strict=False):
         with torch.no_grad():
             alone = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0]
         assert len(alone) < 17
@@ -105,7 +105,9 @@ def test_the_config_fits_the_encoder_and_cuts_no_caption(text):
     assert config.conditioners.text.pretrained == NAME
     assert not config.conditioners.text.train
     denoiser = build_network(config.denoiser, "denoiser")
-    output = denoiser(torch.zeros(4, 16, 8, 8), torch.zeros(4), encoder_hidden_states=text.embed(CAPTIONS)).sample
+    output = denoiser(
+        torch.zeros(4, 16, 8, 8), torch.zeros(4), encoder_hidden_states=text.embed(CAPTIONS)["prompt_embeds"]
+    ).sample
     assert output.shape == (4, 16, 8, 8)
     pictures = OpenMoji(64, ("en",))
     captions = [caption for index in range(len(pictures)) for caption in pictures.captions(index)]

@@ -269,7 +269,7 @@ class Loop(Generic[B]):
                 )
             return
         saved = self.store.load(path)
-        refuse_changes(saved.state["record"], self.record, self.allow_changes)
+        refuse_changes(saved.state.get("record", self.record), self.record, self.allow_changes)
         planned = self.progress.total_steps
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:
