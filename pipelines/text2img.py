@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 
 from .inputs import Inputs, Limits, check_inputs, texts
 from .prompts import encode
-from .sampling import denoise, guided_output
+from .sampling import both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
 from .source import single_file, without_path
 
@@ -237,7 +237,7 @@ class TextToImagePipeline(
             inputs.negative_prompt_embeds,
         )
         if negative_prompt_embeds is not None:
-            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # one pass for both
+            prompt_embeds = both(negative_prompt_embeds, prompt_embeds)
         device, noise = self._execution_device, inputs.latents
         timesteps = set_timesteps(self.scheduler, inputs.num_inference_steps, device)
         self._num_timesteps = len(timesteps)

@@ -135,11 +135,21 @@ def test_any_pretrained_part_with_other_pictures_held_out_is_refused(part, model
         train_model(monkeypatch, tmp_path / "out", vae, *more[part])
 
 
+def test_an_autoencoder_that_is_trained_further_keeps_its_held_out_pictures(vae, tmp_path, monkeypatch):
+    further = ["--autoencoder", f"{{pretrained: {vae}}}"]
+    other = ["--data.held_out", "{validation: configs/openmoji/validation.txt}"]
+    with pytest.raises(ValueError, match="other pictures held out"):
+        train_autoencoder(monkeypatch, tmp_path, *further, *other)
+
+
 def test_a_learned_variance_trains_and_samples(vae, tmp_path, monkeypatch):
     objective = "{path: scaled_linear, prediction_type: epsilon, variational_weight: 1.0}"
     more = ["--objective", objective, "--denoiser.out_channels", "8", "--loop.max_train_steps", "8"]
     model = train_model(monkeypatch, tmp_path, vae, *more)
-    cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
+    (last_layer,) = (load_file(path)["conv_out.weight"] for path in (model / "unet").glob("*.safetensors"))
+    assert (last_layer.flatten(1).abs().amax(1) > 0).tolist() == [True] * 8, "zeros at first: mean and variance learn"
+    (path,) = cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
+    assert Image.open(path).size == (32, 32)
 
 
 def test_samples_carry_their_settings_and_repeat(model, tmp_path):

@@ -27,7 +27,7 @@ from ldm.data.headers import PictureError, open_picture
 from ldm.data.inspection import inspect
 from ldm.data.openmoji import OpenMoji
 from ldm.data.preflight import caption_fault, checked_source
-from ldm.data.rows import TableSource
+from ldm.data.rows import RowSource, TableRows
 from ldm.data.sources import build_source, source_config
 from ldm.models.text_encoder import train_tokenizer
 from tests.picture_folders import corrupt, encoded, noise_picture, png, write_folder, write_metadata
@@ -374,10 +374,10 @@ def test_a_table_cannot_read_files_beside_its_folder(tmp_path):
     pictures = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = {"image": [str(tmp_path / "secret.png")], "text": ["secret"]}
     table = datasets.Dataset.from_dict(rows, features=pictures)
-    assert TableSource(table, None, None, root=None).image(0).size == (64, 64)
-    assert TableSource(table, None, None, root=os.path.realpath(tmp_path)).image(0).size == (64, 64)
+    assert RowSource(TableRows(table, None, None, root=None)).image(0).size == (64, 64)
+    assert RowSource(TableRows(table, None, None, root=os.path.realpath(tmp_path))).image(0).size == (64, 64)
     with pytest.raises(PictureError, match="leads out of the folder"):
-        TableSource(table, None, None, root=os.path.realpath(tmp_path) + "/data").image(0)
+        RowSource(TableRows(table, None, None, root=os.path.realpath(tmp_path) + "/data")).image(0)
 
 
 @pytest.mark.parametrize("value", [None, "", "text", ["one", None], ("zwölf", "日本"), []])

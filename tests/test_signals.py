@@ -63,6 +63,19 @@ def saved_step(folder):
     return int(CheckpointStore(folder / "checkpoints", 1).latest().name.removeprefix("step-"))
 
 
+def saves_take(monkeypatch, marker, seconds, after_step=0):
+    """Let each save of a later step than `after_step` write `marker` and then wait."""
+    save = CheckpointStore.save
+
+    def slow(self, global_step, tensors, state):
+        if global_step > after_step:
+            marker.write_text("now")
+            time.sleep(seconds)
+        return save(self, global_step, tensors, state)
+
+    monkeypatch.setattr(CheckpointStore, "save", slow)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_r21_a_signal_during_training_saves_the_step_reached_and_resuming_goes_on_exactly(number, code, tmp_path):
     settings = {"save_every_steps": FOREVER}
@@ -106,14 +119,7 @@ def test_r21_a_signal_interrupts_a_validation(tmp_path):
 
 
 def test_r21_a_signal_during_a_save_waits_for_its_end(tmp_path, monkeypatch):
-    save = CheckpointStore.save
-
-    def slow(self, global_step, tensors, state):
-        (tmp_path / "saving").write_text("now")
-        time.sleep(0.5)
-        return save(self, global_step, tensors, state)
-
-    monkeypatch.setattr(CheckpointStore, "save", slow)
+    saves_take(monkeypatch, tmp_path / "saving", 0.5)
     child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=7))
     wait_for(tmp_path / "saving", "now")
     os.kill(child, signal.SIGTERM)
@@ -122,15 +128,7 @@ def test_r21_a_signal_during_a_save_waits_for_its_end(tmp_path, monkeypatch):
 
 
 def test_r21_a_second_signal_ends_the_run_at_once_and_harms_nothing(tmp_path, monkeypatch):
-    save = CheckpointStore.save
-
-    def stuck(self, global_step, tensors, state):
-        if global_step > 3:
-            (tmp_path / "stuck").write_text("now")
-            time.sleep(600)
-        return save(self, global_step, tensors, state)
-
-    monkeypatch.setattr(CheckpointStore, "save", stuck)
+    saves_take(monkeypatch, tmp_path / "stuck", 600, after_step=3)
     child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=3))
     wait_for(tmp_path / "stuck", "now")
     os.kill(child, signal.SIGTERM)

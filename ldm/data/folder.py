@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.headers import inside
-from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Problem, RowSource, find_column
+from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Problem, find_column
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 Row = dict[str, Any]
 
 
-class FolderSource(RowSource):
+class FolderRows:
     """The pictures that the metadata files of a folder name, in their order.
 
     Bad lines, and pictures that no line names, are among the `problems`.

@@ -59,7 +59,7 @@ def checked_source(config: DataConfig) -> Source:
 def quick_problems(source: RowSource) -> Iterator[Problem]:
     """Yield what is wrong with metadata, paths, headers and captions; no picture is decoded."""
     yield from source.problems
-    for row, caption in enumerate(source.caption_values()):
+    for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
         try:
             source.header(row).close()

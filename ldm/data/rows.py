@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from PIL import Image
 
@@ -43,41 +42,50 @@ class Problem:
         return f"{self.kind}: {self.where}: {self.reason}".encode(errors="backslashreplace").decode()
 
 
-class RowSource(ABC):
-    """A `Source` that knows where each of its pictures comes from."""
+class Rows(Protocol):
+    """Where pictures and captions stand, as they stand there."""
 
     fingerprint: str
-    names = None
-    problems: Sequence[Problem] = ()
-    """What was found wrong before there were rows."""
 
-    @abstractmethod
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Return what was found wrong before there were rows."""
+
     def __len__(self) -> int:
         """Return the number of rows."""
 
-    @abstractmethod
     def where(self, index: int) -> str:
         """Return what a person finds row `index` by."""
 
-    @abstractmethod
     def file(self, index: int) -> str | BinaryIO:
         """Return the path or the bytes of a picture; raises PictureError if it has none that may be read."""
 
-    @abstractmethod
     def caption_values(self) -> Iterator[object]:
         """Yield what stands in the caption column, row by row."""
 
-    @abstractmethod
     def caption_value(self, index: int) -> object:
         """Return what stands in the caption column of row `index`."""
 
-    @abstractmethod
     def label_value(self, index: int) -> object:
         """Return what stands in the class column of row `index`, None without such a column."""
 
+
+class RowSource:
+    """A `Source` made of rows, that knows where each of its pictures comes from."""
+
+    names = None
+
+    def __init__(self, rows: Rows):
+        self.rows, self.fingerprint, self.problems = rows, rows.fingerprint, rows.problems
+        self.where = rows.where
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
     def header(self, index: int) -> Image.Image:
-        """Return a picture that is not decoded yet; raises as `open_picture` and `file`."""
-        return open_picture(self.file(index))
+        """Return a picture that is not decoded yet; raises as `open_picture` and `Rows.file`."""
+        return open_picture(self.rows.file(index))
 
     def image(self, index: int) -> Image.Image:
         """Return the picture of row `index`; raises PictureError with its place if it cannot be read."""
@@ -88,7 +96,7 @@ class RowSource(ABC):
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of row `index`; null and empty ones are left out."""
-        return texts(self.caption_value(index))
+        return texts(self.rows.caption_value(index))
 
     def all_captions(self, index: int) -> Sequence[str]:
         """Return the same: no others are known."""
@@ -96,15 +104,17 @@ class RowSource(ABC):
 
     def class_label(self, index: int) -> int | None:
         """Return the class of row `index`; raises ValueError unless it is a whole number."""
-        label = self.label_value(index)
+        label = self.rows.label_value(index)
         if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
             got = type(label).__name__
             raise ValueError(f"data.class_column: {self.where(index)} has a {got}; expected a whole number")
         return label
 
 
-class TableSource(RowSource):
-    """Rows of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+class TableRows:
+    """Those of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+
+    problems: Sequence[Problem] = ()
 
     def __init__(
         self,

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.config import DataConfig
-from ldm.data.folder import METADATA, FolderSource
+from ldm.data.folder import METADATA, FolderRows
 from ldm.data.openmoji import OpenMoji
-from ldm.data.rows import TableSource
+from ldm.data.rows import RowSource, TableRows
 
 
 class Source(Protocol):
@@ -82,7 +82,7 @@ def build_source(config: DataConfig) -> Source:
     if config.source == "imagefolder":
         if not Path(config.path).is_dir():
             raise FileNotFoundError(f"data.path: no folder at {config.path}")
-        return FolderSource(config.path, config.split, *columns)
+        return RowSource(FolderRows(config.path, config.split, *columns))
     import datasets
 
     root: str | None = os.path.realpath(config.path)  # pictures that are files beside the table must lie in it
@@ -94,7 +94,7 @@ def build_source(config: DataConfig) -> Source:
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
     else:
         table, root = datasets.load_dataset(config.path, split=config.split), None
-    return TableSource(table, *columns, root=root)
+    return RowSource(TableRows(table, *columns, root=root))
 
 
 def source_config(data: str, **more: Any) -> DataConfig:

@@ -27,7 +27,8 @@ ALLOWED = (
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
 )
-PRIOR_OUT = "proj_to_clip_embeddings"
+LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
+"""What those that denoise call theirs."""
 
 
 def build_network(network: dict[str, Any], where: str) -> nn.Module:
@@ -106,7 +107,7 @@ def zero_tails(denoiser: nn.Module) -> None:
     The network then starts as the zero function and every block as the identity ("zero_module" of Dhariwal & Nichol
     2021; diffusers zeroes nothing), so that the first loss is the variance of the target and not that plus noise.
     """
-    tails = [getattr(denoiser, name, None) for name in ("conv_out", "proj_out", "proj_out_2", PRIOR_OUT)]
+    tails = [getattr(denoiser, name, None) for name in LAST_LAYERS]
     whole = [module for module in denoiser.modules() if isinstance(module, Transformer2DModel)]
     inside = {block for module in whole for block in module.modules()}  # one branch, whatever it is made of
     for module in denoiser.modules():
