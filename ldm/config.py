@@ -52,6 +52,8 @@ class DataConfig:
     """Pictures per optimiser step, over all processes and accumulation steps."""
     workers: int = 0
     """Loader processes per training process; 0 loads in the training process."""
+    timeout_seconds: float = 300.0
+    """A loader process that takes longer than this for a batch ends the run."""
     cache: bool = True
     """Keep what frozen networks compute from a picture or a caption (latents, prompt embeddings)."""
 
@@ -223,6 +225,8 @@ class LoopConfig:
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
+    process_timeout_seconds: float = 1800.0
+    """A process that waits longer than this for the others ends, and the run with it."""
     validate_every_steps: int = 1000
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 

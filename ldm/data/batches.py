@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from multiprocessing import active_children, get_all_start_methods
 
 import numpy as np
 import torch
@@ -25,6 +28,10 @@ from ldm.data.splits import Splits, split_pictures
 log = logging.getLogger(__name__)
 Moments = tuple[Tensor, Tensor]
 Encode = Callable[[Tensor], Moments]
+
+
+class LoadingError(RuntimeError):
+    """A loader process died, hung or raised; the message names the pictures of the step that waited for it."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +197,13 @@ class PositionDataset(Dataset[Sample]):
         """Return the number of samples in an epoch."""
         return len(self.pictures)
 
+    def picture(self, position: int) -> int:
+        """Return the number of the picture at any position >= 0."""
+        return self.pictures[sample_index(self.seed, position, len(self.pictures))]
+
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at any position >= 0."""
-        picture = self.pictures[sample_index(self.seed, position, len(self.pictures))]
+        picture = self.picture(position)
         draw = torch.rand(2, generator=generator(self.seed, position, "sample")).tolist()
         captions = self.images.source.captions(picture)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
@@ -224,12 +235,27 @@ def training_batches(
         batch_sampler=plan(),  # endless; the loop decides when to stop
         num_workers=config.workers,
         collate_fn=collate,
-        timeout=300 if config.workers else 0,
+        timeout=config.timeout_seconds if config.workers else 0,
         persistent_workers=False,
+        worker_init_fn=_leave_process_group,
+        multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
     )
     micro_batches = iter(loader)
-    while True:
-        yield [next(micro_batches) for _ in range(micro_steps)]
+    for step in count(start_step):
+        try:
+            batches = [next(micro_batches) for _ in range(micro_steps)]
+        except RuntimeError as error:
+            for process in active_children():
+                process.kill()  # one that hangs would not end when asked to, and this process would wait for it
+            first = step * config.batch_size
+            pictures = [dataset.picture(position) for position in range(first, first + config.batch_size)]
+            raise LoadingError(f"step {step}, pictures {pictures}: a loader process failed: {error}") from error
+        yield batches
+
+
+def _leave_process_group(worker: int) -> None:
+    """Leave signals to the run's processes: a loader that they ended would look like one that failed."""
+    os.setpgid(0, 0)
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

@@ -47,7 +47,10 @@ class CachedRows:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = sum(min(self.rows_per_shard, count - start) for start, _ in missing)
         with tqdm(total=rows, desc=f"caching {kind}", unit="row", mininterval=1) as bar:
-            for start, path in missing:
+            for start, path in _from_own_share(missing):
+                if path.exists():  # by now, from another process of the run
+                    bar.update(min(self.rows_per_shard, count - start))
+                    continue
                 stop = min(start + self.rows_per_shard, count)
                 parts = []
                 for first in range(start, stop, 64):
@@ -64,6 +67,13 @@ class CachedRows:
         shard, offset = divmod(row, self.rows_per_shard)
         file = self._shards[shard]
         return {name: file.get_slice(name)[offset] for name in self._names}
+
+
+def _from_own_share(shards: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """Return all shards, beginning where this process of a run with several begins: so that they share the work."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    first = rank * len(shards) // world
+    return shards[first:] + shards[:first]
 
 
 class CachedCaptions(Mapping[str, dict[str, Tensor]]):

@@ -20,17 +20,12 @@ from ldm.config import LoopConfig, OptimConfig
 from ldm.data.positions import draw_key
 from ldm.training.averages import Average
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
-from ldm.training.optim import (
-    build_optimizer,
-    flatten_optimizer,
-    learning_rate,
-    lookup_tables,
-    restore_optimizer,
-)
+from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import Progress, planned_steps
 from ldm.training.record import refuse_changes
 from ldm.training.run import Run
 from ldm.training.signals import Stopped
+from ldm.training.state import not_finite, restore_training, training_state
 
 log = logging.getLogger(__name__)
 TIMED_STEPS = 20
@@ -97,7 +92,6 @@ class Loop(Generic[B]):
         }
         self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
         self._step_seconds: list[float] = []
-        self._skipped_in_a_row = 0
         self.store = CheckpointStore(run.folder / "checkpoints", config.keep_checkpoints)
         self._resume()
         self._saved_step = self.progress.global_step
@@ -106,6 +100,11 @@ class Loop(Generic[B]):
     def done(self) -> bool:
         """Whether the last step has been taken."""
         return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
+
+    @property
+    def _trained(self) -> tuple[Any, ...]:
+        inner = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
+        return self.step.modules, self.step.averages, inner, self.run.accelerator.scaler
 
     def fit(self, batches: Batches[B], *events: Event) -> Progress:
         """Return the progress after the last step; between steps, `events` happen, in this order."""
@@ -185,19 +184,18 @@ class Loop(Generic[B]):
         for name, value in means.items():
             metrics[f"loss/{name}"] = run.accelerator.reduce(value, reduction="mean")
         rate = self._learning_rate()
-        norms = {}
         for name, optimizer in self.optimizers.items():
             parameters = [p for p in step.modules[name].parameters() if p.grad is not None]
-            norms[name] = run.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm)
-            metrics[f"grad_norm/{name}"] = norms[name]
+            metrics[f"grad_norm/{name}"] = run.accelerator.clip_grad_norm_(parameters, self.optim.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        if all(math.isfinite(norm) for norm in norms.values()) and all(math.isfinite(v) for v in means.values()):
+        # of the means over processes: all of them take the step, or none does
+        if all(math.isfinite(value) for value in metrics.values()):
             for optimizer in self.optimizers.values():
                 optimizer.step()
             for average in step.averages.values():
-                average.update(progress.global_step)
-            self._skipped_in_a_row = 0
+                average.update(progress.steps_taken)
+            progress.skipped_in_a_row = 0
         else:
             self._skip(micro_batches)
         for optimizer in self.optimizers.values():
@@ -206,20 +204,22 @@ class Loop(Generic[B]):
 
     def _skip(self, micro_batches: Sequence[B]) -> None:
         self.progress.skipped_steps += 1
-        self._skipped_in_a_row += 1
+        self.progress.skipped_in_a_row += 1
         samples = [getattr(batch, "pictures", None) for batch in micro_batches]
+        if (scaler := self.run.accelerator.scaler) is not None:  # float16: the loss was scaled out of its range
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the last one on "
-                f"pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
+                f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the last one "
+                f"on pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
                 "newest checkpoint"
             )
 
     def _learning_rate(self) -> float:
         # before the number of steps is known there is no decay: see TIMED_STEPS
         total = self.progress.total_steps or sys.maxsize
-        return learning_rate(self.progress.global_step, total, self.optim)
+        return learning_rate(self.progress.steps_taken, total, self.optim)
 
     def _count(self, micro_batches: Sequence[B], seconds: float, bar: tqdm[None]) -> None:
         progress = self.progress
@@ -232,7 +232,7 @@ class Loop(Generic[B]):
         if len(self._step_seconds) == TIMED_STEPS:
             median = statistics.median(self._step_seconds[TIMED_STEPS // 4 :])
             left = max(0.0, self.config.max_train_seconds - progress.train_seconds)
-            progress.total_steps = progress.global_step + max(1, round(left / median))
+            progress.total_steps = progress.global_step + self.run.agreed(max(1, round(left / median)))
             bar.total = progress.total_steps
             bar.refresh()
             log.info(
@@ -243,19 +243,23 @@ class Loop(Generic[B]):
             )
 
     def save(self) -> None:
-        """Write a checkpoint of weights, averages, optimisers and progress."""
+        """Write a checkpoint of weights, averages, optimisers and progress.
+
+        Raises:
+            FloatingPointError: a weight is not finite; the newest checkpoint stays what it was.
+
+        """
         self._saved_step = self.progress.global_step
         self.run.accelerator.wait_for_everyone()
         if not self.run.is_main:
             return
-        tensors, state = {}, {"progress": asdict(self.progress), "record": self.record}
-        for name, module in self.step.modules.items():
-            tensors[f"{name}-weights"] = trained_state(module, module)
-            tensors[f"{name}-optimizer"], state[f"{name}-optimizer"] = flatten_optimizer(
-                self.optimizers[name].optimizer
+        tensors, state = training_state(*self._trained)
+        if (bad := not_finite(tensors)) is not None:
+            raise FloatingPointError(
+                f"step {self.progress.global_step}: {bad} is not finite, so nothing was saved; lower "
+                "optim.learning_rate; the run resumes from its newest checkpoint"
             )
-        for name, average in self.step.averages.items():
-            tensors[f"{name}-average"] = trained_state(average.module, self.step.modules[name])
+        state |= {"progress": asdict(self.progress), "record": self.record}
         with self.run.stop.held():
             self.store.save(self.progress.global_step, tensors, state)
 
@@ -274,26 +278,6 @@ class Loop(Generic[B]):
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:
             self.progress.total_steps = planned
-        for name, module in self.step.modules.items():
-            load_trained(module, saved.tensors[f"{name}-weights"])
-            restore_optimizer(
-                self.optimizers[name].optimizer, saved.tensors[f"{name}-optimizer"], saved.state[f"{name}-optimizer"]
-            )
-        for name, average in self.step.averages.items():
-            load_trained(average.module, saved.tensors[f"{name}-average"])
+        restore_training(saved, *self._trained)
         self.run.forget_metrics_after(self.progress.global_step)
         log.info("resumed %s at step %d", path.name, self.progress.global_step)
-
-
-def trained_state(module: nn.Module, like: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of `module` and those of its parameters that are trained in `like`, a module of its kind."""
-    trained = {name for name, parameter in like.named_parameters() if parameter.requires_grad}
-    frozen = {name for name, _ in like.named_parameters()} - trained
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
-
-
-def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `trained_state` returned."""
-    found = module.load_state_dict(dict(tensors), strict=False)
-    if found.unexpected_keys:
-        raise ValueError(f"the checkpoint holds {found.unexpected_keys[0]}, which this model does not have")

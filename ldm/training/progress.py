@@ -20,6 +20,13 @@ class Progress:
     train_seconds: float = 0.0
     images: int = 0
     skipped_steps: int = 0
+    """Those of the steps whose loss or gradient was not finite: they changed nothing."""
+    skipped_in_a_row: int = 0
+
+    @property
+    def steps_taken(self) -> int:
+        """Return the steps that changed the weights: where the learning rate and the averages stand."""
+        return self.global_step - self.skipped_steps
 
     @property
     def images_per_second(self) -> float:

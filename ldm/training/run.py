@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, tracking
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, PartialState, tracking
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +33,7 @@ from ldm.training.signals import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 
 class Run:
@@ -47,8 +49,9 @@ class Run:
         self.config = config
         self.folder = Path(output_dir)
         refuse_missing_trackers(config.trackers)
+        join_processes(config.process_timeout_seconds)
         self.accelerator = Accelerator(
-            mixed_precision=native_precision(config.mixed_precision),
+            mixed_precision=same_everywhere(native_precision(config.mixed_precision)),
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(self.folder / "logs")),
         )
@@ -90,6 +93,10 @@ class Run:
             asked = int(self.accelerator.gather(torch.tensor([asked], device=self.device)).max())
         if asked:
             raise Stopped(asked)
+
+    def agreed(self, value: V) -> V:
+        """Return the first process's value in every process: clocks differ, and all must do the same."""
+        return same_everywhere(value)
 
     def prepare(self, module: M) -> M:
         """Return the module as it is called in training: autocast, and gradients averaged over processes."""
@@ -139,6 +146,17 @@ class Run:
             else:  # wandb and trackio have a class of one name, whose objects are logged as numbers are
                 package = importlib.import_module(tracker.name)
                 tracker.log({name: package.Image(picture)}, step=global_step)
+
+
+def join_processes(timeout_seconds: float) -> None:
+    """Start the process group if there are several processes; one that waits longer than this for another ends."""
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
+
+
+def same_everywhere(value: V) -> V:
+    """Return the first process's value in every process."""
+    return cast(V, broadcast_object_list([value])[0])
 
 
 def refuse_missing_trackers(trackers: Sequence[str]) -> None:

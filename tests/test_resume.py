@@ -1,0 +1,87 @@
+"""A training that was killed, once or twice, and resumed in a new process is the training that was not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.training.resume_check import STEPS as HALF
+from ldm.training.resume_check import differences
+
+from . import trainers
+from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, run, start, start_several
+
+VAE = ("--config", "configs/tiny/vae.yaml", *QUICK, "--data.limit", 24)
+STAGE = ("--config", "configs/tiny/text2img.yaml", *QUICK, "--data.limit", 24)
+EPOCH = 3
+"""Steps: 24 pictures in batches of 8."""
+
+GAN = "{adversarial: hinge, adversarial_weight: 0.5, discriminator_start_step: 2, discriminator_channels: 8}"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """An autoencoder and a text encoder to train with."""
+    folder = tmp_path_factory.mktemp("parts")
+    run("train_vae.py", (*VAE, "--output_dir", folder / "vae"), folder / "log")
+    run("train_text2img.py", (*STAGE, *space(folder), "--output_dir", folder / "stage"), folder / "log")
+    return folder
+
+
+def space(parts):
+    return "--space.autoencoder", parts / "vae" / "model"
+
+
+def frozen_text(parts):
+    return "--conditioners.text", f"{{pretrained: {parts / 'stage' / 'model'}, train: false, dropout: 0.5}}"
+
+
+def test_the_comparison_below_is_the_one_of_resume_check():
+    assert STEPS == 2 * HALF
+
+
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [
+        pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it"),
+        pytest.param([(5, 0)], ("--data.workers", 2, "--data.flip", "true"), id="mid-epoch-workers"),
+        pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice"),
+        pytest.param([(4, 1)], ("--loop.gradient_accumulation_steps", 2), id="inside-accumulation"),
+        pytest.param([(2, 3)], ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2), id="accumulation-workers"),
+        pytest.param([(6, 0)], ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"), id="dropout-layers-muon"),
+        pytest.param([(5, 0)], frozen_text, id="frozen-text"),
+        pytest.param([(5, 0)], ("--loop.save_every_steps", 3), id="saved-two-steps-before"),
+    ],
+)  # fmt: skip
+def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, parts, tmp_path):
+    more = more(parts) if callable(more) else more
+    check_kills("train_text2img.py", (*STAGE, *space(parts), *more), kills, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kills", "more"),
+    [
+        pytest.param([(3, 0), (6, 0)], ("--reconstruction", GAN), id="discriminator"),
+        pytest.param([(1, 0)], ("--reconstruction", GAN), id="before-the-discriminator-starts"),
+        pytest.param([(5, 0)], ("--data.workers", 2, "--reconstruction.learned_logvar", "true"), id="workers-logvar"),
+    ],
+)
+def test_r04_a_killed_and_resumed_autoencoder_equals_one_that_was_not(kills, more, tmp_path):
+    check_kills("train_vae.py", (*VAE, *more), kills, tmp_path)
+
+
+def check_kills(script, arguments, kills, folder):
+    """Train, train with kills at (step, micro-step), compare everything."""
+    whole = start(script, (*arguments, "--output_dir", folder / "whole"), folder / "log")
+    log = folder / "log-killed"
+    for kill in kills:
+        fault = Fault(killed, *kill)
+        assert ended(start(script, (*arguments, "--output_dir", folder / "killed"), log, [fault])) == KILLED
+    run(script, (*arguments, "--output_dir", folder / "killed"), log)
+    assert ended(whole) == 0, (folder / "log").read_text()[-3000:]
+    assert log.read_text().count("resumed step-") == len(kills)
+    assert list(differences(folder / "whole", folder / "killed")) == []
+    trained = ledger(folder / "whole")
+    assert ledger(folder / "killed") == trained
+    assert list(trained) == list(range(STEPS))
