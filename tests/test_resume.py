@@ -1,16 +1,13 @@
 """A training that was killed, once or twice, and resumed in a new process is the training that was not."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from ldm.training.resume_check import STEPS as HALF
 from ldm.training.resume_check import differences
 
-from . import trainers
-from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, run, start, start_several
+from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, run, start
 
 VAE = ("--config", "configs/tiny/vae.yaml", *QUICK, "--data.limit", 24)
 STAGE = ("--config", "configs/tiny/text2img.yaml", *QUICK, "--data.limit", 24)
@@ -48,12 +45,12 @@ def test_the_comparison_below_is_the_one_of_resume_check():
         pytest.param([(5, 0)], ("--data.workers", 2, "--data.flip", "true"), id="mid-epoch-workers"),
         pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice"),
         pytest.param([(4, 1)], ("--loop.gradient_accumulation_steps", 2), id="inside-accumulation"),
-        pytest.param([(2, 3)], ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2), id="accumulation-workers"),
+        pytest.param([(2, 3)], ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2), id="four-parts-workers"),
         pytest.param([(6, 0)], ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"), id="dropout-layers-muon"),
         pytest.param([(5, 0)], frozen_text, id="frozen-text"),
         pytest.param([(5, 0)], ("--loop.save_every_steps", 3), id="saved-two-steps-before"),
     ],
-)  # fmt: skip
+)
 def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, parts, tmp_path):
     more = more(parts) if callable(more) else more
     check_kills("train_text2img.py", (*STAGE, *space(parts), *more), kills, tmp_path)

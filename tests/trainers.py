@@ -77,16 +77,19 @@ def start(script: str, arguments: Sequence[object], log: Path, faults: Sequence[
 
 def start_several(world: int, script: str, arguments: Sequence[object], log: Path, faults: Sequence[Fault] = ()):
     """Start a training of `world` processes, as torchrun would but without torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         start(
             script, arguments, Path(f"{log}-{rank}"), faults, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU=1, **shared
         )
         for rank in range(world)
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def ended(process: Any, seconds: float = 120) -> int:
@@ -104,7 +107,7 @@ def run(script: str, arguments: Sequence[object], log: Path, faults: Sequence[Fa
 
 
 def ledger(folder: Path) -> dict[int, list[list[Any]]]:
-    """Return, by step, the [position, picture, caption] of each sample trained on: the last time, if it was repeated."""
+    """Return, by step, the [position, picture, caption] of each sample trained on; of repetitions the last."""
     steps: dict[int, dict[int, list[Any]]] = {}
     for file in sorted(folder.glob("ledger-*.jsonl")):
         for line in file.read_text().splitlines():

@@ -211,7 +211,7 @@ class Loop(Generic[B]):
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"{self.progress.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; the last one "
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last one "
                 f"on pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
                 "newest checkpoint"
             )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config_file import portable, tree_differences
+from ldm.config_file import ConfigError, portable, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.provenance import Provenance, hardware, versions
 from ldm.training.progress import Progress
@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "data.path",  # the fingerprint tells whether the pictures are the same
     "data.licence",
     "data.workers",
+    "data.timeout_seconds",
     "data.cache",
     "loop.max_train_",
     "loop.gradient_accumulation_steps",
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "loop.log_every_steps",
     "loop.save_every_steps",
     "loop.keep_checkpoints",
+    "loop.process_timeout_seconds",
     "loop.validate_every_steps",
     "loop.trackers",
     "validation.",
@@ -49,12 +51,12 @@ def run_record(config: StageConfig | AutoencoderConfig, images: CaptionedImages)
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: bool) -> None:
-    """Log what differs between two records; raise ValueError for what may not, unless it is `allowed`."""
+    """Log what differs between two records; raise ConfigError for what may not, unless it is `allowed`."""
     changes = list(tree_differences(before.get("config", {}), now.get("config", {})))
     changes += tree_differences(before.get("pictures", {}), now.get("pictures", {}), "pictures")
     refused = [change for change in changes if not change.startswith(MAY_CHANGE)]
     if refused and not allowed:
-        raise ValueError(
+        raise ConfigError(
             "output_dir holds a training that was started with other values, and the result would be neither's:\n  "
             + "\n  ".join(refused)
             + "\nSet them back, choose another output_dir, or go on with the new ones: --allow_config_change true"

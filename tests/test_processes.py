@@ -1,0 +1,139 @@
+"""Several processes train as one: the same samples, the same losses, and none outlives the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ldm.training.resume_check import differences
+
+from . import trainers
+from .test_resume import GAN, STAGE, VAE, parts, space  # noqa: F401 (parts: a fixture)
+from .trainers import KILLED, ROOT, STEPS, Fault, ended, ledger, metrics, run, saved_step, start_several, wait_for
+
+TIMEOUT_SECONDS = 5
+
+
+def codes(processes):
+    return [ended(process) for process in processes]
+
+
+def test_r04_two_processes_resume_as_two_to_the_bit_and_as_one_with_the_same_samples_and_losses(parts, tmp_path):  # noqa: F811
+    arguments = (*STAGE, *space(parts), "--data.workers", 1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert codes(start_several(2, "train_text2img.py", (*arguments, "--output_dir", whole), tmp_path / "log")) == [0, 0]
+
+    faults = [Fault(trainers.killed, 5, rank=0), Fault(trainers.killed, 5, rank=1)]
+    log = tmp_path / "log-killed"
+    pair = start_several(2, "train_text2img.py", (*arguments, "--output_dir", killed), log, faults)
+    assert codes(pair) == [KILLED, KILLED]
+    alone = tmp_path / "alone"
+    subprocess.run(["cp", "-r", killed, alone], check=True)
+
+    assert codes(start_several(2, "train_text2img.py", (*arguments, "--output_dir", killed), log)) == [0, 0]
+    assert list(differences(whole, killed)) == []
+    assert ledger(killed) == ledger(whole)
+    assert [len(samples) for samples in ledger(whole).values()] == [8] * STEPS, "4 of each process"
+
+    run("train_text2img.py", (*arguments, "--output_dir", alone), tmp_path / "log-alone")
+    assert ledger(alone) == ledger(whole)
+    for one, two in zip(metrics(alone), metrics(whole), strict=True):
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-5)
+    one, two = (
+        load_file(folder / "checkpoints" / f"step-{STEPS}" / "denoiser-weights.safetensors")
+        for folder in (alone, whole)
+    )
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+
+
+def test_r04_two_processes_train_the_autoencoder_with_discriminator_as_one_does(tmp_path):
+    arguments = (*VAE, "--reconstruction", GAN)
+    pair = start_several(2, "train_vae.py", (*arguments, "--output_dir", tmp_path / "two"), tmp_path / "log-two")
+    assert codes(pair) == [0, 0]
+    run("train_vae.py", (*arguments, "--output_dir", tmp_path / "one"), tmp_path / "log-one")
+    assert ledger(tmp_path / "one") == ledger(tmp_path / "two")
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def test_processes_that_measure_time_plan_the_same_number_of_steps(tmp_path):
+    arguments = (
+        *VAE,
+        "--loop.max_train_steps",
+        "null",
+        "--loop.max_train_seconds",
+        1.5,
+        "--loop.validate_every_steps",
+        10**6,
+    )
+    arguments = (*arguments, "--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run")
+    assert codes(start_several(2, "train_vae.py", arguments, tmp_path / "log")) == [0, 0]
+    assert saved_step(tmp_path / "run") > 20
+
+
+@pytest.mark.parametrize("what", ["raises", "is killed", "exits", "is stopped"])
+def test_r19_one_process_that_fails_ends_the_training_and_leaves_it_resumable(what, tmp_path):
+    do = {
+        "raises": trainers.broken,
+        "is killed": trainers.killed,
+        "exits": trainers.gone,
+        "is stopped": trainers.stopped,
+    }
+    arguments = (*VAE, "--loop.process_timeout_seconds", TIMEOUT_SECONDS, "--output_dir", tmp_path / "run")
+    began = time.monotonic()
+    main, other = start_several(2, "train_vae.py", arguments, tmp_path / "log", [Fault(do[what], 3, rank=1)])
+    assert ended(main, 60) not in (0, None)
+    assert time.monotonic() - began < 60
+    other.kill()  # as the launcher does
+    assert saved_step(tmp_path / "run") == 3
+    run("train_vae.py", ("--output_dir", tmp_path / "run", *VAE), tmp_path / "log-again")
+    assert saved_step(tmp_path / "run") == STEPS
+
+
+def test_r21_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+    arguments = (*VAE, "--data.workers", 1, "--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run")
+    pair = start_several(2, "train_vae.py", arguments, tmp_path / "log", [Fault(trainers.asked_to_stop, 3, rank=1)])
+    assert codes(pair) == [143, 143]
+    assert saved_step(tmp_path / "run") == 4
+
+
+def test_r21_r19_under_torchrun_a_signal_saves_and_a_failure_ends_all(tmp_path):
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launch = [torchrun, "--nproc_per_node", 2, "--master_port", trainers.free_port(), "train_vae.py"]
+    words = [*VAE, "--data.workers", 1, "--loop.max_train_steps", 10**6, "--loop.validate_every_steps", 10**6]
+    words += ["--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before = saved_step(tmp_path / "run")
+        with (tmp_path / "log").open("w") as log:
+            launcher = subprocess.Popen([*map(str, launch + words)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {before + 3},', 120)
+        pair = children(launcher.pid)
+        assert len(pair) == 2
+        if number == signal.SIGTERM:
+            launcher.send_signal(number)
+        else:
+            os.kill(pair[1], number)
+        assert launcher.wait(90) != 0
+        end = time.monotonic() + 30
+        while any(alive(pid) for pid in pair):
+            assert time.monotonic() < end, "a process outlives its launcher"
+            time.sleep(0.1)
+        if number == signal.SIGTERM:
+            assert saved_step(tmp_path / "run") >= 3, (tmp_path / "log").read_text()[-2000:]
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
