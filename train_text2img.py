@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ldm.config import StageConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
-from ldm.data.batches import CaptionedImages, PositionDataset, training_batches
+from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak

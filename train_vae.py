@@ -10,7 +10,8 @@ import torch
 
 from ldm.config import AutoencoderConfig
 from ldm.config_file import exit_on_config_error, load_config, save_config
-from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
+from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak

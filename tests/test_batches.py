@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from ldm.config import DataConfig
-from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch, training_batches
+from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.cache import CachedRows
+from ldm.data.loader import training_batches
 
 
 class Shades:

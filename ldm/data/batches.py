@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
-from multiprocessing import active_children, get_all_start_methods
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.config import DataConfig
 from ldm.data.cache import CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb
-from ldm.data.positions import generator, sample_index, step_positions
+from ldm.data.positions import generator, sample_index
 from ldm.data.sources import Source
 from ldm.data.splits import Splits, split_pictures
 
 log = logging.getLogger(__name__)
 Moments = tuple[Tensor, Tensor]
 Encode = Callable[[Tensor], Moments]
-
-
-class LoadingError(RuntimeError):
-    """A loader process died, hung or raised; the message names the pictures of the step that waited for it."""
 
 
 @dataclass(frozen=True)
@@ -214,48 +207,6 @@ class PositionDataset(Dataset[Sample]):
             moments = row["mean"], row["std"]
         pixel_values = self.images.pixel_values(picture, mirrored) if self.with_pixels else None
         return Sample(position, picture, caption, self.images.source.class_label(picture), pixel_values, moments)
-
-
-def training_batches(
-    dataset: PositionDataset, start_step: int, *, micro_steps: int = 1, rank: int = 0, world: int = 1
-) -> Iterator[list[Batch]]:
-    """Yield, for each optimiser step from `start_step` on, this process's micro-batches."""
-    config = dataset.images.config
-    step_positions(0, config.batch_size, 0, micro_steps, 0, world)  # refuses a batch size that cannot be shared
-
-    def plan() -> Iterator[list[int]]:
-        step = start_step
-        while True:
-            for micro in range(micro_steps):
-                yield list(step_positions(step, config.batch_size, micro, micro_steps, rank, world))
-            step += 1
-
-    loader = DataLoader(
-        dataset,
-        batch_sampler=plan(),  # endless; the loop decides when to stop
-        num_workers=config.workers,
-        collate_fn=collate,
-        timeout=config.timeout_seconds if config.workers else 0,
-        persistent_workers=False,
-        worker_init_fn=_leave_process_group,
-        multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
-    )
-    micro_batches = iter(loader)
-    for step in count(start_step):
-        try:
-            batches = [next(micro_batches) for _ in range(micro_steps)]
-        except RuntimeError as error:
-            for process in active_children():
-                process.kill()  # one that hangs would not end when asked to, and this process would wait for it
-            first = step * config.batch_size
-            pictures = [dataset.picture(position) for position in range(first, first + config.batch_size)]
-            raise LoadingError(f"step {step}, pictures {pictures}: a loader process failed: {error}") from error
-        yield batches
-
-
-def _leave_process_group(worker: int) -> None:
-    """Leave signals to the run's processes: a loader that they ended would look like one that failed."""
-    os.setpgid(0, 0)
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

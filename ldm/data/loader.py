@@ -1,0 +1,118 @@
+"""Batches along the stream of positions, loaded beside the training if it asks for that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import active_children, get_all_start_methods
+from types import FrameType
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from ldm.data.batches import Batch, PositionDataset, Sample, collate
+from ldm.data.positions import step_positions
+
+
+class LoadingError(RuntimeError):
+    """A loader process died or hung; the message names the pictures that the loader processes were at."""
+
+
+class _Watched(Dataset[Sample]):
+    """A data set that says at which position each loader process is, in `places`, -1 before its first."""
+
+    def __init__(self, dataset: PositionDataset, workers: int):
+        self.dataset = dataset
+        self.places = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
+
+    def __getitem__(self, position: int) -> Sample:
+        if (worker := get_worker_info()) is not None:
+            self.places[worker.id] = position
+        return self.dataset[position]
+
+    def failed(self, error: BaseException) -> LoadingError:
+        """Return the error that says what failed and where."""
+        positions = [int(place) for place in self.places if place >= 0]
+        pictures = [self.dataset.picture(position) for position in positions]
+        return LoadingError(
+            f"{error}. The loader processes were at the pictures {pictures} (positions {positions}); "
+            "look at those, at the memory, or set data.workers to 0"
+        )
+
+
+def training_batches(
+    dataset: PositionDataset, start_step: int, *, micro_steps: int = 1, rank: int = 0, world: int = 1
+) -> Iterator[list[Batch]]:
+    """Yield, for each optimiser step from `start_step` on, this process's micro-batches.
+
+    Raises:
+        LoadingError: a loader process died, or took longer than ``data.timeout_seconds`` for a batch. A death is
+            raised from wherever the training is by then.
+
+    """
+    config = dataset.images.config
+    step_positions(0, config.batch_size, 0, micro_steps, 0, world)  # refuses a batch size that cannot be shared
+
+    def plan() -> Iterator[list[int]]:
+        step = start_step
+        while True:
+            for micro in range(micro_steps):
+                yield list(step_positions(step, config.batch_size, micro, micro_steps, rank, world))
+            step += 1
+
+    watched = _Watched(dataset, config.workers)
+    loader = DataLoader(
+        watched,
+        batch_sampler=plan(),  # endless; the loop decides when to stop
+        num_workers=config.workers,
+        collate_fn=collate,
+        timeout=config.timeout_seconds if config.workers else 0,
+        persistent_workers=False,
+        worker_init_fn=_leave_process_group,
+        multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
+    )
+    micro_batches = iter(loader)
+    if config.workers:
+        _name_what_died(watched)
+    while True:
+        try:
+            batches = [next(micro_batches) for _ in range(micro_steps)]
+        except LoadingError:
+            raise
+        except RuntimeError as error:
+            _kill_loaders()
+            raise watched.failed(error) from error
+        yield batches
+
+
+def _leave_process_group(worker: int) -> None:
+    """Leave signals to the run's processes: a loader that they ended would look like one that failed."""
+    os.setpgid(0, 0)
+
+
+def _name_what_died(watched: _Watched) -> None:
+    """Let torch's handler, which raises when a loader process dies, say which pictures they were at."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return
+
+    def named(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except LoadingError:
+            raise
+        except RuntimeError as error:
+            _kill_loaders()
+            raise watched.failed(error) from error
+
+    signal.signal(signal.SIGCHLD, named)
+
+
+def _kill_loaders() -> None:
+    """Kill this process's loaders: one that hangs would not end when asked to, and would be waited for."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are no news
+    for process in active_children():
+        process.kill()

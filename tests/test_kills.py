@@ -1,0 +1,43 @@
+"""Killed at any moment, over and over, a run that saves every step loses one step at most."""
+
+import os
+import random
+import signal
+import time
+
+from ldm.training.checkpoint import CheckpointStore
+
+from .test_loop import lines, train
+from .test_signals import FOREVER, forked
+
+KILLS = 30
+
+
+def test_r01_kill_during_save_thirty_times_loses_at_most_the_step_that_was_being_saved(tmp_path, caplog):
+    draw = random.Random(0)
+    furthest, left_behind = 0, 0
+    for _ in range(KILLS):
+        child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=1, keep_checkpoints=1))
+        end = time.monotonic() + 60
+        while reached(tmp_path) <= furthest:
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        logged = reached(tmp_path)
+        left_behind += bool(list((tmp_path / "checkpoints").glob(".tmp-*")))
+        store = CheckpointStore(tmp_path / "checkpoints", 1)
+        checkpoint = CheckpointStore.load(store.latest())
+        assert logged - 1 <= checkpoint.global_step <= logged + 1
+        assert not list(store.folder.glob(".tmp-*"))
+        furthest = checkpoint.global_step
+    assert left_behind > 3, "some kills hit a save"
+    assert not [record for record in caplog.records if "skipped" in record.message]
+
+
+def reached(folder):
+    try:
+        return lines(folder)[-1]["step"]
+    except (FileNotFoundError, IndexError, ValueError):  # not there yet, or a line is being written
+        return 0
