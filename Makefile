@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test clean
+.PHONY: demo test reliability clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ test: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# the whole suite, and docs/reliability.md from what it did
+reliability: $(BIN)/.installed
+	$(BIN)/pytest --reliability docs/reliability.md
 
 clean:
 	rm -rf .venv out

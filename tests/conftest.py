@@ -5,9 +5,22 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+from .reliability import Reliability
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reliability", type=Path, help="write the table of promises and tests to this file")
+
+
+def pytest_configure(config):
+    if config.option.reliability is not None:
+        config.pluginmanager.register(Reliability(config.option.reliability.resolve()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,7 +34,9 @@ def _one_thread():
 def save(store: CheckpointStore, step: int, version: int = 0, size: int = 7) -> Path:
     """Save tensors and a state that all carry `step` and `version`, so that a mixture would be seen."""
     tensors = {"weights": {"w": torch.full((size,), step)}, "moments": {"m": torch.full((size, 2), version)}}
-    return store.save(step, tensors, {"step": step, "version": version})
+    path = store.save(step, tensors, {"step": step, "version": version})
+    store.wait()
+    return path
 
 
 def load(path: Path) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .reliability import ROWS, rows_of
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("train_*.py")])
 PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
@@ -144,3 +146,15 @@ def test_the_commands_of_the_readme_exist():
             assert (ROOT / command).exists()
     for config in re.findall(r"configs/[\w/.-]+\.(?:yaml|txt)", readme()):
         assert (ROOT / config).exists(), config
+
+
+def test_the_page_on_reliability_names_every_test_of_every_row():
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    written = set(re.findall(r"`(test_\w+::test_\w+)`", page))
+    tests = set()
+    for file in ROOT.glob("tests/test_*.py"):
+        names = re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        tests |= {f"{file.stem}::{name}" for name in names if rows_of(name)}
+    assert written == tests, "make reliability writes it anew"
+    assert {row for test in tests for row in rows_of(test.partition("::")[2])} == set(ROWS), "a row without a test"
+    assert "failed" not in page

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -44,6 +45,7 @@ __all__ = ["JSON", "Checkpoint", "CheckpointError", "CheckpointStore"]
 
 _FOLDER = re.compile(r"step-(\d+)(\.replaced-\d+)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+IGNORE = {"ignore_errors": True}
 _HEADER_BYTES, _SLACK_BYTES = 256, 65536
 """Allowance for a tensor's entry in the safetensors header; for the manifest, folder entries and blocks."""
 
@@ -85,6 +87,7 @@ class CheckpointStore:
             raise ValueError(f"keep_checkpoints: got {keep}; expected 1 or more, so that a run can always be resumed")
         self.folder = folder
         self.keep = keep
+        self._deleting: list[threading.Thread] = []
         self._remove_leftovers()
 
     def save(self, global_step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
@@ -129,6 +132,11 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
         self._prune(global_step)
         return final
+
+    def wait(self) -> None:
+        """Wait until the checkpoints that were pruned are deleted."""
+        while self._deleting:
+            self._deleting.pop().join()
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint that verifies (size and sha256 of every file), None without any.
@@ -187,11 +195,13 @@ class CheckpointStore:
                 # Renamed first: a deletion that is cut short must not look like a damaged checkpoint.
                 trash = path.with_name(f".tmp-{path.name}-{os.getpid()}")
                 os.replace(path, trash)
-                shutil.rmtree(trash, ignore_errors=True)
+                self._deleting.append(threading.Thread(target=shutil.rmtree, args=(trash,), kwargs=IGNORE))
+                self._deleting[-1].start()  # which takes half as long as writing: training need not wait for it
             else:
                 kept.add(step)
 
     def _remove_leftovers(self) -> None:
+        self.wait()
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -131,6 +131,7 @@ class Loop(Generic[B]):
                 step = f"{progress.global_step} of {progress.total_steps}"
                 log.warning("stopped by %s at step %s; the same command goes on from there", stopped.name, step)
                 raise
+        self.store.wait()
         return progress
 
     def _train(self, batches: Batches[B], events: Sequence[Event], bar: tqdm[None]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,16 +20,31 @@ FORMAT = 1
 """Version of the checkpoint layout; a reader refuses every other."""
 
 
+BYTES_AHEAD = 2**30
+"""Most bytes, copied from a GPU perhaps, that are kept in memory until they are hashed."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, does not verify or does not fit; the message says what to do."""
 
 
 def write_folder(folder: Path, global_step: int, files: Mapping[str, Iterable[Chunk]]) -> None:
     """Write each name's chunks, then ``manifest.json``, into the existing `folder`; flush all to the disk."""
-    entries: dict[str, JSON] = {name: _write(folder / name, chunks) for name, chunks in files.items()}
-    content: dict[str, JSON] = {"format": FORMAT, "global_step": global_step, "files": entries}
-    manifest = json.dumps({**content, "sha256": _digest_of(content)}, indent=1)
-    _write(folder / "manifest.json", [manifest.encode()])
+    with ThreadPoolExecutor(1) as hashing, ExitStack() as stack:
+        written = []
+        for name, chunks in files.items():
+            file = stack.enter_context((folder / name).open("xb", buffering=0))
+            written.append((name, file, *_write(file, chunks, hashing)))
+        for _, file, _, _ in written:  # when all are written: the disk and the hashes are busy beside each other
+            os.fsync(file.fileno())
+        entries: dict[str, JSON] = {}
+        for name, _, size, digest in written:
+            entries[name] = {"size": size, "sha256": digest.result()}
+        content: dict[str, JSON] = {"format": FORMAT, "global_step": global_step, "files": entries}
+        manifest = json.dumps({**content, "sha256": _digest_of(content)}, indent=1)
+        file = stack.enter_context((folder / "manifest.json").open("xb", buffering=0))
+        _write(file, [manifest.encode()], hashing)
+        os.fsync(file.fileno())
     sync_folder(folder)
 
 
@@ -84,20 +102,20 @@ def bad_file(path: Path, reason: str) -> CheckpointError:
     )
 
 
-def _write(path: Path, chunks: Iterable[Chunk]) -> dict[str, JSON]:
-    """Return the manifest entry of the new file `path`, flushed to the disk."""
+def _write(file: FileIO, chunks: Iterable[Chunk], hashing: Executor) -> tuple[int, Future[str]]:
+    """Write the chunks; return their size and, to come, their sha256."""
     digest = hashlib.sha256()
     size = 0
-    with ThreadPoolExecutor(1) as pool, path.open("xb", buffering=0) as file:
-        for chunk in chunks:
-            hashed = pool.submit(digest.update, chunk)  # beside the write: both release the interpreter lock
-            rest = memoryview(chunk)
-            size += len(rest)
-            while len(rest):
-                rest = rest[os.write(file.fileno(), rest) :]
-            hashed.result()
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
+    ahead: deque[tuple[int, Future[None]]] = deque()
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        size += len(rest)
+        ahead.append((size, hashing.submit(digest.update, chunk)))  # both it and the write release the interpreter lock
+        while len(rest):
+            rest = rest[os.write(file.fileno(), rest) :]
+        while size - ahead[0][0] > BYTES_AHEAD:
+            ahead.popleft()[1].result()
+    return size, hashing.submit(digest.hexdigest)
 
 
 def _digest_of(content: Mapping[str, JSON]) -> str:

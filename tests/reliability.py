@@ -1,0 +1,89 @@
+"""docs/reliability.md, written from what a test run did: ``pytest --reliability docs/reliability.md``.
+
+A test belongs to the rows that its name begins with: ``test_r01_...``, ``test_r02_r17_...``, ``test_s03_...``.
+"""
+
+import platform
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+ROWS = {
+    "r01": "Killed while saving: the newest checkpoint verifies, at most one save interval is lost",
+    "r02": "The old checkpoint is deleted only when the new one is in place and on the disk",
+    "r03": "A file of a checkpoint that is cut, changed, emptied or deleted is named; the checkpoint before it is used",
+    "r04": "Killed and resumed equals uninterrupted, to the bit: weights, averages, optimiser, losses, samples",
+    "r05": "Every picture exactly once an epoch, also over kills and other numbers of processes",
+    "r06": "Averaged weights are saved, resumed and exported, and never swapped into the trained ones",
+    "r07": "No state of a random generator is needed; a part that is missing is an error",
+    "r08": "A loss or gradient that is not finite changes nothing; many in a row stop the run and name the pictures",
+    "r09": "float16: weights are float32; an overflow skips the step, schedule and averages with it",
+    "r10": "Accumulated gradients: the same number of steps, the same losses",
+    "r11": "Pictures that cannot be read are all listed before the first step, or left out and counted",
+    "r12": "Rows without file and files without row are listed before the first step",
+    "r13": "A picture of too many pixels is refused by its header, at no cost of memory",
+    "r14": "Every colour mode, transparency, 16 bits and orientation become the pixels that they mean",
+    "r15": "Captions that are null, empty, lists or overlong neither crash nor pass unseen",
+    "r16": "Pictures of any size and shape become the trained size",
+    "r17": "A full disk: bytes needed and free are said, the old checkpoint stays, nothing half is left",
+    "r18": "A loader process that dies, hangs or fails ends the run in time, with the pictures it was at",
+    "r19": "A process that raises, dies, exits or stops ends the whole run in time, resumable",
+    "r20": "Processes and micro-batches share a step without gap or overlap; what cannot be shared is refused",
+    "r21": "SIGTERM and SIGUSR1: a checkpoint of the step reached, exit code 143 or 138, no orphan",
+    "r22": "Resumed with another config or other pictures: refused with both values, unless allowed",
+    "r23": "One run in one folder",
+    "r24": "Checkpoints of released versions are resumed",
+    "s01": "Nothing is unpickled: safetensors and JSON only",
+    "s02": "No code of a model folder or of the Hub runs unless it is trusted; revisions can be pinned",
+    "s03": "No token, host, user or folder in anything that is written or sent",
+    "s04": "Model cards and saved configs name no folder of this machine",
+    "s05": "No path leads out of the folder of the data, of the model or of the run",
+    "s06": "A push that fails midway loses nothing and is finished by ldm push",
+    "s08": "Nothing connects to anywhere unasked; known holes can be looked up (make audit)",
+}
+
+
+def rows_of(name: str) -> list[str]:
+    """Return the rows that a test's name begins with."""
+    found = re.match(r"test((?:_[rs]\d\d)+)(?:_|$)", name)
+    return found[1].strip("_").split("_") if found else []
+
+
+class Reliability:
+    """Pytest plugin: collects the outcomes of the tests that belong to rows and writes the table at the end."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.outcomes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            module, _, name = report.nodeid.partition("::")
+            name = name.partition("[")[0]
+            for row in rows_of(name):
+                self.outcomes[row][f"`{Path(module).stem}::{name}`"].append(report.outcome)
+
+    def pytest_sessionfinish(self):
+        self.file.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        lines = [
+            "# What can go wrong, and what happens then",
+            "",
+            "Each promise, the tests that hold it, and what they did when this page was written, by",
+            f"`pytest --reliability {self.file.name}`: Python {platform.python_version()}, torch {torch.__version__}, "
+            f"{platform.system()}.",
+            "Longer runs of the same, by script: [kills.json](kills.json), [fuzz.json](fuzz.json).",
+            "",
+            "| | promise | tests | result |",
+            "|---|---|---|---|",
+        ]
+        for row, promise in ROWS.items():
+            tests = self.outcomes[row]
+            cases = [outcome for outcomes in tests.values() for outcome in outcomes]
+            counts = {outcome: cases.count(outcome) for outcome in ("passed", "failed", "skipped") if outcome in cases}
+            result = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test"
+            lines.append(f"| {row[0].upper()}{int(row[1:])} | {promise} | {'<br>'.join(sorted(tests))} | {result} |")
+        return "\n".join([*lines, ""])
