@@ -1,9 +1,11 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure.   make test: lint, types and the whole suite.
+# make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
+AUDIT := pypi
 
-.PHONY: demo test clean
+.PHONY: demo test audit clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +22,11 @@ test: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# strict: a package that the service does not know, or a service that does not answer, is a failure and no pass
+audit: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt --vulnerability-service $(AUDIT)
 
 clean:
 	rm -rf .venv out
