@@ -1,9 +1,11 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure.   make test: lint, types and the whole suite.
+# make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
+AUDIT := pypi
 
-.PHONY: demo test reliability clean
+.PHONY: demo test reliability audit clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +26,11 @@ test: $(BIN)/.installed
 # the whole suite, and docs/reliability.md from what it did
 reliability: $(BIN)/.installed
 	$(BIN)/pytest --reliability docs/reliability.md
+
+# strict: a package that the service does not know, or a service that does not answer, is a failure and no pass
+audit: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt --vulnerability-service $(AUDIT)
 
 clean:
 	rm -rf .venv out

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import asdict
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path, PurePath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ldm.config import AutoencoderConfig, DataConfig, StageConfig
 from ldm.config_file import config_text
+from ldm.places import on_hub, pinned, portable
 from ldm.provenance import Provenance
 
 CARD = "README.md"
@@ -113,8 +112,8 @@ TRAINING = """
 def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, record: Provenance) -> None:
     """Write README.md into the folder `model`, and the newest validation sheet of the folder `run` as samples.png.
 
-    The metrics are those of the newest validation in the run's ``metrics.jsonl``. Folders of this machine appear by
-    their last names only.
+    The metrics are those of the newest validation in the run's ``metrics.jsonl``. No path of this machine is named, see
+    `portable`.
     """
     stage, data = isinstance(config, StageConfig), config.data
     sheets = sorted((run / ("samples" if stage else "reconstructions")).glob("step-*.png"))
@@ -129,11 +128,11 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
         library_name="diffusers",
         pipeline_tag="text-to-image" if stage else None,
         tags=["text-to-image", "latent-diffusion"] if stage else ["autoencoder", "latent-diffusion"],
-        datasets=[data.path] if _on_hub(data) and data.path else None,
-        model_name=(public(config.output_dir) or model.name) if results else None,
+        datasets=[known] if (known := _hub_data(data)) else None,
+        model_name=_called(config.output_dir, model.name) if results else None,
         eval_results=results or None,
     )
-    fields = {key: value for key, value in public(asdict(config)).items() if not key.startswith("push_")}
+    fields = {key: value for key, value in portable(asdict(config)).items() if not key.startswith("push_")}
     training = TRAINING.format(
         measured=_measured(config, measured_at, metrics),
         data=name,
@@ -157,24 +156,14 @@ def with_name(text: str, name: str) -> str:
     return re.sub(r'^model = "[^"\n]*"$', f'model = "{name}"', text, flags=re.MULTILINE)
 
 
-def public(value: Any) -> Any:
-    """Return a config's value with each local path in it cut to its last name: a path tells of users and machines."""
-    if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(inner) for inner in value]
-    return PureWindowsPath(value).name if isinstance(value, str) and _is_path(value) else value
+def _called(path: str, otherwise: str) -> str:
+    """Return the last name of a path, or `otherwise` where that tells of a user or there is none."""
+    return PurePath(portable(path)).name or otherwise
 
 
-def _is_path(text: str) -> bool:
-    """Whether a text is a path and not a name on the Hub, which has one slash at most, or inside a package."""
-    if text.startswith("package:"):
-        return False
-    return text.startswith(("/", "~", ".")) or "\\" in text or text.count("/") > 1 or os.path.exists(text)
-
-
-def _on_hub(data: DataConfig) -> bool:
-    return data.source == "dataset" and data.path is not None and not _is_path(data.path)
+def _hub_data(data: DataConfig) -> str | None:
+    """Return the data set's name on the Hub, without its revision; None if it is not there."""
+    return pinned(data.path)[0] if data.source == "dataset" and data.path is not None and on_hub(data.path) else None
 
 
 def _data(data: DataConfig) -> tuple[str, str | None]:
@@ -182,7 +171,8 @@ def _data(data: DataConfig) -> tuple[str, str | None]:
     if data.source in KNOWN_DATA:
         name, licence = KNOWN_DATA[data.source]
         return name, data.licence or licence
-    name = f"[{data.path}](https://huggingface.co/datasets/{data.path})" if _on_hub(data) else public(data.path)
+    known = _hub_data(data)
+    name = f"[{known}](https://huggingface.co/datasets/{known})" if known else _called(data.path or "", "pictures")
     return f"{name} ({data.source})", data.licence
 
 
@@ -228,11 +218,11 @@ def _metric_name(metric: str) -> str:
 
 
 def _result(stage: bool, data: DataConfig, metric: str, value: float) -> EvalResult:
-    name = public(data.path) if data.path else data.source
+    known = _hub_data(data)
     return EvalResult(
         task_type="text-to-image" if stage else "image-to-image",
-        dataset_type=data.path if _on_hub(data) and data.path else data.source,
-        dataset_name=name,
+        dataset_type=known or data.source,
+        dataset_name=known or (_called(data.path, "pictures") if data.path else data.source),
         dataset_split="validation",
         metric_type=metric,
         metric_name=_metric_name(metric),

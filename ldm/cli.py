@@ -29,6 +29,7 @@ from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
 from ldm.hub import HubError, push
 from ldm.models.autoencoder import downsampling_factor
+from ldm.models.foreign import checked_pipeline
 from ldm.provenance import read_provenance, refuse_leak
 from ldm.training.autoencoding import reconstruct
 from ldm.training.validation import sample_pictures
@@ -38,13 +39,16 @@ SHEET_PICTURES = 24
 
 
 def load_pipeline(model: str, trust_remote_code: bool) -> Any:
-    """Return the pipeline in folder or Hub repository `model`.
+    """Return the pipeline in folder or Hub repository `model`, ``user/name`` or ``user/name@revision``.
 
     As the stock class that ``model_index.json`` names, or with `trust_remote_code` as the folder's own
-    ``pipeline.py``, which runs code that came with the model.
+    ``pipeline.py``, which runs code that came with the model. Raises ValueError as `checked_pipeline`.
     """
-    own = {"custom_pipeline": model, "trust_remote_code": True} if trust_remote_code else {}
-    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, low_cpu_mem_usage=False, **own)
+    name, revision = checked_pipeline(model, trust_remote_code)
+    own: dict[str, Any] = {}
+    if trust_remote_code:
+        own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
+    pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own)
     pipeline.set_progress_bar_config(leave=False)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,7 +67,7 @@ def sample(
 
     Args:
         prompts: What to draw, one picture each.
-        model: Folder or Hub name of a pipeline.
+        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         out: Folder for the pictures.
         negative_prompt: What to steer away from.
         seed: Seed of the first picture; the next ones count up.
@@ -104,7 +108,7 @@ def evaluate(
     """Sample held-out captions, measure retrieval beside its baselines, write ``retrieval.json`` and ``samples.png``.
 
     Args:
-        model: Folder or Hub name of a pipeline.
+        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         data: What `validate` takes; what cannot be read is left out.
         captions: File of captions, a line each, whose pictures the model has not seen.
         out: Folder for the results.
@@ -179,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling.add_function_arguments(sample, skip={"prompts"}, as_positional=False)
     commands.add_subcommand("sample", sampling)
     evaluating = ArgumentParser(description="Measure a model on held-out captions.")
-    evaluating.add_argument("model", help="folder or Hub name of a pipeline")
+    evaluating.add_argument("model", help="folder or Hub name of a pipeline, user/name or user/name@revision")
     evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
     commands.add_subcommand("evaluate", evaluating)
     pushing = ArgumentParser(description="Push a model folder to the Hugging Face Hub.")

@@ -23,6 +23,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from .config import Network
+from .places import portable
 
 __all__ = [
     "ConfigError",
@@ -30,7 +31,6 @@ __all__ = [
     "config_text",
     "exit_on_config_error",
     "load_config",
-    "portable",
     "save_config",
     "tree_differences",
 ]
@@ -112,7 +112,7 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
 def save_config(config: Any, path: str | Path) -> None:
     """Write every field as YAML into an existing folder; `load_config` reads back an equal config.
 
-    For a network that takes values that YAML has: a tuple there comes back as a list.
+    But for what `portable` changes. For a network that takes values that YAML has: a tuple there comes back as a list.
     """
     Path(path).write_text(config_text(portable(asdict(config))), encoding="utf-8")
 
@@ -121,21 +121,6 @@ def config_text(tree: Mapping[str, Any]) -> str:
     """Return the fields of a config as the YAML that `load_config` reads."""
     text: str = yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)
     return text
-
-
-def portable(tree: Any) -> Any:
-    """Return a config's fields with absolute paths below the working folder made relative, others cut to their names.
-
-    An absolute path names users and machines, and what is written beside a model travels.
-    """
-    if isinstance(tree, Mapping):
-        return {key: portable(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [portable(value) for value in tree]
-    if not isinstance(tree, str) or not (tree.startswith("~") or Path(tree).is_absolute()):
-        return tree
-    path, here = Path(tree).expanduser(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
 
 def config_differences(a: Any, b: Any) -> list[str]:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ldm.card import CARD, with_name
+from ldm.places import PLAIN_NAME
 from ldm.provenance import FILE as RECORD
 from ldm.provenance import read_provenance
 
@@ -89,7 +90,8 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
 def model_files(folder: Path) -> list[str]:
     """Return the files that make up the model in `folder`, relative to it: its own and its components'.
 
-    Raises ValueError for a folder that has neither ``model_index.json`` nor ``config.json``.
+    Raises ValueError for a folder that has neither ``model_index.json`` nor ``config.json``, and for components and
+    files outside of it, be it by a symbolic link: what lies there is not known to be a model's.
     """
     index = folder / "model_index.json"
     if not index.is_file() and not (folder / "config.json").is_file():
@@ -98,8 +100,13 @@ def model_files(folder: Path) -> list[str]:
             "training writes one to OUTPUT_DIR/model"
         )
     components = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    folders = [folder, *(folder / name for name, value in components.items() if isinstance(value, list))]
+    names = [name for name, value in components.items() if isinstance(value, list)]
+    if odd := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
+        raise ValueError(f"{index} names the component {odd[0]!r}; expected the name of a folder beside it")
+    folders = [folder, *(folder / name for name in names)]
     found = {file for inside in folders for pattern in FILES for file in inside.glob(pattern) if file.is_file()}
+    if away := sorted(file for file in found if not file.resolve().is_relative_to(folder.resolve())):
+        raise ValueError(f"{away[0]} is a link that leads out of {folder}; push a copy without links (cp -rL)")
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 

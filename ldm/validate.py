@@ -18,7 +18,9 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
+from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import resolve, train_tokenizer
+from ldm.places import pinned
 
 SHEET_PROBLEMS = 4
 """Of each kind."""
@@ -79,9 +81,13 @@ def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
             some = captions[:: 1 + len(captions) // LEARNED_FROM]
             chosen = train_tokenizer(some, TextConfig.vocab_size, max_length)
         else:
-            folder = resolve(tokenizer)
+            name, revision = pinned(tokenizer)
+            folder = resolve(name)
             below = f"{folder}/tokenizer"
-            chosen = AutoTokenizer.from_pretrained(below if Path(below).is_dir() else folder)
+            with own_code_refused("--tokenizer", tokenizer):
+                chosen = AutoTokenizer.from_pretrained(
+                    below if Path(below).is_dir() else folder, trust_remote_code=False, **revision
+                )
         return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
 
     return count

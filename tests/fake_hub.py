@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from huggingface_hub import constants, hf_api
 
 from ldm.card import HUB_LICENCES
 
@@ -40,10 +41,26 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.failures: dict[str, list[int | str | None]] = {}
         self.requests: list[str] = []
+        self.received: list[bytes] = []
+        """Address, headers but the token's, and body of each request."""
 
     def fail(self, what: str, *how: int | str | None) -> None:
         """Answer the next requests to whoami, create, preupload, lfs or commit with a status, hang up (DROP) or not."""
         self.failures[what] = list(how)
+
+    def serve(self, monkeypatch, folder) -> None:
+        """Be the Hub of this process's client, which keeps its files in `folder`."""
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(folder / "no-token"),
+            "HF_HUB_CACHE": str(folder / "hub"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def __enter__(self) -> "FakeHub":
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -81,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self._body()
         self.hub.requests.append(f"{self.command} {path}")
+        told = {key: value for key, value in self.headers.items() if key.lower() != "authorization"}
+        self.hub.received.append(f"{self.path} {told} ".encode() + body)
         parts = path.strip("/").split("/")
         if path == "/api/whoami-v2":
             self._for("whoami", self._whoami)

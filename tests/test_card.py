@@ -11,7 +11,7 @@ from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ldm.card import CARD, public, with_name, write_card
+from ldm.card import CARD, with_name, write_card
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_file import load_config
 from ldm.provenance import Provenance
@@ -126,7 +126,7 @@ def test_a_data_set_of_the_hub_is_linked(run):
 
 
 @pytest.mark.parametrize("kind", [stage, autoencoder])
-def test_nothing_of_this_machine_is_told(run, kind):
+def test_s04_nothing_of_this_machine_is_told(run, kind):
     words = ["--output_dir", str(run), "--data.source", "imagefolder", "--data.path", "/home/alice/secret/birds"]
     words += ["--data.held_out", "{validation: /home/alice/lists/v.txt, test: ~alice/t.txt}", "--push_to_hub", "al/ice"]
     words += ["--space.autoencoder", "C:\\Users\\alice\\vae"] if kind is stage else []
@@ -140,28 +140,12 @@ def test_nothing_of_this_machine_is_told(run, kind):
     assert {"birds", "v.txt", "unet", run.name} <= set(re.findall(r"[\w.-]+", text))
 
 
-def test_public_keeps_names_and_cuts_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "me" / "model").mkdir(parents=True)
-    kept = ["stabilityai/sd-vae", "openmoji", "package:rinna/a/b", "white", "", 3, None, 1.5, True]
-    assert public(kept) == kept
-    cut = ["/home/alice/vae", "/home/alice/vae/", "~/vae", "./vae", "../vae", "out/tiny/vae", "D:\\alice\\vae"]
-    assert public({"a": cut})["a"] == ["vae"] * len(cut)
-    assert public(("me/model", "me/other")) == ["model", "me/other"], "a folder that exists is a path"
-
-
-def test_the_config_in_the_card_can_be_trained(run, tmp_path):
+def test_s04_the_config_in_the_card_can_be_trained(run, tmp_path):
     config = stage("--output_dir", str(run))
     (yaml,) = re.findall(r"```yaml\n(.*?)```", card(run, config).text, re.DOTALL)
     (tmp_path / "config.yaml").write_text(yaml)
     read = load_config(StageConfig, ["--config", str(tmp_path / "config.yaml")])
-    cut = {name: Path(file).name for name, file in config.data.held_out.items()}
-    assert read == replace(
-        config,
-        output_dir=run.name,
-        data=replace(config.data, held_out=cut),
-        space=replace(config.space, autoencoder="model"),
-    )
+    assert read == replace(config, output_dir=run.name)
 
 
 def test_the_pipeline_is_loaded_as_the_card_says(run, monkeypatch):

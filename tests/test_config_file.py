@@ -26,7 +26,8 @@ from ldm.config import (
     StageConfig,
     TextConfig,
 )
-from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, portable, save_config
+from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
+from ldm.places import portable
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 STAGE = """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 
 import train_vae
 from ldm import cli
@@ -31,6 +31,13 @@ PRIVATE = {
         "pytorch_model.bin",
         "state.pkl",
         "model.pth",
+        "model.ckpt",
+        "random_states_0.pkl",
+        "unet/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+        "events.out.tfevents.1.host",
+        "metrics.jsonl",
+        "training.log",
         "secret.txt",
         ".env",
         "credentials.json",
@@ -69,11 +76,7 @@ np.save(out, [pipe("a cat", generator=torch.Generator().manual_seed(0), **call).
 def hub(monkeypatch, tmp_path):
     """The Hub of this process's client."""
     with FakeHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub.serve(monkeypatch, tmp_path)
         yield hub
 
 
@@ -116,7 +119,7 @@ def train_autoencoder(monkeypatch, folder, *words):
 # ---- what arrives ----
 
 
-def test_the_model_arrives_and_nothing_else(hub, model):
+def test_s06_the_model_arrives_and_nothing_else(hub, model):
     expected = files(model)
     for name in PRIVATE:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,7 @@ def test_what_arrived_is_loaded_and_draws_the_same_where_this_project_is_absent(
         np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
-def test_the_same_model_twice_is_one_commit(hub, model):
+def test_s06_the_same_model_twice_is_one_commit(hub, model):
     push(model, "me/model")
     push(model, "me/model")
     assert len(hub.repositories["me/model"].commits) == 1
@@ -175,6 +178,25 @@ def test_a_folder_without_a_model_is_refused(hub, tmp_path):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("what", ["component", "file", "folder"])
+def test_s06_nothing_outside_of_the_folder_is_pushed(hub, model, what):
+    elsewhere = model.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("private")
+    (elsewhere / "vocab.txt").write_text("private")
+    if what == "component":
+        index = json.loads((model / "model_index.json").read_text())
+        (model / "model_index.json").write_text(json.dumps(index | {"../elsewhere": ["diffusers", "AutoencoderKL"]}))
+    elif what == "file":
+        (model / "vocab.txt").symlink_to(elsewhere / "vocab.txt")
+    else:
+        shutil.move(model / "vae", model.parent / "vae")
+        (model / "vae").symlink_to(model.parent / "vae")
+    with pytest.raises(ValueError, match=r"the name of a folder beside it|link that leads out"):
+        push(model, "me/model")
+    assert not any(request.startswith("POST") for request in hub.requests)
+
+
 # ---- what fails ----
 
 
@@ -182,7 +204,7 @@ def test_a_folder_without_a_model_is_refused(hub, tmp_path):
     ("what", "how"),
     [*(("commit", how) for how in (500, DROP, 401, 403, 409)), ("create", 500), ("create", DROP), ("lfs", 401)],
 )
-def test_a_failed_push_leaves_both_sides_whole_and_the_next_one_succeeds(hub, model, what, how, capsys):
+def test_s06_a_failed_push_leaves_both_sides_whole_and_the_next_one_succeeds(hub, model, what, how, capsys):
     push(model, "me/model")
     shutil.copy(model / "unet" / "config.json", model / "config.json")
     before = files(model)
@@ -201,7 +223,7 @@ def test_a_failed_push_leaves_both_sides_whole_and_the_next_one_succeeds(hub, mo
     assert "config.json" in hub.repositories["me/model"].files
 
 
-def test_the_command_says_what_failed_in_one_line(hub, model):
+def test_s06_the_command_says_what_failed_in_one_line(hub, model):
     hub.fail("commit", 500)
     with pytest.raises(SystemExit, match=r"500.*ldm push .* me/model --private true"):
         cli.main(["push", str(model), "me/model", "--private", "true"])
@@ -224,7 +246,7 @@ def test_names_that_cannot_be_pushed_to_are_refused_at_the_start(hub, name, mess
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_tokens_that_cannot_push_are_refused_at_the_start(hub, monkeypatch):
+def test_s06_tokens_that_cannot_push_are_refused_at_the_start(hub, monkeypatch):
     hub.role = "read"
     with pytest.raises(HubError, match="may only read; make one that may write"):
         check("me/model")
@@ -253,7 +275,7 @@ def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch):
 # ---- while training ----
 
 
-def test_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
+def test_s06_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
     vae().save_pretrained(tmp_path / "start")
     short = ["--autoencoder", f"{{_class_name: AutoencoderKL, pretrained: {tmp_path / 'start'}}}"]
     short += ["--loop.max_train_steps", "8"]
@@ -277,7 +299,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypatch):
     assert ModelCard.load(without / "README.md").data.eval_results
 
 
-def test_text2img_is_trained_and_pushed_by_one_command(tmp_path):
+def test_s06_text2img_is_trained_and_pushed_by_one_command(tmp_path):
     vae().save_pretrained(tmp_path / "vae")
     command = [sys.executable, "train_text2img.py", "--config", "configs/tiny/text2img.yaml"]
     command += ["--space.autoencoder", tmp_path / "vae", "--output_dir", tmp_path / "out"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, ValidationConfig
-from ldm.config_file import portable
 from ldm.data.batches import CaptionedImages
+from ldm.places import portable
 from ldm.training.record import refuse_changes, run_record
 
 from .test_batches import Shades
@@ -64,7 +64,7 @@ def test_r22_what_does_not_decide_it_is_taken_over_and_logged(caplog):
     assert "validation.num_images: 8 -> 3" in caplog.text
 
 
-def test_records_and_saved_configs_name_no_folder_of_this_machine(tmp_path, monkeypatch):
+def test_s04_records_and_saved_configs_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     below, elsewhere = tmp_path / "a" / "b", "/home/somebody/pictures"
     config = replace(CONFIG, output_dir=str(below), data=DataConfig(path=elsewhere, image_size=8))

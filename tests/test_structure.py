@@ -14,16 +14,17 @@ MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT
 PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
-    "ldm.config_file": {"ldm.config"},
+    "ldm.places": set(),
+    "ldm.config_file": {"ldm.config", "ldm.places"},
     "ldm.schedule": {"ldm.config"},
     "ldm.variational": {"ldm.schedule"},
     "ldm.objective": {"ldm.config", "ldm.schedule", "ldm.variational"},
     "ldm.reconstruction": {"ldm.config"},
     "ldm.provenance": set(),
-    "ldm.card": {"ldm.config", "ldm.config_file", "ldm.provenance"},
-    "ldm.hub": {"ldm.card", "ldm.provenance"},
-    "ldm.models": {"ldm.config", "ldm.schedule"},
-    "ldm.data": {"ldm.config"},
+    "ldm.card": {"ldm.config", "ldm.config_file", "ldm.places", "ldm.provenance"},
+    "ldm.hub": {"ldm.card", "ldm.places", "ldm.provenance"},
+    "ldm.models": {"ldm.config", "ldm.places", "ldm.schedule"},
+    "ldm.data": {"ldm.config", "ldm.places"},
     "ldm.spaces": {"ldm.config", "ldm.models"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.models",
     },
     "ldm.evaluation": {"ldm.config", "ldm.models"},
-    "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models"},
+    "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",
         "ldm.config_file",
@@ -52,6 +53,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.card",
         "ldm.hub",
         "ldm.models",
+        "ldm.places",
     },
 }
 
@@ -103,12 +105,36 @@ def test_imports_point_one_way(path):
         assert not any(name.split(".")[0] in ("pipelines", "train_text2img", "train_vae") for name in imports(path))
 
 
-def test_nothing_is_unpickled():
+def test_s01_nothing_is_unpickled():
     for path in [*MODULES, *ROOT.glob("benchmarks/*.py")]:
         text = path.read_text(encoding="utf-8")
         if path.name == "features.py":  # the EfficientNet weights are a .pth: known to the byte, tensors only
             text = text.replace('torch.load(path, map_location="cpu", weights_only=True)', "")
-        assert not re.search(r"\bpickle\b|(?<!safetensors\.)torch\.(load|save)\b", text), path
+        assert not re.search(r"pickle\b|(?<!safetensors\.)torch\.(load|save)\b|load_state\(|save_state\(", text), path
+        assert not re.search(r"\b(joblib|dill|shelve|marshal|unsafe_load|full_load|UnsafeLoader)\b", text), path
+        assert not re.search(r"os\.(system|popen|exec|spawn)", text), path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_s01_what_is_loaded_is_safetensors_and_runs_no_code(path):
+    allowed = {"AutoConfig": "trust_remote_code", "AutoTokenizer": "trust_remote_code"}
+    for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert name not in {"eval", "exec", "compile", "__import__"}
+        assert "shell" not in words
+        assert "allow_pickle" not in words
+        if name == "yaml.load":
+            assert words["Loader"] == "_Loader"
+            assert "class _Loader(yaml.SafeLoader)" in path.read_text(encoding="utf-8")
+        if name.endswith(".from_pretrained"):
+            owner = name.removesuffix(".from_pretrained")
+            if owner in allowed:
+                assert words.get("trust_remote_code") == "False" or "options" in words.values()
+            else:
+                assert words["use_safetensors"] == "True"
+        if words.get("trust_remote_code") == "True":
+            raise AssertionError(name)
 
 
 def test_no_file_is_a_drawer():

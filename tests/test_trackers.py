@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ldm.config import LoopConfig
 from ldm.training.run import Run, finishing
+from ldm.training.trackers import WANDB_SETTINGS
 
 ALL = LoopConfig(trackers=("tensorboard", "wandb", "trackio"), mixed_precision="no")
 
@@ -74,7 +75,7 @@ def test_metrics_and_pictures_reach_every_tracker_at_their_steps(packages, tmp_p
         assert values[1].keys() == {"samples"}
         assert values[1]["samples"].picture.tobytes() == picture().tobytes()
         assert package.finished
-    (events,) = (tmp_path / "run" / "logs").rglob("events*")
+    (events,) = (tmp_path / "run" / "logs").rglob("events*localhost*")
     written = EventAccumulator(str(events.parent)).Reload()
     assert [(event.step, event.value) for event in written.Scalars("loss/denoiser")] == [(10, 0.5), (20, 0.25)]
     (image,) = written.Images("samples")
@@ -89,11 +90,13 @@ def test_a_picture_with_alpha_is_logged_too(packages, tmp_path):
     assert Image.open(tmp_path / "run" / "samples" / "step-0000000.png").tobytes() == picture("RGBA").tobytes()
 
 
-def test_trackers_are_told_the_name_of_the_run_and_no_absolute_path(packages, tmp_path, monkeypatch):
+def test_s03_trackers_are_told_the_name_of_the_run_and_no_absolute_path(packages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with start("out/my-run"):
         pass
-    assert packages["wandb"].started == {"project": "ldm", "name": "my-run", "dir": "out/my-run"}
+    assert packages["wandb"].started == {
+        "project": "ldm", "name": "my-run", "dir": "out/my-run", "settings": WANDB_SETTINGS,
+    }  # fmt: skip
     assert packages["trackio"].started == {"project": "ldm", "name": "my-run"}
 
 

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ldm.data.headers import inside
+from ldm.data.headers import PictureError, inside
 from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Problem, find_column
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -73,6 +73,11 @@ class FolderRows:
         if not files:
             raise ValueError(f"data.path: no metadata.jsonl and no metadata.csv in {self._root}; see the README")
         for file in files:
+            try:
+                inside(self._root, file)
+            except PictureError as error:
+                yield Problem(self._relative(file), error.kind, str(error))
+                continue
             for number, row in _rows(file):
                 place = f"{self._relative(file)} line {number}"
                 if isinstance(row, str):

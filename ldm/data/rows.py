@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
@@ -124,7 +125,7 @@ class TableRows:
         class_column: str | None = None,
         root: str | None = None,
     ):
-        """Pictures that are files must lie in folder `root`, a real path; None: wherever `datasets` put them."""
+        """Pictures that are files must lie in folder `root`, a real path; None: where the Hub's libraries put files."""
         import datasets
 
         columns = table.column_names
@@ -157,7 +158,7 @@ class TableRows:
         path: str | None = cell["path"].as_py() if cell.is_valid else None
         if path is None:
             raise PictureError("the row has no picture", "missing")
-        return path if self.root is None else inside(self.root, path)
+        return inside(self.root, path) if self.root is not None else _downloaded(path)
 
     def caption_values(self) -> Iterator[object]:
         """Yield the captions of each row."""
@@ -170,6 +171,17 @@ class TableRows:
     def label_value(self, index: int) -> object:
         """Return the class of row `index`."""
         return None if self._labels is None else self._labels[index]
+
+
+def _downloaded(path: str) -> str:
+    """Return the real path of a file that came from the Hub; raises PictureError for any other: a row can name any."""
+    import datasets
+    from huggingface_hub import constants
+
+    config, real = datasets.config, os.path.realpath(path)
+    caches = config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE
+    roots = [os.path.realpath(cache) for cache in caches]
+    return inside(next((root for root in roots if real.startswith(os.path.join(root, ""))), roots[0]), path)
 
 
 def _with_pictures(table: Any, column: str, feature: Any) -> Any:

@@ -14,6 +14,7 @@ from ldm.config import DataConfig
 from ldm.data.folder import METADATA, FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
+from ldm.places import pinned
 
 
 class Source(Protocol):
@@ -93,7 +94,8 @@ def build_source(config: DataConfig) -> Source:
         table = datasets.load_from_disk(config.path)
         table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
     else:
-        table, root = datasets.load_dataset(config.path, split=config.split), None
+        name, revision = pinned(config.path)
+        table, root = datasets.load_dataset(name, split=config.split, **revision), None
     return RowSource(TableRows(table, *columns, root=root))
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ldm.models.foreign import refuse_strange_shards
+from ldm.places import pinned
+
 
 class ImageEncoder(nn.Module):
     """A vision model with projection, from our pictures to its embeddings; frozen."""
@@ -47,9 +50,12 @@ class ImageEncoder(nn.Module):
 
 
 def load_image_encoder(pretrained: str) -> ImageEncoder:
-    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name."""
-    inside = Path(pretrained) / "image_encoder"
+    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name, ``@revision`` included."""
+    name, revision = pinned(pretrained)
+    inside = Path(name) / "image_encoder"
+    folder = str(inside) if inside.is_dir() else name
+    refuse_strange_shards(folder)
     network = CLIPVisionModelWithProjection.from_pretrained(
-        str(inside) if inside.is_dir() else pretrained, use_safetensors=True
+        folder, use_safetensors=True, trust_remote_code=False, **revision
     )
     return ImageEncoder(network)

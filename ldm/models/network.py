@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,6 +18,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+
+from ldm.models.foreign import refuse_strange_shards
+from ldm.places import pinned
 
 ALLOWED = (
     "AutoencoderKL",
@@ -34,12 +38,17 @@ LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
 def build_network(network: dict[str, Any], where: str) -> nn.Module:
     """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
 
-    `network` holds ``_class_name`` and arguments of that class's ``__init__``; or ``pretrained`` (folder or Hub name),
-    optionally with ``revision`` and ``subfolder``, whose own config names the class. `where` is the config path that
-    errors name. Raises ValueError.
+    `network` holds ``_class_name`` and arguments of that class's ``__init__``; or ``pretrained`` (folder or Hub name,
+    ``user/name@revision`` too), optionally with ``revision`` and ``subfolder``, whose own config names the class.
+    `where` is the config path that errors name. Raises ValueError.
     """
     keys = dict(network)
     name = keys.pop("_class_name", None)
+    if "pretrained" in keys:
+        keys["pretrained"], revision = pinned(str(keys["pretrained"]))
+        if revision and "revision" in keys:
+            raise ValueError(f"{where}.revision: given twice; leave it out, or the @ in {where}.pretrained")
+        keys |= revision
     if name is None and "pretrained" in keys:
         place = {key: keys[key] for key in ("revision", "subfolder") if key in keys}
         name = diffusers.UNet2DModel.load_config(keys["pretrained"], **place).get("_class_name")
@@ -49,6 +58,7 @@ def build_network(network: dict[str, Any], where: str) -> nn.Module:
     if "pretrained" in keys:
         folder = keys.pop("pretrained")
         _refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
+        refuse_strange_shards(Path(folder, keys.get("subfolder") or ""))
         # low_cpu_mem_usage would leave parameters that the folder lacks on the meta device
         loaded: nn.Module = kind.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True, **keys)
         return loaded

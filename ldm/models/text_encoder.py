@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from ldm.config import TextConfig
+from ldm.models.foreign import own_code_refused, refuse_strange_shards
+from ldm.places import pinned
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
@@ -111,17 +113,23 @@ def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.
 def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
+    On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run.
+
     A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. All encoders but CLIP's
     get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline pass them the mask they need.
     """
-    encoder_folder = tokenizer_folder = resolve(pretrained)
+    name, revision = pinned(pretrained)
+    encoder_folder = tokenizer_folder = resolve(name)
     if (Path(encoder_folder) / "text_encoder").is_dir():
         encoder_folder, tokenizer_folder = f"{encoder_folder}/text_encoder", f"{tokenizer_folder}/tokenizer"
-    found = AutoConfig.from_pretrained(encoder_folder)
+    refuse_strange_shards(encoder_folder)
+    options = {"trust_remote_code": False, **revision}  # not given: transformers asks at the terminal, and y runs it
+    with own_code_refused("conditioners.text.pretrained", pretrained):
+        found = AutoConfig.from_pretrained(encoder_folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
     clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
     kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
-    encoder = kind.from_pretrained(encoder_folder, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
         raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")

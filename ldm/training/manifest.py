@@ -13,6 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ldm.places import PLAIN_NAME
+
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Chunk: TypeAlias = bytes | memoryview
 
@@ -63,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     It holds its own sha256, so that a change in it is told from a change in a file.
 
     Raises:
-        CheckpointError: it is missing, changed or of another format.
+        CheckpointError: it is missing, changed or of another format, or names a file that is not in the folder.
 
     """
     path = folder / "manifest.json"
@@ -77,6 +79,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {manifest['format']}, expected {FORMAT}: use the version of ldm that wrote it"
         )
+    for name in manifest["files"]:  # its own sha256 tells of accidents; anybody can write one that is right
+        if not PLAIN_NAME.fullmatch(name):
+            raise bad_file(path, f"names {name!r}, which is no file of its folder")
     return manifest
 
 

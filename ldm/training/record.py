@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config_file import ConfigError, portable, tree_differences
+from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.places import portable
 from ldm.provenance import Provenance, hardware, versions
 from ldm.training.progress import Progress
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
-import numpy as np
 import torch
-from accelerate import Accelerator, PartialState, tracking
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from PIL import Image
 from torch import nn
@@ -30,6 +28,7 @@ from ldm.hub import HubError
 from ldm.models.network import set_attention_and_memory
 from ldm.training.lock import FolderLock
 from ldm.training.signals import Stopped, StopSignals
+from ldm.training.trackers import refuse_missing_trackers, show_picture, start_trackers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -72,12 +71,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder) if self.is_main else None
         self.stop = StopSignals()
-        if config.trackers:
-            names = {
-                "wandb": {"name": self.folder.name, "dir": str(self.folder)},
-                "trackio": {"name": self.folder.name},
-            }
-            self.accelerator.init_trackers("ldm", init_kwargs=names)
+        start_trackers(self.accelerator, config.trackers, self.folder)
         log.info(
             "%s, %d process(es), %d thread(s) each, %s",
             self.device,
@@ -140,12 +134,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pixels = np.asarray(picture.convert("RGB"))
-                tracker.writer.add_image(name, pixels, global_step, dataformats="HWC")
-            else:  # wandb and trackio have a class of one name, whose objects are logged as numbers are
-                package = importlib.import_module(tracker.name)
-                tracker.log({name: package.Image(picture)}, step=global_step)
+            show_picture(tracker, name, picture, global_step)
 
 
 def join_processes(timeout_seconds: float) -> None:
@@ -157,16 +146,6 @@ def join_processes(timeout_seconds: float) -> None:
 def same_everywhere(value: V) -> V:
     """Return the first process's value in every process."""
     return cast(V, broadcast_object_list([value])[0])
-
-
-def refuse_missing_trackers(trackers: Sequence[str]) -> None:
-    """Raise ImportError if a tracker's package is not installed; accelerate would go on without a word."""
-    available = {str(tracker) for tracker in tracking.get_available_trackers()}
-    if missing := [name for name in trackers if name not in available]:
-        raise ImportError(
-            f"loop.trackers: {' and '.join(missing)} not installed; pip install {' '.join(missing)}, or leave out what "
-            "is missing (--loop.trackers '[tensorboard]')"
-        )
 
 
 def native_precision(wanted: str) -> str:
