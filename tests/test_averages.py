@@ -27,7 +27,7 @@ def test_warm_up_on_a_constant_is_a_ratio_of_factorials():
         assert average.module.weight.item() == pytest.approx(3.0 - 2.0 * left, rel=1e-12)
 
 
-def test_the_first_step_keeps_a_tenth():
+def test_r06_the_first_step_keeps_a_tenth():
     module = scalar(1.0)
     average = Average(module, decay=0.9999)
     nn.init.zeros_(module.weight)
@@ -79,7 +79,7 @@ def test_decay_zero_is_the_trained_module():
     assert torch.equal(average.module.weight, module.weight)
 
 
-def test_the_trained_module_is_never_touched():
+def test_r06_the_trained_module_is_never_touched():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.BatchNorm1d(3)).train()
     average = Average(module, decay=0.9)
@@ -129,7 +129,7 @@ def test_tied_weights_stay_tied_and_are_averaged_once():
     assert torch.allclose(average.module[0].weight, torch.tensor(0.1))
 
 
-def test_the_module_is_the_whole_state():
+def test_r06_the_module_is_the_whole_state():
     torch.manual_seed(0)
     module = nn.Linear(3, 4)
     average, resumed = Average(module, decay=0.99), Average(module, decay=0.99)

@@ -59,7 +59,7 @@ def test_a_sample_is_a_function_of_seed_and_position():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_from_any_step_on_are_the_same(workers):
+def test_r05_batches_from_any_step_on_are_the_same(workers):
     data = dataset(batch_size=4, workers=workers)
     straight = [b.positions for step in islice(training_batches(data, 0, micro_steps=2), 5) for b in step]
     resumed = [b.positions for step in islice(training_batches(data, 3, micro_steps=2), 2) for b in step]
@@ -67,7 +67,7 @@ def test_batches_from_any_step_on_are_the_same(workers):
     assert resumed == straight[6:]
 
 
-def test_every_picture_is_seen_once_an_epoch_over_two_processes():
+def test_r05_r20_every_picture_is_seen_once_an_epoch_over_two_processes():
     data = dataset(batch_size=4)
     seen = [
         picture
@@ -79,7 +79,7 @@ def test_every_picture_is_seen_once_an_epoch_over_two_processes():
     assert sorted(seen) == list(range(12))
 
 
-def test_captions_are_chosen_evenly_and_a_missing_one_is_the_null():
+def test_r15_captions_are_chosen_evenly_and_a_missing_one_is_the_null():
     data = dataset()
     chosen = [data[p] for p in range(12 * 200)]
     assert {s.caption for s in chosen if s.picture == 0} == {""}

@@ -99,7 +99,7 @@ def crash_at_disk_call(number: int) -> None:
     ],
     ids=["prunes", "replaces"],
 )
-def test_a_crash_at_any_disk_call_leaves_the_old_or_the_new_checkpoint(
+def test_r01_a_crash_at_any_disk_call_leaves_the_old_or_the_new_checkpoint(
     tmp_path, caplog, monkeypatch, keep, before, then
 ):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no matter to a crash that leaves the system up
@@ -133,7 +133,7 @@ def test_a_crash_at_any_disk_call_leaves_the_old_or_the_new_checkpoint(
     assert not caplog.records  # nothing that a crash leaves looks like a damaged checkpoint
 
 
-def test_a_kill_at_a_random_moment_loses_no_finished_save(tmp_path, caplog):
+def test_r01_a_kill_at_a_random_moment_loses_no_finished_save(tmp_path, caplog):
     delays = torch.rand(10, generator=torch.Generator().manual_seed(0)) * 0.1  # seconds; a save takes some 0.03
     store = CheckpointStore(tmp_path, 1)
     save(store, 0)
@@ -162,7 +162,7 @@ def test_a_kill_at_a_random_moment_loses_no_finished_save(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_everything_is_flushed_before_the_rename_and_the_rename_before_the_deletion(tmp_path, monkeypatch):
+def test_r01_r02_everything_is_flushed_before_the_rename_and_the_rename_before_the_deletion(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, 1)
     save(store, 1)
     events = []
@@ -195,7 +195,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "zeroed", "emptied", "deleted"])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_named_and_the_older_checkpoint_is_the_latest(tmp_path, caplog, file, how):
+def test_r03_a_damaged_file_is_named_and_the_older_checkpoint_is_the_latest(tmp_path, caplog, file, how):
     store = CheckpointStore(tmp_path, 2)
     old, new = save(store, 1), save(store, 2)
     damage(new / file, how)
@@ -210,7 +210,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_is_the_latest(tmp_path
     assert store.latest() is None
 
 
-def test_every_bit_flip_in_the_manifest_is_blamed_on_the_manifest(tmp_path):
+def test_r03_every_bit_flip_in_the_manifest_is_blamed_on_the_manifest(tmp_path):
     path = save(CheckpointStore(tmp_path, 1), 1) / "manifest.json"
     data = path.read_bytes()
     for position in range(len(data)):
@@ -228,7 +228,7 @@ def test_a_manifest_of_another_format_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_keeps_the_old_checkpoint_and_says_how_many_bytes(tmp_path, monkeypatch, call):
+def test_r02_r17_a_full_disk_keeps_the_old_checkpoint_and_says_how_many_bytes(tmp_path, monkeypatch, call):
     store = CheckpointStore(tmp_path, 1)
     save(store, 1)
     original = getattr(os, call)
@@ -255,7 +255,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_how_many_bytes(tmp_path, 
     assert names(tmp_path) == ["step-2"]
 
 
-def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path):
+def test_r17_a_file_size_limit_keeps_the_old_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path, 1)
     save(store, 1)
 
@@ -269,7 +269,7 @@ def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path):
     assert names(tmp_path) == ["step-3"]
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_r17_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, 1)
     save(store, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
@@ -279,7 +279,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     assert names(tmp_path) == ["step-1"]
 
 
-def test_what_is_needed_is_an_upper_bound_of_what_is_written(tmp_path, monkeypatch):
+def test_r17_what_is_needed_is_an_upper_bound_of_what_is_written(tmp_path, monkeypatch):
     tensors = {"w": {f"layer.{n}.weight": torch.zeros(3, n) for n in range(400)}}
     path = CheckpointStore(tmp_path, 1).save(1, tensors, {"history": list(range(1000))})
     written = sum(file.stat().st_size for file in path.iterdir())
@@ -324,7 +324,7 @@ def test_tensors_and_state_come_back_bitwise(tmp_path):
     assert torch.equal(checkpoint.tensors["all"]["the same again"], base)
 
 
-def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
+def test_r02_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "step-by-step").mkdir()
     (tmp_path / ".tmp-step-9-1").mkdir()
@@ -338,7 +338,7 @@ def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path):
     assert store.latest() == tmp_path / "step-11"
 
 
-def test_a_run_that_fell_back_is_not_pulled_forward_again(tmp_path, caplog):
+def test_r02_a_run_that_fell_back_is_not_pulled_forward_again(tmp_path, caplog):
     store = CheckpointStore(tmp_path, 2)
     for step in (10, 20, 30):
         save(store, step)
@@ -359,7 +359,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert names(tmp_path) == ["step-4"]
 
 
-def test_an_interrupt_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_r01_an_interrupt_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path / "new" / "checkpoints", 1)
 
     def interrupt(*_: object) -> None:
@@ -371,7 +371,7 @@ def test_an_interrupt_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     assert names(store.folder) == []
 
 
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
+def test_r02_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "checkpoints"
     with pytest.raises(ValueError, match="keep_checkpoints: got 0; expected 1 or more"):
         CheckpointStore(folder, 0)
@@ -387,7 +387,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
     assert not folder.exists()
 
 
-def test_a_folder_that_is_no_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+def test_r03_a_folder_that_is_no_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         CheckpointStore.load(tmp_path / "step-1")
 

@@ -77,7 +77,7 @@ def killed_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize("which", ["autoencoder", "text2img"])
-def test_killed_and_resumed_equals_uninterrupted(which, folder, vae, model, tmp_path, monkeypatch):
+def test_r04_killed_and_resumed_equals_uninterrupted(which, folder, vae, model, tmp_path, monkeypatch):
     def train():
         if which == "autoencoder":
             return train_autoencoder(monkeypatch, tmp_path / "again")

@@ -86,7 +86,7 @@ def test_the_quadratic_is_solved(tmp_path):
     assert progress.images == 800
 
 
-def test_resuming_twice_equals_not_stopping(tmp_path):
+def test_r04_resuming_twice_equals_not_stopping(tmp_path):
     straight, _, _ = train(tmp_path / "a", 9)
     for limit in (4, 7, 9):  # each stops a run that plans nine steps, by raising after its limit
 
@@ -115,7 +115,7 @@ def test_resuming_twice_equals_not_stopping(tmp_path):
     assert resumed.seen == straight.seen[7:]
 
 
-def test_accumulation_changes_nothing_but_rounding(tmp_path):
+def test_r10_accumulation_changes_nothing_but_rounding(tmp_path):
     whole, _, one = train(tmp_path / "a", 20)
     parts, _, four = train(tmp_path / "b", 20, gradient_accumulation_steps=4)
     assert one.global_step == four.global_step == 20
@@ -123,7 +123,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     assert main[0] == pytest.approx(main[1], abs=1e-6)
 
 
-def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path):
+def test_r08_a_non_finite_step_changes_nothing_and_is_counted(tmp_path):
     clean, _, _ = train(tmp_path / "a", 4)
     at_stop, _, progress = train(tmp_path / "b", 5, poison=[17])  # position 17 is in the fifth step
     assert progress.skipped_steps == 1
@@ -133,7 +133,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path):
     assert not torch.equal(weights(clean), weights(at_stop))  # another schedule: the comparison above is not empty
 
 
-def test_many_non_finite_steps_stop_the_run(tmp_path):
+def test_r08_many_non_finite_steps_stop_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="in a row"):
         train(tmp_path, 50, poison=range(12, 400))
     _, _loop, progress = train(tmp_path, 50)  # what is left is the last good state, and it goes on

@@ -178,7 +178,7 @@ def images(folder):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_becomes_the_pixels_that_its_format_defines(name, images):
+def test_r14_a_file_becomes_the_pixels_that_its_format_defines(name, images):
     (found,) = images.pictures_of([name])
     values, expected = images.pixel_values(found).numpy(), in_minus_one_to_one(FILES[name].meant)
     if FILES[name].tolerance:
@@ -217,7 +217,7 @@ def turned_file():
 
 
 @pytest.mark.parametrize("kind", ["parquet of datasets", "parquet with bytes", "parquet with structs", "dataset"])
-def test_a_picture_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_path):
+def test_r14_a_picture_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_path):
     file, expected = turned_file()
     held = file if kind == "parquet with bytes" else {"bytes": file, "path": "a.png"}
     if kind in ("dataset", "parquet of datasets"):

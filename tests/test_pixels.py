@@ -17,30 +17,30 @@ def grey16(value):
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
-def test_16_bit_grey_is_scaled_not_clipped(value, expected):
+def test_r14_16_bit_grey_is_scaled_not_clipped(value, expected):
     assert rgb_at(to_rgb(grey16(value))) == (expected,) * 3
     as_int = Image.fromarray(np.full((4, 4), value, np.int32), mode="I")
     assert rgb_at(to_rgb(as_int)) == (expected,) * 3
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.5, 128), (1.0, 255), (200.0, 200)])
-def test_float_grey_is_read_from_0_to_1_or_to_255(value, expected):
+def test_r14_float_grey_is_read_from_0_to_1_or_to_255(value, expected):
     assert rgb_at(to_rgb(Image.fromarray(np.full((4, 4), value, np.float32)))) == (expected,) * 3
 
 
 @pytest.mark.parametrize(("background", "expected"), [("white", (255, 127, 127)), ("black", (128, 0, 0))])
-def test_alpha_is_composited_on_the_background(background, expected):
+def test_r14_alpha_is_composited_on_the_background(background, expected):
     half_red = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert np.abs(np.subtract(rgb_at(to_rgb(half_red, background)), expected)).max() <= 1  # alpha is 128/255
 
 
-def test_hidden_colour_under_full_transparency_never_shows():
+def test_r14_hidden_colour_under_full_transparency_never_shows():
     hidden = Image.new("RGBA", (4, 4), (0, 255, 0, 0))
     assert rgb_at(to_rgb(hidden)) == (255, 255, 255)
     assert rgb_at(to_rgb(Image.new("LA", (4, 4), (0, 0)))) == (255, 255, 255)
 
 
-def test_palette_transparency_is_seen():
+def test_r14_palette_transparency_is_seen():
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
     assert rgb_at(to_rgb(palette)) == (10, 20, 30)
@@ -48,14 +48,14 @@ def test_palette_transparency_is_seen():
     assert rgb_at(to_rgb(palette)) == (255, 255, 255)
 
 
-def test_cmyk_one_bit_and_grey():
+def test_r14_cmyk_one_bit_and_grey():
     assert rgb_at(to_rgb(Image.new("CMYK", (4, 4), (0, 255, 255, 0)))) == (255, 0, 0)
     assert rgb_at(to_rgb(Image.new("1", (4, 4), 1))) == (255, 255, 255)
     assert rgb_at(to_rgb(Image.new("L", (4, 4), 77))) == (77, 77, 77)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_once(orientation):
+def test_r14_exif_orientation_is_applied_once(orientation):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[0, 0] = 255  # top left
     stored = {
@@ -75,19 +75,19 @@ def test_exif_orientation_is_applied_once(orientation):
     assert np.array_equal(np.asarray(to_rgb(once)), upright)
 
 
-def test_a_pixel_bomb_is_refused_before_it_is_decoded(monkeypatch):
+def test_r13_a_pixel_bomb_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(pixels, "MAX_PIXELS", 15)
     with pytest.raises(ValueError, match="4x4 pixels"):
         to_rgb(Image.new("RGB", (4, 4)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (300, 2), (10, 10), (64, 64), (5, 8)])
-def test_every_shape_becomes_the_square(size):
+def test_r16_every_shape_becomes_the_square(size):
     assert resize_and_crop(Image.new("RGB", size, (9, 8, 7)), 8).size == (8, 8)
     assert rgb_at(resize_and_crop(Image.new("RGB", size, (9, 8, 7)), 8), 3, 3) == (9, 8, 7)
 
 
-def test_the_crop_is_the_middle():
+def test_r16_the_crop_is_the_middle():
     wide = Image.new("RGB", (24, 8), "black")
     wide.paste((255, 255, 255), (8, 0, 16, 8))
     assert np.asarray(resize_and_crop(wide, 8))[:, 2:6].min() > 200

@@ -5,7 +5,7 @@ from ldm.data.positions import generator, permuted, sample_index, step_positions
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 64, 1000])
-def test_every_sample_stands_exactly_once_in_every_epoch(length):
+def test_r05_every_sample_stands_exactly_once_in_every_epoch(length):
     for epoch in range(3):
         positions = range(epoch * length, (epoch + 1) * length)
         assert sorted(sample_index(7, p, length) for p in positions) == list(range(length))
@@ -30,7 +30,7 @@ def test_an_index_outside_the_range_is_refused():
 
 
 @pytest.mark.parametrize(("micro_steps", "world"), [(1, 1), (4, 1), (1, 2), (2, 2)])
-def test_processes_and_micro_steps_share_a_step_without_gap_or_overlap(micro_steps, world):
+def test_r20_processes_and_micro_steps_share_a_step_without_gap_or_overlap(micro_steps, world):
     taken = [
         p
         for step in (3, 4)
@@ -41,7 +41,7 @@ def test_processes_and_micro_steps_share_a_step_without_gap_or_overlap(micro_ste
     assert taken == list(range(24, 40))
 
 
-def test_a_batch_size_that_cannot_be_shared_is_refused():
+def test_r20_a_batch_size_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="multiple of 3"):
         step_positions(0, 8, 0, 1, 0, 3)
 

@@ -73,7 +73,7 @@ def clean(tmp_path):
     return folder, write_folder(folder, 30)
 
 
-def test_everything_that_is_wrong_is_found_and_nothing_else(spoiled):
+def test_r11_r12_r13_r15_everything_that_is_wrong_is_found_and_nothing_else(spoiled):
     folder, expected = spoiled
     report = report_of(folder, workers=2)
     assert found(report) == expected
@@ -215,7 +215,7 @@ def test_many_equal_looks_take_bounded_time():
     assert len(pairs) < 1000 * 64
 
 
-def test_a_training_lists_every_offender_and_stops(spoiled):
+def test_r11_r12_a_training_lists_every_offender_and_stops(spoiled):
     folder, expected = spoiled
     with pytest.raises(ValueError, match=r"leave them out with data\.on_bad_data: skip") as error:
         checked_source(config(folder))
@@ -226,7 +226,7 @@ def test_a_training_lists_every_offender_and_stops(spoiled):
         assert where not in str(error.value)
 
 
-def test_a_training_finds_what_only_decoding_shows_before_it_begins(clean):
+def test_r11_a_training_finds_what_only_decoding_shows_before_it_begins(clean):
     folder, rows = clean
     for row in rows[:2]:
         path = folder / row["file_name"]
@@ -236,7 +236,7 @@ def test_a_training_finds_what_only_decoding_shows_before_it_begins(clean):
     assert len(checked_source(config(folder, on_bad_data="skip"))) == 28
 
 
-def test_a_training_can_leave_out_what_is_bad_and_counts_it(spoiled, caplog):
+def test_r11_a_training_can_leave_out_what_is_bad_and_counts_it(spoiled, caplog):
     folder, expected = spoiled
     bad = set().union(*(places for kind, places in expected.items() if kind not in NOT_STOPPING))
     chosen = config(folder, on_bad_data="skip", batch_size=10, image_size=8)
@@ -277,7 +277,7 @@ def test_nothing_good_is_an_error_even_when_skipping(clean):
 
 
 @pytest.mark.parametrize(("script", "stage"), [(train_vae, "vae"), (train_text2img, "text2img")])
-def test_the_entry_scripts_stop_before_they_begin(script, stage, spoiled, tmp_path, monkeypatch):
+def test_r11_r12_the_entry_scripts_stop_before_they_begin(script, stage, spoiled, tmp_path, monkeypatch):
     arguments = [
         "--config",
         f"configs/tiny/{stage}.yaml",
@@ -338,7 +338,7 @@ def test_a_split_folder_is_read_alone(tmp_path):
         build_source(config(empty))
 
 
-def test_a_pipe_is_no_picture_and_is_not_waited_for(clean):
+def test_r11_a_pipe_is_no_picture_and_is_not_waited_for(clean):
     folder, _ = clean
     (folder / "0000.png").unlink()
     os.mkfifo(folder / "0000.png")
@@ -352,7 +352,7 @@ def table_of(tmp_path, cells):
     return DataConfig(source="parquet", path=str(tmp_path), held_out_percent=0.0)
 
 
-def test_rows_of_a_table_are_checked_as_well(tmp_path):
+def test_r11_r15_rows_of_a_table_are_checked_as_well(tmp_path):
     rng = np.random.default_rng(0)
     whole = [encoded(noise_picture(rng), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
     cells = [{"bytes": data, "path": None} for data in whole]
@@ -381,16 +381,16 @@ def test_s05_a_table_cannot_read_files_beside_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, "", "text", ["one", None], ("zwölf", "日本"), []])
-def test_captions_without_fault(value):
+def test_r15_captions_without_fault(value):
     assert caption_fault(value) is None
 
 
 @pytest.mark.parametrize("value", [1, 1.5, True, {}, [1], ["a", "\udcff"], b"bytes", [["nested"]]])
-def test_captions_with_a_fault(value):
+def test_r15_captions_with_a_fault(value):
     assert caption_fault(value)
 
 
-def test_a_bomb_costs_no_memory(tmp_path):
+def test_r13_a_bomb_costs_no_memory(tmp_path):
     """12000 x 12000 grey pixels are 144 MB decoded and 432 MB in RGB."""
     pack = zlib.compressobj(1)
     rows = b"".join(pack.compress(bytes(12001)) for _ in range(12000)) + pack.flush()

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ldm.training.checkpoint import CheckpointStore
 from ldm.training.resume_check import STEPS as HALF
 from ldm.training.resume_check import differences
 
-from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, run, start
+from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, loaders_killed, run, start
 
 VAE = ("--config", "configs/tiny/vae.yaml", *QUICK, "--data.limit", 24)
 STAGE = ("--config", "configs/tiny/text2img.yaml", *QUICK, "--data.limit", 24)
@@ -66,6 +69,42 @@ def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, par
 )
 def test_r04_a_killed_and_resumed_autoencoder_equals_one_that_was_not(kills, more, tmp_path):
     check_kills("train_vae.py", (*VAE, *more), kills, tmp_path)
+
+
+def test_r05_over_kills_every_picture_is_trained_on_exactly_once_an_epoch(tmp_path):
+    for step in (2, 3, 4, 7):
+        killing = [Fault(killed, step)]
+        process = start("train_vae.py", (*VAE, "--output_dir", tmp_path / "run"), tmp_path / "log", killing)
+        assert ended(process) == KILLED
+    run("train_vae.py", (*VAE, "--output_dir", tmp_path / "run"), tmp_path / "log")
+    trained = ledger(tmp_path / "run")
+    for first in (0, EPOCH):
+        pictures = [picture for step in range(first, first + EPOCH) for _, picture, _ in trained[step]]
+        assert len(pictures) == len(set(pictures)) == 24
+    assert [position for samples in trained.values() for position, _, _ in samples] == list(range(8 * STEPS))
+
+
+def test_r06_what_is_exported_is_the_average_and_validating_changes_nothing(parts, tmp_path):
+    """`parts` validated at steps 4 and 8; here is a training that never does before its end."""
+    arguments = (*STAGE, *space(parts), "--loop.validate_every_steps", 1000)
+    run("train_text2img.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log")
+    one, two = (CheckpointStore.load(f / "checkpoints" / f"step-{STEPS}") for f in (parts / "stage", tmp_path / "run"))
+    for group in one.tensors:
+        assert all(torch.equal(one.tensors[group][name], two.tensors[group][name]) for name in one.tensors[group])
+    (exported,) = (parts / "stage" / "model" / "unet").glob("*.safetensors")
+    for name, tensor in load_file(exported).items():
+        assert torch.equal(tensor, one.tensors["denoiser-average"][f"denoiser.{name}"])
+    assert not torch.equal(tensor, one.tensors["denoiser-weights"][f"denoiser.{name}"])
+
+
+def test_r18_a_training_whose_loader_process_dies_ends_and_is_resumed_exactly(tmp_path):
+    arguments = (*VAE, "--data.workers", 2)
+    dying = [Fault(loaders_killed, 4)]
+    assert ended(start("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log", dying)) == 1
+    assert "The loader processes were at the pictures [" in (tmp_path / "log").read_text()
+    run("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log")
+    run("train_vae.py", (*arguments, "--output_dir", tmp_path / "whole"), tmp_path / "log-whole")
+    assert list(differences(tmp_path / "whole", tmp_path / "run")) == []
 
 
 def check_kills(script, arguments, kills, folder):

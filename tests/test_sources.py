@@ -93,7 +93,7 @@ def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
         build_source(DataConfig(**config, caption_column="txet"))
 
 
-def test_a_picture_that_cannot_be_read_names_its_file(tmp_path):
+def test_r11_a_picture_that_cannot_be_read_names_its_file(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png")
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])

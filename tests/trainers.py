@@ -56,6 +56,11 @@ def broken() -> None:
     raise ValueError("broken on purpose")
 
 
+def loaders_killed() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def gone() -> None:
     os._exit(0)
 
@@ -141,6 +146,7 @@ def _run(script: str, words: list[str], log: str, faults: list[Fault], environme
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # one thread: two trainings run side by side
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # the system's own, as in a training that a user starts
     sys.argv = [script, *words]
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for output in (sys.stdout, sys.stderr):
