@@ -29,7 +29,7 @@ def portable(tree: Any) -> Any:
         return {key: portable(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [portable(value) for value in tree]
-    if not isinstance(tree, str) or tree.startswith("package:"):
+    if not isinstance(tree, str):
         return tree
     if _ADDRESS.match(tree):
         return _without_secrets(tree)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_s01_where_safetensors_are_missing_it_is_said_and_no_pickle_is_loaded(wh
     part, load = LOADERS[what]
     plant(model / part, marker)
     weights(model / part).unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(OSError, match=r"no file named \S*\.safetensors"):
         load(model)
     assert not marker.exists()
 
@@ -314,8 +315,10 @@ def downloads(hub):
     return [request for request in hub.requests if "/resolve/" in request]
 
 
-def revisions(hub):
-    return {request.split("/resolve/")[1].split("/")[0] for request in downloads(hub)}
+def revisions(hub, name):
+    """The revisions that were asked for, of files and of the repository."""
+    assert f"GET /api/models/{name}" not in hub.requests, "it was asked for the newest"
+    return set(re.findall(f"/{name}/(?:resolve|revision)/([^/\n]+)", "\n".join(hub.requests)))
 
 
 @pytest.mark.parametrize("what", ["pipeline", "component"])
@@ -336,16 +339,33 @@ def test_s02_a_hub_model_is_fetched_at_the_revision_that_is_asked_for(hub, model
     build_network({"pretrained": "me/vae@v1.2"}, "space.autoencoder")
     build_network({"pretrained": "me/vae", "revision": "v1.2"}, "space.autoencoder")
     load_image_encoder("me/vision@v1.2")
-    commits = {repository.sha for repository in hub.repositories.values()}
-    assert {"v1.2"} <= revisions(hub) <= {"v1.2"} | commits
+    for part in ("text_encoder", "tokenizer"):
+        upload(model / part, "me/text")
+    load_text_encoder("me/text@v1.2", LENGTH)
+    for name in ("me/vae", "me/vision", "me/text"):
+        assert {"v1.2"} <= revisions(hub, name) <= {"v1.2", hub.repositories[name].sha}
     with pytest.raises(ValueError, match=r"denoiser\.revision: given twice"):
         build_network({"pretrained": "me/vae@a", "revision": "b"}, "denoiser")
     hub.requests.clear()
     upload(model, "me/model")
     sample("me/model@v1.2", tmp_path)
     commit = hub.repositories["me/model"].sha
-    assert revisions(hub) == {"v1.2", commit}
+    assert revisions(hub, "me/model") == {"v1.2", commit}
+    assert "GET /api/models/me/model/revision/v1.2" not in hub.requests, "a branch may move after it was looked at"
     assert [request for request in downloads(hub) if "/v1.2/" in request][-1].endswith("model_index.json")
+
+
+def test_s02_a_data_set_is_fetched_at_the_revision_that_is_asked_for(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options["revision"]))
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConnectionError):
+        build_source(DataConfig(source="dataset", path="me/birds@v1.2"))
+    assert asked == [("me/birds", "v1.2")]
 
 
 def test_s02_revisions_are_told_from_paths(tmp_path, monkeypatch):
