@@ -12,7 +12,8 @@ MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT
 PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
-    "ldm.config_file": {"ldm.config"},
+    "ldm.config_check": {"ldm.config"},
+    "ldm.config_file": {"ldm.config", "ldm.config_check"},
     "ldm.schedule": {"ldm.config"},
     "ldm.variational": {"ldm.schedule"},
     "ldm.objective": {"ldm.config", "ldm.schedule", "ldm.variational"},
@@ -20,8 +21,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.provenance": set(),
     "ldm.card": {"ldm.config", "ldm.config_file", "ldm.provenance"},
     "ldm.hub": {"ldm.card", "ldm.provenance"},
-    "ldm.models": {"ldm.config", "ldm.schedule"},
-    "ldm.data": {"ldm.config"},
+    "ldm.models": {"ldm.config", "ldm.config_check", "ldm.schedule"},
+    "ldm.data": {"ldm.config", "ldm.config_check"},
     "ldm.spaces": {"ldm.config", "ldm.models"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models"},
     "ldm.training": {
         "ldm.config",
+        "ldm.config_check",
         "ldm.config_file",
         "ldm.data",
         "ldm.objective",

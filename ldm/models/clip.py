@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ldm.config_check import explained
+
 
 class ImageEncoder(nn.Module):
     """A vision model with projection, from our pictures to its embeddings; frozen."""
@@ -46,10 +48,11 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.network(normalised.to(self.network.dtype)).image_embeds.float())
 
 
-def load_image_encoder(pretrained: str) -> ImageEncoder:
-    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name."""
+def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
+    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name; ConfigError names `where`."""
     inside = Path(pretrained) / "image_encoder"
-    network = CLIPVisionModelWithProjection.from_pretrained(
-        str(inside) if inside.is_dir() else pretrained, use_safetensors=True
-    )
+    with explained(where):
+        network = CLIPVisionModelWithProjection.from_pretrained(
+            str(inside) if inside.is_dir() else pretrained, use_safetensors=True
+        )
     return ImageEncoder(network)
