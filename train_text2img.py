@@ -17,6 +17,7 @@ from ldm.stage import build_stage, pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
+from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
 from ldm.training.steps import DiffusionStep
@@ -26,10 +27,10 @@ from pipelines.text2img import TextToImagePipeline
 STATISTICS_PICTURES = 4096
 
 
+@exit_on_config_error()
 def main() -> None:
     """Train, validate, save the pipeline folder, push it if asked to."""
-    with exit_on_config_error():
-        config = load_config(StageConfig)
+    config = load_config(StageConfig)
     if config.resume_check:
         return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
@@ -40,6 +41,7 @@ def main() -> None:
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)
         stage = build_stage(config, images.captions("train"), pictures)
         step = DiffusionStep(stage, run, config.optim.ema_decay)
+        rehearse(step, images, config)
         encoded = None
         if config.data.cache:
             encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
@@ -52,6 +54,7 @@ def main() -> None:
         pipeline.set_progress_bar_config(disable=True)
 
         validation = Validation(config, images, step, pipeline, run)
+        validation.rehearse()
         model = ModelFolder(config, run, loop, train, pipeline.save_pretrained)
         loop.fit(
             partial(training_batches, train),

@@ -19,15 +19,16 @@ from ldm.training.autoencoding import measuring_distance, reconstruction_report,
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
+from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
 from ldm.training.steps import AutoencoderStep
 
 
+@exit_on_config_error()
 def main() -> None:
     """Train, validate, bring the latents to unit scale, save, push if asked to."""
-    with exit_on_config_error():
-        config = load_config(AutoencoderConfig)
+    config = load_config(AutoencoderConfig)
     if config.resume_check:
         return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
@@ -38,8 +39,9 @@ def main() -> None:
             refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
         train = PositionDataset(images, "train", config.seed)
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
-        autoencoder = build_network(config.autoencoder, "autoencoder")
+        autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
+        rehearse(step, images, config)
         record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")

@@ -76,6 +76,8 @@ def sample(
         trust_remote_code: Run the pipeline code that came with the model.
 
     """
+    if not -(2**62) <= seed <= 2**62:
+        raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     pipeline = load_pipeline(model, trust_remote_code)
     written = []
@@ -198,7 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     if chosen.subcommand == "sample":
-        sample(**arguments)
+        try:
+            sample(**arguments)
+        except ValueError as error:
+            sys.exit(str(error))
     elif chosen.subcommand == "evaluate":
         evaluate(**arguments)
     elif chosen.subcommand == "push":

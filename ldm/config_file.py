@@ -23,6 +23,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from .config import Network
+from .config_check import ConfigError, faults, shown
 from .places import portable
 
 __all__ = [
@@ -37,10 +38,6 @@ __all__ = [
 
 T = TypeVar("T")
 Tree = dict[str, Any]
-
-
-class ConfigError(ValueError):
-    """What is wrong with a config: a line for each problem, with its path."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -66,6 +63,8 @@ def _load_yaml(text: str, place: str = "value") -> Any:
     """Return what the text says; an error names the place and the line but quotes nothing, it may be a secret."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        raise ConfigError(f"{place}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -104,7 +103,7 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
         sys.exit(0)
     problems: list[str] = []
     config = _build(kind, _read_tree(kind, words), "", problems)
-    if config is None:
+    if config is None or (problems := list(faults(config))):
         raise ConfigError("\n".join(problems))
     return config
 
@@ -273,11 +272,11 @@ def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) 
 def _complaint(hint: Any, value: Any) -> str:
     """Return what is wrong with a value, with the choice nearest to it; what a container holds stays out of it."""
     kind = type(value).__name__
-    got = f"a {kind} of {len(value)}" if isinstance(value, dict | list) else f"{value!r:.80}"
+    got = f"a {kind} of {len(value)}" if isinstance(value, dict | list) else shown(value)
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         meant = difflib.get_close_matches(str(value), choices, n=1)
         return f"got {got}; choose from {', '.join(choices)}" + (f"; did you mean {meant[0]!r}?" if meant else "")
-    shown = got if value is None or isinstance(value, dict | list) else f"{got} ({kind})"
+    typed = got if value is None or isinstance(value, dict | list) else f"{got} ({kind})"
     name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-    return f"got {shown}; expected {name}"
+    return f"got {typed}; expected {name}"

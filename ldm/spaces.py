@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.config import SpaceConfig
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
-from ldm.models.network import build_network, weights_hash
+from ldm.models.network import AUTOENCODERS, build_network, weights_hash
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def build_space(config: SpaceConfig, pictures: Callable[[], Tensor] | None = Non
             raise ValueError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")
         if pictures is None:
             raise ValueError("an embedding space needs training pictures for its statistics")
-        return EmbeddingSpace(load_image_encoder(config.image_encoder), pictures())
+        return EmbeddingSpace(load_image_encoder(config.image_encoder, "space.image_encoder"), pictures())
     if config.autoencoder is None:
         raise ValueError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
-    network = build_network({"pretrained": config.autoencoder}, "space.autoencoder")
+    network = build_network({"pretrained": config.autoencoder}, "space.autoencoder", AUTOENCODERS)
     return LatentSpace(network.float())

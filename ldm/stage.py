@@ -18,7 +18,7 @@ from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
 from ldm.config import ConditionersConfig, StageConfig
 from ldm.models.clip import load_image_encoder
-from ldm.models.network import build_network, keep_statistics, prepare_denoiser
+from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objective import Objective
 from ldm.spaces import Space, build_space
@@ -83,7 +83,7 @@ def build_stage(config: StageConfig, captions: Sequence[str], pictures: Callable
     torch.manual_seed(config.seed)
     space = build_space(config.space, pictures)
     conditioners = build_conditioners(config.conditioners, captions)
-    denoiser = build_network(config.denoiser, "denoiser")
+    denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
     if space.statistics is not None:
         keep_statistics(denoiser, *space.statistics)
@@ -101,7 +101,8 @@ def build_conditioners(config: ConditionersConfig, captions: Sequence[str]) -> d
     if (label := config.label) is not None:
         conditioners["label"] = LabelConditioner(label.num_classes, label.dropout)
     if (image := config.image) is not None:
-        conditioners["image"] = ImageConditioner(load_image_encoder(image.pretrained), image.null, image.dropout)
+        image_encoder = load_image_encoder(image.pretrained, "conditioners.image.pretrained")
+        conditioners["image"] = ImageConditioner(image_encoder, image.null, image.dropout)
     if (low_res := config.low_res) is not None:
         conditioners["low_res"] = LowResConditioner(low_res.image_size, low_res.noise_timesteps)
     if (frames := config.frames) is not None:

@@ -1,6 +1,5 @@
 """What a text-to-image call accepts: one check, one form."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -9,6 +8,12 @@ import torch
 
 MAX_PIXELS = 2**24
 """Of one picture. Attention and decoding need memory in proportion, or to the square of it."""
+
+MAX_PICTURES = 4096
+"""Of one call."""
+MAX_GUIDANCE = 1e6
+MAX_LATENT = 1e6
+"""Of a value in latents or embeddings; float32 ends at 3e38, and the denoiser squares what it is given."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -66,6 +71,8 @@ def check_inputs(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: torch.Tensor | None,
     output_type: str,
+    return_dict: bool,
+    callback_on_step_end: object,
     callback_on_step_end_tensor_inputs: Sequence[str],
 ) -> Inputs:
     """Return the call's inputs in one form; ValueError, with what came and what is allowed, if any is unusable."""
@@ -79,20 +86,24 @@ def check_inputs(
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
     whole_number("num_inference_steps", num_inference_steps, *limits.inference_steps)
-    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale: got {guidance_scale!r}; expected a finite number >= 0 (<= 1: no guidance)")
-    whole_number("num_images_per_prompt", num_images_per_prompt, 1, None)
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: got {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
-    if unknown := [name for name in callback_on_step_end_tensor_inputs if name not in limits.callback_tensors]:
+    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale <= MAX_GUIDANCE:
         raise ValueError(
-            f"callback_on_step_end_tensor_inputs: got {unknown}; expected some of {', '.join(limits.callback_tensors)}"
+            f"guidance_scale: got {shown(guidance_scale)}; expected a finite number >= 0 and at most {MAX_GUIDANCE:g} "
+            "(<= 1: no guidance)"
         )
+    whole_number("num_images_per_prompt", num_images_per_prompt, 1, None)
+    if count * num_images_per_prompt > MAX_PICTURES:
+        raise ValueError(
+            f"num_images_per_prompt: got {shown(num_images_per_prompt)} for {count} prompts; expected at most "
+            f"{MAX_PICTURES} pictures in a call"
+        )
+    _check_output(limits, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
     rows, columns = _latent_size(limits, height, width)
     shape = (count * num_images_per_prompt, limits.latent_channels, rows, columns)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
+    _check_values("latents", latents)
     return Inputs(
         prompt=prompts,
         negative_prompt=_negatives(negative_prompt, count),
@@ -133,7 +144,37 @@ def whole_number(name: str, value: int, low: int, high: int | None) -> None:
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         allowed = f"from {low} to {high}" if high is not None else f">= {low}"
-        raise ValueError(f"{name}: got {value!r}; expected a whole number {allowed}")
+        raise ValueError(f"{name}: got {shown(value)}; expected a whole number {allowed}")
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut to 80 characters; its type if Python does not write it."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # a whole number of more than 4300 digits
+        return type(value).__name__
+
+
+def _check_output(
+    limits: Limits, output_type: object, return_dict: object, callback: object, tensors: Sequence[str]
+) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: got {shown(output_type)}; expected one of {', '.join(OUTPUT_TYPES)}")
+    if not isinstance(return_dict, bool):
+        raise ValueError(f"return_dict: got {shown(return_dict)}; expected True or False")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end: got {shown(callback)}; expected a function")
+    several = isinstance(tensors, list | tuple)
+    unknown = (
+        [name for name in tensors if not isinstance(name, str) or name not in limits.callback_tensors]
+        if several
+        else tensors
+    )
+    if not several or unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs: got {shown(unknown)}; expected some of "
+            f"{', '.join(limits.callback_tensors)}, in a list"
+        )
 
 
 def _latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
@@ -144,18 +185,20 @@ def _latent_size(limits: Limits, height: int | None, width: int | None) -> tuple
         if value % factor:
             below = value // factor * factor
             raise ValueError(
-                f"{name}: {value} pixels is not a multiple of the autoencoder's factor {factor}; "
-                f"{below} and {below + factor} are"
+                f"{name}: {shown(value)} pixels is not a multiple of the autoencoder's factor {factor}; "
+                f"{shown(below)} and {shown(below + factor)} are"
             )
     if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"height * width: got {size[0]} * {size[1]} pixels; expected at most {MAX_PIXELS}")
+        raise ValueError(
+            f"height * width: got {shown(size[0])} * {shown(size[1])} pixels; expected at most {MAX_PIXELS}"
+        )
     return size[0] // factor, size[1] // factor
 
 
 def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | None, int | None, int | None]) -> None:
     if embeds is None:
         return
-    if not torch.is_tensor(embeds) or embeds.ndim != 3 or not len(embeds):
+    if not torch.is_tensor(embeds) or embeds.ndim != 3 or not embeds.numel():
         came = tuple(embeds.shape) if torch.is_tensor(embeds) else type(embeds).__name__
         raise ValueError(f"{name}: got {came}; expected a tensor of shape (prompts, tokens, width)")
     prompts, tokens, width = expected
@@ -165,6 +208,16 @@ def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | 
         )
     if prompts not in (None, embeds.shape[0]) or tokens not in (None, embeds.shape[1]):
         raise ValueError(f"{name}: got {tuple(embeds.shape)}; expected {prompts} prompts of {tokens} tokens")
+    _check_values(name, embeds)
+
+
+def _check_values(name: str, tensor: torch.Tensor | None) -> None:
+    if tensor is None:
+        return
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{name}: got {tensor.dtype}, {tensor.layout} on {tensor.device}; expected dense floats")
+    if not tensor.abs().max() <= MAX_LATENT:  # NaN is not
+        raise ValueError(f"{name}: has values that are NaN, infinite or beyond {MAX_LATENT:g}")
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str] | None:

@@ -144,6 +144,8 @@ class TextToImagePipeline(
             generator=generator,
             latents=latents,
             output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale, self._interrupt = guidance_scale, False

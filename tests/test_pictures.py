@@ -151,3 +151,9 @@ def test_wrong_input_is_refused() -> None:
         image_grid(images / 255)
     with pytest.raises(ValueError, match="columns is 0"):
         image_grid(images, columns=0)
+
+
+@pytest.mark.parametrize("letter", ["x", "x ", "\u200d", "\u0301", "e\u0301"])
+def test_a_caption_without_end_makes_no_sheet_without_end(letter: str) -> None:
+    images = pictures(1)
+    assert contact_sheet([letter * 100_000], images).height < 1500

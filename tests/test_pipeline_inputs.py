@@ -135,3 +135,41 @@ def test_long_prompts_are_cut_with_one_short_warning(pipe, caplog, prompt):
 def test_a_prompt_that_just_fits_is_no_warning(pipe, caplog):
     arrays(pipe, "x" * (LENGTH - 2), steps=1)
     assert not caplog.records
+
+
+UNUSABLE_TOO = {  # found by tests/fuzzing.py
+    "guidance_scale huge": ({"guidance_scale": 10**400}, "guidance_scale: got 1000"),
+    "guidance_scale 1e300": ({"guidance_scale": 1e300}, "guidance_scale: got 1e.300; .* at most 1e.06"),
+    "steps of 5000 digits": ({"steps": 10**5000}, "num_inference_steps: got int; expected a whole number from 1"),
+    "height of 5000 digits": ({"height": 10**5000}, "height . width: got int . 16 pixels"),
+    "images 10**9": ({"num_images_per_prompt": 10**9}, "num_images_per_prompt: got 1000000000 .* at most 4096"),
+    "latents nan": ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents: has values that are NaN, infinite"),
+    "latents huge": ({"latents": torch.full((1, 4, 8, 8), 1e30)}, "latents: has values that are .* beyond 1e.06"),
+    "latents complex": ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.complex64)}, "latents: got torch.complex64"),
+    "latents of no numbers": ({"latents": torch.empty(1, 4, 8, 8, device="meta")}, "latents: got .* on meta"),
+    "embeds inf": (
+        {"prompt": None, "prompt_embeds": torch.full((1, 4, WIDTH), float("inf"))},
+        "prompt_embeds: has values that are NaN, infinite",
+    ),
+    "embeds int": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 4, WIDTH).long()},
+        "prompt_embeds: got torch.int64",
+    ),
+    "embeds of no tokens": ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, WIDTH)}, r"prompt_embeds: got \(1, 0"),
+    "output_type array": ({"output_type": np.array(["pil", "np"])}, "output_type: got array"),
+    "output_type list": ({"output_type": ["np"]}, "output_type: got ..np..; expected one of"),
+    "return_dict array": ({"return_dict": np.ones(2)}, "return_dict: got array.* expected True or False"),
+    "callback 5": ({"callback_on_step_end": 5}, "callback_on_step_end: got 5; expected a function"),
+    "tensor inputs None": ({"callback_on_step_end_tensor_inputs": None}, "tensor_inputs: got None; expected some of"),
+    "tensor inputs text": ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs: got 'latents'; expected"),
+    "tensor inputs [[]]": ({"callback_on_step_end_tensor_inputs": [[]]}, "tensor_inputs: got ....; expected"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE_TOO)
+def test_junk_is_refused_by_name_and_the_next_call_is_as_ever(pipe, case):
+    usual = arrays(pipe)
+    call, message = UNUSABLE_TOO[case]
+    with pytest.raises(ValueError, match=message):
+        arrays(pipe, **call)
+    assert np.array_equal(arrays(pipe), usual)

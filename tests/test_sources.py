@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm.config import DataConfig
+from ldm.config_check import ConfigError
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.openmoji import OpenMoji
 from ldm.data.sources import build_source
@@ -140,3 +141,9 @@ def test_openmoji_holds_the_committed_lists_out_of_training(openmoji):
 def test_an_unknown_language_is_refused():
     with pytest.raises(ValueError, match="no captions in \\['xx'\\]; choose from en"):
         OpenMoji(32, ("en", "xx"))
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path):
+    for source in ("dataset", "parquet"):
+        with pytest.raises(ConfigError, match=r"^data\.path, data\.split: "):
+            build_source(DataConfig(source=source, path=str(tmp_path / "nowhere")))

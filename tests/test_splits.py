@@ -65,3 +65,9 @@ def test_the_hash_names_what_is_held_out(tmp_path):
     first = split(tmp_path, test=["cat"]).held_out_hash
     assert split(tmp_path, test=["cat again"]).held_out_hash == first  # the same picture
     assert split(tmp_path, test=["dog"]).held_out_hash != first
+
+
+def test_a_list_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "test").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"data\.held_out\.test: .*: not text in UTF-8 at byte 3"):
+        split_pictures(HASHES, CAPTIONS.__getitem__, {"test": str(tmp_path / "test")}, 2.0)

@@ -15,7 +15,8 @@ PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.eval
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
     "ldm.places": set(),
-    "ldm.config_file": {"ldm.config", "ldm.places"},
+    "ldm.config_check": {"ldm.config"},
+    "ldm.config_file": {"ldm.config", "ldm.config_check", "ldm.places"},
     "ldm.schedule": {"ldm.config"},
     "ldm.variational": {"ldm.schedule"},
     "ldm.objective": {"ldm.config", "ldm.schedule", "ldm.variational"},
@@ -23,8 +24,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.provenance": set(),
     "ldm.card": {"ldm.config", "ldm.config_file", "ldm.places", "ldm.provenance"},
     "ldm.hub": {"ldm.card", "ldm.places", "ldm.provenance"},
-    "ldm.models": {"ldm.config", "ldm.places", "ldm.schedule"},
-    "ldm.data": {"ldm.config", "ldm.places"},
+    "ldm.models": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.schedule"},
+    "ldm.data": {"ldm.config", "ldm.config_check", "ldm.places"},
     "ldm.spaces": {"ldm.config", "ldm.models"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",
+        "ldm.config_check",
         "ldm.config_file",
         "ldm.data",
         "ldm.objective",

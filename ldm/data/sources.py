@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.config import DataConfig
+from ldm.config_check import explained
 from ldm.data.folder import METADATA, FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
@@ -87,15 +88,16 @@ def build_source(config: DataConfig) -> Source:
     import datasets
 
     root: str | None = os.path.realpath(config.path)  # pictures that are files beside the table must lie in it
-    if config.source == "parquet":
-        files = sorted(map(str, Path(config.path).glob("*.parquet"))) if Path(config.path).is_dir() else config.path
-        table = datasets.load_dataset("parquet", data_files=files, split=config.split)
-    elif Path(config.path).is_dir():
-        table = datasets.load_from_disk(config.path)
-        table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
-    else:
-        name, revision = pinned(config.path)
-        table, root = datasets.load_dataset(name, split=config.split, **revision), None
+    with explained("data.path, data.split"):
+        if config.source == "parquet":
+            files = sorted(map(str, Path(config.path).glob("*.parquet"))) if Path(config.path).is_dir() else config.path
+            table = datasets.load_dataset("parquet", data_files=files, split=config.split)
+        elif Path(config.path).is_dir():
+            table = datasets.load_from_disk(config.path)
+            table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            name, revision = pinned(config.path)
+            table, root = datasets.load_dataset(name, split=config.split, **revision), None
     return RowSource(TableRows(table, *columns, root=root))
 
 

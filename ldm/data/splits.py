@@ -52,11 +52,21 @@ def split_pictures(
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """Return the captions in a file, a line each, empty lines left out."""
+    """Return the captions in a file, a line each, empty lines left out; ValueError if it is not UTF-8."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no file of captions at {file}; paths are relative to where the command is run")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not text in UTF-8 at byte {error.start}") from None
+
+
+def _listed(split: str, path: str) -> list[str]:
+    try:
+        return read_captions(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"data.held_out.{split}: {error}") from None
 
 
 def _by_caption(
@@ -64,7 +74,7 @@ def _by_caption(
 ) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for name in ("validation", "test"):  # a caption in both files is a test caption
-        wanted |= dict.fromkeys(read_captions(held_out[name]) if name in held_out else [], name)
+        wanted |= dict.fromkeys(_listed(name, held_out[name]) if name in held_out else [], name)
     owner: dict[str, str] = {}
     found: set[str] = set()
     for index, value in enumerate(hashes):

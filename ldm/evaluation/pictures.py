@@ -23,6 +23,9 @@ CELL_WIDTH = 128
 MARGIN = 12
 """Pixels around a sheet and between its columns."""
 
+MAX_LETTERS = 300
+"""Of a caption on a sheet."""
+
 FONT_SIZE = 14
 LINE_HEIGHT = 18
 """Pixels."""
@@ -55,7 +58,7 @@ def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, c
     `generated` and `true` are (N, H, W, 3). Pictures narrower than 128 pixels are enlarged by a whole factor,
     each pixel repeated; none is changed otherwise. `columns` pairs stand side by side, the rows labelled
     "generated" and "true". The built-in font has plain Latin letters only: accents are left out, letters
-    of other scripts are boxes.
+    of other scripts are boxes. Of a caption of more than 300 letters the rest is left out.
     """
     _check(generated, "generated", columns)
     if generated.shape != true.shape or len(captions) != len(generated):
@@ -127,8 +130,9 @@ def _enlarge(image: NDArray[np.uint8], factor: int) -> Image.Image:
 
 
 def _plain(caption: str) -> str:
-    letters = unicodedata.normalize("NFD", caption)
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+    letters = unicodedata.normalize("NFD", caption[: 4 * MAX_LETTERS])
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return plain if len(plain) <= MAX_LETTERS and len(caption) <= 4 * MAX_LETTERS else f"{plain[:MAX_LETTERS]}..."
 
 
 def _width(text: str, font: Font) -> int:

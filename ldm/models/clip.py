@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ldm.config_check import explained
 from ldm.models.foreign import refuse_strange_shards
 from ldm.places import pinned
 
@@ -49,13 +50,17 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.network(normalised.to(self.network.dtype)).image_embeds.float())
 
 
-def load_image_encoder(pretrained: str) -> ImageEncoder:
-    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name, ``@revision`` included."""
-    name, revision = pinned(pretrained)
-    inside = Path(name) / "image_encoder"
-    folder = str(inside) if inside.is_dir() else name
-    refuse_strange_shards(folder)
-    network = CLIPVisionModelWithProjection.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, **revision
-    )
+def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
+    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name, ``@revision`` included.
+
+    ConfigError names `where`.
+    """
+    with explained(where):
+        name, revision = pinned(pretrained)
+        inside = Path(name) / "image_encoder"
+        folder = str(inside) if inside.is_dir() else name
+        refuse_strange_shards(folder)
+        network = CLIPVisionModelWithProjection.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, **revision
+        )
     return ImageEncoder(network)

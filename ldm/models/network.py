@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from ldm.config_check import ConfigError, explained
 from ldm.models.foreign import refuse_strange_shards
 from ldm.places import pinned
 
-ALLOWED = (
-    "AutoencoderKL",
-    "VQModel",
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+DENOISERS = (
     "UNet2DModel",
     "UNet2DConditionModel",
     "PriorTransformer",
@@ -35,48 +37,70 @@ LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
 """What those that denoise call theirs."""
 
 
-def build_network(network: dict[str, Any], where: str) -> nn.Module:
+def build_network(
+    network: dict[str, Any], where: str, classes: Collection[str] = (*AUTOENCODERS, *DENOISERS)
+) -> nn.Module:
     """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
 
-    `network` holds ``_class_name`` and arguments of that class's ``__init__``; or ``pretrained`` (folder or Hub name,
-    ``user/name@revision`` too), optionally with ``revision`` and ``subfolder``, whose own config names the class.
-    `where` is the config path that errors name. Raises ValueError.
+    `network` holds ``_class_name``, one of `classes`, and arguments of that class's ``__init__``; or ``pretrained``
+    (folder or Hub name, ``user/name@revision`` too), optionally with ``revision`` and ``subfolder``, whose own config
+    names the class. Raises ConfigError, which names the config path `where`.
     """
     keys = dict(network)
-    name = keys.pop("_class_name", None)
-    if "pretrained" in keys:
-        keys["pretrained"], revision = pinned(str(keys["pretrained"]))
+    folder, name = keys.pop("pretrained", None), keys.pop("_class_name", None)
+    if folder is not None:
+        refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
+        folder, revision = pinned(str(folder))
         if revision and "revision" in keys:
-            raise ValueError(f"{where}.revision: given twice; leave it out, or the @ in {where}.pretrained")
+            raise ConfigError(f"{where}.revision: given twice; leave it out, or the @ in {where}.pretrained")
         keys |= revision
-    if name is None and "pretrained" in keys:
-        place = {key: keys[key] for key in ("revision", "subfolder") if key in keys}
-        name = diffusers.UNet2DModel.load_config(keys["pretrained"], **place).get("_class_name")
-    if name not in ALLOWED:
-        raise ValueError(f"{where}._class_name: got {name!r}; choose from {', '.join(ALLOWED)}")
+        if name is None:
+            with explained(where):
+                name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
+    if name not in classes:
+        raise ConfigError(f"{where}._class_name: got {name!r}; choose from {', '.join(classes)}")
     kind = getattr(diffusers, name)
-    if "pretrained" in keys:
-        folder = keys.pop("pretrained")
-        _refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
-        refuse_strange_shards(Path(folder, keys.get("subfolder") or ""))
-        # low_cpu_mem_usage would leave parameters that the folder lacks on the meta device
-        loaded: nn.Module = kind.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True, **keys)
+    if folder is not None:
+        with explained(where):
+            refuse_strange_shards(Path(folder, keys.get("subfolder") or ""))
+            # low_cpu_mem_usage would leave parameters that the folder lacks on the meta device
+            loaded: nn.Module = kind.from_pretrained(folder, low_cpu_mem_usage=False, use_safetensors=True, **keys)
         return loaded
-    allowed = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    _refuse_unknown(keys, allowed, where, f"of {name}")
-    try:
-        network_: nn.Module = kind(**keys)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {name} refuses these values: {error}") from error
-    return network_
+    refuse_unknown(keys, set(inspect.signature(kind.__init__).parameters) - {"self"}, where, f"of {name}")
+    return built(lambda: kind(**keys), where, name)
 
 
-def _refuse_unknown(keys: dict[str, Any], allowed: set[str], where: str, what: str) -> None:
+def built(build: Callable[[], nn.Module], where: str, name: str) -> nn.Module:
+    """Return what `build` builds, a network called `name`.
+
+    It is built on the meta device first, without weights: whatever a library makes of impossible values, and weights
+    that this machine's memory cannot hold, are a ConfigError, which names the config path `where`.
+    """
+    with explained(f"{where}: {name} refuses these values"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            network = build()
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if (needed := 4 * parameters) > (memory := memory_bytes()):
+            raise ConfigError(
+                f"{where}: {name} with these values has {parameters:,} parameters, which need "
+                f"{needed / 2**30:,.1f} GiB; this machine has {memory / 2**30:,.1f} GiB of memory"
+            )
+    with explained(where):
+        return build()
+
+
+def memory_bytes() -> int:
+    """Return the size of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str, what: str) -> None:
+    """Raise ConfigError if one of the keys at `where` is not `allowed`, with the allowed one it is nearest to."""
     for key in keys:
         if key not in allowed:
             close = difflib.get_close_matches(key, sorted(allowed), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where}.{key}: no such field {what}{hint}")
+            raise ConfigError(f"{where}.{key}: no such field {what}{hint}")
 
 
 def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:

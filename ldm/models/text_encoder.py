@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from ldm.config import TextConfig
+from ldm.config_check import ConfigError, explained
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
+from ldm.models.network import built, refuse_unknown
 from ldm.places import pinned
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -93,21 +95,19 @@ def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.
     tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     keys = dict(config.encoder)
     name = keys.pop("_class_name", "CLIPTextModel")
+    where = "conditioners.text.encoder"
     if name != "CLIPTextModel":
-        raise ValueError(f"conditioners.text.encoder._class_name: got {name!r}; from scratch, expected CLIPTextModel")
-    if unknown := sorted(set(keys) - set(inspect.signature(CLIPTextConfig).parameters)):
-        raise ValueError(f"conditioners.text.encoder.{unknown[0]}: no such field of CLIPTextConfig")
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            **keys,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=config.max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    return encoder, tokenizer
+        raise ConfigError(f"{where}._class_name: got {name!r}; from scratch, expected CLIPTextModel")
+    ours = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": config.max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    allowed = set(inspect.signature(CLIPTextConfig).parameters) - ours.keys()
+    refuse_unknown(keys, allowed, where, "of CLIPTextConfig, or one that the tokenizer decides")
+    return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
 
 
 def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]:
@@ -122,14 +122,15 @@ def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]
     encoder_folder = tokenizer_folder = resolve(name)
     if (Path(encoder_folder) / "text_encoder").is_dir():
         encoder_folder, tokenizer_folder = f"{encoder_folder}/text_encoder", f"{tokenizer_folder}/tokenizer"
-    refuse_strange_shards(encoder_folder)
+    where = "conditioners.text.pretrained"
     options = {"trust_remote_code": False, **revision}  # not given: transformers asks at the terminal, and y runs it
-    with own_code_refused("conditioners.text.pretrained", pretrained):
+    with explained(where), own_code_refused(where, pretrained):
+        refuse_strange_shards(encoder_folder)
         found = AutoConfig.from_pretrained(encoder_folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
-    clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
-    kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
-    encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)
+        clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
+        kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
+        encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
         raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")

@@ -74,6 +74,7 @@ def _train(script: str, arguments: Sequence[str], folder: Path) -> None:
         "push_to_hub": "null",
         "push_every_steps": "null",
         "push_private": "false",
+        "optim.warmup_steps": STEPS // 2,  # more would leave no step for a decay
         "loop.max_train_steps": 2 * STEPS,
         "loop.max_train_epochs": "null",
         "loop.max_train_seconds": "null",

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ldm.config import StageConfig
+from ldm.config_check import ConfigError, explained
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
@@ -51,6 +52,27 @@ class Validation:
     def _gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
         return self.images.gallery()
 
+    def rehearse(self) -> None:
+        """Take one step of a sampling of `num_inference_steps`, and decode it.
+
+        Raises:
+            ConfigError: the pipeline refuses, or its pictures have another size than those that they are compared with.
+
+        """
+        size = self.images.config.image_size
+
+        def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipeline._interrupt = True
+            return {}
+
+        with explained("validation or denoiser.sample_size"):
+            found = self._sample([""], callback_on_step_end=stop).shape[1:3]
+        if found != (size, size):
+            raise ConfigError(
+                f"denoiser.sample_size: pictures are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
+                f"{size}; set it to what the space makes of {size} pixels"
+            )
+
     def __call__(self, global_step: int) -> None:
         """Measure, log, draw."""
         metrics = self.step.held_out_losses(self.batch, LEVELS)
@@ -71,11 +93,12 @@ class Validation:
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
-    def _sample(self, captions: Sequence[str]) -> NDArray[np.uint8]:
+    def _sample(self, captions: Sequence[str], **more: Any) -> NDArray[np.uint8]:
         return sample_pictures(
             self.pipeline,
             captions,
             self.seed,
+            **more,
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
         )

@@ -1,0 +1,106 @@
+"""Whether wrong configs, arguments and captions, thousands of them, break a contract: python -m benchmarks.fuzz."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+SHARES = {
+    "config files": 0.1,
+    "configs": 0.3,
+    "trainings": 0.3,
+    "pipeline arguments": 0.15,
+    "captions": 0.1,
+    "ldm sample": 0.05,
+}
+"""Of all examples."""
+PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "jsonargparse", "pyyaml", "pillow", "hypothesis")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("examples", nargs="?", type=int, default=10_000, help="in all; at least 1 an area")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--out", default="docs/fuzz.json", help="file for the result")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "LDM_CACHE": f"{folder}/cache"}
+        areas = fuzz(folder, arguments.examples, arguments.seed)
+    found = {
+        "examples": sum(area["examples"] for area in areas.values()),
+        "failures": sum(area["failures"] for area in areas.values()),
+        "seconds": round(sum(area["seconds"] for area in areas.values()), 1),
+        "areas": areas,
+        "seed": arguments.seed,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
+    sys.exit(1 if found["failures"] else 0)
+
+
+def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
+    """Return for each area how many examples were drawn, how many kinds of failure there were, and the seconds."""
+    import torch
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import seed as seeded
+    from tqdm.auto import tqdm
+
+    from tests.fuzzing import Bench, area
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    bench, results = Bench(folder), {}
+    for name, share in SHARES.items():
+        strategy, check = area(name, bench)
+        count, began, drawn = max(1, round(examples * share)), time.perf_counter(), 0
+        with tqdm(total=count, desc=name, unit="example", mininterval=1, file=sys.stderr) as bar:
+
+            @seeded(seed)
+            @settings(
+                max_examples=count,
+                database=None,
+                deadline=None,
+                print_blob=False,
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(strategy)
+            def one(case, check=check, bar=bar):
+                nonlocal drawn
+                drawn += 1
+                bar.update()
+                check(case)
+
+            failures = 0
+            try:
+                one()
+            except Exception as error:  # whatever a check let through, shrunk by hypothesis
+                failures = len(error.exceptions) if isinstance(error, ExceptionGroup) else 1
+                logging.disable(logging.NOTSET)
+                logging.getLogger("fuzz").exception("%s: a contract is broken", name)
+                logging.disable(logging.CRITICAL)
+        seconds = round(time.perf_counter() - began, 1)
+        results[name] = {"examples": drawn, "failures": failures, "seconds": seconds}
+    return results
+
+
+def commit() -> str:
+    """Return the commit that was fuzzed, with a mark if files have been changed since."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    return told.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What no run can be made of: ranges of the numbers in `ldm.config`, contradictions, and the error that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from PIL import ImageColor
+
+from ldm.config import (
+    AutoencoderConfig,
+    ConditionersConfig,
+    DataConfig,
+    FramesConfig,
+    ImageConfig,
+    LabelConfig,
+    LoopConfig,
+    LowResConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ReconstructionConfig,
+    SpaceConfig,
+    StageConfig,
+    TextConfig,
+    ValidationConfig,
+)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a config: a line for each problem, with its path."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers from `low` to `high`, both included unless `above` or `below`; never NaN."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether a number is one of them."""
+        return self.low <= value <= self.high and not (
+            (self.above and value == self.low) or (self.below and value == self.high)
+        )
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.high == math.inf:
+            kind = "a finite number" if self.below else "a number"
+            return f"{kind} above {self.low:g}" if self.above else f"{kind}, {self.low:g} or more"
+        high = f"below {self.high:g}" if self.below else f"{self.high:.10g}"
+        return f"a number above {self.low:g}, to {high}" if self.above else f"a number from {self.low:g} to {high}"
+
+
+FINITE = Numbers(-math.inf, math.inf, above=True, below=True)
+POSITIVE = Numbers(0, math.inf, above=True, below=True)
+WEIGHT = Numbers(0, math.inf, below=True)
+SHARE = Numbers(0, 1, below=True)
+COUNT = Numbers(1, 2**31 - 1)
+COUNT_OR_NONE = Numbers(0, 2**31 - 1)
+PIXELS = Numbers(1, 8192)
+SEED = Numbers(-(2**62), 2**62)
+SHARED = {"seed": SEED, "push_every_steps": COUNT}
+RANGES: dict[type[Any], dict[str, Numbers]] = {
+    DataConfig: {
+        "image_size": PIXELS,
+        "limit": COUNT,
+        "held_out_percent": Numbers(0, 50, below=True),  # as many again are for test
+        "batch_size": Numbers(1, 2**20),
+        "workers": Numbers(0, 1024),
+        "timeout_seconds": Numbers(1, 1e7),
+    },
+    SpaceConfig: {},
+    # below 514 there is no entry for every byte; begin, end and a token between them
+    TextConfig: {"vocab_size": Numbers(514, 2**20), "max_length": Numbers(3, 2**16), "dropout": SHARE},
+    LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
+    ImageConfig: {"dropout": SHARE},
+    LowResConfig: {"image_size": PIXELS, "noise_timesteps": Numbers(0, 1000)},
+    FramesConfig: {"num_frames": Numbers(2, 2**20), "max_context": COUNT, "dropout": SHARE},
+    ConditionersConfig: {},
+    ObjectiveConfig: {
+        "num_train_timesteps": Numbers(1, 10**6),
+        "logit_mean": FINITE,
+        "logit_std": POSITIVE,
+        "min_snr_gamma": POSITIVE,
+        "variational_weight": POSITIVE,
+    },
+    ReconstructionConfig: {
+        "l1_weight": WEIGHT,
+        "l2_weight": WEIGHT,
+        "kl_weight": WEIGHT,
+        "perceptual_weight": WEIGHT,
+        "adversarial_weight": WEIGHT,
+        "discriminator_start_step": COUNT_OR_NONE,
+        "discriminator_channels": Numbers(4, 1024),
+        "discriminator_layers": Numbers(1, 10),
+    },
+    OptimConfig: {
+        "learning_rate": POSITIVE,
+        "betas": SHARE,
+        "eps": Numbers(1e-37, math.inf, below=True),  # less is 0 in float32, and 0 / 0 the first update
+        "weight_decay": WEIGHT,
+        "max_grad_norm": Numbers(0, math.inf, above=True),  # infinity: gradients are not clipped
+        "warmup_steps": COUNT_OR_NONE,
+        "final_fraction": Numbers(0, 1),
+        "ema_decay": SHARE,
+    },
+    LoopConfig: {
+        "max_train_steps": COUNT,
+        "max_train_epochs": Numbers(0, 1e9, above=True),
+        "max_train_seconds": Numbers(0, 1e9, above=True),
+        "gradient_accumulation_steps": COUNT,
+        "log_every_steps": COUNT,
+        "save_every_steps": COUNT,
+        "keep_checkpoints": COUNT,
+        "process_timeout_seconds": Numbers(1, 1e7),
+        "validate_every_steps": COUNT,
+    },
+    ValidationConfig: {
+        "num_images": COUNT,
+        "num_inference_steps": COUNT,
+        "guidance_scale": Numbers(0, 1e6),
+        "loss_images": COUNT,
+        "retrieval_images": COUNT_OR_NONE,
+    },
+    StageConfig: SHARED,
+    AutoencoderConfig: SHARED,
+}
+"""Of each number of each part; of each entry, where a field holds several."""
+
+FILES = ("output_dir", "path", "held_out", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
+"""Fields that name files."""
+NETWORKS = {(StageConfig, "denoiser"), (AutoencoderConfig, "autoencoder"), (TextConfig, "encoder")}
+NAMES = ("_class_name", "pretrained", "revision", "subfolder")
+"""Keys of a network that are no arguments of it."""
+MAX_LAYERS = 1000
+MAX_DEPTH = 4
+"""Lists in lists that a network's value may have."""
+
+
+def faults(config: Any, path: str = "") -> Iterator[str]:
+    """Yield a line ``path: what is wrong`` for each value of a config that no run can be made of.
+
+    What only building or trying the parts shows is found there, before training: see `explained`.
+    """
+    ranges = RANGES.get(type(config))
+    for field in fields(config):
+        value, at = getattr(config, field.name), f"{path}.{field.name}" if path else field.name
+        if value is None:
+            continue
+        if is_dataclass(value):
+            yield from faults(value, at)
+        elif (type(config), field.name) in NETWORKS:
+            yield from _network_faults(value, at)
+        elif ranges is not None:
+            allowed = ranges.get(field.name)
+            for entry in value if isinstance(value, tuple) else [value]:
+                if allowed is not None and entry not in allowed:
+                    yield f"{at}: got {shown(value)}; expected {allowed}"
+                    break
+            yield from _text_faults(value, at, field.name in FILES)
+    yield from _contradictions(config, path)
+
+
+def _contradictions(config: Any, path: str) -> Iterator[str]:
+    """Yield what single values do not show."""
+    if isinstance(config, DataConfig):
+        try:
+            ImageColor.getrgb(config.background)
+        except ValueError:
+            colour = shown(config.background)
+            yield f"{path}.background: got {colour}; expected a colour that PIL knows, such as white or #ffffff"
+    elif isinstance(config, FramesConfig) and config.max_context >= config.num_frames:
+        yield f"{path}.max_context: got {config.max_context} of num_frames {config.num_frames}; expected fewer"
+    elif isinstance(config, StageConfig | AutoencoderConfig):
+        batch, optim, loop = config.data.batch_size, config.optim, config.loop
+        parts = {"loop.gradient_accumulation_steps": loop.gradient_accumulation_steps}
+        if isinstance(config, StageConfig) and config.conditioners.frames:
+            parts["conditioners.frames.num_frames"] = config.conditioners.frames.num_frames
+        for name, part in parts.items():
+            if part > 0 and batch % part:
+                yield f"data.batch_size: got {batch}; expected a multiple of {name}, {part}"
+        if optim.decay != "constant" and 0 < (loop.max_train_steps or math.inf) <= optim.warmup_steps:
+            yield (
+                f"optim.warmup_steps: got {optim.warmup_steps} of loop.max_train_steps {loop.max_train_steps}, which "
+                f"leaves none for optim.decay {optim.decay}; expected fewer, or optim.decay: constant"
+            )
+    if isinstance(config, StageConfig):
+        most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
+        if steps > most:
+            yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
+
+
+def _text_faults(value: object, at: str, files: bool) -> Iterator[str]:
+    """Yield what is wrong with texts: empty ones, which are easily taken for none, and those that no file can hold."""
+    if isinstance(value, Mapping):
+        value = tuple(text for pair in value.items() for text in pair)
+    texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+    if any(not text or _unwritable(text) for text in texts):
+        yield f"{at}: expected text of at least one character, without NUL and lone surrogates; null for none"
+    elif files and any(map(_too_long, texts)):
+        yield f"{at}: a name of more than 255 bytes, which no file has"
+
+
+def _network_faults(network: Mapping[Any, Any], at: str) -> Iterator[str]:
+    """Yield what no network has among its keys; what the others mean, only building it shows."""
+    for key, value in network.items():
+        if not isinstance(key, str) or not key or _unwritable(key):
+            yield f"{at}: got the key {shown(key)}; expected the name of an argument"
+        elif key in NAMES and not (isinstance(value, str) and value):
+            if value is not None or key in ("_class_name", "pretrained"):
+                yield f"{at}.{key}: got {type(value).__name__}; expected a name"
+        elif key == "pretrained" and _too_long(value):
+            yield f"{at}.{key}: a name of more than 255 bytes, which no file has"
+        elif reason := _value_fault(value, "layers" in key):
+            yield f"{at}.{key}: {reason}"
+
+
+def _value_fault(value: object, layers: bool, depth: int = 0) -> str | None:
+    """Return why a value of a network is none; values stay out of it, since the key may be unknown."""
+    if isinstance(value, list | tuple) and depth < MAX_DEPTH:
+        return next((reason for entry in value if (reason := _value_fault(entry, layers, depth + 1))), None)
+    if isinstance(value, str):
+        return "text with NUL or lone surrogates" if _unwritable(value) else None
+    if isinstance(value, bool | None):
+        return None
+    if not isinstance(value, int | float):
+        return f"got a {type(value).__name__}; expected a number, text, true, false, null, or a list of those"
+    if not -(2**53) <= value <= 2**53:
+        return "not a finite number, or one beyond 2**53"
+    return f"more than {MAX_LAYERS} layers" if layers and value > MAX_LAYERS else None
+
+
+def _unwritable(text: str) -> bool:
+    return "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _too_long(path: str) -> bool:
+    return any(len(name.encode()) > 255 for name in path.split("/"))
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut to 80 characters; whole numbers beyond Python's own limit as hex."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return f"{value:#x}"[:80] if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turn whatever a library makes of a config's values into a `ConfigError` that begins with the path `where`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # libraries raise every kind
+        said = " ".join(str(error).split())[:500] or "no reason given"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(said if said.startswith(where) else f"{where}: {kind}{said}") from error

@@ -1,0 +1,62 @@
+"""One step before the first: what a config's parts make of each other is seen before anything has cost time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+
+import torch
+
+from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config_check import ConfigError, explained
+from ldm.data.batches import Batch, CaptionedImages, Sample, collate
+from ldm.models.autoencoder import fold_statistics
+from ldm.training.autoencoding import reconstruction_report
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+
+
+def rehearse(
+    step: DiffusionStep | AutoencoderStep, images: CaptionedImages, config: StageConfig | AutoencoderConfig
+) -> None:
+    """Compute the losses of the first training pictures, two or one clip of them; no weight and no draw is changed.
+
+    Of an autoencoder also what validation and saving need.
+
+    Raises:
+        ConfigError: the parts do not fit together or give a loss that is not finite.
+
+    """
+    frames = config.conditioners.frames if isinstance(config, StageConfig) else None
+    batch = first_batch(images, frames.num_frames if frames else 2)
+    if isinstance(config, StageConfig):
+        parts, start = "denoiser, space, conditioners, objective", 0
+    else:
+        parts, start = "autoencoder, reconstruction", config.reconstruction.discriminator_start_step
+    where = f"{parts}, data.image_size {config.data.image_size}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explained(f"{where} do not fit together"))
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(step.run.attention())
+        for forward in step.forwards.values():
+            stack.enter_context(step.run.accelerator.no_sync(forward))
+        losses = {name: float(loss.detach()) for name, loss in step.losses(batch, start).items()}
+        if isinstance(step, AutoencoderStep):
+            reconstruction_report(step.averaged, batch, num_images=2)
+            channels = torch.ones(step.latent_channels)
+            fold_statistics(copy.deepcopy(step.averaged), 0 * channels, channels)
+    if wrong := [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]:
+        raise ConfigError(f"{where}: the first losses are not finite ({', '.join(wrong)})")
+
+
+def first_batch(images: CaptionedImages, count: int) -> Batch:
+    """Return the first `count` pictures of the training split with their first captions, repeated if need be."""
+    train = images.splits["train"]
+    rows = [train[position % len(train)] for position in range(count)]
+    captions = [next(iter(images.source.captions(row)), "") for row in rows]
+    return collate(
+        [
+            Sample(position, row, caption, images.source.class_label(row), images.pixel_values(row))
+            for position, (row, caption) in enumerate(zip(rows, captions, strict=True))
+        ]
+    )

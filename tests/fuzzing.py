@@ -1,0 +1,704 @@
+"""Wrong configs, wrong arguments and odd captions, and what must hold of each: `tests.test_fuzz`, `benchmarks.fuzz`.
+
+A check takes what a strategy drew and raises AssertionError, or lets an exception through, where the contract is
+broken: whatever is wrong is refused by an error of our own that names it, and what is not refused works.
+"""
+
+import copy
+import inspect as inspect_module
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import diffusers
+import numpy as np
+import torch
+import yaml
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm import cli
+from ldm.conditioners.text import TextConditioner
+from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config_file import ConfigError, load_config, save_config
+from ldm.data.batches import CaptionedImages
+from ldm.data.inspection import inspect
+from ldm.data.preflight import caption_fault, checked_source
+from ldm.data.rows import texts
+from ldm.data.sources import build_source
+from ldm.evaluation.pictures import contact_sheet
+from ldm.models import network
+from ldm.models.network import build_network, set_attention_and_memory
+from ldm.models.scheduler import build_scheduler
+from ldm.models.text_encoder import train_tokenizer
+from ldm.provenance import refuse_leak
+from ldm.stage import build_stage, pretrained_parts
+from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
+from ldm.training.progress import planned_steps
+from ldm.training.record import run_record
+from ldm.training.rehearsal import rehearse
+from ldm.training.run import refuse_missing_trackers
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+from ldm.training.validation import Validation
+from pipelines import inputs
+from pipelines.text2img import TextToImagePipeline
+
+from . import tiny_pipeline
+from .picture_folders import noise_picture, write_metadata
+from .tiny_stages import CLASSES, PIXELS, save_parts, stages
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+SECRET = "hunter2-do-not-print"
+CAPTIONS = ("men with bunny ears", "woman astronaut medium-dark skin tone", "keycap 3")
+MEMORY = 2**26
+"""Bytes that networks may take here: larger ones are refused as on a machine that small."""
+SIZE = 64
+"""Pixels, tokens, frames beyond which a config that was taken is not tried out."""
+
+# ---- junk ----
+
+EDGES = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    5,
+    7,
+    33,
+    200,
+    10**9,
+    2**31,
+    2**63,
+    10**30,
+    -(2**63),
+    True,
+    False,
+    0.5,
+    -0.5,
+    2.0,
+    1e-300,
+    1e308,
+)
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+ODD_TEXTS = ("", " ", "no", "null", "whyte", "../..", "a\0b", "\ud800", "1e-4", "[0.1", "{a: 1", "cuda:7", "x" * 300)
+numbers = st.sampled_from(EDGES) | st.sampled_from(NOT_FINITE) | st.integers() | st.floats()
+odd_texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=12)
+scalars = st.none() | numbers | odd_texts
+lists = st.lists(scalars, max_size=4)
+few = st.lists(st.sampled_from([0, 1, 2, 4, 8, 16, -1, 7, 2.5, 10**9]) | scalars, min_size=2, max_size=2)
+junk = scalars | lists | st.lists(lists, max_size=2) | st.dictionaries(odd_texts, scalars | lists, max_size=3)
+
+
+def path_of(error):
+    """The file in which an exception was raised."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def is_ours(error):
+    """Whether an exception was raised by this project and not by what it is built on."""
+    file = path_of(error)
+    return file.is_relative_to(ROOT / "ldm") or file.is_relative_to(ROOT / "pipelines")
+
+
+def names_path(message, path):
+    """Whether a message names a dotted path, or a part that the path is in."""
+    parts = path.split(".")
+    ancestors = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    printed = [one.encode("utf-8", "backslashreplace").decode() for one in ancestors]
+    return any(re.search(rf"(?<![\w.]){re.escape(one)}(?!\w)", message) for one in {*ancestors, *printed} if one)
+
+
+# ---- configs ----
+
+
+class Shades:
+    """Captioned pictures, one of them transparent, that no file holds."""
+
+    fingerprint = "shades"
+    names = None
+
+    def __len__(self):
+        return 40
+
+    def image(self, index):
+        picture = noise_picture(np.random.default_rng(index), 16)
+        if index == 0:
+            picture.putalpha(128)
+        return picture
+
+    def captions(self, index):
+        return (CAPTIONS[index % 3],)
+
+    all_captions = captions
+
+    def class_label(self, index):
+        return index % CLASSES
+
+
+class OneProcess:
+    """What a `Run` is to the parts that it trains, without its folder, trackers and accelerator."""
+
+    device, is_main = torch.device("cpu"), True
+
+    def __init__(self, config):
+        self.seed, self.config = config.seed, config.loop
+        self.accelerator = SimpleNamespace(
+            mixed_precision="no", no_sync=lambda _: nullcontext(), reduce=lambda tensor, reduction: tensor
+        )
+
+    def prepare(self, module):
+        return module
+
+    def switch(self, part):
+        loop = self.config
+        set_attention_and_memory(part, gradient_checkpointing=loop.gradient_checkpointing, xformers=loop.xformers)
+
+    def attention(self):
+        return nullcontext()
+
+
+class Bench:
+    """A folder to work in, the configs that are broken, the pipeline that is called."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.parts = self.folder / "parts"
+        save_parts(self.parts)
+        self.trees = {f"{file.parent.name}/{file.stem}": _whole(yaml.safe_load(file.read_text())) for file in CONFIGS}
+        self.small = {"tiny vae": _whole(_small_autoencoder(yaml.safe_load(CONFIGS[-1].read_text())))}
+        for name, tree in stages(self.parts).items():
+            common = {
+                "output_dir": "out",
+                "data": {"image_size": PIXELS, "batch_size": 4, "held_out_percent": 20.0},
+                "loop": {"max_train_steps": 50},
+            }
+            self.small[name] = _whole({**copy.deepcopy(tree), **common, "validation": {"num_inference_steps": 3}})
+        self.pipeline = tiny_pipeline.pipeline()
+        self.usual = tiny_pipeline.arrays(self.pipeline, steps=2)
+        self.tokenizer = train_tokenizer(CAPTIONS, 560, 12)
+        self.pictures = self.folder / "pictures"
+        self.pictures.mkdir()
+        for number in range(4):
+            noise_picture(np.random.default_rng(number), 16).save(self.pictures / f"{number}.png")
+
+
+def kind_of(tree):
+    return AutoencoderConfig if "autoencoder" in tree else StageConfig
+
+
+def _small_autoencoder(tree):
+    tree["data"] |= {"image_size": PIXELS, "held_out": {}, "held_out_percent": 20.0}
+    tree["autoencoder"] |= {"sample_size": PIXELS}
+    tree["reconstruction"] |= {"adversarial": "hinge", "discriminator_channels": 8, "discriminator_layers": 1}
+    return tree
+
+
+def _whole(tree):
+    """The tree with every field, and every argument of its networks, that it leaves to its default."""
+    for key in ("denoiser", "autoencoder"):
+        if "_class_name" in tree.get(key, {}):
+            tree[key] = _defaults(getattr(diffusers, tree[key]["_class_name"])) | tree[key]
+    file = Path(os.environ["LDM_CACHE"]) / "whole.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(tree))
+    return json.loads(json.dumps(asdict(load_config(kind_of(tree), ["--config", str(file)]))))
+
+
+def _defaults(kind):
+    """The arguments of a network's class that have a default."""
+    arguments = inspect_module.signature(kind.__init__).parameters.values()
+    given = {one.name: one.default for one in arguments if one.default is not one.empty}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def paths(tree, above=()):
+    """Every path of a tree: leaves and whole parts."""
+    for key, value in tree.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, key))
+
+
+def config_cases(trees, overrides=True):
+    """Strategy: name of a tree, what is done (replace, misspell, add, delete, override), where, and a value."""
+    kinds = [*["replace"] * 7, "misspell", "add", "delete"] + ["override"] * 3 * overrides
+    return st.sampled_from(sorted(trees)).flatmap(
+        lambda name: st.tuples(
+            st.just(name),
+            st.sampled_from(kinds),
+            st.sampled_from(sorted(paths(trees[name]))),
+            numbers | few | junk,
+            st.sampled_from(["q", "_x", " ", "-"]),
+        )
+    )
+
+
+def changed(tree, kind, path, value, letters):
+    """The changed tree, the path that an error must name, whether a key is unknown, and words for the command line."""
+    tree = copy.deepcopy(tree)
+    *parents, key = path
+    part = tree
+    for parent in parents:
+        part = part[parent]
+    dotted, words, unknown = ".".join(map(str, path)), [], False
+    if kind == "replace":
+        part[key] = value
+    elif kind == "delete":
+        del part[key]
+    elif kind == "override":
+        words = [f"--{dotted}={as_text(value)}"]
+    else:
+        wrong = f"{key}{letters}"
+        if kind == "misspell":
+            del part[key]
+        part[wrong] = {"token": SECRET} if isinstance(value, dict) else SECRET
+        dotted, unknown = ".".join([*map(str, parents), wrong]), True
+    return tree, dotted, unknown, words
+
+
+def as_text(value):
+    """A value as it stands on a command line."""
+    text = (
+        value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...")
+    )
+    return text.strip()
+
+
+def check_config(bench, case):
+    """A broken config is refused by a `ConfigError` that names the place, or read; a secret is never printed."""
+    name, kind, path, value, letters = case
+    trees = bench.trees | bench.small
+    tree, dotted, unknown, words = changed(trees[name], kind, path, value, letters)
+    config = _loaded(bench, trees[name], tree, dotted, words)
+    if unknown and not _any_key(path):
+        assert "no such field" in config
+    return config
+
+
+def _any_key(path):
+    """Whether the path is in a mapping whose keys are not those of a dataclass."""
+    above = path[:-1]
+    return bool({"denoiser", "autoencoder", "held_out", "keywords"} & {*above}) or above[:3] == (
+        "conditioners",
+        "text",
+        "encoder",
+    )
+
+
+def _loaded(bench, whole, tree, dotted, words):
+    file = bench.folder / "changed.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    try:
+        config = load_config(kind_of(whole), ["--config", str(file), *words])
+    except ConfigError as error:
+        assert SECRET not in str(error)
+        assert names_path(str(error), dotted), f"{dotted} is not named in: {error}"
+        return str(error)
+    assert is_dataclass(config)
+    return config
+
+
+def check_training(bench, case):
+    """What is read of a broken config can be trained with, or is refused by our own error that names the place."""
+    name, kind, path, value, letters = case
+    config = check_config(bench, case)
+    if isinstance(config, str) or _large(config):
+        return
+    _, dotted, unknown, _ = changed(bench.small[name], kind, path, value, letters)
+    try:
+        with patch.object(network, "memory_bytes", lambda: MEMORY), torch.random.fork_rng():
+            prepare(config, bench, name)
+    except Exception as error:
+        assert is_ours(error), f"{path_of(error)}: {type(error).__name__}: {error}"
+        assert SECRET not in str(error)
+        assert names_path(str(error), dotted), f"{dotted} is not named in: {error}"
+    else:
+        assert not unknown, f"{dotted} was taken"
+
+
+def _large(config):
+    """Whether a sound config needs more time or memory than a check may take."""
+    sizes = [config.data.image_size]
+    if isinstance(config, StageConfig):
+        parts = config.conditioners
+        sizes += [parts.text.max_length] if parts.text else []
+        sizes += [parts.low_res.image_size] if parts.low_res else []
+        sizes += [parts.frames.num_frames] if parts.frames else []
+        sizes += [parts.label.num_classes // 10**4] if parts.label else []
+        sizes += [config.objective.num_train_timesteps // 10**3]
+    else:
+        sizes += [config.reconstruction.discriminator_channels, 16 * config.reconstruction.discriminator_layers]
+    return max(sizes) > SIZE
+
+
+def prepare(config, bench, name):
+    """Do what the entry scripts do before the first step, in their order, on pictures that no file holds."""
+    if config.data.source != "openmoji" or config.data.languages != ("en",):
+        build_source(config.data)
+    refuse_missing_trackers(config.loop.trackers)
+    images = CaptionedImages(Shades(), config.data)
+    assert images.splits["train"]
+    run = OneProcess(config)
+    if isinstance(config, AutoencoderConfig):
+        if "pretrained" in config.autoencoder:
+            refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
+        autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
+        step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
+    else:
+        for part in pretrained_parts(config):
+            refuse_leak(part, images.splits.held_out_hash)
+        stage = build_stage(config, images.captions("train"), lambda: images.first_pictures("train", 40))
+        step = DiffusionStep(stage, run, config.optim.ema_decay)
+    rehearse(step, images, config)
+    if isinstance(config, StageConfig) and name == "stable diffusion":
+        pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
+        pipeline.set_progress_bar_config(disable=True)
+        config_ = replace(config, validation=replace(config.validation, loss_images=1))
+        Validation(config_, images, step, pipeline, run).rehearse()
+    json.dumps(run_record(config, images))
+    save_config(config, bench.folder / "saved.yaml")
+    total = planned_steps(config.loop, 10.0)
+    learning_rate(0, total or sys.maxsize, config.optim)
+    for module in step.modules.values():
+        build_optimizer(module.parameters(), config.optim, lookup_tables(module))
+
+
+def check_text_config(bench, text):
+    """Any bytes as a config are read or refused by a `ConfigError`."""
+    file = bench.folder / "text.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
+    for kind in (StageConfig, AutoencoderConfig):
+        try:
+            load_config(kind, ["--config", str(file)])
+        except ConfigError as error:
+            assert str(error)
+
+
+YAML_PIECES = (
+    "a",
+    "b:",
+    "- ",
+    "[",
+    "]",
+    "{",
+    "}",
+    "&x ",
+    "*x",
+    "!!",
+    "!!python/name:os.system",
+    "|",
+    ">",
+    "'",
+    '"',
+    "\n",
+    "\n  ",
+    "data: ",
+    "seed: ",
+    "optim: ",
+    "<<: ",
+    "? ",
+    ",",
+    "%",
+    "@",
+    "\t",
+    "\\ud800",
+    "0x" + "f" * 5000,
+    "1" * 5000,
+    "denoiser: ",
+    "&a [*a]",
+    "output_dir: x\n",
+    "[" * 400,
+)
+text_configs = (
+    st.lists(st.sampled_from(YAML_PIECES), max_size=14).map("".join) | st.text(max_size=60) | st.binary(max_size=60)
+)
+
+# ---- arguments of a pipeline ----
+
+FLOATS = (0.0, 1.0, -1.0, math.nan, math.inf, 6e4)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64)
+shapes = st.sampled_from(
+    [
+        (),
+        (0,),
+        (1,),
+        (1, 12, 16),
+        (2, 12, 16),
+        (1, 1, 16),
+        (1, 2, 16),
+        (1, 0, 16),
+        (0, 12, 16),
+        (1, 40, 16),
+        (1, 12, 8),
+        (12, 16),
+        (1, 4, 8, 8),
+        (2, 4, 8, 8),
+        (1, 4, 0, 8),
+        (1, 3, 8, 8),
+        (1, 4, 8),
+    ]
+)
+tensors = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value if dtype.is_floating_point else 1, dtype=dtype),
+    shapes,
+    st.sampled_from(DTYPES),
+    st.sampled_from(FLOATS),
+)
+seeds = st.integers(0, 9).map(lambda seed: torch.Generator().manual_seed(seed))
+prompts = st.sampled_from(["", "a", "\ud83d", "\0", "x" * 2000, b"cat", 5, None]) | st.text(max_size=8)
+sizes = st.sampled_from([0, -8, 1, 2, 3, 16, 18, 33.0, 10**9, 2**40, 10**30, 10**5000, "16", None, True])
+anything = junk | tensors | st.builds(np.ones, st.sampled_from([2, (1, 4, 8, 8)])) | st.builds(object)
+ARGUMENTS = {
+    "prompt": prompts | st.lists(prompts, max_size=3) | st.tuples(prompts),
+    "height": sizes,
+    "width": sizes,
+    "num_inference_steps": st.sampled_from([0, 1, 2, 3, -1, 1001, 10**30, 2.0, "2", None, np.int64(2)]),
+    "guidance_scale": numbers | st.sampled_from([10**5000, "3", None, 1j, np.float32(2), np.nan]),
+    "negative_prompt": prompts | st.lists(prompts, max_size=3),
+    "num_images_per_prompt": st.sampled_from([0, 1, 2, 3, -1, 5000, 10**9, 10**30, 10**5000, 1.0, None, "2"]),
+    "generator": seeds | st.lists(seeds | st.none(), max_size=3) | st.integers(),
+    "latents": tensors,
+    "prompt_embeds": tensors,
+    "negative_prompt_embeds": tensors,
+    "output_type": st.sampled_from(["pil", "np", "pt", "latent", "PIL", "", None, 5, ["pil"]]),
+    "return_dict": st.booleans() | st.none(),
+    "callback_on_step_end": st.sampled_from([None, 5, "f", [], lambda *_: {}, lambda *_: None]),
+    "callback_on_step_end_tensor_inputs": st.sampled_from(
+        [None, "latents", ["latents"], ("prompt_embeds",), [1], [[]], 5]
+    ),
+}
+LARGE_WHERE_ANYTHING = ("num_inference_steps", "num_images_per_prompt", "height", "width")
+"""Arguments of which a large value that is right would take long: only the values above."""
+
+
+def _argument(name):
+    rest = ARGUMENTS[name] if name in LARGE_WHERE_ANYTHING else ARGUMENTS[name] | anything
+    return st.tuples(st.just(name), rest)
+
+
+pipeline_cases = st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), min_size=1, max_size=3).map(dict)
+
+
+def check_call(bench, call):
+    """A call gives finite pictures of the right shape, or a ValueError that names an argument; the next is as ever."""
+    pipeline = bench.pipeline
+    usual = {"prompt": None if torch.is_tensor(call.get("prompt_embeds")) else "a cat", "num_inference_steps": 2}
+    arguments = {**usual, "generator": tiny_pipeline.seeds(0)[0], "output_type": "np"} | call
+    try:
+        found = pipeline(**arguments)
+    except (ValueError, TypeError) as error:
+        assert is_ours(error), f"{path_of(error)}: {type(error).__name__}: {error}"
+        assert len(str(error)) < 600
+        named = [name for name in call if re.search(rf"\b{name}(_embeds)?\b", str(error))]
+        assert named, f"none of {list(call)} is named in: {error}"
+    else:
+        images = found.images if arguments.get("return_dict", True) else found[0]
+        _check_images(images, arguments)
+    assert np.array_equal(tiny_pipeline.arrays(pipeline, steps=2), bench.usual), "the next call gives another picture"
+
+
+def _check_images(images, arguments):
+    kind, given = arguments["output_type"], arguments.get("prompt_embeds")
+    prompt = arguments["prompt"]
+    count = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
+    count *= arguments.get("num_images_per_prompt", 1)
+    height, width = (PIXELS if arguments.get(side) is None else arguments[side] for side in ("height", "width"))
+    assert len(images) == count
+    if kind == "pil":
+        assert all(image.size == (width, height) for image in images)
+    else:
+        shape = {"np": (height, width, 3), "pt": (3, height, width), "latent": (4, height // 2, width // 2)}[kind]
+        assert tuple(images.shape[1:]) == shape
+        assert torch.as_tensor(images).isfinite().all()
+
+
+# ---- captions ----
+
+ODD_CAPTIONS = (
+    "",
+    " ",
+    "\0",
+    "\ud83d",
+    "a\udfff",
+    "\u202eright to left\u202c",
+    "e\u0301" * 40,
+    "\u200d" * 3000,
+    "🧑🏽‍🚀👩‍👩‍👧‍👦🏴‍☠️",
+    "a\nb\r\nc\u2028d\x85e",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "</w>",
+    "...",
+    "-.-",
+    "../../etc/passwd",
+    "CON",
+    "\u3000\u00a0\u2003",
+    "ﷺ" * 50,
+    "İ" * 90,
+    "\ufeff",
+    "\uffff",
+    "\U0010ffff",
+    "null",
+    "x" * 100_000,
+    "word " * 20_000,
+    "\u0300" * 5000,
+    "𝖋𝖆𝖓𝖈𝖞",
+    "\x1b[31m",
+    "\\N{bell}\a",
+)
+letters = st.characters(exclude_categories=()) | st.sampled_from("\0\ud800\udfff\u200d\u202e\u0301 \n.-_é🐈")
+captions = st.sampled_from(ODD_CAPTIONS) | st.text(letters, max_size=40)
+caption_values = (
+    captions
+    | st.lists(captions | st.none(), max_size=3)
+    | st.none()
+    | st.integers()
+    | st.lists(st.integers(), max_size=2)
+)
+caption_cases = st.tuples(st.lists(caption_values, min_size=1, max_size=4), st.booleans())
+
+
+def is_text(caption):
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_captions(bench, case):
+    """Captions that are text go all the way, to tokens, sheets, prompts and files; others are found before training."""
+    values, learn = case
+    rows = [{"file_name": f"{number}.png", "text": value} for number, value in enumerate(values)]
+    write_metadata(bench.pictures, rows)
+    config = cli.source_config(str(bench.pictures), image_size=PIXELS, held_out_percent=0.0)
+    strings = [text for value in values for text in (value if isinstance(value, list) else [value]) if text is not None]
+    wrong = [number for number, value in enumerate(values) if caption_fault(value)]
+    assert bool(wrong) == any(not isinstance(text, str) or not is_text(text) for text in strings)
+    if wrong:
+        try:
+            checked_source(config)
+        except ValueError as error:
+            assert all(f"bad caption: {number}.png" in str(error) for number in wrong)
+            str(error).encode()
+        else:
+            raise AssertionError("a caption that is no text was taken")
+    _check_report(bench, config, wrong)
+    if len(wrong) < len(values):
+        source = checked_source(replace(config, on_bad_data="skip"))
+        assert len(source) == len(values) - len(wrong)
+        read = [caption for row in range(len(source)) for caption in source.captions(row)]
+        good = [value for number, value in enumerate(values) if number not in wrong]
+        assert read == [caption for value in good for caption in texts(value)]
+        assert all(caption == caption.strip() != "" and is_text(caption) for caption in read)
+        _check_tokens(bench, read, learn)
+    for text in strings:
+        if isinstance(text, str):
+            _check_prompt(bench, text)
+
+
+def _check_report(bench, config, wrong):
+    report = inspect(
+        build_source(config), config, lambda some: [len(one) for one in bench.tokenizer(list(some)).input_ids], 12
+    )
+    assert report.stops == bool(wrong)
+    json.loads(json.dumps(report.as_json()))
+    report.text().encode()
+
+
+def _check_tokens(bench, read, learn):
+    tokenizer = train_tokenizer(read, 560, 12) if learn else bench.tokenizer
+    conditioner = TextConditioner(torch.nn.Linear(1, 1), tokenizer, train=False, dropout=0.1)
+    with patch.object(TextConditioner, "_reads_mask", False):
+        ids = conditioner.tokenize(["", *read])["input_ids"]
+    assert ids.shape == (1 + len(read), 12)
+    assert 0 <= ids.min() <= ids.max() < len(tokenizer)
+    if read:
+        sheet = contact_sheet(read, np.zeros((len(read), 8, 8, 3), np.uint8))
+        assert sheet.height < 2000 * len(read)
+
+
+def _check_prompt(bench, text):
+    slug = cli.slug(text)
+    assert re.fullmatch(r"[a-z0-9._-]{1,80}", slug)
+    assert slug not in (".", "..")
+    if not is_text(text):
+        try:
+            inputs.texts("prompt", text)
+        except ValueError as error:
+            assert "not valid Unicode" in str(error)
+            str(error).encode()
+            return
+        raise AssertionError("a lone surrogate was taken as a prompt")
+    with patch.object(cli, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
+        (path,) = cli.sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
+    assert path.parent == bench.folder / "out"
+    with Image.open(path) as picture:
+        assert picture.text["prompt"] == text
+        assert picture.text["negative_prompt"] == text
+    path.unlink()
+
+
+# ---- ldm sample ----
+
+words = st.sampled_from(
+    ["nan", "inf", "-1", "0", "1", "2", "1001", "1e308", "9" * 30, "0x10", "true", "null", "", "[1]", "1.5", "\ud800"]
+)
+sample_cases = st.tuples(
+    captions.filter(lambda text: "\0" not in text),
+    st.dictionaries(
+        st.sampled_from(
+            ["seed", "num_inference_steps", "guidance_scale", "negative_prompt", "trust_remote_code", "sed"]
+        ),
+        words | st.text(max_size=6),
+        max_size=2,
+    ),
+)
+
+
+def check_sample(bench, case):
+    """`ldm sample` writes one picture for a prompt, or exits with a message or jsonargparse's code 2."""
+    prompt, options = case
+    out = bench.folder / "sampled"
+    command = ["sample", "--model", "model", "--out", str(out), "--num_inference_steps=1"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    with (
+        patch.object(cli, "load_pipeline", lambda *_: bench.pipeline),
+        open(os.devnull, "w", errors="backslashreplace") as sink,
+        patch.object(sys, "stdout", sink),
+        patch.object(sys, "stderr", sink),
+    ):
+        try:
+            cli.main([*command, "--", prompt])
+        except SystemExit as stopped:
+            assert stopped.code == 2 or (isinstance(stopped.code, str) and stopped.code)
+    for path in out.glob("*"):
+        path.unlink()
+    assert np.array_equal(tiny_pipeline.arrays(bench.pipeline, steps=2), bench.usual)
+
+
+AREAS = {
+    "config files": (text_configs, check_text_config),
+    "configs": (lambda bench: config_cases(bench.trees), check_config),
+    "trainings": (lambda bench: config_cases(bench.small, overrides=False), check_training),
+    "pipeline arguments": (pipeline_cases, check_call),
+    "captions": (caption_cases, check_captions),
+    "ldm sample": (sample_cases, check_sample),
+}
+"""Strategy, or what makes it for a `Bench`, and check of each area."""
+
+
+def area(name, bench):
+    """The strategy and the check, for what was drawn, of an area."""
+    strategy, check = AREAS[name]
+    return strategy(bench) if callable(strategy) else strategy, lambda case: check(bench, case)
