@@ -11,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 SHARES = {
     "config files": 0.1,
@@ -53,9 +56,6 @@ def main() -> None:
 def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
     """Return for each area how many examples were drawn, how many kinds of failure there were, and the seconds."""
     import torch
-    from hypothesis import HealthCheck, given, settings
-    from hypothesis import seed as seeded
-    from tqdm.auto import tqdm
 
     from tests.fuzzing import Bench, area
 
@@ -64,36 +64,39 @@ def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     bench, results = Bench(folder), {}
     for name, share in SHARES.items():
-        strategy, check = area(name, bench)
-        count, began, drawn = max(1, round(examples * share)), time.perf_counter(), 0
-        with tqdm(total=count, desc=name, unit="example", mininterval=1, file=sys.stderr) as bar:
-
-            @seeded(seed)
-            @settings(
-                max_examples=count,
-                database=None,
-                deadline=None,
-                print_blob=False,
-                suppress_health_check=list(HealthCheck),
-            )
-            @given(strategy)
-            def one(case, check=check, bar=bar):
-                nonlocal drawn
-                drawn += 1
-                bar.update()
-                check(case)
-
-            failures = 0
-            try:
-                one()
-            except Exception as error:  # whatever a check let through, shrunk by hypothesis
-                failures = len(error.exceptions) if isinstance(error, ExceptionGroup) else 1
-                logging.disable(logging.NOTSET)
-                logging.getLogger("fuzz").exception("%s: a contract is broken", name)
-                logging.disable(logging.CRITICAL)
+        began = time.perf_counter()
+        drawn, error = fuzz_area(name, *area(name, bench), max(1, round(examples * share)), seed)
+        failures = len(error.exceptions) if isinstance(error, ExceptionGroup) else int(error is not None)
         seconds = round(time.perf_counter() - began, 1)
         results[name] = {"examples": drawn, "failures": failures, "seconds": seconds}
+        if error is not None:
+            print(f"{name}: a contract is broken", file=sys.stderr)
+            traceback.print_exception(error)  # hypothesis has put the falsifying example into its notes
     return results
+
+
+def fuzz_area(
+    name: str, strategy: Any, check: Callable[[Any], object], count: int, seed: int
+) -> tuple[int, Exception | None]:
+    """Return how many examples were drawn, and what a check let through, in its smallest example."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import seed as seeded
+    from tqdm.auto import tqdm
+
+    with tqdm(total=count, desc=name, unit="example", mininterval=1, file=sys.stderr) as bar:
+
+        @seeded(seed)
+        @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(strategy)
+        def one(case: Any) -> None:
+            bar.update()
+            check(case)
+
+        try:
+            one()
+        except Exception as error:  # of any kind: that is what is looked for
+            return bar.n, error
+    return bar.n, None
 
 
 def commit() -> str:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_check import ConfigError, explained
 from ldm.data.batches import Batch, CaptionedImages, Sample, collate
+from ldm.evaluation.quality import ssim
 from ldm.models.autoencoder import fold_statistics
-from ldm.training.autoencoding import reconstruction_report
+from ldm.training.autoencoding import reconstruct
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 
 
 def rehearse(
     step: DiffusionStep | AutoencoderStep, images: CaptionedImages, config: StageConfig | AutoencoderConfig
 ) -> None:
-    """Compute the losses of the first training pictures, two or one clip of them; no weight and no draw is changed.
+    """Compute the losses of the first training pictures, two or a clip of them; no weight changes, no gradient stays.
 
     Of an autoencoder also what validation and saving need.
 
@@ -29,6 +32,7 @@ def rehearse(
     """
     frames = config.conditioners.frames if isinstance(config, StageConfig) else None
     batch = first_batch(images, frames.num_frames if frames else 2)
+    pictures = cast(Tensor, batch.pixel_values)
     if isinstance(config, StageConfig):
         parts, start = "denoiser, space, conditioners, objective", 0
     else:
@@ -36,14 +40,13 @@ def rehearse(
     where = f"{parts}, data.image_size {config.data.image_size}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(explained(f"{where} do not fit together"))
-        stack.enter_context(torch.random.fork_rng())
         stack.enter_context(step.run.attention())
         for forward in step.forwards.values():
             stack.enter_context(step.run.accelerator.no_sync(forward))
         losses = {name: float(loss.detach()) for name, loss in step.losses(batch, start).items()}
         if isinstance(step, AutoencoderStep):
-            reconstruction_report(step.averaged, batch, num_images=2)
-            channels = torch.ones(step.latent_channels)
+            ssim(reconstruct(step.averaged, pictures), pictures)
+            channels = torch.ones(step.latent_channels, device=step.run.device)
             fold_statistics(copy.deepcopy(step.averaged), 0 * channels, channels)
     if wrong := [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]:
         raise ConfigError(f"{where}: the first losses are not finite ({', '.join(wrong)})")
