@@ -199,17 +199,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_subcommand("validate", validating)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
-    if chosen.subcommand == "sample":
-        try:
-            sample(**arguments)
-        except ValueError as error:
-            sys.exit(str(error))
-    elif chosen.subcommand == "evaluate":
-        evaluate(**arguments)
-    elif chosen.subcommand == "push":
-        try:
-            print(push(**arguments))
-        except (HubError, ValueError) as error:
-            sys.exit(str(error))
-    elif validate(**arguments).stops:
-        sys.exit(1)
+    try:
+        match chosen.subcommand:
+            case "sample":
+                sample(**arguments)
+            case "evaluate":
+                evaluate(**arguments)
+            case "push":
+                print(push(**arguments))
+            case "validate" if validate(**arguments).stops:
+                sys.exit(1)
+    except (HubError, ValueError) as error:
+        sys.exit(str(error))

@@ -268,9 +268,10 @@ def test_settings_of_a_push_without_a_repository_are_refused(words, tmp_path, mo
         train_autoencoder(monkeypatch, tmp_path, *words)
 
 
-def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="push_every_steps: got 0"):
+def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
         train_autoencoder(monkeypatch, tmp_path, "--push_to_hub", "me/vae", "--push_every_steps", "0")
+    assert "push_every_steps: got 0" in capsys.readouterr().err
 
 
 # ---- while training ----
