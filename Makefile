@@ -25,7 +25,7 @@ test: $(BIN)/.installed
 
 # the whole suite, and docs/reliability.md from what it did
 reliability: $(BIN)/.installed
-	$(BIN)/pytest --reliability docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
+	$(BIN)/pytest --reliability=docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
 
 # strict: a package that the service does not know, or a service that does not answer, is a failure and no pass
 audit: $(BIN)/.installed

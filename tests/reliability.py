@@ -1,4 +1,4 @@
-"""docs/reliability.md, written from what a test run did: ``pytest --reliability docs/reliability.md``.
+"""docs/reliability.md, written from what a test run did: ``pytest --reliability=docs/reliability.md``.
 
 A test belongs to the rows that its name begins with: ``test_r01_...``, ``test_r02_r17_...``, ``test_s03_...``.
 """
@@ -73,8 +73,7 @@ class Reliability:
             "# What can go wrong, and what happens then",
             "",
             "Each promise, the tests that hold it, and what they did when this page was written, by",
-            f"`pytest --reliability {self.file.name}`: Python {platform.python_version()}, torch {torch.__version__}, "
-            f"{platform.system()}.",
+            f"`make reliability`: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
             "Longer runs of the same, by script: [kills.json](kills.json), [fuzz.json](fuzz.json).",
             "",
             "| | promise | tests | result |",
