@@ -15,18 +15,23 @@ def encode(
 
     They are the encoder's first output; the encoder is given the attention mask if its config has
     `use_attention_mask`, as in `StableDiffusionPipeline`. If any prompt is cut, one warning counts its tokens; `name`
-    stands in it. ValueError if the encoder cannot read `length` tokens.
+    stands in it. ValueError if the encoder cannot read `length` tokens, or the tokenizer makes more of "".
     """
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
         raise ValueError(
             f"{name}: the text encoder reads {readable} tokens, not {length}: set pipe.tokenizer.model_max_length, or "
-            f"give {name}_embeds"
+            "give prompt_embeds, and negative_prompt_embeds of their length"
         )
     longest = max(len(ids) for ids in tokenizer(prompts, verbose=False).input_ids)
     if longest > length:
         logger.warning("%s: %d tokens, of which the text encoder reads %d; the rest is cut", name, longest, length)
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    if tokens.input_ids.shape[1] != length:  # begin and end are never cut
+        raise ValueError(
+            f"{name}: {tokens.input_ids.shape[1]} tokens at least, and prompt_embeds have {length}; give "
+            f"{name}_embeds too, or longer ones"
+        )
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
     embeds: torch.Tensor = text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
     return embeds

@@ -455,6 +455,12 @@ tensors = st.builds(
     st.sampled_from(FLOATS),
 )
 seeds = st.integers(0, 9).map(lambda seed: torch.Generator().manual_seed(seed))
+embeds = st.builds(
+    lambda count, tokens, dtype: torch.full((count, tokens, tiny_pipeline.WIDTH), 0.5, dtype=dtype),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 3, tiny_pipeline.LENGTH, tiny_pipeline.LENGTH + 1, 40]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+)
 prompts = st.sampled_from(["", "a", "\ud83d", "\0", "x" * 2000, b"cat", 5, None]) | st.text(max_size=8)
 sizes = st.sampled_from([0, -8, 1, 2, 3, 16, 18, 33.0, 10**9, 2**40, 10**30, 10**5000, "16", None, True])
 anything = junk | tensors | st.builds(np.ones, st.sampled_from([2, (1, 4, 8, 8)])) | st.builds(object)
@@ -468,8 +474,8 @@ ARGUMENTS = {
     "num_images_per_prompt": st.sampled_from([0, 1, 2, 3, -1, 5000, 10**9, 10**30, 10**5000, 1.0, None, "2"]),
     "generator": seeds | st.lists(seeds | st.none(), max_size=3) | st.integers(),
     "latents": tensors,
-    "prompt_embeds": tensors,
-    "negative_prompt_embeds": tensors,
+    "prompt_embeds": tensors | embeds,
+    "negative_prompt_embeds": tensors | embeds,
     "output_type": st.sampled_from(["pil", "np", "pt", "latent", "PIL", "", None, 5, ["pil"]]),
     "return_dict": st.booleans() | st.none(),
     "callback_on_step_end": st.sampled_from([None, 5, "f", [], lambda *_: {}, lambda *_: None]),
@@ -482,11 +488,18 @@ LARGE_WHERE_ANYTHING = ("num_inference_steps", "num_images_per_prompt", "height"
 
 
 def _argument(name):
-    rest = ARGUMENTS[name] if name in LARGE_WHERE_ANYTHING else ARGUMENTS[name] | anything
-    return st.tuples(st.just(name), rest)
+    rest = ARGUMENTS[name] if name in LARGE_WHERE_ANYTHING else st.one_of(ARGUMENTS[name], ARGUMENTS[name], anything)
+    return st.tuples(st.just(name), rest)  # of the argument's own kind in about half of the cases
 
 
-pipeline_cases = st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), min_size=1, max_size=3).map(dict)
+pipeline_cases = st.one_of(
+    st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), min_size=1, max_size=3).map(dict),
+    # embeddings, which no prompt may stand beside, with other arguments
+    st.tuples(
+        st.fixed_dictionaries({"prompt": st.none(), "prompt_embeds": embeds}),
+        st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), max_size=2).map(dict),
+    ).map(lambda both: both[0] | both[1]),
+)
 
 
 def check_call(bench, call):

@@ -145,11 +145,27 @@ UNUSABLE_TOO = {  # found by tests/fuzzing.py
     "images 10**9": ({"num_images_per_prompt": 10**9}, "num_images_per_prompt: got 1000000000 .* at most 4096"),
     "latents nan": ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents: has values that are NaN, infinite"),
     "latents huge": ({"latents": torch.full((1, 4, 8, 8), 1e30)}, "latents: has values that are .* beyond 1e.06"),
+    "latents inf, float16": (
+        {"latents": torch.full((1, 4, 8, 8), float("inf"), dtype=torch.float16)},
+        "latents: has values that are NaN, infinite",
+    ),
     "latents complex": ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.complex64)}, "latents: got torch.complex64"),
     "latents of no numbers": ({"latents": torch.empty(1, 4, 8, 8, device="meta")}, "latents: got .* on meta"),
     "embeds inf": (
         {"prompt": None, "prompt_embeds": torch.full((1, 4, WIDTH), float("inf"))},
         "prompt_embeds: has values that are NaN, infinite",
+    ),
+    "embeds inf, float16": (  # in which 1e6 is infinite too
+        {"prompt": None, "prompt_embeds": torch.full((1, 4, WIDTH), float("inf"), dtype=torch.float16)},
+        "prompt_embeds: has values that are NaN, infinite",
+    ),
+    "embeds of one token": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 1, WIDTH)},
+        "negative_prompt: 2 tokens at least, and prompt_embeds have 1; give negative_prompt_embeds too",
+    ),
+    "embeds of 40 tokens": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 40, WIDTH)},
+        "negative_prompt: the text encoder reads 12 tokens, not 40: .* negative_prompt_embeds of their length",
     ),
     "embeds int": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 4, WIDTH).long()},
