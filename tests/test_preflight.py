@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections import defaultdict
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ldm.config import DataConfig
 from ldm.data import headers
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.duplicates import BITS, Look, look, near_pairs
+from ldm.data.hashes import pixel_digest
 from ldm.data.headers import PictureError, open_picture
 from ldm.data.inspection import inspect
 from ldm.data.openmoji import OpenMoji
@@ -367,6 +369,25 @@ def test_r11_r15_rows_of_a_table_are_checked_as_well(tmp_path):
     with pytest.raises(ValueError, match="row 10: the row has no picture"):
         checked_source(chosen)
     assert report.statistics["formats"].keys() == {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"}
+
+
+def test_classes_that_are_none_are_found_before_training_and_left_out(tmp_path):
+    rows = write_folder(tmp_path, 8)
+    kinds = [0, 1, None, 2.0, "three", True, -1, 5]
+    write_metadata(tmp_path, [row | {"kind": kind} for row, kind in zip(rows, kinds, strict=True)])
+    chosen = config(tmp_path, class_column="kind")
+    report = report_of(tmp_path, class_column="kind")
+    assert found(report) == {"bad class": {rows[number]["file_name"] for number in (2, 3, 4, 5, 6)}}
+    with pytest.raises(ValueError, match="the class is -1; expected 0 or more"):
+        checked_source(chosen)
+    left = checked_source(replace(chosen, on_bad_data="skip"))
+    assert [left.class_label(row) for row in range(len(left))] == [0, 1, 5]
+    assert "bad class" not in found(report_of(tmp_path)), "no column named, no classes wanted"
+
+
+def test_pictures_of_equal_pixels_in_another_shape_are_others():
+    assert pixel_digest(Image.new("RGB", (4, 1))) != pixel_digest(Image.new("RGB", (1, 4)))
+    assert pixel_digest(Image.new("RGB", (2, 2))) == pixel_digest(Image.new("RGB", (2, 2)))
 
 
 def test_s05_a_table_cannot_read_files_beside_its_folder(tmp_path):

@@ -63,7 +63,7 @@ def test_classes_are_read_from_the_column_that_is_named(tmp_path):
     assert build_source(replace(config, class_column=None)).class_label(0) is None
     with pytest.raises(ValueError, match=r"data\.class_column: no column 'sort' among"):
         build_source(replace(config, class_column="sort"))
-    with pytest.raises(ValueError, match=r"data\.class_column: row 0 has a float"):
+    with pytest.raises(ValueError, match=r"data\.class_column: row 0: the class is a float"):
         build_source(replace(config, class_column="width")).class_label(0)
 
 

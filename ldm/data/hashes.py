@@ -20,8 +20,9 @@ DIGEST_SIZE = 16
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """Return the name of an RGB picture: equal pixels, equal names."""
-    return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE).digest()
+    """Return the name of an RGB picture: equal size and pixels, equal names."""
+    size = b"%dx%d" % image.size
+    return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE, salt=size[:16]).digest()
 
 
 def pixel_hashes(source: Source, background: str) -> list[str | None]:
@@ -39,7 +40,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
             return bytes(DIGEST_SIZE)
 
     ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every picture
-    cached = CachedRows("hashes", f"{source.fingerprint}/{background}", len(source), compute)
+    cached = CachedRows("picture-hashes", f"{source.fingerprint}/{background}", len(source), compute)
     digests = (bytes(cached[row]["hash"].tolist()) for row in range(len(source)))
     return [value.hex() if any(value) else None for value in digests]
 

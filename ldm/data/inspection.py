@@ -82,7 +82,7 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     """
     if not len(source):
         raise ValueError("the data has no rows")
-    problems = list(quick_problems(source)) if isinstance(source, RowSource) else []
+    problems = list(quick_problems(source, config)) if isinstance(source, RowSource) else []
     unread = {problem.row for problem in problems if problem.stops and problem.kind != "bad caption"}
     facts: list[Facts] = []
     for seen in _decoded(source, config, [row for row in range(len(source)) if row not in unread], workers):

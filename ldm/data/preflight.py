@@ -11,7 +11,7 @@ from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
 from ldm.data.headers import PictureError, decode, explained
 from ldm.data.pixels import to_rgb
-from ldm.data.rows import Problem, RowSource, texts
+from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def checked_source(config: DataConfig) -> Source:
     if not isinstance(source, RowSource):
         return source
     began = time.perf_counter()
-    found = list(quick_problems(source))
+    found = list(quick_problems(source, config))
     log.info("looked at %d pictures and captions in %.1f s", len(source), time.perf_counter() - began)
     unlisted = [problem for problem in found if problem.kind == "unlisted"]
     if unlisted:
@@ -56,8 +56,8 @@ def checked_source(config: DataConfig) -> Source:
     return Subset(source, good) if len(good) < len(source) else source
 
 
-def quick_problems(source: RowSource) -> Iterator[Problem]:
-    """Yield what is wrong with metadata, paths, headers and captions; no picture is decoded."""
+def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
+    """Yield what is wrong with metadata, paths, headers, captions and classes; no picture is decoded."""
     yield from source.problems
     for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
@@ -71,6 +71,8 @@ def quick_problems(source: RowSource) -> Iterator[Problem]:
             yield Problem(where, "bad caption", reason, row)
         elif not texts(caption):
             yield Problem(where, "no caption", "it will be trained unconditionally", row)
+        if config.class_column is not None and (reason := label_fault(source.rows.label_value(row))):
+            yield Problem(where, "bad class", reason, row)
 
 
 def caption_fault(value: object) -> str | None:

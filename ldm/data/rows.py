@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 from PIL import Image
 
@@ -16,7 +16,9 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "descript
 FILE_TYPES = ("binary", "large_binary", "string", "large_string")
 """Of a column that holds the bytes or the paths of image files."""
 
-STOPPING = frozenset({"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad split"})
+STOPPING = frozenset(
+    {"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
+)
 """Kinds of problems that a training cannot begin with; the others are worth knowing."""
 
 
@@ -104,12 +106,13 @@ class RowSource:
         return self.captions(index)
 
     def class_label(self, index: int) -> int | None:
-        """Return the class of row `index`; raises ValueError unless it is a whole number."""
+        """Return the class of row `index`, None if there is none; raises ValueError unless it is a whole number."""
         label = self.rows.label_value(index)
-        if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
-            got = type(label).__name__
-            raise ValueError(f"data.class_column: {self.where(index)} has a {got}; expected a whole number")
-        return label
+        if label is None:
+            return None
+        if reason := label_fault(label):
+            raise ValueError(f"data.class_column: {self.where(index)}: {reason}")
+        return cast(int, label)
 
 
 class TableRows:
@@ -195,6 +198,13 @@ def _with_pictures(table: Any, column: str, feature: Any) -> Any:
     if not is_struct and getattr(feature, "dtype", None) not in FILE_TYPES:
         raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
     return table.cast_column(column, datasets.Image())
+
+
+def label_fault(value: object) -> str | None:
+    """Return why a class column's value is not a whole number, 0 or more; else None."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return "the row has no class" if value is None else f"the class is a {type(value).__name__}; expected a number"
+    return f"the class is {value}; expected 0 or more" if value < 0 else None
 
 
 def texts(value: object) -> tuple[str, ...]:
