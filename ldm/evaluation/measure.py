@@ -1,0 +1,54 @@
+"""A number with its interval, and the bootstrap that the interval comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+"""Whole numbers, (N,): positions in a gallery, or ranks."""
+
+DRAWS = 1000
+"""Resamples of a bootstrap."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was measured on `n` pictures (or captions), with its central 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        """Return the value and, in brackets, the interval, three decimals each (four digits from 10 on)."""
+        form = ".4g" if max(abs(self.low), abs(self.high)) >= 10 else ".3f"
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def mean_of(values: NDArray[np.float64], draws: int = DRAWS, seed: int = 0) -> Measure:
+    """Return the mean of `values`, (N,), one for each picture; ValueError if there are none."""
+    values = np.asarray(values, np.float64)
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), draws, seed)
+
+
+def bootstrap(statistic: Callable[[Indices], float], n: int, draws: int = DRAWS, seed: int = 0) -> Measure:
+    """Return `statistic` of the rows 0..n-1, and its central 95 % over `draws` resamples of them with replacement.
+
+    Percentile bootstrap: the same seed gives the same interval. It knows only the pictures that were measured: of a
+    share without a hit it is ``(0, 0)``.
+
+    Raises:
+        ValueError: `n` is 0.
+
+    """
+    if n < 1:
+        raise ValueError("nothing was measured: a number needs at least one picture")
+    rng = np.random.default_rng(seed)
+    found = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Measure(statistic(np.arange(n)), float(low), float(high), n)
