@@ -27,12 +27,12 @@ from ldm.data.splits import read_captions
 from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
+from ldm.evaluation.sampling import sample_pictures
 from ldm.hub import HubError, push
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 from ldm.provenance import read_provenance, refuse_leak
 from ldm.training.autoencoding import reconstruct
-from ldm.training.validation import sample_pictures
 from ldm.validate import validate
 
 SHEET_PICTURES = 24

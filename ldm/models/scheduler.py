@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, cast, get_args
+
 from diffusers import DPMSolverMultistepScheduler
 
-from ldm.config import ObjectiveConfig
-from ldm.schedule import BETAS, refuse_unsound
+from ldm.config import ObjectiveConfig, PredictionType
+from ldm.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse_unsound
 
 
 def build_scheduler(config: ObjectiveConfig) -> DPMSolverMultistepScheduler:
@@ -44,3 +46,19 @@ def build_scheduler(config: ObjectiveConfig) -> DPMSolverMultistepScheduler:
         # cosine path: start where it is 164 (diffusers' advice; the linear path ends at 157).
         lambda_min_clipped=-5.1 if config.prediction_type == "epsilon" else -float("inf"),
     )
+
+
+def schedule_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
+    """Return the noise path that a sampling scheduler of diffusers was made for, and what its network predicts.
+
+    Raises:
+        ValueError: it predicts what none of ours does.
+
+    """
+    config = scheduler.config
+    flow = bool(config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
+    kind = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
+    if kind not in get_args(PredictionType):
+        raise ValueError(f"the scheduler has prediction_type {kind!r}; known are {', '.join(get_args(PredictionType))}")
+    steps = int(config.num_train_timesteps)
+    return (FlowSchedule(steps) if flow else DiscreteSchedule(scheduler.betas.double())), cast(PredictionType, kind)

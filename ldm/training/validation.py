@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ldm.config import StageConfig
@@ -16,24 +15,13 @@ from ldm.config_check import ConfigError, explained
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
+from ldm.evaluation.sampling import sample_pictures
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
 log = logging.getLogger(__name__)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels of the held-out loss."""
-CHUNK = 50
-
-
-def sample_pictures(pipeline: Callable[..., Any], prompts: Sequence[str], seed: int, **call: Any) -> NDArray[np.uint8]:
-    """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are."""
-    parts = []
-    for start in range(0, len(prompts), CHUNK):
-        part = list(prompts[start : start + CHUNK])
-        draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        pictures = pipeline(prompt=part, generator=draws, output_type="np", **call).images
-        parts.append((np.asarray(pictures) * 255).round().astype(np.uint8))
-    return np.concatenate(parts)
 
 
 class Validation:

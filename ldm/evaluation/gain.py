@@ -1,0 +1,78 @@
+"""What the captions are worth to a model: its loss on held-out pictures with their captions, and with those of others.
+
+A model that ignores its text has a conditional gain of 0 at every noise level, however good its pictures look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm.evaluation.baselines import derangement
+from ldm.models.scheduler import schedule_of
+from ldm.schedule import target_coefficients
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Noise levels: 0 is the picture, 1 is noise."""
+CHUNK = 50
+LATENT_TEXT = ("StableDiffusionPipeline", "TextToImagePipeline")
+"""Pipelines of which it is known how their denoiser is called."""
+
+Losses = NDArray[np.float64]
+"""(levels, N): the squared error of each picture at each noise level, averaged over its elements."""
+
+
+def losses_with_and_without(
+    pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
+) -> tuple[Losses, Losses]:
+    """Return the losses of pictures, (N, 3, H, W) in [-1, 1], with their own captions and with captions of others.
+
+    Noise is the same for both. The second minus the first is the conditional gain. Nobody keeps their caption, nor one
+    with the same words. Raises ValueError for a pipeline of a kind that is none of `LATENT_TEXT`, and where more than
+    half of the captions are the same.
+    """
+    if (kind := type(pipeline).__name__) not in LATENT_TEXT:
+        raise ValueError(f"{kind}: known are {' and '.join(LATENT_TEXT)}")
+    words = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    others = derangement(np.array([words[caption] for caption in captions]), seed)
+    shuffled = [captions[row] for row in others]
+    return tuple(denoising_losses(pipeline, pixel_values, texts, seed, levels) for texts in (captions, shuffled))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def denoising_losses(
+    pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
+) -> Losses:
+    """Return the unweighted error of what the pipeline's denoiser predicts, of the mean of the latents' posterior.
+
+    Noise depends on the seed and on the place of a picture alone.
+    """
+    schedule, prediction_type = schedule_of(pipeline.scheduler)
+    unet, device = pipeline.unet, pipeline.unet.device
+    losses = np.empty((len(levels), len(captions)))
+    for start in range(0, len(captions), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(captions)))
+        x0 = _latents(pipeline.vae, pixel_values[rows].to(device))
+        embeds = pipeline.encode_prompt(list(captions[rows]), device, 1, False)[0]
+        draws = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+        for number, level in enumerate(levels):
+            timesteps = schedule.timesteps(torch.full((len(x0),), float(level)))
+            alpha, sigma = (of.to(device).view(-1, 1, 1, 1) for of in schedule.alpha_sigma(timesteps))
+            a, b = target_coefficients(prediction_type, alpha, sigma)
+            x_t = (alpha * x0 + sigma * noise).to(unet.dtype)
+            model_output = unet(x_t, timesteps.to(device), encoder_hidden_states=embeds, return_dict=False)[0]
+            error = model_output[:, : x0.shape[1]].float() - (a * x0 + b * noise)
+            losses[number, rows] = error.square().flatten(1).mean(1).cpu().numpy()
+    return losses
+
+
+def _latents(vae: Any, pixel_values: Tensor) -> Tensor:
+    latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().float()
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return cast(Tensor, (latents - shift) * vae.config.scaling_factor)

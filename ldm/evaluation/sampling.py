@@ -1,0 +1,38 @@
+"""Pictures of a pipeline, one to a prompt: the same whatever else is drawn, and by however many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+Images = NDArray[np.uint8]
+"""Pictures, (N, H, W, 3), RGB in [0, 255]."""
+
+CHUNK = 50
+"""Pictures that are drawn in one call of the pipeline."""
+
+
+def sample_pictures(pipeline: Callable[..., Any], prompts: Sequence[str], seed: int, **call: Any) -> Images:
+    """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are.
+
+    Several processes share the prompts out by whole calls of the pipeline, so that what is drawn does not depend on
+    their number; each returns all pictures. All of them must call it.
+    """
+    chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
+    state = PartialState()
+    mine = chunks[state.process_index :: state.num_processes]
+    drawn: list[tuple[int, Images]] = []
+    quiet = len(mine) < 2 or not state.is_main_process
+    for start, part in tqdm(mine, desc=f"drawing {len(prompts)} pictures", unit="call", disable=quiet, leave=False):
+        draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
+        pictures = pipeline(prompt=part, generator=draws, output_type="np", **call).images
+        drawn.append((start, (np.asarray(pictures) * 255).round().astype(np.uint8)))
+    parts = dict(gather_object(drawn))
+    return np.concatenate([parts[start] for start, _ in chunks])
