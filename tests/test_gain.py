@@ -59,9 +59,7 @@ def test_losses_are_those_of_the_objective(config):
     with torch.no_grad():
         x0 = pipe.vae.encode(pixel_values).latent_dist.mode() * pipe.vae.config.scaling_factor
         embeds = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)[0]
-        noise = torch.stack(
-            [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(3 + i)) for i in range(6)]
-        )
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in seeds(*range(3, 9))])
 
         def predict(x_t, timesteps):
             return pipe.unet(x_t, timesteps, encoder_hidden_states=embeds).sample
