@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
+from pathlib import Path
 
 from ldm.training.checkpoint import CheckpointStore
 
@@ -35,6 +37,28 @@ def test_r01_kill_during_save_thirty_times_loses_at_most_the_step_that_was_being
         furthest = checkpoint.global_step
     assert left_behind > 3, "some kills hit a save"
     assert not [record for record in caplog.records if "skipped" in record.message]
+
+
+def test_r01_metrics_outlive_a_kill_while_a_resume_shortens_them(tmp_path, monkeypatch):
+    train(tmp_path, 4, save_every_steps=2, keep_checkpoints=9)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+
+    def cut_short(path, text, **options):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        os._exit(9)
+
+    def killed():
+        monkeypatch.setattr(Path, "write_text", cut_short)
+        train(tmp_path, 4, save_every_steps=2, keep_checkpoints=9)
+
+    os.waitpid(forked(killed), 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    train(tmp_path, 4, save_every_steps=2, keep_checkpoints=9)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def reached(folder):
