@@ -1,11 +1,13 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure.   make test: lint, types and the whole suite.
+# make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
 # make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 AUDIT := pypi
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: demo test reliability audit clean
+.PHONY: demo test reliability browser audit clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +28,11 @@ test: $(BIN)/.installed
 # the whole suite, and docs/reliability.md from what it did
 reliability: $(BIN)/.installed
 	$(BIN)/pytest --reliability=docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
+
+browser: $(BIN)/.installed
+	command -v chromium && command -v chromedriver || { $(SUDO) apt-get -qq update && \
+		$(SUDO) apt-get -qq install --yes --no-install-recommends chromium chromium-driver; }
+	$(BIN)/python -m tests.browser
 
 # strict: a package that the service does not know, or a service that does not answer, is a failure and no pass
 audit: $(BIN)/.installed

@@ -34,3 +34,6 @@ def test_the_same_seed_gives_the_same_interval_and_nothing_is_no_number():
 def test_a_measure_reads_as_value_and_interval():
     assert str(Measure(0.78, 0.72, 0.835, 200)) == "0.780 (0.720 to 0.835)"
     assert str(Measure(123.456, 100, 150.04, 200)) == "123.5 (100 to 150)"
+    assert str(Measure(0.00123, -0.0001, 0.0045, 200)) == "0.00123 (-0.00010 to 0.00450)"
+    assert str(Measure(0, 0, 0, 200)) == "0.000 (0.000 to 0.000)"
+    assert str(Measure(0.01, 0, 0.025, 200)) == "0.010 (0.000 to 0.025)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,8 +26,13 @@ class Measure:
     n: int
 
     def __str__(self) -> str:
-        """Return the value and, in brackets, the interval, three decimals each (four digits from 10 on)."""
-        form = ".4g" if max(abs(self.low), abs(self.high)) >= 10 else ".3f"
+        """Return the value and, in brackets, the interval, three decimals each.
+
+        Four digits from 10 on; below 0.01 as many decimals as give three digits.
+        """
+        largest = max(abs(self.low), abs(self.high))
+        form = f".{2 - math.floor(math.log10(largest))}f" if 0 < largest < 0.01 else ".3f"
+        form = ".4g" if largest >= 10 else form
         return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 

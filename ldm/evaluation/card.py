@@ -1,0 +1,74 @@
+"""The evaluation in a model card: metadata that the Hub reads, and the report between two comments."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from ldm.card import CARD
+
+from .markdown import markdown
+from .report import Report, Row
+
+BEGIN = "<!-- evaluation: begin -->"
+END = "<!-- evaluation: end -->"
+_OURS = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
+
+
+def merge_into_card(folder: Path, report: Report) -> bool:
+    """Return whether ``README.md`` of the model folder `folder` now has the report; False where there is no such file.
+
+    An earlier evaluation is replaced, by what `evaluation_results` marks and by the two comments; the rest stays as it
+    was, what the training measured included. The report's settings "dataset" and "split" name what was measured on.
+
+    Raises:
+        ValueError: the metadata of the file are none that the Hub reads.
+
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return False
+    try:
+        card = ModelCard.load(path)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"{folder.name}/{CARD}: the metadata between its --- lines cannot be read: {error}") from error
+    kept = [result for result in card.data.eval_results or [] if "interval" not in (result.metric_args or {})]
+    task = card.data.pipeline_tag or "image-to-image"  # an autoencoder: the Hub has no task for it
+    results = [*kept, *evaluation_results(report, task)]
+    card.data.eval_results = results or None
+    card.data.model_name = (card.data.model_name or folder.resolve().name) if results else None
+    section = f"{BEGIN}\n{markdown(report)}{END}"
+    text, replaced = _OURS.subn(lambda _: section, card.text)
+    card.text = text if replaced else f"{text.rstrip()}\n\n{section}\n"
+    card.save(path)
+    return True
+
+
+def evaluation_results(report: Report, task: str) -> list[EvalResult]:
+    """Return every row of which one way is better, as the Hub's metadata; those that are not finite are left out.
+
+    Interval and number of pictures stand in `metric_args`, which marks them as an evaluation's.
+    """
+    dataset = str(report.settings.get("dataset", "pictures"))
+    split = str(report.settings.get("split", "test"))
+    rows = [row for section in report.sections for row in section.rows if row.better != "none"]
+    return [_result(row, task, dataset, split) for row in rows if math.isfinite(row.measure.value)]
+
+
+def _result(row: Row, task: str, dataset: str, split: str) -> EvalResult:
+    measure = row.measure
+    ends = [round(end, 6) if math.isfinite(end) else None for end in (measure.low, measure.high)]
+    return EvalResult(
+        task_type=task,
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=re.sub(r"[^a-z0-9]+", "_", row.name.lower().replace("@", "_at_")).strip("_") or "measure",
+        metric_name=row.name,
+        metric_value=round(measure.value, 6),
+        metric_args={"interval": ends, "n": measure.n},
+    )
