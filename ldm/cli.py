@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from jsonargparse import ArgumentParser
-from numpy.typing import NDArray
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.data.batches import CaptionedImages
-from ldm.data.pixels import to_pixel_values, to_uint8
-from ldm.data.preflight import checked_source
-from ldm.data.sources import source_config
-from ldm.data.splits import read_captions
-from ldm.evaluation.baselines import ceiling, copy_baseline, shuffled_baseline
-from ldm.evaluation.pictures import comparison_sheet
-from ldm.evaluation.retrieval import report, retrieval_ranks
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
-from ldm.models.autoencoder import downsampling_factor
-from ldm.models.foreign import checked_pipeline
-from ldm.provenance import read_provenance, refuse_leak
-from ldm.training.autoencoding import reconstruct
+from ldm.models.pipeline import load_pipeline
 from ldm.validate import validate
-
-SHEET_PICTURES = 24
-
-
-def load_pipeline(model: str, trust_remote_code: bool) -> Any:
-    """Return the pipeline in folder or Hub repository `model`, ``user/name`` or ``user/name@revision``.
-
-    As the stock class that ``model_index.json`` names, or with `trust_remote_code` as the folder's own
-    ``pipeline.py``, which runs code that came with the model. Raises ValueError as `checked_pipeline`.
-    """
-    name, revision = checked_pipeline(model, trust_remote_code)
-    own: dict[str, Any] = {}
-    if trust_remote_code:
-        own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
-    pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own)
-    pipeline.set_progress_bar_config(leave=False)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sample(
@@ -96,80 +61,6 @@ def sample(
     return written
 
 
-def evaluate(
-    model: str,
-    data: str,
-    captions: str,
-    out: str,
-    validation_captions: str | None = None,
-    seed: int = 0,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 3.0,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Sample held-out captions, measure retrieval beside its baselines, write ``retrieval.json`` and ``samples.png``.
-
-    Args:
-        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
-        data: What `validate` takes; what cannot be read is left out.
-        captions: File of captions, a line each, whose pictures the model has not seen.
-        out: Folder for the results.
-        validation_captions: File of the validation captions, which the model was not trained on either.
-        seed: Seed of the first picture; the next ones count up.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none.
-        trust_remote_code: Run the pipeline code that came with the model.
-
-    """
-    pipeline = load_pipeline(model, trust_remote_code)
-    image_size = pipeline.unet.config.sample_size * downsampling_factor(pipeline.vae)
-    held_out = {"test": captions} | ({"validation": validation_captions} if validation_captions else {})
-    config = source_config(data, image_size=image_size, held_out=held_out, on_bad_data="skip")
-    images = CaptionedImages(checked_source(config), config)
-    refuse_leak(model, images.splits.held_out_hash)
-    wanted = read_captions(captions)
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    generated = sample_pictures(pipeline, wanted, seed, **settings)
-    gallery, place = images.gallery()
-    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
-    provenance = read_provenance(model)
-    results = {
-        **asdict(report(retrieval_ranks(generated, gallery, own_index))),
-        **_baselines(images, pipeline.vae, wanted, generated),
-        "images_per_second": provenance.images_per_second if provenance else None,
-        "train_seconds": provenance.train_seconds if provenance else None,
-        "seed": seed,
-        **settings,
-    }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "retrieval.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    shown = slice(0, SHEET_PICTURES)
-    comparison_sheet(wanted[shown], generated[shown], gallery[own_index[shown]]).save(folder / "samples.png")
-    print(json.dumps(results, indent=2))
-    return results
-
-
-def _baselines(
-    images: CaptionedImages, vae: AutoencoderKL, wanted: Sequence[str], generated: NDArray[np.uint8]
-) -> dict[str, Any]:
-    """Return what a perfect denoiser, a copier of training pictures and a shuffler of captions reach."""
-    gallery, place = images.gallery()
-    own_index = np.array([place[picture] for picture in images.pictures_of(wanted)])
-    known = [(place[p], caption) for p in images.splits["train"] for caption in images.source.captions(p)]
-    training_index, training_captions = np.array([index for index, _ in known]), [caption for _, caption in known]
-
-    def rebuild(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        pixel_values = torch.stack([to_pixel_values(Image.fromarray(picture)) for picture in pictures])
-        return to_uint8(reconstruct(vae, pixel_values)).numpy()
-
-    return {
-        "ceiling": asdict(ceiling(rebuild, gallery, own_index)),
-        "copy": asdict(copy_baseline(wanted, own_index, training_captions, training_index, gallery)),
-        "shuffled": asdict(shuffled_baseline(generated, gallery, own_index)),
-    }
-
-
 def slug(text: str) -> str:
     """Return a file name of at most 80 characters of ``a-z0-9._-`` that reminds of the text."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
@@ -211,3 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sys.exit(1)
     except (HubError, ValueError) as error:
         sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,7 +37,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.objective",
         "ldm.models",
     },
-    "ldm.evaluation": {"ldm.config", "ldm.models", "ldm.provenance", "ldm.schedule", "ldm.card", "ldm.places"},
+    "ldm.evaluation": {"ldm.card", "ldm.config", "ldm.models", "ldm.schedule"},
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",

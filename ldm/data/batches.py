@@ -142,7 +142,8 @@ class CaptionedImages:
         return torch.stack([self.pixel_values(picture) for picture in pictures])
 
     @property
-    def _key(self) -> str:
+    def key(self) -> str:
+        """Name of what the pictures look like: equal keys, equal pictures."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}"
 
     def encoded(self, key: str, encode: Encode) -> CachedRows:
@@ -157,7 +158,7 @@ class CaptionedImages:
             mean, std = encode(pixels)
             return {"mean": mean.cpu(), "std": std.cpu()}
 
-        return CachedRows("latents", f"{self._key}/{views}/{key}", len(self.source) * views, compute)
+        return CachedRows("latents", f"{self.key}/{views}/{key}", len(self.source) * views, compute)
 
     def known_captions(self) -> list[str]:
         """Return every caption that training or validation may show, "" included, in alphabetical order."""

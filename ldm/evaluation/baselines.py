@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .retrieval import Images, Indices, RetrievalReport, report, retrieval_ranks
+from .measure import Indices
+from .retrieval import Images, RetrievalReport, report, retrieval_ranks
 
 Reconstruct = Callable[[Images], Images]
 """Pictures through an autoencoder and back, all at once: (N, S, S, 3) uint8 to the same."""

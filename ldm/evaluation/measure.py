@@ -36,10 +36,10 @@ class Measure:
         return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
-def mean_of(values: NDArray[np.float64], draws: int = DRAWS, seed: int = 0) -> Measure:
+def mean_of(values: NDArray[np.float64] | NDArray[np.bool_], draws: int = DRAWS, seed: int = 0) -> Measure:
     """Return the mean of `values`, (N,), one for each picture; ValueError if there are none."""
-    values = np.asarray(values, np.float64)
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values), draws, seed)
+    numbers = np.asarray(values, np.float64)
+    return bootstrap(lambda rows: float(numbers[rows].mean()), len(numbers), draws, seed)
 
 
 def bootstrap(statistic: Callable[[Indices], float], n: int, draws: int = DRAWS, seed: int = 0) -> Measure:

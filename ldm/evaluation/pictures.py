@@ -64,7 +64,7 @@ def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, c
     if generated.shape != true.shape or len(captions) != len(generated):
         got = f"{len(captions)} captions, generated {generated.shape}, true {true.shape}"
         raise ValueError(f"got {got}; expected as many captions as pictures, in one shape")
-    return _sheet(captions, {"generated": generated, "true": true}, columns)
+    return labelled_sheet(captions, {"generated": generated, "true": true}, columns)
 
 
 def contact_sheet(captions: Sequence[str], images: Images, columns: int = 6) -> Image.Image:
@@ -72,11 +72,14 @@ def contact_sheet(captions: Sequence[str], images: Images, columns: int = 6) -> 
     _check(images, "images", columns)
     if len(captions) != len(images):
         raise ValueError(f"got {len(captions)} captions and {len(images)} pictures; expected as many")
-    return _sheet(captions, {"": images}, columns)
+    return labelled_sheet(captions, {"": images}, columns)
 
 
-def _sheet(captions: Sequence[str], rows: Mapping[str, Images], columns: int) -> Image.Image:
-    """Return the pictures of each row, labelled with its name, one row over the other, the captions underneath."""
+def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns: int = 6) -> Image.Image:
+    """Return the pictures of each row, (N, H, W, 3) alike, labelled with its name, one row over the other.
+
+    Otherwise as `comparison_sheet`, which is the sheet of two rows.
+    """
     font = ImageFont.load_default(size=FONT_SIZE)
     shape = next(iter(rows.values())).shape
     factor = -(-CELL_WIDTH // shape[2])

@@ -12,10 +12,14 @@ Averages are kept as sums of whole numbers in float64, where a squared distance 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ldm.evaluation.measure import Indices, Measure, mean_of
 
 COARSE_SIZE = 16
 """Pixels, height and width, that pictures are averaged to before they are compared."""
@@ -26,8 +30,8 @@ MAX_SHIFT = 3
 Images = NDArray[np.uint8]
 """Pictures, (N, S, S, 3), RGB in [0, 255]; S is a multiple of 16."""
 
-Indices = NDArray[np.int64]
-"""Whole numbers, (N,): positions in a gallery, or ranks."""
+Distances = NDArray[np.float64]
+"""From each of N pictures to each of M, (N, M)."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,33 @@ def coarse(images: Images) -> NDArray[np.float32]:
 def retrieval_ranks(generated: Images, gallery: Images, own_index: Indices) -> Indices:
     """Return the rank of each generated picture's own picture in the gallery, (N,) in [0, M - 1]; 0 is right.
 
-    The rank counts the other pictures of the gallery that are as near or nearer. `generated` is (N, S, S, 3),
-    `gallery` (M, S, S, 3), `own_index` (N,) says which picture of the gallery each generated one should be.
-    The generated picture is shifted by up to 3/64 of S (7 x 7 shifts from S = 64 on), white moving in.
-    Memory is N x M and once the gallery at 16x16, whatever the number of shifts.
+    By `pixel_distances`; `own_index` (N,) says which picture of the gallery each generated one should be.
+    """
+    return ranks_among(pixel_distances(generated, gallery), own_index)
+
+
+def ranks_among(distances: Distances, own_index: Indices) -> Indices:
+    """Return how many pictures of the gallery but their own are as near to each picture or nearer, (N,).
+
+    `distances` is (N, M), `own_index` (N,) the place of each picture's own. Ties are misses.
+    """
+    own_index = _check_own_index(own_index, *distances.shape)
+    own = np.take_along_axis(distances, own_index[:, None], axis=1)
+    return np.asarray((distances <= own).sum(1) - 1, dtype=np.int64)
+
+
+def pixel_distances(generated: Images, gallery: Images) -> Distances:
+    """Return the squared distance of each generated picture, (N, S, S, 3), from each of the gallery, (N, M).
+
+    Of sums over the 16 x 16 blocks of a picture, which are whole numbers. The generated picture is shifted by up to
+    3/64 of S (7 x 7 shifts from S = 64 on), white moving in, and the smallest distance taken. Memory is N x M and once
+    the gallery at 16 x 16, whatever the number of shifts.
     """
     _check(generated, "generated")
     _check(gallery, "gallery")
     size = generated.shape[1]
     if gallery.shape[1] != size:
         raise ValueError(f"gallery is at {gallery.shape[1]} px, generated at {size} px; expected one size")
-    own_index = _check_own_index(own_index, len(generated), len(gallery))
     keys = _block_sums(gallery)  # (M, 768)
     minus_twice_keys = -2 * keys.T
     nearest = np.full((len(generated), len(gallery)), np.inf)
@@ -83,8 +103,20 @@ def retrieval_ranks(generated: Images, gallery: Images, own_index: Indices) -> I
             squared += (query**2).sum(1, keepdims=True)
             np.minimum(nearest, squared, out=nearest)
     nearest += (keys**2).sum(1)
-    own = np.take_along_axis(nearest, own_index[:, None], axis=1)
-    return np.asarray((nearest <= own).sum(1) - 1, dtype=np.int64)
+    return nearest
+
+
+def feature_distances(features: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> Distances:
+    """Return one minus the cosine of the angle of each row, (N, D), with each, (M, D): (N, M) in [0, 2]."""
+    both = features.astype(np.float64), others.astype(np.float64)
+    one, two = (of / np.linalg.norm(of, axis=1, keepdims=True) for of in both)
+    distances: Distances = 1 - one @ two.T
+    return distances
+
+
+def recalls(ranks: Indices, ks: Sequence[int] = (1, 5, 10)) -> dict[int, Measure]:
+    """Return the share of pictures whose own is among the k nearest, by k."""
+    return {k: mean_of(_hits(ranks, k)) for k in ks}
 
 
 def recall(ranks: Indices, k: int) -> float:

@@ -1,0 +1,260 @@
+"""``ldm evaluate``: how good a pipeline is on captions that it has never seen, and what that has to be read beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.batches import CaptionedImages
+from ldm.data.cache import CachedRows
+from ldm.data.pixels import to_pixel_values, to_uint8
+from ldm.data.preflight import checked_source
+from ldm.data.sources import source_config
+from ldm.data.splits import read_captions
+from ldm.evaluation import sections
+from ldm.evaluation.card import merge_into_card
+from ldm.evaluation.distances import kid
+from ldm.evaluation.factors import read_factors
+from ldm.evaluation.gain import LEVELS, losses_with_and_without
+from ldm.evaluation.markdown import markdown
+from ldm.evaluation.measure import Measure, mean_of
+from ldm.evaluation.page import html
+from ldm.evaluation.quality import psnr, ssim
+from ldm.evaluation.report import Report, Row, Section
+from ldm.evaluation.retrieval import retrieval_ranks
+from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.subject import Images, Subject
+from ldm.models.autoencoder import downsampling_factor
+from ldm.models.pipeline import load_pipeline
+from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
+from ldm.places import portable
+from ldm.provenance import hardware, read_provenance, refuse_leak, refuse_teacher, versions
+from ldm.training.autoencoding import reconstruct
+
+VARIETY_SEED = 2**20
+"""Above the seeds of the captions."""
+
+
+def evaluate(
+    model: str,
+    data: str,
+    captions: str,
+    out: str,
+    validation_captions: str | None = None,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 3.0,
+    network: str = "efficientnet_lite0",
+    clip: str | None = None,
+    factors: str | None = None,
+    variety_prompts: int = 12,
+    pictures_per_prompt: int = 8,
+    guidance_sweep: list[float] | None = None,
+    steps_sweep: list[int] | None = None,
+    card: bool = True,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Draw held-out captions, measure, write ``report.json``, ``report.md``, ``report.html`` and ``samples.png``.
+
+    Args:
+        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
+        data: What `validate` takes; what cannot be read is left out.
+        captions: File of captions, a line each, whose pictures the model has not seen.
+        out: Folder for the results.
+        validation_captions: File of the validation captions, which the model was not trained on either.
+        seed: Seed of the first picture; the next ones count up.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Guidance; 1 is none.
+        network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
+        clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
+        factors: YAML file of the words that captions are composed of, by factor; none: not measured.
+        variety_prompts: Captions of which several pictures are drawn; 0: not measured.
+        pictures_per_prompt: How many of each, 2 or more.
+        guidance_sweep: Guidance scales to draw the validation captions with.
+        steps_sweep: Numbers of steps to draw the validation captions with.
+        card: Put the results into the model's README.md, if the model is a folder that has one.
+        trust_remote_code: Run the pipeline code that came with the model.
+
+    """
+    measuring = Evaluation(model, data, captions, validation_captions, network, trust_remote_code)
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    wanted = read_captions(captions)
+    subject = measuring.subject(wanted, seed, **call)
+    name = measuring.network.name
+    parts = [sections.retrieval(subject, name)]
+    if factors is not None:
+        parts.append(sections.caption_factors(subject, read_factors(factors), measuring.known_captions()))
+    if clip is not None:
+        parts.append(sections.clip_scores(subject, ClipScore(clip), clip))
+    parts += [measuring.gain(wanted, seed), sections.likeness(subject, name)]
+    if subject.rebuilt is not None:
+        parts.append(autoencoder(subject, name))
+    parts.append(sections.memorisation(subject, name))
+    if variety_prompts:
+        some = wanted[:variety_prompts]
+        repeated = [caption for caption in some for _ in range(pictures_per_prompt)]
+        drawn = sample_pictures(measuring.pipeline, repeated, seed + VARIETY_SEED, **call)
+        parts.append(sections.variety(some, drawn, measuring.network(drawn), pictures_per_prompt, name))
+    for setting, values in (("guidance_scale", guidance_sweep), ("num_inference_steps", steps_sweep)):
+        if values:
+            parts.append(measuring.sweep(setting, values, seed, **call))
+    report = Report("Evaluation", measuring.model_name, measuring.settings(seed, wanted, call), parts)
+    if PartialState().is_main_process:
+        write(report, Path(out), Path(model) if card else None)
+    return report
+
+
+class Evaluation:
+    """A pipeline, the data that it is measured on, and the network that measures."""
+
+    def __init__(
+        self, model: str, data: str, captions: str, validation: str | None, network: str, trust_remote_code: bool
+    ):
+        """Raise ValueError if the model, a part of it included, has seen what it is measured on or by."""
+        self.model, self.validation = model, validation
+        self.pipeline = load_pipeline(model, trust_remote_code)
+        image_size = self.pipeline.unet.config.sample_size * downsampling_factor(self.pipeline.vae)
+        held_out = {"test": captions} | ({"validation": validation} if validation else {})
+        config = source_config(data, image_size=image_size, held_out=held_out, on_bad_data="skip")
+        self.images = CaptionedImages(checked_source(config), config)
+        refuse_leak(model, self.images.splits.held_out_hash)
+        self.network: FeatureNetwork = build_feature_network(network)
+        refuse_teacher(model, self.network)
+        self.gallery, self.place = self.images.gallery()
+        self.gallery_features = self._gallery_features()
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called, without where it lies."""
+        return Path(portable(self.model)).name or "model"
+
+    def _gallery_features(self) -> NDArray[np.float32]:
+        """Return the features of the gallery, (M, D), computed once and kept."""
+        key = f"{self.images.key}/{self.network.sha256}/{self.network.resize}"
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            return {"features": torch.from_numpy(self.network(self.gallery[rows.start : rows.stop]))}
+
+        cached = CachedRows("features", key, len(self.gallery), compute)
+        return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
+
+    def subject(self, captions: Sequence[str], seed: int, **call: Any) -> Subject:
+        """Return the pictures that the model draws of `captions`, and what they are read beside."""
+        own_index = np.array([self.place[picture] for picture in self.images.pictures_of(captions)])
+        known = [
+            (self.place[picture], caption)
+            for picture in self.images.splits["train"]
+            for caption in self.images.source.captions(picture)
+        ]
+        return Subject(
+            captions=captions,
+            generated=sample_pictures(self.pipeline, captions, seed, **call),
+            rebuilt=self._rebuilt(self.gallery[own_index]),
+            gallery=self.gallery,
+            own_index=own_index,
+            training_captions=[caption for _, caption in known],
+            training_index=np.array([place for place, _ in known]),
+            embed=self.network,
+            gallery_features=self.gallery_features,
+        )
+
+    def _rebuilt(self, pictures: Images) -> Images | None:
+        return to_uint8(reconstruct(self.pipeline.vae, pixel_values(pictures))).numpy()
+
+    def known_captions(self) -> Mapping[str, int]:
+        """Return the place in the gallery of every caption of the data."""
+        source = self.images.source
+        return {caption: self.place[row] for row in range(len(source)) for caption in source.captions(row)}
+
+    def gain(self, captions: Sequence[str], seed: int) -> Section:
+        """Return the conditional gain, or why it was not measured."""
+        own = [self.place[picture] for picture in self.images.pictures_of(captions)]
+        try:
+            losses = losses_with_and_without(self.pipeline, pixel_values(self.gallery[own]), captions, seed)
+        except ValueError as error:
+            return Section("What are the captions worth?", f"Not measured: {error}.")
+        return sections.conditional_gain(losses, LEVELS)
+
+    def sweep(self, setting: str, values: Sequence[float], seed: int, **call: Any) -> Section:
+        """Return R@1 and KID of the validation captions at each value of a setting of sampling."""
+        if self.validation is None:
+            raise ValueError(f"{setting} is chosen on the validation captions: name them with --validation_captions")
+        captions = read_captions(self.validation)
+        own = np.array([self.place[picture] for picture in self.images.pictures_of(captions)])
+        points: dict[float, tuple[Measure, Measure]] = {}
+        for value in values:
+            drawn = sample_pictures(self.pipeline, captions, seed, **call | {setting: value})
+            hits = retrieval_ranks(drawn, self.gallery, own) == 0
+            points[value] = mean_of(hits), kid(self.network(drawn), self.gallery_features[own])
+        return sections.sweep(setting, points, self.network.name, log_x=setting == "num_inference_steps")
+
+    def settings(self, seed: int, captions: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the numbers depend on."""
+        record = read_provenance(self.model)
+        training = None if record is None else {
+            "steps": record.global_step,
+            "seconds": record.train_seconds,
+            "pictures per second": record.images_per_second,
+            "hardware": record.hardware,
+        }  # fmt: skip
+        return {
+            "captions": len(captions),
+            "pictures in the data": len(self.gallery),
+            "dataset": self.images.config.source,
+            "split": "test",
+            "pictures": self.images.source.fingerprint,
+            "held out": self.images.splits.held_out_hash,
+            "network that measures": f"{self.network.name}, weights {self.network.sha256[:16]}",
+            "resize": self.network.resize,
+            "sampler": type(self.pipeline.scheduler).__name__,
+            **call,
+            "seeds": f"{seed} to {seed + len(captions) - 1}",
+            "interval": "central 95 % of a bootstrap over the pictures",
+            "training": training,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+
+
+def autoencoder(subject: Subject, network: str) -> Section:
+    """Return how near the true pictures come back from the autoencoder: no denoiser can be better."""
+    if subject.rebuilt is None:
+        raise ValueError("there is no autoencoder")
+    true, rebuilt = pixel_values(subject.true), pixel_values(subject.rebuilt)
+    features = subject.features
+    rows = [
+        Row("PSNR, dB", mean_of(psnr(rebuilt, true).double().numpy()), "higher", {}),
+        Row("SSIM", mean_of(ssim(rebuilt, true).double().numpy()), "higher", {}),
+        Row(f"KID of reconstructions, {network}", kid(features["ceiling"], features["true"]), "lower", {}),
+    ]
+    text = "The true pictures of the held-out captions through the autoencoder and back."
+    return Section("What can the latents carry?", text, rows)
+
+
+def pixel_values(pictures: Images) -> Tensor:
+    """Return pictures, (N, H, W, 3) uint8, as (N, 3, H, W) in [-1, 1]."""
+    return torch.stack([to_pixel_values(Image.fromarray(picture)) for picture in pictures])
+
+
+def write(report: Report, folder: Path, model: Path | None) -> None:
+    """Write a report into `folder` and, where `model` is the folder of a model with a card, into that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(html(report), encoding="utf-8")
+    sheet = report.sections[0].pictures[0].image
+    sheet.save(folder / "samples.png")
+    if model is not None and model.is_dir():
+        merge_into_card(model, report)
+    for row in report.headlines:
+        print(f"{row.name}: {row.measure}{'; a copier reaches this' if row.copied else ''}")
+    print(f"the whole report: {folder / 'report.html'}")

@@ -1,0 +1,86 @@
+"""Captions that compose: which of the words that a caption is made of are drawn, factor by factor."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from ldm.evaluation.measure import Indices, Measure, mean_of
+
+Families = Sequence[Indices | None]
+"""Of each caption the captions (or the places of their pictures) that differ from it in one factor alone, its own
+included; None where there is no other."""
+
+
+def read_factors(path: str | Path) -> dict[str, list[str]]:
+    """Return the factors in a YAML or JSON file, ``factor: [alternative, ...]``; an alternative is a word or several.
+
+    Raises:
+        ValueError: the file holds something else; FileNotFoundError: there is none.
+
+    """
+    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    good = isinstance(found, dict) and all(
+        isinstance(of, list) and len(of) > 1 and all(isinstance(word, str) and word.strip() for word in of)
+        for of in found.values()
+    )
+    if not good:
+        example = "colour: [red, blue]"
+        raise ValueError(f"{path}: expected factors, each with a list of two alternatives or more, such as {example}")
+    return {str(factor): [word.lower() for word in of] for factor, of in found.items()}
+
+
+def families(captions: Sequence[str], alternatives: Sequence[str], wanted: Sequence[str]) -> Families:
+    """Return for each of `wanted` the captions that differ in these `alternatives` alone, as places in `captions`.
+
+    An alternative is found at word boundaries ("-" is part of a word), the longest first; the first one in a caption is
+    its value, and none is a value too: "judge", "woman judge" and "man judge" are one family of woman and man. None: no
+    other caption is left.
+    """
+    pattern = re.compile(
+        r"(?<![\w-])(?:" + "|".join(map(re.escape, sorted(alternatives, key=len, reverse=True))) + r")(?![\w-])"
+    )
+
+    def rest(caption: str) -> str:
+        return " ".join(pattern.sub(" ", caption.lower(), count=1).split())
+
+    members = defaultdict(list)
+    for place, caption in enumerate(captions):
+        members[rest(caption)].append(place)
+    found: list[Indices | None] = []
+    for caption in wanted:
+        family = members[rest(caption)]
+        found.append(np.array(family) if len({captions[place].lower() for place in family}) > 1 else None)
+    return found
+
+
+def factor_accuracy(distances: NDArray[np.float64], own_index: Indices, within: Families) -> Measure:
+    """Return the share of pictures whose own is the nearest of its family; ties are misses.
+
+    `distances` is (N, M), from each picture to each of the gallery, `own_index` (N,) the places of their own, `within`
+    their families as places in the gallery. Pictures without a family are left out.
+    """
+    hits = []
+    for row, family in enumerate(within):
+        if family is None:
+            continue
+        others = np.setdiff1d(family, own_index[row])
+        hits.append(bool((distances[row, others] > distances[row, own_index[row]]).all()))
+    return mean_of(np.array(hits))
+
+
+def chance(own_index: Indices, within: Families) -> Measure:
+    """Return what guessing within the family reaches."""
+    sizes = [len(np.union1d(family, own_index[row])) for row, family in enumerate(within) if family is not None]
+    return mean_of(1 / np.array(sizes))
+
+
+def covered(within: Families) -> int:
+    """Return how many captions have a family."""
+    return sum(family is not None for family in within)

@@ -1,0 +1,202 @@
+"""The questions that an evaluation answers, each a section of the report: numbers beside their baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.evaluation.distances import frechet_distance, kid
+from ldm.evaluation.factors import chance, covered, factor_accuracy, families
+from ldm.evaluation.gain import Losses
+from ldm.evaluation.measure import Measure, mean_of
+from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
+from ldm.evaluation.pictures import comparison_sheet, contact_sheet, labelled_sheet
+from ldm.evaluation.report import Curve, Picture, Row, Section
+from ldm.evaluation.retrieval import feature_distances, ranks_among, recalls
+from ldm.evaluation.subject import Features, Images, Subject
+
+SHEET_PICTURES = 24
+CLOSEST_PAIRS = 12
+"""Pictures on a sheet."""
+Distances = Mapping[str, NDArray[np.float64]]
+"""Of generated, true, copied (and rebuilt) pictures from those of the gallery, (N, M) each."""
+
+
+def retrieval(subject: Subject, network: str) -> Section:
+    """Return whether the picture nearest to a generated one is its caption's own, in pixels and in features."""
+    features = {
+        name: feature_distances(of, subject.gallery_features)
+        for name, of in subject.features.items()
+    }  # fmt: skip
+    rows = _recall_rows(subject, subject.pixel_distances, "pixels") + _recall_rows(subject, features, network)
+    shown = slice(0, SHEET_PICTURES)
+    sheet = comparison_sheet(subject.captions[shown], subject.generated[shown], subject.true[shown])
+    text = (
+        f"Of {len(subject)} held-out captions, the share whose generated picture has the caption's own picture as its "
+        f"nearest (R@1), or among its nearest, of all {len(subject.gallery)} distinct pictures of the data, training "
+        "pictures included. In pixels the distance is the RGB difference at 16 x 16, the smallest over small shifts; "
+        f"in {network} one minus the cosine of the features. Ties are misses."
+    )
+    return Section("Does it draw what the caption says?", text, rows, (), [Picture("Generated and true", "", sheet)])
+
+
+def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row]:
+    found = {name: recalls(ranks_among(of, subject.own_index)) for name, of in distances.items() if name != "true"}
+    shuffled = recalls(ranks_among(distances["generated"], subject.own_index[subject.exchanged]))
+    beside = {name: of for name, of in (found | {"shuffled": shuffled}).items() if name != "generated"}
+    return [
+        Row(f"R@{key}, {where}", value, "higher", {name: of[key] for name, of in beside.items()})
+        for key, value in found["generated"].items()
+    ]
+
+
+def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], known: Mapping[str, int]) -> Section:
+    """Return whether what a single word of a caption says is drawn; `known` are all captions and their gallery places.
+
+    The true picture must be the nearest of its family, the pictures whose captions differ in that factor alone.
+    """
+    distances, rows = subject.pixel_distances, []
+    captions, places = list(known), np.array(list(known.values()))
+    for factor, alternatives in factors.items():
+        members = families(captions, alternatives, subject.captions)
+        within = [None if family is None else places[family] for family in members]
+        if not covered(within):
+            continue
+        found = {name: factor_accuracy(of, subject.own_index, within) for name, of in distances.items()}
+        beside = {"chance": chance(subject.own_index, within), "copy": found["copy"]}
+        if "ceiling" in found:
+            beside["ceiling"] = found["ceiling"]
+        note = f"{found['generated'].n} captions have such a family"
+        rows.append(Row(factor, found["generated"], "higher", beside, note))
+    text = (
+        "Captions that compose: is the caption's own picture the nearest of its family, that is, of the pictures whose "
+        "captions differ in this factor alone? By the pixel distance. A copier of training pictures stands on other "
+        "members of the family."
+    )
+    return Section("Which words are drawn?", text, rows)
+
+
+def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float64]], name: str) -> Section:
+    """Return the similarity of pictures and captions by a CLIP."""
+    others = [subject.captions[row] for row in subject.exchanged]
+    beside = {
+        "copy": mean_of(score(subject.copied, subject.captions)),
+        "shuffled": mean_of(score(subject.generated, others)),
+        "ceiling": mean_of(score(subject.true, subject.captions)),
+    }
+    row = Row(f"CLIP score, {name}", mean_of(score(subject.generated, subject.captions)), "higher", beside)
+    text = (
+        "100 times the cosine of a CLIP's embeddings of picture and caption, not below 0. Ceiling: the true pictures."
+    )
+    return Section("CLIP score", text, [row])
+
+
+def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Section:
+    """Return what the captions take off the loss; `losses` are those with their own captions and with others'."""
+    right, wrong = losses
+    gain = wrong - right
+    row = Row("conditional gain, mean over noise levels", mean_of(gain.mean(0)), "higher", {})
+    by_level = {
+        name: [(level, mean_of(of)) for level, of in zip(levels, losses, strict=True)]
+        for name, losses in {"own captions": right, "captions of others": wrong}.items()
+    }
+    gains = {"conditional gain": [(level, mean_of(of)) for level, of in zip(levels, gain, strict=True)]}
+    curves = [
+        Curve("Loss on held-out pictures", "noise level (0: picture, 1: noise)", "squared error", by_level),
+        Curve("Conditional gain", "noise level (0: picture, 1: noise)", "loss with others' captions - own", gains),
+    ]
+    text = (
+        "The loss on held-out pictures with the captions of others, minus that with their own, with the same noise. "
+        "0: the text is not used."
+    )
+    return Section("What are the captions worth?", text, [row], curves)
+
+
+def likeness(subject: Subject, network: str) -> Section:
+    """Return how far the generated pictures are, as a set, from the true ones of the same captions."""
+    features = subject.features
+    order = np.random.default_rng(0).permutation(len(subject))
+    half, other = order[: len(order) // 2], order[len(order) // 2 : len(order) // 2 * 2]
+    sets = {name: of for name, of in features.items() if name != "true"}
+    rows = [_row(f"KID, {network}", "lower", {n: kid(of, features["true"]) for n, of in sets.items()}
+                 | {"floor": kid(features["true"][half], features["true"][other])})]  # fmt: skip
+    halves = {name: of[half] for name, of in sets.items()} | {"floor": features["true"][half]}
+    reference = features["true"][other]
+    frechet = {name: frechet_distance(of, reference) for name, of in halves.items()}
+    rows.append(_row(f"Frechet distance at N = {len(half)}, {network}", "lower", frechet))
+    if len(half) > NEIGHBOURS:
+        found = {name: manifold_measures(of, reference) for name, of in halves.items()}
+        rows += [
+            _row(f"{key} at N = {len(half)}", "higher", {name: of[key] for name, of in found.items()})
+            for key in found["generated"]
+        ]
+    text = (
+        f"KID is over all {len(subject)} pictures and as many true ones; it is unbiased: its floor, two disjoint "
+        f"halves of the true pictures against each other, is 0 but for chance. The others depend on the number of "
+        f"pictures: each takes {len(half)} pictures of one half of the captions against the true pictures of the other "
+        "half. Ceiling: the true pictures through the autoencoder. Copy: the pictures of the nearest training captions."
+    )
+    return Section("Do its pictures look like true ones?", text, rows)
+
+
+def _row(name: str, better: str, found: Mapping[str, Measure]) -> Row:
+    beside = {baseline: measure for baseline, measure in found.items() if baseline != "generated"}
+    return Row(name, found["generated"], better, beside)  # type: ignore[arg-type]
+
+
+def memorisation(subject: Subject, network: str) -> Section:
+    """Return whether the pictures are nearer to training pictures than true unseen ones are."""
+    training = subject.training_pictures
+    keys = subject.gallery_features[training]
+    distances = {name: euclidean(of, keys) for name, of in subject.features.items()}
+    found = {name: of.min(1) for name, of in distances.items()}
+    pixels = {name: of[:, training].min(1) for name, of in subject.pixel_distances.items()}
+    copy_row = {"copy": share_nearer(found["copy"], found["true"])}
+    rows = [
+        Row(f"nearer to training than the true picture, {network}",
+            share_nearer(found["generated"], found["true"]), "none", copy_row),
+        Row("nearer to training than the true picture, pixels",
+            share_nearer(pixels["generated"], pixels["true"]), "none",
+            {"copy": share_nearer(pixels["copy"], pixels["true"])}),
+    ]  # fmt: skip
+    nearest = distances["generated"].argmin(1)
+    closest = np.argsort(found["generated"], kind="stable")[:CLOSEST_PAIRS]
+    sheet = labelled_sheet(
+        [subject.captions[row] for row in closest],
+        {
+            "generated": subject.generated[closest],
+            "training": subject.gallery[training[nearest[closest]]],
+            "true": subject.true[closest],
+        },
+    )
+    text = (
+        "Share of the generated pictures that are nearer to their nearest training picture than the true, unseen one "
+        "of the same caption is to its own. About one half is what new pictures would have; 1 is a copier."
+    )
+    title = f"The {len(closest)} generated pictures nearest to training"
+    return Section("Does it copy its training pictures?", text, rows, (), [Picture(title, "", sheet)])
+
+
+def variety(captions: Sequence[str], pictures: Images, features: Features, per_prompt: int, network: str) -> Section:
+    """Return how much the pictures of one prompt differ; `pictures` are `per_prompt` of each caption in turn."""
+    prompt = np.repeat(np.arange(len(captions)), per_prompt)
+    row = Row(f"spread within a prompt over spread across prompts, {network}", spread(features, prompt), "none", {})
+    labels = [caption for caption in captions for _ in range(per_prompt)]
+    shown = slice(0, 4 * per_prompt)
+    sheet = contact_sheet(labels[shown], pictures[shown], per_prompt)
+    text = (
+        f"{per_prompt} pictures of each of {len(captions)} prompts, other seeds. 0: every seed draws the same picture; "
+        "1: the prompt decides nothing."
+    )
+    return Section("How much do pictures of one prompt differ?", text, [row], (), [Picture("Same prompt", "", sheet)])
+
+
+def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:
+    """Return R@1 and KID of the validation captions by a setting of sampling."""
+    lines = [sorted(points.items())]
+    at_1 = {"R@1, pixels": [(x, of[0]) for x, of in lines[0]]}
+    distance = {f"KID, {network}": [(x, of[1]) for x, of in lines[0]]}
+    curves = [Curve(f"R@1 by {name}", name, "R@1", at_1, log_x), Curve(f"KID by {name}", name, "KID", distance, log_x)]
+    return Section(f"By {name}", "On the validation captions, not on those of the numbers above.", (), curves)

@@ -1,0 +1,87 @@
+"""What an evaluation looks at: pictures of held-out captions, the true ones, and what a copier and a decoder make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldm.evaluation.baselines import derangement, nearest_training_captions
+from ldm.evaluation.measure import Indices
+from ldm.evaluation.retrieval import pixel_distances
+
+Images = NDArray[np.uint8]
+"""Pictures, (N, S, S, 3), RGB in [0, 255]."""
+Features = NDArray[np.float32]
+"""Of pictures, (N, D), in a network that the model was not trained against."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """N held-out captions and their pictures, among the M distinct pictures of the data set."""
+
+    captions: Sequence[str]
+    generated: Images
+    """Of the model, in the order of the captions."""
+    rebuilt: Images | None
+    """The true pictures through the model's autoencoder and back; None without one."""
+    gallery: Images
+    own_index: Indices
+    """Place in the gallery of each caption's own picture."""
+    training_captions: Sequence[str]
+    training_index: Indices
+    """Place in the gallery of each training caption's picture."""
+    embed: Callable[[Images], Features]
+    """The network that measures."""
+    gallery_features: Features
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return len(self.captions)
+
+    @cached_property
+    def copied_index(self) -> Indices:
+        """Place of what a copier answers: the picture of the nearest training caption."""
+        return self.training_index[nearest_training_captions(self.captions, self.training_captions)]
+
+    @cached_property
+    def exchanged(self) -> Indices:
+        """A permutation of the captions in which none keeps its own picture."""
+        return derangement(self.own_index)
+
+    @cached_property
+    def training_pictures(self) -> Indices:
+        """Places of the distinct training pictures."""
+        return cast(Indices, np.unique(self.training_index))
+
+    @property
+    def true(self) -> Images:
+        """The captions' own pictures."""
+        return self.gallery[self.own_index]
+
+    @property
+    def copied(self) -> Images:
+        """What a copier answers."""
+        return self.gallery[self.copied_index]
+
+    @cached_property
+    def features(self) -> Mapping[str, Features]:
+        """Of "generated", "true" and "copy", and of "ceiling" if there is an autoencoder, (N, D) each."""
+        found = {
+            "generated": self.embed(self.generated),
+            "true": self.gallery_features[self.own_index],
+            "copy": self.gallery_features[self.copied_index],
+        }
+        return found if self.rebuilt is None else found | {"ceiling": self.embed(self.rebuilt)}
+
+    @cached_property
+    def pixel_distances(self) -> Mapping[str, NDArray[np.float64]]:
+        """Of the same pictures from each of the gallery, (N, M); see `ldm.evaluation.retrieval`."""
+        shown = {"generated": self.generated, "true": self.true, "copy": self.copied}
+        if self.rebuilt is not None:
+            shown["ceiling"] = self.rebuilt
+        return {name: pixel_distances(images, self.gallery) for name, images in shown.items()}
