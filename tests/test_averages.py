@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ldm.training.averages import Average, exponential
+from ldm.training.averages import Average, exponential, gamma_of, power_function
 
 
 def scalar(value: float) -> nn.Module:
@@ -149,3 +149,31 @@ def test_what_would_not_average_is_refused():
             exponential(decay)
     with pytest.raises(ValueError, match=r"weight is torch\.bfloat16, in which an average does not move"):
         Average(nn.Linear(2, 2, dtype=torch.bfloat16), exponential(0.999))
+
+
+def test_gamma_is_the_root_of_its_definition_and_sigma_rel_the_spread_of_the_profile():
+    tau = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for sigma_rel in (0.001, 0.02, 0.05, 0.1, 0.25, 0.28):
+        gamma = gamma_of(sigma_rel)
+        assert ((gamma + 1) / (gamma + 3)) ** 0.5 / (gamma + 2) == pytest.approx(sigma_rel, rel=1e-9)
+        profile = (gamma + 1) * tau**gamma
+        mean = float((profile * tau).mean())
+        assert float((profile * (tau - mean) ** 2).mean()) ** 0.5 == pytest.approx(sigma_rel, rel=1e-3)
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=5e-3)  # the paper's values
+    assert gamma_of(0.1) == pytest.approx(6.94, abs=5e-3)
+    for sigma_rel in (0.0, -0.1, 0.29, math.nan):
+        with pytest.raises(ValueError, match=r"sigma_rel: got .*; expected a number above 0, to 0\.28"):
+            gamma_of(sigma_rel)
+
+
+def test_a_power_function_average_weighs_each_step_by_the_integral_of_the_profile():
+    module = scalar(100.0)
+    average = Average(module, power_function(0.1))
+    power = gamma_of(0.1) + 1
+    draws = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in range(1, 51):
+        nn.init.constant_(module.weight, float(draws[t - 1]))
+        average.update(t - 1)
+        steps = torch.arange(1, t + 1, dtype=torch.float64)
+        shares = (steps**power - (steps - 1) ** power) / t**power
+        assert average.module.weight.item() == pytest.approx(float(shares @ draws[:t]), rel=1e-9)  # none of 100

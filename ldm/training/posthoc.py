@@ -48,25 +48,24 @@ def coefficients(t: Floats, gamma: Floats, t_wanted: float, gamma_wanted: float)
 
 
 def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, at_step: int | None = None) -> dict[str, Tensor]:
-    """Return the average of length `sigma_rel` at optimiser step `at_step`, None: at the newest snapshot, on the CPU.
+    """Return the average of length `sigma_rel` at step `at_step` of a snapshot, None: the newest; on the CPU.
 
     Parameters and buffers by their names in the trained module; sums are taken in float64 and rounded to each tensor's
     own type; integer buffers are the newest's. A stored average comes back as it was. Takes the memory of four copies.
 
     Raises:
-        ValueError: the snapshots do not reach `at_step`, are of different networks, or represent the average's profile
-            with an error of more than 10 %.
+        ValueError: there is no snapshot of `at_step` (a profile ends there with a jump, which no other has), they are
+            of different networks, or represent the average's profile with an error of more than 10 %.
 
     """
     newest = max(snapshots, key=lambda snapshot: snapshot.global_step)
+    times = {snapshot.global_step: snapshot.steps_taken for snapshot in snapshots}
     step = newest.global_step if at_step is None else at_step
-    if not 0 < step <= newest.global_step:
-        raise ValueError(f"at_step: got {step}; the snapshots reach from 1 to {newest.global_step}")
-    times = dict(sorted((snapshot.global_step, snapshot.steps_taken) for snapshot in snapshots))
-    t_wanted = float(np.interp(step, [0, *times], [0, *times.values()]))
+    if step not in times:
+        raise ValueError(f"at_step: got {step}; expected a step of a snapshot: {', '.join(map(str, sorted(times)))}")
     t = np.array([snapshot.steps_taken for snapshot in snapshots], np.float64)
     gamma = np.array([gamma_of(snapshot.sigma_rel) for snapshot in snapshots])
-    x, error = coefficients(t, gamma, t_wanted, gamma_of(sigma_rel))
+    x, error = coefficients(t, gamma, times[step], gamma_of(sigma_rel))
     if error > MAX_ERROR:
         stored = sorted({snapshot.sigma_rel for snapshot in snapshots})
         raise ValueError(
