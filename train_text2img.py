@@ -20,6 +20,7 @@ from ldm.training.record import run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
+from ldm.training.snapshots import Snapshots
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
 from pipelines.text2img import TextToImagePipeline
@@ -40,7 +41,8 @@ def main() -> None:
             refuse_leak(part, images.splits.held_out_hash)
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)
         stage = build_stage(config, images.captions("train"), pictures)
-        step = DiffusionStep(stage, run, config.optim.ema_decay)
+        tracked = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
+        step = DiffusionStep(stage, run, config.optim.ema_decay, tracked)
         rehearse(step, images, config)
         encoded = None
         if config.data.cache:
@@ -60,6 +62,7 @@ def main() -> None:
             partial(training_batches, train),
             (config.loop.validate_every_steps, validation),
             (config.push_every_steps, model.push_meanwhile),
+            (config.snapshot_every_steps, Snapshots(run, loop, step.power_averages)),
         )
         model.finish()
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm.config import OptimConfig
 from ldm.provenance import hardware
-from ldm.training.averages import Average
+from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.optim import build_optimizer
 from ldm.training.state import not_finite, training_state
@@ -35,7 +35,7 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    average = Average(module, 0.99)
+    average = Average(module, exponential(0.99))
     optimizer = build_optimizer(module.parameters(), OptimConfig(), [])
     module(torch.randn(2, WIDTH)).square().mean().backward()
     optimizer.step()

@@ -91,9 +91,16 @@ most {loss_images}, none of them trained on.
 AUTOENCODER_PICTURE = """
 ![validation pictures, which were not trained on, over their reconstructions](samples.png)
 """
-TRAINING = """
-## How good it is
+AVERAGE = """
+## Which weights
 
+The average over the training with a power function whose standard deviation is {sigma_rel} of it (Karras et al. 2024),
+made of snapshots afterwards. The numbers and pictures here are those of another average, the training's own.
+"""
+MEASURED = "\n## How good it is\n"
+TRAINING = (
+    MEASURED
+    + """
 {measured}
 ## Data
 
@@ -107,6 +114,7 @@ TRAINING = """
 ```yaml
 {config}```
 """
+)
 
 
 def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, record: Provenance) -> None:
@@ -149,6 +157,18 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
     )
     text = f"---\n{card.to_yaml()}\n---\n\n{_body(config, model.name, bool(sheets))}{training}"
     ModelCard(text).save(model / CARD)
+
+
+def tell_average(model: Path, name: str, sigma_rel: float) -> None:
+    """Change the card in the folder `model`, to be called `name`, to that of a power-function average.
+
+    What was measured stays, with word that it was on other weights; the Hub's metadata no longer holds it.
+    """
+    card = ModelCard.load(model / CARD)
+    card.data.eval_results = card.data.model_name = None
+    told = AVERAGE.format(sigma_rel=sigma_rel) + MEASURED
+    card.text = with_name(card.text.replace(MEASURED, told, 1), name)
+    card.save(model / CARD)
 
 
 def with_name(text: str, name: str) -> str:

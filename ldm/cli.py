@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
 from ldm.models.pipeline import load_pipeline
+from ldm.training.model_folder import averaged_model
 from ldm.validate import validate
 
 
@@ -61,6 +62,28 @@ def sample(
     return written
 
 
+def average(run: str, sigma_rel: str, to: str | None = None) -> list[Path]:
+    """Write a pipeline folder for each length of the average and return them; nothing is trained.
+
+    Args:
+        run: Folder of a training with snapshots, its output_dir.
+        sigma_rel: Lengths, shares of the training, separated by commas, such as 0.02,0.05,0.1.
+        to: Folder to write, for one length; default is RUN/model-LENGTH.
+
+    """
+    try:
+        lengths = [float(length) for length in sigma_rel.split(",")]
+    except ValueError as error:
+        raise ValueError(f"sigma_rel: got {sigma_rel}; expected numbers separated by commas: 0.02,0.05,0.1") from error
+    if to is not None and len(lengths) > 1:
+        raise ValueError(f"to: names one folder, for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
+    written = []
+    for length in lengths:
+        written.append(averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")))
+        print(written[-1])
+    return written
+
+
 def slug(text: str) -> str:
     """Return a file name of at most 80 characters of ``a-z0-9._-`` that reminds of the text."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
@@ -88,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     validating.add_argument("data", help="a folder of pictures, Parquet, a data set, or openmoji")
     validating.add_function_arguments(validate, skip={"data"}, as_positional=False)
     commands.add_subcommand("validate", validating)
+    averaging = ArgumentParser(description="Make an average of another length of a training that is over.")
+    averaging.add_argument("run", help="folder of a training with snapshot_every_steps, its output_dir")
+    averaging.add_function_arguments(average, skip={"run"}, as_positional=False)
+    commands.add_subcommand("average", averaging)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     try:
@@ -96,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sample(**arguments)
             case "evaluate":
                 evaluate(**arguments)
+            case "average":
+                average(**arguments)
             case "push":
                 print(push(**arguments))
             case "validate" if validate(**arguments).stops:

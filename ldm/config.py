@@ -1,7 +1,4 @@
-"""What one run is: frozen dataclasses, one for each part, read from one YAML file.
-
-Nothing here computes. `ldm.config_file` reads and checks them; each part is built from its own dataclass.
-"""
+"""What one run is: frozen dataclasses, one for each part, read from one YAML file by `ldm.config_file`."""
 
 from __future__ import annotations
 
@@ -158,9 +155,8 @@ class ObjectiveConfig:
     min_snr_gamma: float | None = None
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
     variational_weight: float | None = None
-    """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
-    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels, and
-    our pipeline samples it, the stock one does not. None: fixed."""
+    """Learn the variance of sampling too: weight of one step's term of its bound, in bits; usual is 1 (lambda 0.001 of
+    Nichol & Dhariwal 2021, eq. 16, at 1000 steps). Twice the output channels, and our pipeline alone. None: fixed."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +259,10 @@ class StageConfig:
     """Push the model as it stands every so many steps too; None: only the finished one."""
     push_private: bool = False
     """Make the repository private; False: as the account has it, usually public."""
+    snapshot_every_steps: int | None = None
+    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
+    snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
     data: DataConfig = field(default_factory=DataConfig)
     space: SpaceConfig = field(default_factory=SpaceConfig)
     conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)

@@ -128,7 +128,11 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "loss_images": COUNT,
         "retrieval_images": COUNT_OR_NONE,
     },
-    StageConfig: SHARED,
+    StageConfig: {
+        **SHARED,
+        "snapshot_every_steps": COUNT,
+        "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # all steps alike are 0.2887
+    },
     AutoencoderConfig: SHARED,
 }
 """Of each number of each part; of each entry, where a field holds several."""
@@ -194,6 +198,8 @@ def _contradictions(config: Any, path: str) -> Iterator[str]:
         most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
         if steps > most:
             yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
+        if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
+            yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
 
 
 def _text_faults(value: object, at: str, files: bool) -> Iterator[str]:

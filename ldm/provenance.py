@@ -27,6 +27,8 @@ class Provenance:
     images_per_second: float
     hardware: str
     versions: dict[str, str]
+    sigma_rel: float | None = None
+    """Length of the power-function average that the weights are; None: they are the training's own average."""
 
     def save(self, folder: str | Path) -> None:
         """Write ``training.json`` into the model's folder."""

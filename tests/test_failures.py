@@ -11,7 +11,7 @@ import torch
 from ldm.config import DataConfig, LoopConfig, OptimConfig
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.loader import LoadingError, training_batches
-from ldm.training.averages import Average
+from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
 from ldm.training.run import Run, finishing
@@ -141,7 +141,7 @@ def test_r09_an_overflow_of_float16_skips_the_step_lowers_the_scale_and_is_resum
 
 def test_r09_weights_in_half_precision_are_refused_before_the_first_step():
     with pytest.raises(ValueError, match="train float32 weights"):
-        Average(torch.nn.Linear(2, 2).half(), 0.9)
+        Average(torch.nn.Linear(2, 2).half(), exponential(0.9))
 
 
 def test_r07_no_state_of_a_generator_is_needed_to_resume(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ldm.config import LoopConfig, OptimConfig
 from ldm.training import run as run_module
-from ldm.training.averages import Average
+from ldm.training.averages import Average, exponential
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
 from ldm.training.progress import planned_steps
 from ldm.training.run import Run, finishing, native_precision
@@ -32,7 +32,7 @@ class Quadratic:
         torch.manual_seed(0)
         self.modules = {"main": nn.Linear(1, 1, bias=False), "other": nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))}
         self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
-        self.averages = {"main": Average(self.modules["main"], 0.9)}
+        self.averages = {"main": Average(self.modules["main"], exponential(0.9))}
         self.poison = set(poison)
         self.seen = []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, ValidationConfig
+from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, StageConfig, ValidationConfig
 from ldm.data.batches import CaptionedImages
 from ldm.places import portable
 from ldm.training.record import refuse_changes, run_record
@@ -62,6 +62,11 @@ def test_r22_what_does_not_decide_it_is_taken_over_and_logged(caplog):
     refuse_changes(record(), record(now), allowed=False)
     assert "loop.max_train_steps: None -> 9" in caplog.text
     assert "validation.num_images: 8 -> 3" in caplog.text
+
+
+def test_r22_snapshots_decide_nothing_of_where_a_training_arrives():
+    config = StageConfig("out", {"_class_name": "UNet2DConditionModel"}, data=DataConfig(image_size=8))
+    refuse_changes(record(config), record(replace(config, snapshot_every_steps=9)), allowed=False)
 
 
 def test_s04_records_and_saved_configs_name_no_folder_of_this_machine(tmp_path, monkeypatch):

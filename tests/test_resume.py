@@ -52,6 +52,7 @@ def test_the_comparison_below_is_the_one_of_resume_check():
         pytest.param([(6, 0)], ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"), id="dropout-layers-muon"),
         pytest.param([(5, 0)], frozen_text, id="frozen-text"),
         pytest.param([(5, 0)], ("--loop.save_every_steps", 3), id="saved-two-steps-before"),
+        pytest.param([(3, 0)], ("--snapshot_every_steps", 2), id="power-function-averages"),
     ],
 )
 def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, parts, tmp_path):

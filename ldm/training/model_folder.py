@@ -1,21 +1,33 @@
-"""The folder that a training leaves for others to load, and its way to the Hub."""
+"""The folder that a training leaves for others to load, one with another average, and the way to the Hub."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.card import write_card
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.card import tell_average, write_card
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.hub import HubError, check, push
+from ldm.provenance import read_provenance
 from ldm.training.loop import Loop
+from ldm.training.posthoc import reconstruct
 from ldm.training.record import provenance
 from ldm.training.run import Run
+from ldm.training.snapshots import read_snapshots
 
 log = logging.getLogger(__name__)
+COMPONENTS = {"unet": "denoiser.", "text_encoder": "conditioners.text.text_encoder."}
+"""Folders of a pipeline that are trained, and what the names of their weights begin with in the trained module."""
 
 
 def check_push(config: StageConfig | AutoencoderConfig, run: Run) -> None:
@@ -72,3 +84,53 @@ class ModelFolder:
         record = provenance(self.loop.progress, self.train)
         record.save(self.folder)
         write_card(self.folder, self.run.folder, self.config, record)
+
+
+def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
+    """Return the new folder `to`: ``run_folder/model`` with the average of length `sigma_rel` in its place.
+
+    At the last step with snapshots, of those that the model has seen. All but the trained weights, ``training.json``
+    and the card stays as it is. `to` is there when it is whole, or not at all.
+
+    Raises:
+        ValueError: `to` exists, there is no model or it is of another network; as `reconstruct` and `read_snapshots`.
+
+    """
+    model = run_folder / "model"
+    if to.exists():
+        raise ValueError(f"{to} is there already; delete it or name another folder")
+    if (record := read_provenance(model)) is None:
+        raise ValueError(f"{model} holds no model: name the output_dir of a finished train_text2img.py")
+    snapshots = [one for one in read_snapshots(run_folder) if one.global_step <= record.global_step]
+    if not snapshots:
+        raise ValueError(f"{model} is of step {record.global_step}, before the first snapshot; finish the training")
+    weights = reconstruct(snapshots, sigma_rel)
+    temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
+    try:
+        shutil.copytree(model, temporary)
+        for component, prefix in COMPONENTS.items():
+            own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            if own:  # a frozen text encoder has none
+                _replace_weights(temporary / component, own)
+        step = max(one.global_step for one in snapshots)
+        replace(record, global_step=step, sigma_rel=sigma_rel).save(temporary)
+        tell_average(temporary, to.name, sigma_rel)
+        os.replace(temporary, to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
+    return to
+
+
+def _replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` in the place of those of the same names in the folder's files; ValueError unless they fit."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{folder.name}: the snapshots hold no {name} of shape {tuple(tensor.shape)}: they are of another "
+                    "network than the model; name the output_dir that both were written into"
+                )
+        save_file({name: weights[name].to(tensor.dtype).contiguous() for name, tensor in tensors.items()}, path, about)

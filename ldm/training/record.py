@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "allow_config_change",
     "push_",
     "save_dtype",
+    "snapshot_",  # a checkpoint without these averages is refused: they begin with the training
     "data.path",  # the fingerprint tells whether the pictures are the same
     "data.licence",
     "data.workers",

@@ -31,7 +31,7 @@ def training_state(
         tensors[f"{name}-weights"] = trained_state(module, module)
         tensors[f"{name}-optimizer"], state[f"{name}-optimizer"] = flatten_optimizer(optimizers[name])
     for name, average in averages.items():
-        tensors[f"{name}-average"] = trained_state(average.module, modules[name])
+        tensors[f"{name}-average"] = trained_state(average.module, average.original)
     if scaler is not None:
         state["scaler"] = scaler.state_dict()
     return tensors, state
@@ -50,7 +50,7 @@ def restore_training(
         description: Mapping[str, Any] = _of(saved.state, f"{name}-optimizer")
         restore_optimizer(optimizers[name], _of(saved.tensors, f"{name}-optimizer"), description)
     for name, average in averages.items():
-        load_trained(average.module, modules[name], _of(saved.tensors, f"{name}-average"))
+        load_trained(average.module, average.original, _of(saved.tensors, f"{name}-average"))
     if scaler is not None and "scaler" in saved.state:  # a run in float32 may go on in float16
         scaler.load_state_dict(saved.state["scaler"])
 
@@ -87,7 +87,7 @@ def load_trained(module: nn.Module, like: nn.Module, tensors: Mapping[str, Tenso
 def _of(entries: Mapping[str, T], name: str) -> T:
     if name not in entries:
         raise CheckpointError(
-            f"the checkpoint holds no {name}: it is of another model; resume with the configuration that wrote it, or "
-            "choose another output_dir"
+            f"the checkpoint holds no {name}: it is of another model, or of a training that tracked other averages "
+            "(snapshot_sigma_rels); resume with the configuration that wrote it, or choose another output_dir"
         )
     return entries[name]

@@ -27,20 +27,23 @@ from ldm.reconstruction import (
 )
 from ldm.spaces import LatentSpace, Moments
 from ldm.stage import ConditionedDenoiser, Stage
-from ldm.training.averages import Average
+from ldm.training.averages import Average, exponential, power_function
 from ldm.training.run import Run
 
 
 class DiffusionStep:
     """A diffusion stage: noise x0, predict, compare."""
 
-    def __init__(self, stage: Stage, run: Run, ema_decay: float):
+    def __init__(self, stage: Stage, run: Run, ema_decay: float, sigma_rels: Sequence[float] = ()):
+        """Track the average that is used, and a power-function one for each of `sigma_rels`."""
         self.stage, self.run = stage, run
         stage.model.to(run.device)
         for network in (stage.model.denoiser, *stage.model.encoders()):
             run.switch(network)
         self.modules = {"denoiser": stage.model}
-        self.averages = {"denoiser": Average(stage.model, ema_decay)}
+        self.power_averages = {value: Average(stage.model, power_function(value)) for value in sigma_rels}
+        self.averages = {"denoiser": Average(stage.model, exponential(ema_decay))}
+        self.averages |= {f"denoiser-{value}": average for value, average in self.power_averages.items()}
         self.forwards = {"denoiser": run.prepare(stage.model)}
         stage.model.denoiser.train()
 
@@ -162,7 +165,7 @@ class AutoencoderStep:
         self.latent_channels = int(autoencoder.config.latent_channels)
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
         self.modules: dict[str, nn.Module] = {"autoencoder": module}
-        self.averages = {"autoencoder": Average(module, ema_decay)}
+        self.averages = {"autoencoder": Average(module, exponential(ema_decay))}
         self.distance = None
         if config.perceptual != "none":
             self.distance = build_perceptual_distance(config.perceptual, config.lpips_weights).to(run.device)
