@@ -14,6 +14,7 @@ from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.doctor import examine_stage, examined
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
@@ -34,6 +35,8 @@ def main() -> None:
     config = load_config(StageConfig)
     if config.resume_check:
         return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
+    if config.doctor:
+        config = examined(config)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         images = CaptionedImages(checked_source(config.data), config.data)
@@ -49,14 +52,17 @@ def main() -> None:
             encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
             step.remember_captions(images.known_captions())
         train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
-        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
-        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
-        save_config(config, run.folder / "config.yaml")
         pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
         pipeline.set_progress_bar_config(disable=True)
 
         validation = Validation(config, images, step, pipeline, run)
         validation.rehearse()
+        if config.doctor:
+            return examine_stage(config, step, train, validation)
+
+        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
+        save_config(config, run.folder / "config.yaml")
         model = ModelFolder(config, run, loop, train, pipeline.save_pretrained)
         loop.fit(
             partial(training_batches, train),

@@ -16,6 +16,7 @@ from ldm.data.preflight import checked_source
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
+from ldm.training.doctor import examine_autoencoder, examined
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
@@ -31,6 +32,8 @@ def main() -> None:
     config = load_config(AutoencoderConfig)
     if config.resume_check:
         return check_resume(__file__, sys.argv[1:], Path(config.output_dir))
+    if config.doctor:
+        config = examined(config)
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         torch.manual_seed(config.seed)
@@ -42,9 +45,6 @@ def main() -> None:
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         rehearse(step, images, config)
-        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
-        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
-        save_config(config, run.folder / "config.yaml")
         distance = measuring_distance()
 
         def validate(global_step: int) -> None:
@@ -52,6 +52,11 @@ def main() -> None:
             run.log_metrics(metrics, global_step)
             run.log_picture("reconstructions", sheet, global_step)
 
+        if config.doctor:
+            return examine_autoencoder(config, step, train, validate)
+        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
+        save_config(config, run.folder / "config.yaml")
         save = partial(save_at_unit_scale, step.averaged, train, getattr(torch, config.save_dtype))
         model = ModelFolder(config, run, loop, train, save)
         loop.fit(

@@ -1,9 +1,11 @@
-"""What one run is: frozen dataclasses, one for each part, read from one YAML file by `ldm.config_file`."""
+"""What one run is: frozen dataclasses, one for each part, read and checked by `ldm.config_file`; nothing computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ldm.config_doctor import DoctorConfig
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -40,7 +42,7 @@ class DataConfig:
     flip: bool = False
     """Mirror half of the pictures; only right where captions and pictures have no left and right."""
     limit: int | None = None
-    """Keep only this many pictures (the first by hash), for trials."""
+    """Keep only this many pictures (the first by hash)."""
     held_out: dict[str, str] = field(default_factory=dict)
     """``{"validation": file, "test": file}``: captions, a line each, whose pictures no stage trains on."""
     held_out_percent: float = 2.0
@@ -251,6 +253,7 @@ class StageConfig:
     seed: int = 0
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
+    doctor: DoctorConfig | None = None
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
@@ -284,6 +287,7 @@ class AutoencoderConfig:
     """Of the weights in the model folder; checkpoints are always float32."""
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
+    doctor: DoctorConfig | None = None
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None

@@ -27,6 +27,7 @@ from ldm.config import (
     TextConfig,
     ValidationConfig,
 )
+from ldm.config_doctor import DoctorConfig
 
 
 class ConfigError(ValueError):
@@ -128,6 +129,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "loss_images": COUNT,
         "retrieval_images": COUNT_OR_NONE,
     },
+    DoctorConfig: {"price_per_hour": WEIGHT, "gpu_tflops": POSITIVE, "gpu_memory_gib": POSITIVE},
     StageConfig: {
         **SHARED,
         "snapshot_every_steps": COUNT,

@@ -89,7 +89,8 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """Return the config in ``--config FILE.yaml``, changed by ``--path.to.field VALUE`` (or ``=VALUE``).
 
     ``argv`` defaults to the command line; of several values for an option the last counts. A value is YAML, but
-    a text field takes it as it stands. An override inside a mapping, or inside an optional part that is null,
+    a text field takes it as it stands. ``--path.to.field`` alone means true; of an optional part true is its defaults
+    (with what else is set of it) and false null. An override inside a mapping, or inside an optional part that is null,
     adds what is missing; an override of a whole part or mapping replaces it. ``--help`` lists every field and
     exits.
 
@@ -163,6 +164,12 @@ def _leaves(kind: type[Any]) -> Tree:
     return {path: hint for path, hint in fields if not _part(hint)}
 
 
+def _switches(kind: type[Any]) -> set[str]:
+    """Return the paths of what is on or off: fields that are true or false, and optional parts."""
+    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in get_type_hints(part).items())
+    return {path for path, hint in fields if hint is bool or (_part(hint) and NoneType in get_args(hint))}
+
+
 @cache
 def _parser(*parts: tuple[str, type[Any]]) -> ArgumentParser:
     """Return a parser with an option for each leaf of the parts."""
@@ -182,8 +189,10 @@ def _parser(*parts: tuple[str, type[Any]]) -> ArgumentParser:
 def _read_tree(kind: type[Any], words: list[str]) -> Tree:
     """Return the values of a command line, unchecked; overrides of leaves other than mappings are still text."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    switches = _switches(kind)
     for option in {word.partition("=")[0] for word in words if re.match("--[^=]", word)}:
-        options.add_argument(option, dest=option[2:], default=argparse.SUPPRESS)
+        alone: Tree = {"nargs": "?", "const": "true"} if option[2:] in switches else {}
+        options.add_argument(option, dest=option[2:], default=argparse.SUPPRESS, **alone)
     try:
         given, stray = options.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -201,7 +210,9 @@ def _read_tree(kind: type[Any], words: list[str]) -> Tree:
             below = below[parent]
         hint: Any = leaves.get(path, Network)
         if get_origin(hint) is dict:
-            below[name] = _load_yaml(text, path)
+            value = _load_yaml(text, path)
+            switched = path in switches and isinstance(value, bool)
+            below[name] = ((below.get(name) or {}) if value else None) if switched else value
         else:
             below[name] = None if text == "null" and hint is not str else text
     return tree

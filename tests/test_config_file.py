@@ -155,6 +155,11 @@ def test_the_command_line_is_the_default_and_needs_no_file(monkeypatch):
         (["--maybe.rate", "0.1"], {"maybe": Inner(rate=0.1)}),
         (["--maybe", "{}"], {"maybe": Inner()}),
         (["--maybe.rate", "0.1", "--maybe", "null"], {}),
+        (["--on", "--maybe"], {"on": True, "maybe": Inner()}),
+        (["--maybe", "true", "--on=false"], {"maybe": Inner(), "on": False}),
+        (["--maybe", "--maybe.rate", "0.1"], {"maybe": Inner(rate=0.1)}),
+        (["--maybe.rate", "0.1", "--maybe", "--name", "y"], {"maybe": Inner(rate=0.1), "name": "y"}),
+        (["--maybe.rate", "0.1", "--maybe", "false"], {}),
         (["--name", "2024"], {"name": "2024"}),
         (["--name", "a: b # c"], {"name": "a: b # c"}),
         (["--name="], {"name": ""}),
@@ -232,7 +237,9 @@ def test_errors_say_path_value_and_what_is_allowed(text, message, tmp_path):
         (["--seed.x", "1"], "seed: got a dict of 1; expected int"),
         (["--optim.betas", "[0.1"], "optim.betas: got '[0.1' (str); expected tuple[float, float]"),
         (["--denoiser.a", "[0.1"], "denoiser.a, line 1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        (["--data.flip", "--seed", "1"], "data.flip: no value given; write --data.flip=VALUE"),
+        (["--data.limit", "--seed", "1"], "data.limit: no value given; write --data.limit=VALUE"),
+        (["--data", "--seed", "1"], "data: no value given; write --data=VALUE"),
+        (["--optim", "true"], "optim: got True (bool); expected OptimConfig"),
     ],
 )
 def test_errors_in_overrides_name_their_path(overrides, message, tmp_path):

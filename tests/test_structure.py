@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("train_*.py")])
 PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
-    "ldm.config": set(),
+    "ldm.config_doctor": set(),
+    "ldm.config": {"ldm.config_doctor"},
     "ldm.places": set(),
-    "ldm.config_check": {"ldm.config"},
+    "ldm.config_check": {"ldm.config", "ldm.config_doctor"},
     "ldm.config_file": {"ldm.config", "ldm.config_check", "ldm.places"},
     "ldm.schedule": {"ldm.config"},
     "ldm.variational": {"ldm.schedule"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",
+        "ldm.config_doctor",
         "ldm.config_check",
         "ldm.config_file",
         "ldm.data",

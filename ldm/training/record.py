@@ -18,6 +18,7 @@ from ldm.training.progress import Progress
 log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "output_dir",
+    "doctor",
     "allow_config_change",
     "push_",
     "save_dtype",

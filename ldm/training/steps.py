@@ -121,8 +121,8 @@ class DiffusionStep:
         return inputs
 
     @torch.no_grad()
-    def held_out_losses(self, batch: Batch, levels: Sequence[float]) -> dict[str, float]:
-        """Return the averaged model's mean loss over a batch at each noise level in (0, 1), with fixed noise."""
+    def held_out_losses(self, batch: Batch, levels: Sequence[float]) -> Tensor:
+        """Return the averaged model's loss of each sample at each noise level in (0, 1), with fixed noise: (L, B)."""
         x0 = self.x0(batch)
         inputs = self.inputs(batch, x0, dropped=False)
         draws = generators(self.run.seed, batch.positions, "validation")
@@ -131,13 +131,7 @@ class DiffusionStep:
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             return cast(Tensor, self.averaged(x_t, timesteps, inputs))
 
-        losses = {}
-        for level in levels:
-            u = torch.full((len(x0),), level, device=x0.device)
-            losses[f"validation/loss_at_{level:.2f}"] = float(
-                self.stage.objective.loss_at(predict, x0, noise, u).mean()
-            )
-        return {"validation/loss": sum(losses.values()) / len(losses), **losses}
+        return torch.stack([self.stage.objective.loss_at(predict, x0, noise, level) for level in levels])
 
 
 class Autoencoding(nn.Module):

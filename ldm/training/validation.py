@@ -63,7 +63,9 @@ class Validation:
 
     def __call__(self, global_step: int) -> None:
         """Measure, log, draw."""
-        metrics = self.step.held_out_losses(self.batch, LEVELS)
+        losses = self.step.held_out_losses(self.batch, LEVELS).mean(1).tolist()
+        metrics = {"validation/loss": sum(losses) / len(losses)}
+        metrics |= {f"validation/loss_at_{level:.2f}": loss for level, loss in zip(LEVELS, losses, strict=True)}
         count = max(self.config.retrieval_images, self.config.num_images)
         pictures = [picture for picture in self.pictures if self.images.source.captions(picture)][:count]
         captions = [self.images.source.captions(picture)[0] for picture in pictures]

@@ -1,0 +1,117 @@
+"""Measures of what most often keeps a model from learning: scale of the latents, the null, captions, use of the text.
+
+They change nothing; what follows from them is said elsewhere: see `ldm.training.alarms`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.conditioners.text import TextConditioner
+from ldm.data.batches import Batch
+from ldm.evaluation.baselines import derangement
+from ldm.training.steps import DiffusionStep
+
+COUNTED_CAPTIONS = 10_000
+"""Captions that `truncation` reads at most."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and std of all elements of what is diffused."""
+
+    mean: float
+    std: float
+
+    @property
+    def unit(self) -> bool:
+        """Whether noise of std 1 is a match for it: std in [0.5, 2], mean in [-0.5, 0.5]."""
+        return 0.5 <= self.std <= 2 and abs(self.mean) <= 0.5
+
+
+def latent_scale(x0: Tensor) -> Scale:
+    """Return the scale of x0, (B, ...), as `DiffusionStep.x0` gives it."""
+    return Scale(float(x0.float().mean()), float(x0.float().std()))
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Shares, in [0, 1], of the captions that the tokenizer cuts, and of all tokens that it cuts off."""
+
+    captions: float
+    tokens: float
+
+
+def truncation(tokenizer: Any, captions: Sequence[str]) -> Truncation:
+    """Return what a tokenizer cuts of `captions` at its ``model_max_length``; begin and end count as tokens.
+
+    Of many captions it reads `COUNTED_CAPTIONS`, evenly spread; of none it is 0.
+    """
+    some = list(captions[:: 1 + len(captions) // COUNTED_CAPTIONS])
+    if not some:
+        return Truncation(0.0, 0.0)
+    tokens = [len(ids) for ids in tokenizer(some, verbose=False)["input_ids"]]
+    cut = [max(0, count - tokenizer.model_max_length) for count in tokens]
+    return Truncation(sum(map(bool, cut)) / len(some), sum(cut) / sum(tokens))
+
+
+@torch.no_grad()
+def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float | None:
+    """Return how far apart training's null and the pipeline's are: the rms of what differs over the pipeline's rms.
+
+    Training's null is what the denoiser is told for dropped captions of `batch`, the pipeline's what `encode_prompt`
+    makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
+    their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``).
+    """
+    conditioner = step.averaged.conditioners["text"]
+    if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
+        return None
+    inputs = step.inputs(batch, step.x0(batch), dropped=True)
+    trained = conditioner(**inputs["text"]).kwargs["encoder_hidden_states"].float()
+    _, sampled = pipeline.encode_prompt("", step.run.device)
+    if trained.shape[1:] != sampled.shape[1:]:
+        return math.inf
+    difference = trained - sampled.to(trained)
+    return float(difference.square().mean().sqrt() / sampled.float().square().mean().sqrt().clamp(min=1e-12))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Loss with shuffled captions minus that with the right ones, same noise: 0 if the text tells the model nothing."""
+
+    by_level: list[float]
+    """Mean over the samples, at each noise level."""
+    mean: float
+    """Mean of those."""
+    standard_error: float
+    """Of `mean`, from the spread over the samples."""
+
+
+def conditional_gain(
+    step: DiffusionStep, batch: Batch, levels: Sequence[float], losses: Tensor | None = None
+) -> Gain | None:
+    """Return the averaged model's gain from the captions of a batch, with fixed noise, at noise levels in (0, 1).
+
+    losses: those with the right captions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples
+    without a caption are left out. None if fewer than two remain, or more than half of them have the same caption.
+    """
+    told = [row for row, caption in enumerate(batch.captions) if caption]
+    first = {caption: row for row, caption in reversed([*enumerate(batch.captions)])}
+    same = np.array([first[batch.captions[row]] for row in told])  # equal numbers, equal captions
+    if len(told) < 2 or np.unique(same, return_counts=True)[1].max() * 2 > len(told):
+        return None
+    captions = list(batch.captions)
+    for row, other in zip(told, derangement(same), strict=True):
+        captions[row] = batch.captions[told[other]]
+    if losses is None:
+        losses = step.held_out_losses(batch, levels)
+    gains = (step.held_out_losses(replace(batch, captions=captions), levels) - losses)[:, told].double()
+    error = float(gains.mean(0).std()) / math.sqrt(len(told))
+    return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

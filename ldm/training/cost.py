@@ -1,0 +1,285 @@
+"""What a run will cost: seconds a step, hours, memory, floating-point operations; here, and on another machine."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.config import OptimConfig
+from ldm.config_doctor import DoctorConfig
+from ldm.data.batches import Batch, PositionDataset
+from ldm.data.loader import training_batches
+from ldm.models.network import memory_bytes
+from ldm.training.loop import TIMED_STEPS, Loop
+from ldm.training.overfit import bounded
+from ldm.training.plan import Plan
+from ldm.training.run import Run
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+
+GIB = 2**30
+UTILISATION = 0.3
+"""Share of its peak speed that another GPU is reckoned to reach: 0.2 to 0.4 is usual for convolutions and attention."""
+WARM_UP_STEPS = 2
+MEASURED_STEPS = 3
+"""The fewest; more, up to `MAX_MEASURED_STEPS`, while they take less than `MEASURED_SECONDS` together."""
+MAX_MEASURED_STEPS = 20
+MEASURED_SECONDS = 8.0
+GENTLE = OptimConfig(learning_rate=1e-4)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of what training keeps at its peak."""
+
+    weights: int
+    """Of everything: what is trained and what is frozen."""
+    gradients: int
+    averages: int
+    optimizer: int
+    activations: int
+    """Of one micro-batch: what the forward pass keeps for the backward pass."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.averages + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        names = ("weights", "gradients", "averages", "optimizer", "activations")
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
+        return f"{self.total / GIB:.2f} GiB of memory ({parts})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was measured of a run's steps."""
+
+    step_seconds: float
+    """Median, as the loop counts them."""
+    loading_seconds: float
+    """Median wait for a step's batch."""
+    validation_seconds: float
+    checkpoint_seconds: float
+    step_flops: int
+    """Of forward and backward, over all processes."""
+    memory: Memory
+    peak_bytes: int | None
+    """What the GPU's allocator held at most; None on a processor."""
+
+    def steps(self, max_train_seconds: float) -> int:
+        """Return how many steps the loop will make of ``loop.max_train_seconds``: see `TIMED_STEPS`."""
+        return max(TIMED_STEPS + 1, round(max_train_seconds / self.step_seconds))
+
+    def seconds(self, plan: Plan) -> float:
+        """Return what a run takes from its first step to its last checkpoint."""
+        steps = plan.steps * (self.step_seconds + self.loading_seconds)
+        return steps + plan.validations * self.validation_seconds + plan.checkpoints * self.checkpoint_seconds
+
+    def text(self, plan: Plan, price_per_hour: float | None) -> str:
+        """Return it in words; price_per_hour: of this machine."""
+        hours = self.seconds(plan) / 3600
+        peak = f"{self.memory}" if self.peak_bytes is None else f"{self.peak_bytes / GIB:.2f} GiB of GPU memory at peak"
+        price = "" if price_per_hour is None else f", which costs {hours * price_per_hour:.2f}"
+        return (
+            f"{self.step_seconds:.3g} s a step and {self.loading_seconds:.2g} s for its batch, "
+            f"{self.validation_seconds:.2g} s a validation, {self.checkpoint_seconds:.2g} s a checkpoint: "
+            f"{_duration(hours)} in all{price}; {peak}; {self.step_flops / 1e9:.3g} GFLOP a step, "
+            f"{self.step_flops / self.step_seconds / 1e12:.3g} TFLOP/s"
+        )
+
+    def memory_fault(self) -> str | None:
+        """Return why this machine cannot hold it, None if it can; a GPU that has taken the steps can."""
+        if self.peak_bytes is not None or self.memory.total <= memory_bytes():
+            return None
+        return (
+            f"this machine has {memory_bytes() / GIB:.2f} GiB of memory: more loop.gradient_accumulation_steps, or "
+            "loop.gradient_checkpointing"
+        )
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A run on a machine that is described and not here."""
+
+    step_seconds: float | None
+    """None: its speed is not told."""
+    hours: float | None
+    fits: bool | None
+    """None: its memory is not told."""
+    text: str
+
+
+def elsewhere(cost: Cost, plan: Plan, config: DoctorConfig) -> Elsewhere:
+    """Return what the run would be on the GPU that `config` describes: steps at `UTILISATION` of its peak speed.
+
+    Of the steps alone: validation and checkpoints are not counted. A run that is limited by time is reckoned with the
+    steps that this machine would take.
+    """
+    needed = cost.memory.total if cost.peak_bytes is None else cost.peak_bytes
+    seconds = hours = fits = None
+    said = []
+    if config.gpu_tflops is not None:
+        seconds = cost.step_flops / (config.gpu_tflops * 1e12 * UTILISATION)
+        hours = plan.steps * seconds / 3600
+        price = "" if config.price_per_hour is None else f", which cost {hours * config.price_per_hour:.2f}"
+        said.append(
+            f"a GPU of {config.gpu_tflops:g} TFLOP/s, used at {UTILISATION:.0%}: {seconds:.3g} s a step, "
+            f"{plan.steps:,} steps in {_duration(hours)}{price}"
+        )
+    if config.gpu_memory_gib is not None:
+        fits = needed <= config.gpu_memory_gib * GIB
+        remedy = "" if fits else "; more loop.gradient_accumulation_steps, or loop.gradient_checkpointing"
+        fit = "fits" if fits else "does not fit"
+        said.append(f"{needed / GIB:.2f} GiB {fit} into its {config.gpu_memory_gib:g} GiB{remedy}")
+    return Elsewhere(seconds, hours, fits, "; ".join(said))
+
+
+def measure_cost(
+    step: DiffusionStep | AutoencoderStep,
+    train: PositionDataset,
+    optim: OptimConfig,
+    run: Run,
+    validate: Callable[[], None],
+) -> Cost:
+    """Return the cost of real steps on real batches, of `validate`, and of a checkpoint, each once measured.
+
+    The optimiser is the run's own, at a learning rate so small that no setting of it can fail. Leaves
+    ``checkpoints`` in the run's folder.
+    """
+    gentle = replace(GENTLE, optimizer=optim.optimizer)
+    micro_steps = run.config.gradient_accumulation_steps
+    flops, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loop: Loop[Batch] = Loop(
+        cast(Any, step), gentle, bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), run, epoch_steps=1
+    )
+    watch = Stopwatch()
+    loop.fit(partial(watch.timed, partial(training_batches, train)))
+    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None
+    optimizers = [optimizer.optimizer for optimizer in loop.optimizers.values()]
+    memory = Memory(
+        weights=tensor_bytes(parameters(everything(step))),
+        gradients=tensor_bytes(p for p in parameters(step.modules.values()) if p.requires_grad),
+        averages=tensor_bytes(
+            ours
+            for name, average in step.averages.items()
+            for ours, theirs in zip(average.module.parameters(), step.modules[name].parameters(), strict=True)
+            if theirs.requires_grad
+        ),
+        optimizer=tensor_bytes(
+            value
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ),
+        activations=activations,
+    )
+
+    def save() -> None:
+        loop.save()
+        loop.store.wait()
+
+    checkpoint_seconds = seconds_of(save)
+    run.accelerator.free_memory()
+    return Cost(
+        step_seconds=statistics.median(watch.step_seconds[WARM_UP_STEPS:]),
+        loading_seconds=statistics.median(watch.loading_seconds[WARM_UP_STEPS:]),
+        validation_seconds=seconds_of(validate),
+        checkpoint_seconds=checkpoint_seconds,
+        step_flops=flops * micro_steps,
+        memory=memory,
+        peak_bytes=peak,
+    )
+
+
+class Stopwatch:
+    """Times of a loop's steps, and of the waits for their batches."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.loading_seconds: list[float] = []
+
+    def timed(
+        self, batches: Callable[..., Iterator[list[Batch]]], start_step: int, **shares: int
+    ) -> Iterator[list[Batch]]:
+        """Yield the batches of so many steps as are measured."""
+        steps = batches(start_step, **shares)
+        while len(self.step_seconds) < WARM_UP_STEPS + MAX_MEASURED_STEPS:
+            measured = self.step_seconds[WARM_UP_STEPS:]
+            if len(measured) >= MEASURED_STEPS and sum(measured) >= MEASURED_SECONDS:
+                break
+            asked = time.perf_counter()
+            batch = next(steps)
+            given = time.perf_counter()
+            yield batch
+            self.step_seconds.append(time.perf_counter() - given)
+            self.loading_seconds.append(given - asked)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of distinct tensors."""
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of modules."""
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def everything(step: DiffusionStep | AutoencoderStep) -> list[nn.Module]:
+    """Return the networks that a step holds, but for its averages."""
+    frozen = step.stage.space if isinstance(step, DiffusionStep) else step
+    return [*step.modules.values(), *(part for part in vars(frozen).values() if isinstance(part, nn.Module))]
+
+
+@contextlib.contextmanager
+def kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Yield the bytes of each storage that is kept for a backward pass meanwhile; those of `weights` do not count."""
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> tuple[int, int]:
+    """Return the FLOPs of a forward and backward pass over `batch`, and the bytes kept between the two."""
+    counter = FlopCounterMode(display=False)
+    with run.attention(), counter:
+        with kept_for_backward(parameters(step.modules.values())) as kept:
+            losses = step.losses(batch, 0)
+        for name in step.modules:
+            if name in losses:
+                torch.autograd.backward(losses[name])
+    for module in step.modules.values():
+        module.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

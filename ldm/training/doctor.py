@@ -1,0 +1,207 @@
+"""Before a long run: whether this config can learn, and what it will cost. Nothing that is trained here is kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ldm.config import AutoencoderConfig, StageConfig
+from ldm.data.batches import PositionDataset, fixed_batch
+from ldm.data.pixels import to_uint8
+from ldm.evaluation.pictures import comparison_sheet, image_grid
+from ldm.training.agreement import agreement
+from ldm.training.autoencoding import reconstruct
+from ldm.training.cost import Cost, elsewhere, measure_cost
+from ldm.training.findings import Finding, report
+from ldm.training.latents import latent_scale, round_trip
+from ldm.training.overfit import Overfit, drawn, mean_loss, overfit, restored
+from ldm.training.plan import Plan
+from ldm.training.progress import planned_steps
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+from ldm.training.validation import Validation, sample_pictures
+
+log = logging.getLogger(__name__)
+C = TypeVar("C", StageConfig, AutoencoderConfig)
+
+BATCH = 8
+"""Pictures that are learned by heart."""
+LEFT = 0.6
+"""Of the loss of a denoiser, or of the squared error of an autoencoder, at most so much may be left of the start."""
+LEFT_PRETRAINED = 0.95
+"""The same where training goes on from weights that have learned already."""
+ROUND_TRIP_PICTURES = 64
+SCALE_PICTURES = 256
+LEVELS = 1
+"""Of 255: what a reloaded pipeline's picture may differ."""
+
+
+def examined(config: C) -> C:
+    """Return `config` as the doctor has it: in the folder ``OUTPUT_DIR/doctor``, emptied here, and told to nobody.
+
+    Raises:
+        SystemExit: there are several processes.
+
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.exit("doctor: runs in one process; start it without several of them")
+    folder = Path(config.output_dir) / "doctor"
+    shutil.rmtree(folder, ignore_errors=True)
+    return replace(
+        config,
+        output_dir=str(folder),
+        push_to_hub=None,
+        push_every_steps=None,
+        push_private=False,
+        loop=replace(config.loop, trackers=()),
+    )
+
+
+def examine_stage(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> None:
+    """Look at everything that a training of `config` consists of, and print and write what is found.
+
+    Raises:
+        SystemExit: with code 1 if something is wrong.
+
+    """
+    space, images, folder = step.stage.space, train.images, step.run.folder
+
+    def findings() -> Iterator[Finding]:
+        yield latent_scale(space, images.first_pictures("train", SCALE_PICTURES))
+        yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
+        pipeline: Any = validation.pipeline
+        yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
+        with restored(step):
+            log.info("learning %d pictures by heart", BATCH)
+            yield stage_overfit(config, step, train, validation)
+        log.info("measuring steps, a validation and a checkpoint")
+        cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
+        yield same_sample(config, pipeline, train, folder)
+        yield from cost_findings(config, cost, len(train))
+
+    report(findings(), folder)
+
+
+def examine_autoencoder(
+    config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset, validate: Callable[[int], None]
+) -> None:
+    """Do the same for an autoencoder: what it learns, its plan and its cost, with a discriminator from the start."""
+    step.config = replace(step.config, discriminator_start_step=0)
+
+    def findings() -> Iterator[Finding]:
+        with restored(step):
+            log.info("learning %d pictures by heart", BATCH)
+            yield autoencoder_overfit(config, step, train)
+        log.info("measuring steps, a validation and a checkpoint")
+        cost = measure_cost(step, train, config.optim, step.run, partial(validate, 0))
+        yield from cost_findings(config, cost, len(train))
+
+    report(findings(), step.run.folder)
+
+
+def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> Finding:
+    """Return whether the denoiser learns a few pictures by heart, and draw what it then makes of their captions."""
+    batch = fixed_batch(train, BATCH)
+    draws = drawn(batch)
+    found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
+    try:
+        generated = sample_pictures(
+            validation.pipeline,
+            batch.captions,
+            config.seed,
+            num_inference_steps=config.validation.num_inference_steps,
+            guidance_scale=1.0,
+        )
+    except FloatingPointError as error:
+        log.warning("no picture of what was learned: %s", error)
+    else:
+        true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
+        comparison_sheet(batch.captions, generated, true).save(step.run.folder / "overfit.png")
+    return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
+
+
+def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset) -> Finding:
+    """Return whether the autoencoder learns a few pictures by heart, and draw them over what it makes of them."""
+    batch = fixed_batch(train, BATCH)
+    pixel_values, module = batch.pixel_values, step.modules["autoencoder"]
+    if pixel_values is None:
+        raise ValueError("an autoencoder is examined on pictures, got cached latents")
+
+    def squared_error() -> float:
+        return float((reconstruct(module.autoencoder, pixel_values) - pixel_values).square().mean())
+
+    found = overfit(step, batch, config.optim, step.run, squared_error)
+    rows = torch.cat([to_uint8(pixel_values), to_uint8(reconstruct(module.autoencoder, pixel_values).nan_to_num())])
+    image_grid(rows.numpy(), len(batch)).save(step.run.folder / "overfit.png")
+    what = f"squared error of {len(batch)} pictures"
+    return overfit_finding(config, found, what, "pretrained" in config.autoencoder)
+
+
+def overfit_finding(config: StageConfig | AutoencoderConfig, found: Overfit, what: str, pretrained: bool) -> Finding:
+    """Return whether `found` is far enough."""
+    most = LEFT_PRETRAINED if pretrained else LEFT
+    ok = found.left <= most  # NaN is not
+    rate, steps = config.optim.learning_rate, found.steps
+    text = (
+        f"{what} goes from {found.start:.4g} to {found.end:.4g} in {steps} steps at learning rate {rate:g}, "
+        f"{found.left:.2f} of the start"
+    )
+    advice = (
+        "a lower optim.learning_rate" if not found.left < 1 else "a higher optim.learning_rate, or a larger network"
+    )
+    return Finding("overfits one batch", ok, text if ok else f"{text}; expected at most {most:g}: try {advice}")
+
+
+def same_sample(config: StageConfig, pipeline: Any, train: PositionDataset, folder: Path) -> Finding:
+    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same picture of a caption.
+
+    A learned variance is for our class alone, which is then what is loaded.
+    """
+    stock = config.objective.variational_weight is None
+    kind = DiffusionPipeline if stock else type(pipeline)
+    captions = fixed_batch(train, 1).captions
+    sample = partial(
+        sample_pictures,
+        prompts=captions,
+        seed=config.seed,
+        num_inference_steps=min(config.validation.num_inference_steps, 10),
+        guidance_scale=config.validation.guidance_scale,
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        pipeline.save_pretrained(name)
+        loaded = kind.from_pretrained(name, use_safetensors=True).to(pipeline.device)
+        loaded.set_progress_bar_config(disable=True)
+        one, other = sample(pipeline).astype(int), sample(loaded).astype(int)
+    levels = int(abs(one - other).max())
+    how = "exactly the picture" if levels == 0 else f"within {levels} of 255 levels the picture"
+    text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
+    remedy = f"; at most {LEVELS} is expected: a component is saved with other weights or another config than it has"
+    return Finding("saved and reloaded", levels <= LEVELS, text + ("" if levels <= LEVELS else remedy))
+
+
+def cost_findings(config: StageConfig | AutoencoderConfig, cost: Cost, pictures: int) -> Iterator[Finding]:
+    """Yield what the plan, this machine and the other one of ``doctor`` come to."""
+    steps = planned_steps(config.loop, pictures / config.data.batch_size)
+    if config.loop.max_train_seconds is not None:
+        steps = cost.steps(config.loop.max_train_seconds)
+    plan = Plan(pictures, config.data.batch_size, steps or 1, config.loop, config.optim)
+    faults = list(plan.faults())
+    yield Finding("plan", not faults, "; ".join([plan.text(), *faults]), tuple(plan.oddities()))
+    told = config.doctor
+    price = told.price_per_hour if told is not None and told.gpu_tflops is None else None
+    fault = cost.memory_fault()
+    yield Finding("cost", fault is None, "; ".join(filter(None, [cost.text(plan, price), fault])))
+    if told is not None and (told.gpu_tflops is not None or told.gpu_memory_gib is not None):
+        there = elsewhere(cost, plan, told)
+        yield Finding("another machine", there.fits is not False, there.text)

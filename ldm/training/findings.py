@@ -1,0 +1,49 @@
+"""What an examination found, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; `text` has the numbers and, if it is not ok, what to do."""
+
+    name: str
+    ok: bool
+    text: str
+    warnings: tuple[str, ...] = ()
+    """What is allowed and seldom meant."""
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        return [
+            f"{'ok' if self.ok else 'wrong'}  {self.name}: {self.text}",
+            *(f"       warning: {warning}" for warning in self.warnings),
+        ]
+
+
+def report(findings: Iterator[Finding], folder: Path) -> None:
+    """Print each finding as it comes; write ``report.txt`` and ``report.json``; exit with code 1 if one is wrong."""
+    found, lines = [], []
+    for finding in findings:
+        found.append(finding)
+        lines += finding.lines()
+        print("\n".join(finding.lines()), flush=True)
+    wrong = [finding.name for finding in found if not finding.ok]
+    lines.append(f"wrong: {', '.join(wrong)}" if wrong else "nothing is wrong")
+    print(lines[-1])
+    for leftover in ("checkpoints", "samples", "reconstructions"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    for leftover in ("metrics.jsonl", "config.yaml"):
+        (folder / leftover).unlink(missing_ok=True)
+    (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {"ok": not wrong, "findings": [asdict(finding) for finding in found]}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if wrong:
+        sys.exit(1)

@@ -1,0 +1,109 @@
+"""A few pictures learned by heart: what cannot learn eight pictures learns no more of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from ldm.config import LoopConfig, OptimConfig
+from ldm.data.batches import Batch
+from ldm.training.loop import Loop
+from ldm.training.run import Run
+from ldm.training.state import load_trained, trained_state
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+
+MAX_STEPS = 300
+MAX_SECONDS = 25.0
+DRAWS = 32
+"""Fixed draws of noise and times, which the steps take in turn."""
+MEASURED_DRAWS = 8
+"""Of them, those that `mean_loss` is measured with."""
+WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """How far it got; `end` is NaN or infinite if the training diverged."""
+
+    start: float
+    end: float
+    steps: int
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        """What is left of the start, 0 to 1 and more."""
+        return self.end / self.start
+
+
+def drawn(batch: Batch) -> list[Batch]:
+    """Return `batch` with `DRAWS` different draws of noise and times, the same in every run."""
+    count = len(batch)
+    return [replace(batch, positions=list(range(draw * count, (draw + 1) * count))) for draw in range(DRAWS)]
+
+
+@torch.no_grad()
+def mean_loss(step: DiffusionStep, batches: Sequence[Batch]) -> float:
+    """Return the loss of the weights being trained, over the first `MEASURED_DRAWS` batches."""
+    losses = [step.losses(batch, 0)["denoiser"].mean() for batch in batches[:MEASURED_DRAWS]]
+    return float(torch.stack(losses).mean())
+
+
+def overfit(
+    step: DiffusionStep | AutoencoderStep, batch: Batch, optim: OptimConfig, run: Run, measure: Callable[[], float]
+) -> Overfit:
+    """Return how far training on `batch` alone brings down `measure`, in `MAX_STEPS` or `MAX_SECONDS`.
+
+    The loop, losses and optimiser of the run, at its peak learning rate after a warm-up of at most `WARM_UP` steps.
+    The weights stay as they are then: see `restored`.
+    """
+    began, taken, start = time.perf_counter(), 0, measure()
+
+    def batches(start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[list[Batch]]:
+        nonlocal taken
+        draws = drawn(batch)
+        while taken < MAX_STEPS and time.perf_counter() - began < MAX_SECONDS:
+            yield [draws[taken % DRAWS]]
+            taken += 1
+
+    peak = replace(optim, decay="constant", warmup_steps=min(optim.warmup_steps, WARM_UP))
+    loop: Loop[Batch] = Loop(cast(Any, step), peak, bounded(run.config, MAX_STEPS), run, epoch_steps=1)
+    try:
+        loop.fit(batches)
+        end = measure()
+    except FloatingPointError:
+        end = float("nan")
+    run.accelerator.free_memory()
+    return Overfit(start, end, taken, time.perf_counter() - began)
+
+
+def bounded(config: LoopConfig, steps: int) -> LoopConfig:
+    """Return `config` for a loop that its batches end after at most `steps` steps, and nothing is saved or shown of."""
+    beyond = steps + 1
+    return replace(
+        config,
+        max_train_steps=beyond,
+        max_train_epochs=None,
+        max_train_seconds=None,
+        save_every_steps=beyond,
+        log_every_steps=beyond,
+        trackers=(),
+    )
+
+
+@contextlib.contextmanager
+def restored(step: DiffusionStep | AutoencoderStep) -> Iterator[None]:
+    """Put the weights and averages back as they were before."""
+    pairs = [(module, module) for module in step.modules.values()]
+    pairs += [(average.module, step.modules[name]) for name, average in step.averages.items()]
+    kept = [{name: value.clone() for name, value in trained_state(*pair).items()} for pair in pairs]
+    try:
+        yield
+    finally:
+        for pair, tensors in zip(pairs, kept, strict=True):
+            load_trained(*pair, tensors)

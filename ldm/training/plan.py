@@ -1,0 +1,93 @@
+"""A run in words: its steps, epochs, validations, checkpoints, and what of it is odd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ldm.config import LoopConfig, OptimConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of `steps` optimiser steps amounts to."""
+
+    pictures: int
+    batch_size: int
+    steps: int
+    loop: LoopConfig
+    optim: OptimConfig
+
+    @property
+    def epoch_steps(self) -> float:
+        """Steps in which each picture is seen once."""
+        return self.pictures / self.batch_size
+
+    @property
+    def epochs(self) -> float:
+        """How often each picture is seen."""
+        return self.steps / self.epoch_steps
+
+    @property
+    def validations(self) -> int:
+        """Validations of the whole run, the last step's included."""
+        return math.ceil(self.steps / self.loop.validate_every_steps)
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints of the whole run, the last step's included."""
+        return math.ceil(self.steps / self.loop.save_every_steps)
+
+    @property
+    def average_half_life(self) -> float:
+        """Steps after which a weight counts half in the averages, at the end of the run.
+
+        The decay grows with the run, see `Average.update`: the last one is ``min(ema_decay, steps / (steps + 9))``, so
+        that the half-life stays below ``steps / 12`` and nothing is left of the random start.
+        """
+        decay = min(self.optim.ema_decay, self.steps / (self.steps + 9))
+        return math.log(0.5) / math.log(decay) if decay else 0.0
+
+    def text(self) -> str:
+        """Return it in words."""
+        loop, seconds = self.loop, self.loop.max_train_seconds
+        what = f"{self.steps:,} steps" if seconds is None else f"{seconds:g} s are about {self.steps:,} steps"
+        return (
+            f"{self.pictures:,} training pictures, {self.batch_size:,} a step: {self.epoch_steps:.1f} steps an epoch; "
+            f"{what} = {self.epochs:.1f} epochs: each picture is seen {_times(self.epochs)}; validation every "
+            f"{loop.validate_every_steps:,} steps ({self.validations:,} in all), checkpoints every "
+            f"{loop.save_every_steps:,} ({self.checkpoints:,} in all); warm-up is "
+            f"{self.optim.warmup_steps / self.steps:.1%} of the steps, the half-life of the averages "
+            f"{self.average_half_life:.0f} steps"
+        )
+
+    def faults(self) -> Iterator[str]:
+        """Yield why the run would not train as meant."""
+        if self.optim.warmup_steps >= self.steps:
+            yield (
+                f"optim.warmup_steps {self.optim.warmup_steps:,} is no shorter than the run of {self.steps:,} steps: "
+                "the learning rate never arrives; use about a tenth of the steps"
+            )
+
+    def oddities(self) -> Iterator[str]:
+        """Yield what is allowed and seldom meant."""
+        loop = self.loop
+        if 0.3 * self.steps < self.optim.warmup_steps < self.steps:
+            share = self.optim.warmup_steps / self.steps
+            yield f"optim.warmup_steps: {share:.0%} of the run is warm-up; a tenth is usual"
+        if self.epochs < 1:
+            yield f"less than one epoch: {1 - self.epochs:.0%} of the pictures are never seen; train longer"
+        if self.batch_size > self.pictures:
+            yield (
+                f"data.batch_size {self.batch_size:,} is larger than the data: each step sees a picture "
+                f"{self.batch_size / self.pictures:.1f} times; use a smaller one"
+            )
+        for name, every in (("save", loop.save_every_steps), ("validate", loop.validate_every_steps)):
+            if every > self.steps:
+                lost = "a kill would lose all of it" if name == "save" else "it is looked at only when it is over"
+                yield f"loop.{name}_every_steps {every:,} is longer than the run of {self.steps:,} steps: {lost}"
+
+
+def _times(epochs: float) -> str:
+    return f"{epochs:.1f} times" if epochs < 10 else f"{epochs:.0f} times"
