@@ -12,21 +12,16 @@ from PIL import ImageColor
 
 from ldm.config import (
     AutoencoderConfig,
-    ConditionersConfig,
     DataConfig,
-    FramesConfig,
-    ImageConfig,
-    LabelConfig,
     LoopConfig,
-    LowResConfig,
     ObjectiveConfig,
     OptimConfig,
     ReconstructionConfig,
     SpaceConfig,
     StageConfig,
-    TextConfig,
     ValidationConfig,
 )
+from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config_doctor import DoctorConfig
 
 

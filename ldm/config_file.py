@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
-from .config import Network
 from .config_check import ConfigError, faults, shown
+from .config_conditioners import Network
 from .places import portable
 
 __all__ = [

@@ -16,7 +16,8 @@ from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
-from ldm.config import ConditionersConfig, StageConfig
+from ldm.config import StageConfig
+from ldm.config_conditioners import ConditionersConfig
 from ldm.models.clip import load_image_encoder
 from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
 from ldm.models.text_encoder import build_text_encoder

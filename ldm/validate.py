@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoTokenizer
 
-from ldm.config import DataConfig, TextConfig
+from ldm.config import DataConfig
+from ldm.config_conditioners import TextConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config

@@ -15,17 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config import (
-    AutoencoderConfig,
-    ConditionersConfig,
-    FramesConfig,
-    ImageConfig,
-    LabelConfig,
-    LowResConfig,
-    OptimConfig,
-    StageConfig,
-    TextConfig,
-)
+from ldm.config import AutoencoderConfig, OptimConfig, StageConfig
+from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
 from ldm.places import portable
 

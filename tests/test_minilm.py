@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 import train_text2img
 import train_vae
 from ldm.conditioners.text import TextConditioner
-from ldm.config import StageConfig, TextConfig
+from ldm.config import StageConfig
+from ldm.config_conditioners import TextConfig
 from ldm.config_file import load_config
 from ldm.data.openmoji import OpenMoji
 from ldm.models.network import build_network

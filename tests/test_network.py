@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from ldm.config import TextConfig
+from ldm.config_conditioners import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails

@@ -5,15 +5,8 @@ import torch
 
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditions, merge
-from ldm.config import (
-    ConditionersConfig,
-    LabelConfig,
-    LoopConfig,
-    ObjectiveConfig,
-    SpaceConfig,
-    StageConfig,
-    TextConfig,
-)
+from ldm.config import LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig
+from ldm.config_conditioners import ConditionersConfig, LabelConfig, TextConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
 from ldm.models.text_encoder import build_text_encoder

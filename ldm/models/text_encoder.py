@@ -22,8 +22,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from ldm.config import TextConfig
 from ldm.config_check import ConfigError, explained
+from ldm.config_conditioners import TextConfig
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
 from ldm.places import pinned

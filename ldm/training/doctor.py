@@ -21,6 +21,7 @@ from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.pictures import comparison_sheet, image_grid
+from ldm.evaluation.sampling import sample_pictures
 from ldm.training.agreement import agreement
 from ldm.training.autoencoding import reconstruct
 from ldm.training.cost import Cost, elsewhere, measure_cost
@@ -30,7 +31,7 @@ from ldm.training.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.training.plan import Plan
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
-from ldm.training.validation import Validation, sample_pictures
+from ldm.training.validation import Validation
 
 log = logging.getLogger(__name__)
 C = TypeVar("C", StageConfig, AutoencoderConfig)

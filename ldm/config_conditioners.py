@@ -1,0 +1,82 @@
+"""What the denoiser is told: a frozen dataclass for each conditioner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+TextOutput = Literal["prompt_embeds", "pooled_prompt_embeds", "attention_mask"]
+Network = dict[str, Any]
+"""A network by diffusers' or transformers' own config keys, ``_class_name`` included."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Prompt embeddings for cross-attention."""
+
+    pretrained: str | None = None
+    """Folder, Hub name or ``package:NAME/FOLDER`` (inside an installed package); None: from scratch."""
+    encoder: Network = field(default_factory=dict)
+    """CLIPTextModel's config keys, from scratch; the vocabulary comes from the tokenizer."""
+    vocab_size: int = 2048
+    """Size of the BPE vocabulary that is learned from the training captions, from scratch."""
+    max_length: int = 24
+    """Tokens a caption is padded or cut to, begin and end tokens included."""
+    train: bool = True
+    """Train the encoder with the denoiser; False: frozen, and its embeddings are cached."""
+    dropout: float = 0.1
+    """Share of captions replaced by "", which is what guidance needs."""
+    keywords: dict[str, TextOutput] = field(default_factory=lambda: {"encoder_hidden_states": "prompt_embeds"})
+    """The denoiser's keyword arguments and the output that each gets; ``added_cond_kwargs.NAME`` is an entry."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Classes, by number."""
+
+    num_classes: int
+    """The denoiser needs ``num_class_embeds`` one higher, for the null (DiT: ``num_embeds_ada_norm``, this number)."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The embedding of the picture itself, which at sampling a prior predicts."""
+
+    pretrained: str
+    """Folder or Hub name of a CLIP vision model with projection."""
+    null: Literal["zeros", "zero_picture"] = "zeros"
+    """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero picture (Kandinsky 2.2)."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class LowResConfig:
+    """The picture itself, smaller, as three more input channels: a cascade's next stage."""
+
+    image_size: int
+    """Pixels, height and width, of the small picture."""
+    noise_timesteps: int = 0
+    """Noise is put on it up to this step of the cosine path of 1000, and the level told as ``class_labels``; 0: no."""
+
+
+@dataclass(frozen=True)
+class FramesConfig:
+    """The first frames of each clip, as 1 + C more input channels."""
+
+    num_frames: int
+    """Frames of a clip; ``data.batch_size`` counts frames."""
+    max_context: int = 1
+    """Most frames that are given."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class ConditionersConfig:
+    """What the denoiser is told besides the noisy latents and the time."""
+
+    text: TextConfig | None = None
+    label: LabelConfig | None = None
+    image: ImageConfig | None = None
+    low_res: LowResConfig | None = None
+    frames: FramesConfig | None = None
