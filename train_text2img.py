@@ -63,7 +63,7 @@ def main() -> None:
         record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")
-        model = ModelFolder(config, run, loop, train, pipeline.save_pretrained)
+        model = ModelFolder(config, run, loop, train, pipeline.save_pretrained, step.networks)
         loop.fit(
             partial(training_batches, train),
             (config.loop.validate_every_steps, validation),

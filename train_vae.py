@@ -58,7 +58,7 @@ def main() -> None:
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")
         save = partial(save_at_unit_scale, step.averaged, train, getattr(torch, config.save_dtype))
-        model = ModelFolder(config, run, loop, train, save)
+        model = ModelFolder(config, run, loop, train, save, step.networks)
         loop.fit(
             partial(training_batches, train),
             (config.loop.validate_every_steps, validate),

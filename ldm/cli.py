@@ -12,10 +12,10 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.average import average
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
 from ldm.models.pipeline import load_pipeline
-from ldm.training.model_folder import averaged_model
 from ldm.validate import validate
 
 
@@ -59,28 +59,6 @@ def sample(
         picture.save(path, pnginfo=text)
         print(path)
         written.append(path)
-    return written
-
-
-def average(run: str, sigma_rel: str, to: str | None = None) -> list[Path]:
-    """Write a pipeline folder for each length of the average and return them; nothing is trained.
-
-    Args:
-        run: Folder of a training with snapshots, its output_dir.
-        sigma_rel: Lengths, shares of the training, separated by commas, such as 0.02,0.05,0.1.
-        to: Folder to write, for one length; default is RUN/model-LENGTH.
-
-    """
-    try:
-        lengths = [float(length) for length in sigma_rel.split(",")]
-    except ValueError as error:
-        raise ValueError(f"sigma_rel: got {sigma_rel}; expected numbers separated by commas: 0.02,0.05,0.1") from error
-    if to is not None and len(lengths) > 1:
-        raise ValueError(f"to: names one folder, for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
-    written = []
-    for length in lengths:
-        written.append(averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")))
-        print(written[-1])
     return written
 
 

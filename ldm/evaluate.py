@@ -88,22 +88,9 @@ def evaluate(
     measuring = Evaluation(model, data, captions, validation_captions, network, trust_remote_code)
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     wanted = read_captions(captions)
-    subject = measuring.subject(wanted, seed, **call)
-    name = measuring.network.name
-    parts = [sections.retrieval(subject, name)]
-    if factors is not None:
-        parts.append(sections.caption_factors(subject, read_factors(factors), measuring.known_captions()))
-    if clip is not None:
-        parts.append(sections.clip_scores(subject, ClipScore(clip), clip))
-    parts += [measuring.gain(wanted, seed), sections.likeness(subject, name)]
-    if subject.rebuilt is not None:
-        parts.append(autoencoder(subject, name))
-    parts.append(sections.memorisation(subject, name))
+    parts = measuring.sections(wanted, seed, clip, factors, **call)
     if variety_prompts:
-        some = wanted[:variety_prompts]
-        repeated = [caption for caption in some for _ in range(pictures_per_prompt)]
-        drawn = sample_pictures(measuring.pipeline, repeated, seed + VARIETY_SEED, **call)
-        parts.append(sections.variety(some, drawn, measuring.network(drawn), pictures_per_prompt, name))
+        parts.append(measuring.variety(wanted[:variety_prompts], pictures_per_prompt, seed + VARIETY_SEED, **call))
     for setting, values in (("guidance_scale", guidance_sweep), ("num_inference_steps", steps_sweep)):
         if values:
             parts.append(measuring.sweep(setting, values, seed, **call))
@@ -128,7 +115,7 @@ class Evaluation:
         self.images = CaptionedImages(checked_source(config), config)
         refuse_leak(model, self.images.splits.held_out_hash)
         self.network: FeatureNetwork = build_feature_network(network)
-        refuse_teacher(model, self.network)
+        refuse_teacher(model, self.network.name, self.network.sha256)
         self.gallery, self.place = self.images.gallery()
         self.gallery_features = self._gallery_features()
 
@@ -146,6 +133,28 @@ class Evaluation:
 
         cached = CachedRows("features", key, len(self.gallery), compute)
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
+
+    def sections(
+        self, captions: Sequence[str], seed: int, clip: str | None, factors: str | None, **call: Any
+    ) -> list[Section]:
+        """Return what is measured on one picture of each caption."""
+        subject, name = self.subject(captions, seed, **call), self.network.name
+        found = [sections.retrieval(subject, name)]
+        if factors is not None:
+            found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
+        if clip is not None:
+            score = ClipScore(clip).image_text_similarity
+            found.append(sections.clip_scores(subject, score, Path(portable(clip)).name))
+        found += [self.gain(captions, seed), sections.likeness(subject, name)]
+        if subject.rebuilt is not None:
+            found.append(autoencoder(subject, name))
+        return [*found, sections.memorisation(subject, name)]
+
+    def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
+        """Return how much `per_prompt` pictures of each caption differ."""
+        repeated = [caption for caption in captions for _ in range(per_prompt)]
+        drawn = sample_pictures(self.pipeline, repeated, seed, **call)
+        return sections.variety(captions, drawn, self.network(drawn), per_prompt, self.network.name)
 
     def subject(self, captions: Sequence[str], seed: int, **call: Any) -> Subject:
         """Return the pictures that the model draws of `captions`, and what they are read beside."""
@@ -184,17 +193,19 @@ class Evaluation:
             return Section("What are the captions worth?", f"Not measured: {error}.")
         return sections.conditional_gain(losses, LEVELS)
 
+    def headline(self, captions_file: str, seed: int, **call: Any) -> tuple[Measure, Measure]:
+        """Return R@1 in pixels and KID of one picture of each caption in a file."""
+        captions = read_captions(captions_file)
+        own = np.array([self.place[picture] for picture in self.images.pictures_of(captions)])
+        drawn = sample_pictures(self.pipeline, captions, seed, **call)
+        hits = retrieval_ranks(drawn, self.gallery, own) == 0
+        return mean_of(hits), kid(self.network(drawn), self.gallery_features[own])
+
     def sweep(self, setting: str, values: Sequence[float], seed: int, **call: Any) -> Section:
         """Return R@1 and KID of the validation captions at each value of a setting of sampling."""
         if self.validation is None:
             raise ValueError(f"{setting} is chosen on the validation captions: name them with --validation_captions")
-        captions = read_captions(self.validation)
-        own = np.array([self.place[picture] for picture in self.images.pictures_of(captions)])
-        points: dict[float, tuple[Measure, Measure]] = {}
-        for value in values:
-            drawn = sample_pictures(self.pipeline, captions, seed, **call | {setting: value})
-            hits = retrieval_ranks(drawn, self.gallery, own) == 0
-            points[value] = mean_of(hits), kid(self.network(drawn), self.gallery_features[own])
+        points = {value: self.headline(self.validation, seed, **call | {setting: value}) for value in values}
         return sections.sweep(setting, points, self.network.name, log_x=setting == "num_inference_steps")
 
     def settings(self, seed: int, captions: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:

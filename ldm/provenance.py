@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 FILE = "training.json"
+HASH_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Provenance:
     images_per_second: float
     hardware: str
     versions: dict[str, str]
+    networks: Sequence[str] = ()
+    """Networks that a loss or a condition looked through, of the model's parts too: name and hash of the weights. What
+    they see has been trained for, so that they must not measure it."""
     sigma_rel: float | None = None
     """Length of the power-function average that the weights are; None: they are the training's own average."""
 
@@ -54,6 +59,24 @@ def refuse_leak(folder: str | Path, held_out_hash: str) -> None:
         raise ValueError(
             f"{Path(folder).name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
             f"{held_out_hash[:8]}): it may have seen what is to be measured. Train it with the same data.held_out"
+        )
+
+
+def trained_through(name: str, sha256: str) -> str:
+    """Return how `Provenance.networks` names a network."""
+    return f"{name} {sha256[:HASH_DIGITS]}"
+
+
+def refuse_teacher(folder: str | Path, name: str, sha256: str) -> None:
+    """Raise ValueError if the model in `folder` was trained through the network that is to measure it.
+
+    A foreign model says nothing and passes, and so does one of before this was recorded.
+    """
+    found = read_provenance(folder)
+    if found is not None and any(one.endswith(f" {sha256[:HASH_DIGITS]}") for one in found.networks):
+        raise ValueError(
+            f"{Path(folder).name} was trained through {name}, which would grade its own pupil; measure with another "
+            "network"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.hub import HubError, check, push
 from ldm.provenance import read_provenance
+from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.posthoc import reconstruct
 from ldm.training.record import provenance
@@ -56,8 +57,13 @@ class ModelFolder:
         loop: Loop[Any],
         train: PositionDataset,
         save: Callable[[Path], object],
+        networks: Sequence[str] = (),
     ):
-        """`save` writes the weights as they stand into a folder, and changes nothing that is trained."""
+        """Take `save`, which writes the weights as they stand into a folder, and changes nothing that is trained.
+
+        networks: those that training looks through, as `ldm.provenance.Provenance.networks`.
+        """
+        self.networks = networks
         self.config, self.run, self.loop, self.train, self.save = config, run, loop, train, save
         self.folder = run.folder / "model"
 
@@ -81,7 +87,9 @@ class ModelFolder:
 
     def _write(self) -> None:
         self.save(self.folder)
-        record = provenance(self.loop.progress, self.train)
+        config = self.config
+        parts = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
+        record = provenance(self.loop.progress, self.train, self.networks, [part for part in parts if part])
         record.save(self.folder)
         write_card(self.folder, self.run.folder, self.config, record)
 

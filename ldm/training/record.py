@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.places import portable
-from ldm.provenance import Provenance, hardware, versions
+from ldm.provenance import Provenance, hardware, read_provenance, versions
 from ldm.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,13 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: b
         log.warning("resumed with another value: %s", change)
 
 
-def provenance(progress: Progress, train: PositionDataset) -> Provenance:
-    """Return the record of a training that stands at `progress`, on the split `train`."""
+def provenance(progress: Progress, train: PositionDataset, networks: Sequence[str], parts: Sequence[str]) -> Provenance:
+    """Return the record of a training that stands at `progress`, on the split `train`.
+
+    `networks` are those that it looks through itself; those that its pretrained `parts`, folders or Hub names, were
+    trained through are added.
+    """
+    inherited = (found.networks for part in parts if (found := read_provenance(part)) is not None)
     return Provenance(
         data=train.images.source.fingerprint,
         held_out_hash=train.images.splits.held_out_hash,
@@ -79,4 +85,5 @@ def provenance(progress: Progress, train: PositionDataset) -> Provenance:
         images_per_second=round(progress.images_per_second, 1),
         hardware=hardware(),
         versions=versions(),
+        networks=sorted({*networks, *chain.from_iterable(inherited)}),
     )

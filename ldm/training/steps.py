@@ -16,7 +16,10 @@ from ldm.data.batches import Batch
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generator, generators
 from ldm.models.discriminator import PatchDiscriminator
-from ldm.models.features import build_perceptual_distance
+from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
+from ldm.models.network import weights_sha256
+from ldm.models.vision import tower
+from ldm.provenance import trained_through
 from ldm.reconstruction import (
     adaptive_weight,
     discriminator_loss,
@@ -51,6 +54,13 @@ class DiffusionStep:
     def averaged(self) -> ConditionedDenoiser:
         """The model with averaged weights: what validation, export and evaluation use."""
         return cast(ConditionedDenoiser, self.averages["denoiser"].module)
+
+    @property
+    def networks(self) -> list[str]:
+        """Image encoders that the stage looks through; see `ldm.provenance.Provenance`."""
+        parts = (self.stage.space, *self.stage.model.conditioners.values())
+        encoders = [encoder for part in parts if (encoder := getattr(part, "image_encoder", None)) is not None]
+        return [trained_through("CLIP", weights_sha256(tower(encoder.network))) for encoder in encoders]
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and std of x0 given pictures, (B, 3, H, W): what the cache keeps."""
@@ -176,6 +186,15 @@ class AutoencoderStep:
     def averaged(self) -> AutoencoderKL:
         """The autoencoder with averaged weights."""
         return cast(Autoencoding, self.averages["autoencoder"].module).autoencoder
+
+    @property
+    def networks(self) -> list[str]:
+        """The perceptual network, if there is one; see `ldm.provenance.Provenance`."""
+        name = self.config.perceptual
+        if self.distance is None:
+            return []
+        sha256 = EFFICIENTNETS[name] if name in EFFICIENTNETS else weights_sha256(self.distance.features)
+        return [trained_through(name, sha256)]
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""
