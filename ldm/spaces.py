@@ -74,7 +74,7 @@ class LatentSpace:
 
     def __init__(self, autoencoder: AutoencoderKL | VQModel):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.key = f"latent-{weights_hash(autoencoder)}"
+        self.key = f"latent-{weights_hash(autoencoder)}-{autoencoder.config.scaling_factor:g}"
 
     @torch.no_grad()
     def moments(self, pixel_values: Tensor) -> Moments:

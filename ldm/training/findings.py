@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -19,6 +20,8 @@ class Finding:
     text: str
     warnings: tuple[str, ...] = ()
     """What is allowed and seldom meant."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Some of those in `text`, for programs."""
 
     def lines(self) -> list[str]:
         """Return it for people."""
@@ -30,7 +33,7 @@ class Finding:
 
 def report(findings: Iterator[Finding], folder: Path) -> None:
     """Print each finding as it comes; write ``report.txt`` and ``report.json``; exit with code 1 if one is wrong."""
-    found, lines = [], []
+    began, found, lines = time.perf_counter(), [], []
     for finding in findings:
         found.append(finding)
         lines += finding.lines()
@@ -40,10 +43,10 @@ def report(findings: Iterator[Finding], folder: Path) -> None:
     print(lines[-1])
     for leftover in ("checkpoints", "samples", "reconstructions"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
-    for leftover in ("metrics.jsonl", "config.yaml"):
-        (folder / leftover).unlink(missing_ok=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
     (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    content = {"ok": not wrong, "findings": [asdict(finding) for finding in found]}
+    seconds = round(time.perf_counter() - began, 1)
+    content = {"ok": not wrong, "seconds": seconds, "findings": [asdict(finding) for finding in found]}
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if wrong:
         sys.exit(1)

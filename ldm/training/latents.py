@@ -7,33 +7,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.data.batches import Batch
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
 from ldm.spaces import Space
+from ldm.training.checks import latent_scale
 from ldm.training.findings import Finding
+from ldm.training.steps import DiffusionStep
 
 PSNR_DB, SSIM = 20.0, 0.7
 """Below these a round trip through the autoencoder is visibly another picture."""
 SHOWN = 8
 """Pictures that are drawn over what comes back."""
-MEAN, STD = 0.5, (0.5, 2.0)
-"""Most that the mean of the latents may be away from 0, and between what their std may be."""
 
 
-def latent_scale(space: Space, pixel_values: Tensor) -> Finding:
-    """Return whether what is diffused has mean 0 and std 1, over training pictures (N, 3, H, W)."""
-    moments = [space.moments(part) for part in torch.split(pixel_values, 32)]
-    means = torch.cat([part.mean.cpu() for part in moments]).double()
-    variances = torch.cat([part.std.cpu() for part in moments]).double().square()
-    mean, std = float(means.mean()), float((means.var() + variances.mean()).sqrt())
-    ok = abs(mean) <= MEAN and STD[0] <= std <= STD[1]
+def unit_scale(step: DiffusionStep, batch: Batch) -> Finding:
+    """Return whether what is diffused of a batch has mean 0 and std 1."""
+    scale = latent_scale(step.x0(batch))
+    text = f"latents of {len(batch)} training pictures have mean {scale.mean:.3f} and std {scale.std:.3f}"
     remedy = (
-        "; noise of std 1 is no match for that: fold the statistics in (train_vae.py does when it ends), or set "
-        f"scaling_factor {1 / std:.4g} in the autoencoder's config.json"
+        "; noise of std 1 is no match for that: end the autoencoder's training with train_vae.py, which folds the "
+        f"statistics in, or set scaling_factor in its config.json to {1 / scale.std:.4g} times what it is"
     )
-    text = f"latents of {len(pixel_values)} training pictures have mean {mean:.3f} and std {std:.3f}"
-    return Finding("latent scale", ok, text + ("" if ok else remedy))
+    return Finding("latent scale", scale.unit, text if scale.unit else text + remedy)
 
 
 def round_trip(space: Space, pixel_values: Tensor, folder: Path) -> Finding:
