@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ldm.evaluate import Evaluation
 from ldm.training.model_folder import averaged_model
@@ -25,8 +26,8 @@ def average(
 ) -> list[Path]:
     """Write ``RUN/model-LENGTH`` for each length of the average and return these folders; nothing is trained.
 
-    With `data` and both files of captions, validation captions are drawn with each, and ``RUN/averages.json`` says which
-    has the best R@1. The held-out captions are only named, so as to be left out: evaluate them with the one chosen.
+    With `data` and both files of captions, validation captions are drawn with each, and ``RUN/averages.json`` says
+    which has the best R@1. The held-out captions are only named: evaluate them with the one that is chosen.
 
     Args:
         run: Folder of a training with snapshots, its output_dir.
@@ -48,8 +49,8 @@ def average(
         print(folder)
     if data and captions and validation_captions:
         call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        rows = []
-        for length, folder in {**folders, None: Path(run) / "model"}.items():
+        rows: list[dict[str, Any]] = []
+        for length, folder in [(None, Path(run) / "model"), *folders.items()]:
             measuring = Evaluation(str(folder), data, captions, validation_captions, network, False)
             r_at_1, distance = measuring.headline(validation_captions, seed, **call)
             rows.append({"sigma_rel": length, "model": folder.name, "r_at_1": asdict(r_at_1), "kid": asdict(distance)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class Measure:
         return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
-def mean_of(values: NDArray[np.float64] | NDArray[np.bool_], draws: int = DRAWS, seed: int = 0) -> Measure:
+def mean_of(values: NDArray[np.floating[Any]] | NDArray[np.bool_], draws: int = DRAWS, seed: int = 0) -> Measure:
     """Return the mean of `values`, (N,), one for each picture; ValueError if there are none."""
     numbers = np.asarray(values, np.float64)
     return bootstrap(lambda rows: float(numbers[rows].mean()), len(numbers), draws, seed)

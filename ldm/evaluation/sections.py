@@ -78,7 +78,7 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
     return Section("Which words are drawn?", text, rows)
 
 
-def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float64]], name: str) -> Section:
+def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
     """Return the similarity of pictures and captions by a CLIP."""
     others = [subject.captions[row] for row in subject.exchanged]
     beside = {
