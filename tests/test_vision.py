@@ -38,7 +38,7 @@ def pictures(count=5, height=40, width=40):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Tiny random models: a whole CLIP, its vision model with and without projection, a DINOv2."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)  # of four cosines two are negative
     folder = tmp_path_factory.mktemp("networks")
     tokenizer = train_tokenizer(WORDS, 520, 12)
     vision_config = CLIPVisionConfig(**SIZES, image_size=32, patch_size=8, projection_dim=12)
@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
     clip = CLIPModel(CLIPConfig(vision_config=vision_config.to_dict(), text_config=SIZES | text, projection_dim=12))
     with torch.no_grad():  # random CLIPs see nearly the same in all pictures
         for name, tensor in clip.named_parameters():
-            if name != "logit_scale":
+            if name != "logit_scale" and "norm" not in name:
                 tensor.normal_(0, 0.5)
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
@@ -188,7 +188,7 @@ def test_what_is_no_network_that_measures_is_refused(folders, tmp_path):
         build_feature_network(str(tmp_path / "clip"))
 
 
-def test_s02_a_network_with_code_of_its_own_is_refused(tmp_path):
+def test_a_network_with_code_of_its_own_is_refused(tmp_path):
     auto_map = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
     (tmp_path / "own.py").write_text("raise SystemExit('ran')")
