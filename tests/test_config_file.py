@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ldm.config import AutoencoderConfig, OptimConfig, StageConfig
 from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
+from ldm.config_doctor import DoctorConfig
 from ldm.config_file import ConfigError, config_differences, exit_on_config_error, load_config, save_config
 from ldm.places import portable
 
@@ -434,7 +435,7 @@ def full(tmp_path_factory) -> Path:
     """A file with every field of a stage."""
     file = tmp_path_factory.mktemp("full") / "full.yaml"
     every = ConditionersConfig(TextConfig(), LabelConfig(3), ImageConfig("clip"), LowResConfig(8), FramesConfig(2))
-    save_config(StageConfig("x", {"a": 1}, conditioners=every), file)
+    save_config(StageConfig("x", {"a": 1}, conditioners=every, doctor=DoctorConfig()), file)
     return file
 
 

@@ -54,6 +54,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.config_check",
         "ldm.config_file",
         "ldm.data",
+        "ldm.schedule",
         "ldm.objective",
         "ldm.reconstruction",
         "ldm.spaces",

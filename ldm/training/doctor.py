@@ -188,9 +188,8 @@ def overfit_finding(config: StageConfig | AutoencoderConfig, found: Overfit, wha
         f"{what} goes from {found.start:.4g} to {found.end:.4g} in {steps} steps at learning rate {rate:g}, "
         f"{found.left:.2f} of the start"
     )
-    advice = (
-        "a lower optim.learning_rate" if not found.left < 1 else "a higher optim.learning_rate, or a larger network"
-    )
+    rose = not found.left <= 1.01
+    advice = "a lower optim.learning_rate" if rose else "a higher optim.learning_rate, or a larger network"
     return Finding("overfits one batch", ok, text if ok else f"{text}; expected less than {most:g}: try {advice}")
 
 
