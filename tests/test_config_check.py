@@ -48,7 +48,7 @@ def test_snapshots_of_no_average_or_of_one_too_long_are_refused():
     assert "snapshot_sigma_rels: got none; expected one or more" in refusal(
         "--snapshot_every_steps", "5", "--snapshot_sigma_rels", "[]"
     )
-    assert "snapshot_sigma_rels: got 0.3; expected a number above 0, to 0.28" in refusal(
+    assert "snapshot_sigma_rels: got (0.3,); expected a number above 0, to 0.28" in refusal(
         "--snapshot_sigma_rels", "[0.3]"
     )
     assert "snapshot_every_steps: got 0; expected" in refusal("--snapshot_every_steps", "0")

@@ -88,12 +88,12 @@ def test_factors_and_error_are_those_of_sampled_profiles():
 
 @pytest.mark.parametrize(("count", "most"), [(8, 1e-2), (32, 3e-4), (64, 3e-5)])
 def test_a_random_walk_is_reconstructed_better_with_more_snapshots(count, most, tmp_path):
-    """Measured, relative to the weights: see `most`; between the averages themselves lie 4 to 20 percent."""
+    """Measured, relative to the weights: see `most`; from the nearest stored average it is 0.9 to 6 percent."""
     stored = snapshots(tmp_path, count)
     for sigma_rel in (0.04, 0.07, 0.15, 0.2):
         expected = walked(sigma_rel)[-1]
         assert relative_error(reconstruct(stored, sigma_rel)["w"], expected) < most
-        assert relative_error(walked(0.05)[-1], expected) > 1e-2
+        assert relative_error(walked(0.05)[-1], expected) > 8e-3
 
 
 def test_a_stored_average_comes_back_to_the_bit(tmp_path):

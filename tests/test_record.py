@@ -64,7 +64,7 @@ def test_r22_what_does_not_decide_it_is_taken_over_and_logged(caplog):
     assert "validation.num_images: 8 -> 3" in caplog.text
 
 
-def test_r22_snapshots_decide_nothing_of_where_a_training_arrives():
+def test_snapshots_decide_nothing_of_where_a_training_arrives():
     config = StageConfig("out", {"_class_name": "UNet2DConditionModel"}, data=DataConfig(image_size=8))
     refuse_changes(record(config), record(replace(config, snapshot_every_steps=9)), allowed=False)
 
