@@ -164,30 +164,6 @@ def test_samples_carry_their_settings_and_repeat(model, tmp_path):
     assert one.tobytes() == two.tobytes()
 
 
-@pytest.mark.parametrize("trust_remote_code", [False, True])
-def test_evaluation_writes_numbers_and_pictures(model, tmp_path, trust_remote_code, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    captions = tmp_path / "captions.txt"
-    test = (ROOT / "configs/openmoji/heldout.txt").read_text()
-    captions.write_text(test)
-    arguments = ["evaluate", str(model), "--data", "openmoji", "--captions", str(captions), "--out", str(tmp_path)]
-    arguments += ["--validation_captions", "configs/openmoji/validation.txt", "--num_inference_steps", "2"]
-    cli.main([*arguments, "--trust_remote_code", str(trust_remote_code).lower()])
-    results = json.loads((tmp_path / "retrieval.json").read_text())
-    assert results["n"] == 200
-    assert results["copy"]["r_at_1"] == 0
-    assert 0 <= results["r_at_1_interval"][0] <= results["r_at_1"] <= results["r_at_1_interval"][1] <= 1
-    assert results["ceiling"]["r_at_1"] > results["shuffled"]["r_at_1"]
-    assert results["images_per_second"] > 0
-    assert Image.open(tmp_path / "samples.png").width > 500
-
-
-def test_evaluating_on_trained_pictures_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="may have seen"):
-        cli.evaluate(str(model), "openmoji", "configs/openmoji/heldout.txt", str(tmp_path))
-
-
 def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
     command = [
         Path(sys.executable).parent / "accelerate",

@@ -1,0 +1,203 @@
+"""The whole evaluation on a tiny pipeline: what it writes, what it refuses, and that processes do not matter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from ldm import cli
+from ldm.config import DataConfig
+from ldm.data.batches import CaptionedImages
+from ldm.data.sources import build_source
+from ldm.evaluate import Evaluation, evaluate
+from ldm.models.scheduler import build_scheduler
+from ldm.models.text_encoder import train_tokenizer
+from ldm.models.vision import build_feature_network
+from ldm.provenance import Provenance, trained_through
+from tests.picture_folders import noise_picture, write_metadata
+from tests.test_gain import SOUND
+from tests.tiny_pipeline import parts, pipeline
+
+ROOT = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "grey")
+COUNT = 48
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with pictures, captions held out, a pipeline and a CLIP that measures."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    captions = [f"{COLOURS[index % 4]} thing {index // 4}" for index in range(COUNT)]
+    for index in range(COUNT):
+        noise_picture(rng, 16).save(pictures / f"{index}.png")
+    write_metadata(pictures, [{"file_name": f"{index}.png", "text": text} for index, text in enumerate(captions)])
+    (folder / "heldout.txt").write_text("\n".join(captions[::3]))
+    (folder / "validation.txt").write_text("\n".join(captions[1::6]))
+    (folder / "factors.yaml").write_text(f"colour: [{', '.join(COLOURS)}]\n")
+    pipeline(scheduler=build_scheduler(SOUND[0])).save_pretrained(folder / "model")
+    StableDiffusionPipeline(**parts(scheduler=build_scheduler(SOUND[0]))).save_pretrained(folder / "stock")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(captions, 520, 12)
+    vision = CLIPVisionConfig(**SIZES, image_size=16, patch_size=8, projection_dim=12)
+    text = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
+    clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text, projection_dim=12))
+    clip.save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    return folder
+
+
+def words(place, model, out, *more):
+    named = {
+        "data": place / "pictures",
+        "captions": place / "heldout.txt",
+        "validation_captions": place / "validation.txt",
+        "network": place / "clip",
+        "num_inference_steps": 2,
+        "variety_prompts": 2,
+        "pictures_per_prompt": 2,
+        "out": out,
+    }
+    options = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    return ["evaluate", str(place / model), *options, *map(str, more)]
+
+
+def read(out):
+    report = json.loads((out / "report.json").read_text())
+    return report, {row["name"]: row for section in report["sections"] for row in section["rows"]}
+
+
+@pytest.fixture(scope="module")
+def evaluated(place):
+    (place / "model" / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Mine\n")
+    out = place / "everything"
+    more = ["--factors", place / "factors.yaml", "--clip", place / "clip"]
+    cli.main(words(place, "model", out, *more, "--guidance_sweep", "[1.0,2.0]", "--steps_sweep", "[1,2]"))
+    return out
+
+
+def test_every_question_is_answered_with_its_baselines(evaluated):
+    report, rows = read(evaluated)
+    titles = [section["title"] for section in report["sections"]]
+    assert titles == [
+        "Does it draw what the caption says?",
+        "Which words are drawn?",
+        "CLIP score",
+        "What are the captions worth?",
+        "Do its pictures look like true ones?",
+        "What can the latents carry?",
+        "Does it copy its training pictures?",
+        "How much do pictures of one prompt differ?",
+        "By guidance_scale",
+        "By num_inference_steps",
+    ]
+    at_1 = rows["R@1, pixels"]
+    assert at_1["n"] == COUNT // 3
+    assert at_1["low"] <= at_1["value"] <= at_1["high"]
+    assert at_1["beside"].keys() == {"copy", "shuffled", "ceiling"}
+    assert at_1["beside"]["copy"]["value"] == 0, "a training picture is not the caption's own"
+    assert at_1["copied"], "random weights draw nothing that is right"
+    assert rows["colour"]["beside"]["chance"]["value"] == pytest.approx(1 / 4)
+    assert rows["KID, clip"]["beside"].keys() == {"floor", "copy", "ceiling"}
+    assert rows["nearer to training than the true picture, pixels"]["beside"]["copy"]["value"] == 1
+    assert not rows["conditional gain, mean over noise levels"]["beside"]
+
+
+def test_settings_say_what_the_numbers_depend_on(evaluated, place):
+    settings = read(evaluated)[0]["settings"]
+    network = build_feature_network(str(place / "clip"))
+    assert settings["network that measures"] == f"clip, weights {network.sha256[:16]}"
+    assert settings["seeds"] == "0 to 15"
+    assert settings["sampler"] == "DPMSolverMultistepScheduler"
+    assert {"resize", "held out", "guidance_scale", "num_inference_steps", "versions"} <= settings.keys()
+
+
+def test_nothing_tells_where_it_was_measured(evaluated, place):
+    for name in ("report.json", "report.md", "report.html"):
+        text = (evaluated / name).read_text()
+        assert str(place) not in text
+        assert str(Path.home()) not in text
+    assert Image.open(evaluated / "samples.png").width > 100
+
+
+def test_the_card_has_the_results(evaluated, place):
+    card = ModelCard.load(place / "model" / "README.md")
+    assert "# Mine" in card.text
+    assert "### Does it draw what the caption says?" in card.text
+    assert "R@1, pixels" in {result.metric_name for result in card.data.eval_results}
+
+
+def test_a_stock_pipeline_is_measured_alike(evaluated, place, tmp_path):
+    cli.main(words(place, "stock", tmp_path))
+    ours, stock = read(evaluated)[1], read(tmp_path)[1]
+    for name in ("R@1, pixels", "R@10, clip", "PSNR, dB"):
+        assert stock[name]["value"] == pytest.approx(ours[name]["value"], abs=0.07)
+    assert stock["conditional gain, mean over noise levels"]["value"] == pytest.approx(
+        ours["conditional gain, mean over noise levels"]["value"], abs=1e-4
+    )
+    assert not (place / "stock" / "README.md").exists()
+
+
+def test_captions_in_the_training_data_of_the_model_are_refused(place, tmp_path):
+    record(place, place / "model" / "training.json", held_out_hash="0" * 32)
+    with pytest.raises(ValueError, match="may have seen"):
+        evaluate(*arguments(place, tmp_path))
+    (place / "model" / "training.json").unlink()
+
+
+def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
+    sha256 = build_feature_network(str(place / "clip")).sha256
+    record(place, place / "model" / "training.json", networks=[trained_through("CLIP", sha256)])
+    with pytest.raises(ValueError, match="would grade its own pupil"):
+        evaluate(*arguments(place, tmp_path), network=str(place / "clip"))
+    (place / "model" / "training.json").unlink()
+
+
+def test_a_sweep_needs_the_validation_captions(place, tmp_path):
+    with pytest.raises(ValueError, match="name them with --validation_captions"):
+        evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep=[1.0], num_inference_steps=1)
+
+
+def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ldm.cli"]
+    command = [*run, *words(place, "stock", tmp_path / "two"), "--card", "false"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cli.main([*words(place, "stock", tmp_path / "one"), "--card", "false"])
+    one, two = read(tmp_path / "one")[1], read(tmp_path / "two")[1]
+    assert one.keys() == two.keys()
+    for name, row in one.items():
+        assert two[name]["value"] == pytest.approx(row["value"], abs=1e-4), name
+
+
+def arguments(place, out):
+    return str(place / "model"), str(place / "pictures"), str(place / "heldout.txt"), str(out)
+
+
+def record(place, path, held_out_hash=None, networks=()):
+    held_out = {"test": str(place / "heldout.txt")}
+    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out=held_out, image_size=16)
+    found = CaptionedImages(build_source(config), config).splits.held_out_hash
+    Provenance("data", held_out_hash or found, 1, 1, 1.0, 1.0, "none", {}, networks).save(path.parent)
+
+
+def test_the_gallery_is_looked_at_once(place, monkeypatch):
+    named = (*arguments(place, "")[:3], None, str(place / "clip"), False)
+    first, known = Evaluation(*named).gallery_features, build_feature_network(str(place / "clip"))
+    only_named = SimpleNamespace(name=known.name, sha256=known.sha256, resize=known.resize)  # it cannot be called
+    monkeypatch.setattr("ldm.evaluate.build_feature_network", lambda name: only_named)
+    np.testing.assert_array_equal(Evaluation(*named).gallery_features, first)
