@@ -14,6 +14,7 @@ from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.alarms import Alarms
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
@@ -55,6 +56,8 @@ def main() -> None:
 
         validation = Validation(config, images, step, pipeline, run)
         validation.rehearse()
+        alarms = Alarms(run, loop.progress, config.optim, len(train), step.not_finite_at)
+        alarms.before_training(config, validation, train)
         model = ModelFolder(config, run, loop, train, pipeline.save_pretrained)
         loop.fit(
             partial(training_batches, train),

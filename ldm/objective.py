@@ -80,9 +80,18 @@ class Objective:
             raise ValueError(f"{len(generators)} generators for {len(x0)} samples: each sample takes its own")
         u, noise = [], []
         for generator in generators:
-            u.append(self._draw_u(generator))
+            u.append(self.noise_level(generator))
             noise.append(torch.randn(x0.shape[1:], generator=generator, device=generator.device))
         return self.loss_at(predict, x0, torch.stack(noise).to(x0.device), torch.stack(u))
+
+    def noise_level(self, generator: torch.Generator) -> Tensor:
+        """Return one noise level u in [0, 1], shape (), drawn from the timestep density: a sample's first draw."""
+        config = self.config
+        if config.timestep_density == "uniform":
+            return torch.rand((), generator=generator, device=generator.device)
+        # Esser et al. 2024, eq. 19: the logit of the time is normal.
+        normal = torch.randn((), generator=generator, device=generator.device)
+        return (config.logit_mean + config.logit_std * normal).sigmoid()
 
     def loss_at(self, predict: Predict, x0: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
         """Return each sample's weighted squared error, averaged over its elements: float32, shape (B,).
@@ -134,12 +143,3 @@ class Objective:
                 return ratio.clamp(max=gamma)
             case "v_prediction" | "flow_prediction":
                 return ratio.clamp(max=gamma) * sigma.square()  # for v: min(SNR, gamma) / (SNR + 1)
-
-    def _draw_u(self, generator: torch.Generator) -> Tensor:
-        """Return one noise level u in [0, 1], shape (), from the timestep density."""
-        config = self.config
-        if config.timestep_density == "uniform":
-            return torch.rand((), generator=generator, device=generator.device)
-        # Esser et al. 2024, eq. 19: the logit of the time is normal.
-        normal = torch.randn((), generator=generator, device=generator.device)
-        return (config.logit_mean + config.logit_std * normal).sigmoid()
