@@ -124,6 +124,18 @@ class Objective:
         bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, self.grid_step)
         return loss + learned * bits
 
+    def linear_output(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the best model output for an x0 of which only the scale is known, N(0, I): (B, C or 2C, ...).
+
+        The mean of the target given x_t, ``(a alpha + b sigma) / (alpha^2 + sigma^2) x_t``; its squared error is
+        ``(a sigma - b alpha)^2 / (alpha^2 + sigma^2)``. A learned variance is halfway between its bounds.
+        """
+        alpha, sigma = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in self.schedule.alpha_sigma(timesteps.cpu()))
+        a, b = target_coefficients(self.config.prediction_type, alpha, sigma)
+        slope = (a * alpha + b * sigma) / (alpha.square() + sigma.square())
+        output = slope.to(x_t.device) * x_t
+        return output if self.config.variational_weight is None else torch.cat([output, torch.zeros_like(output)], 1)
+
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the weight of the target's squared error, shaped like alpha; finite at SNR 0 and infinity.
 

@@ -22,7 +22,7 @@ BOXES = {"circle": (3, 3), "square": (3, 3), "bar": (4, 1)}
 """Half of width and height."""
 
 
-def write_shapes(folder, copies=6):
+def write_shapes(folder, copies=4):
     """Write `copies` of each combination, a pixel apart at most; return the captions of every fifth combination."""
     captions, rows = [" ".join(combination) for combination in COMBINATIONS], []
     for copy in range(copies):

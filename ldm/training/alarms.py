@@ -32,7 +32,7 @@ LEAST_RATE = 0.1
 SKIPPED, SKIPPED_SHARE = 3, 0.01
 """Steps, and share of the steps so far, that may be skipped before it is said."""
 LEARNED = 0.1
-"""`explained_share` from which a model has learned enough to be asked what it reads."""
+"""`explained_share` from which a model knows what latents look like, and can be asked what it reads."""
 SMALL_GAIN = 0.02
 """Share of the loss: a text that is used is worth more, one that is not is worth 0."""
 PICTURES, EPOCHS = (2_000, 100_000), 4

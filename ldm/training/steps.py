@@ -131,21 +131,22 @@ class DiffusionStep:
         return inputs
 
     @torch.no_grad()
-    def held_out_losses(self, batch: Batch, levels: Sequence[float], blind: bool = False) -> Tensor:
+    def held_out_losses(self, batch: Batch, levels: Sequence[float], linear: bool = False) -> Tensor:
         """Return the loss of each sample at each noise level in (0, 1), with fixed noise: (L, B).
 
-        The averaged model's; `blind`: that of a model that returns 0, which is where learning starts.
+        The averaged model's; `linear`: that of `Objective.linear_output`, which has yet to learn what x0 looks like.
         """
         x0 = self.x0(batch)
         inputs = self.inputs(batch, x0, dropped=False)
         draws = generators(self.run.seed, batch.positions, "validation")
         noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+        objective = self.stage.objective
 
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            output = cast(Tensor, self.averaged(x_t, timesteps, inputs))
-            return torch.zeros_like(output) if blind else output
+            return cast(Tensor, self.averaged(x_t, timesteps, inputs))
 
-        return torch.stack([self.stage.objective.loss_at(predict, x0, noise, level) for level in levels])
+        output = objective.linear_output if linear else predict
+        return torch.stack([objective.loss_at(output, x0, noise, level) for level in levels])
 
 
 class Autoencoding(nn.Module):

@@ -62,8 +62,8 @@ class Validation:
         return truncation(self.pipeline.tokenizer, self.images.captions("train"))
 
     @cached_property
-    def _blind_loss(self) -> float:
-        return float(self.step.held_out_losses(self.batch, LEVELS, blind=True).mean())
+    def _linear_loss(self) -> float:
+        return float(self.step.held_out_losses(self.batch, LEVELS, linear=True).mean())
 
     @cached_property
     def _gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
@@ -113,12 +113,13 @@ class Validation:
     def _losses(self) -> dict[str, float]:
         """Return the held-out loss, what captions and model are worth in it, and the scale of the latents.
 
-        ``explained_share``: 1 - loss / loss of a model that returns 0; 0 before anything is learned, 1 if all is known.
+        ``explained_share``: 1 - loss / loss of `Objective.linear_output`; below 0 at first, 0 for a model that knows of
+        the latents only their scale, 1 if all is known.
         """
         losses = self.step.held_out_losses(self.batch, LEVELS)
         gain = conditional_gain(self.step, self.batch, LEVELS, losses)
         metrics = {"validation/loss": float(losses.mean()), **_by_level("validation/loss_at", losses.mean(1).tolist())}
-        metrics["explained_share"] = 1 - metrics["validation/loss"] / self._blind_loss
+        metrics["explained_share"] = 1 - metrics["validation/loss"] / self._linear_loss
         if gain is not None:
             metrics |= {
                 "conditional_gain/mean": gain.mean,
