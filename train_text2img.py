@@ -14,6 +14,7 @@ from ldm.data.preflight import checked_source
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.alarms import Alarms
 from ldm.training.doctor import examine_stage, examined
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
@@ -64,6 +65,8 @@ def main() -> None:
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
         save_config(config, run.folder / "config.yaml")
         model = ModelFolder(config, run, loop, train, pipeline.save_pretrained, step.networks)
+        alarms = Alarms(run, loop.progress, config.optim, len(train), step.not_finite_at)
+        alarms.before_training(config, validation, train)
         loop.fit(
             partial(training_batches, train),
             (config.loop.validate_every_steps, validation),

@@ -80,9 +80,18 @@ class Objective:
             raise ValueError(f"{len(generators)} generators for {len(x0)} samples: each sample takes its own")
         u, noise = [], []
         for generator in generators:
-            u.append(self._draw_u(generator))
+            u.append(self.noise_level(generator))
             noise.append(torch.randn(x0.shape[1:], generator=generator, device=generator.device))
         return self.loss_at(predict, x0, torch.stack(noise).to(x0.device), torch.stack(u))
+
+    def noise_level(self, generator: torch.Generator) -> Tensor:
+        """Return one noise level u in [0, 1], shape (), drawn from the timestep density: a sample's first draw."""
+        config = self.config
+        if config.timestep_density == "uniform":
+            return torch.rand((), generator=generator, device=generator.device)
+        # Esser et al. 2024, eq. 19: the logit of the time is normal.
+        normal = torch.randn((), generator=generator, device=generator.device)
+        return (config.logit_mean + config.logit_std * normal).sigmoid()
 
     def loss_at(self, predict: Predict, x0: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
         """Return each sample's weighted squared error, averaged over its elements: float32, shape (B,).
@@ -115,6 +124,18 @@ class Objective:
         bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, self.grid_step)
         return loss + learned * bits
 
+    def linear_output(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the best model output for an x0 of which only the scale is known, N(0, I): (B, C or 2C, ...).
+
+        The mean of the target given x_t, ``(a alpha + b sigma) / (alpha^2 + sigma^2) x_t``; its squared error is
+        ``(a sigma - b alpha)^2 / (alpha^2 + sigma^2)``. A learned variance is halfway between its bounds.
+        """
+        alpha, sigma = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in self.schedule.alpha_sigma(timesteps.cpu()))
+        a, b = target_coefficients(self.config.prediction_type, alpha, sigma)
+        slope = (a * alpha + b * sigma) / (alpha.square() + sigma.square())
+        output = slope.to(x_t.device) * x_t
+        return output if self.config.variational_weight is None else torch.cat([output, torch.zeros_like(output)], 1)
+
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the weight of the target's squared error, shaped like alpha; finite at SNR 0 and infinity.
 
@@ -134,12 +155,3 @@ class Objective:
                 return ratio.clamp(max=gamma)
             case "v_prediction" | "flow_prediction":
                 return ratio.clamp(max=gamma) * sigma.square()  # for v: min(SNR, gamma) / (SNR + 1)
-
-    def _draw_u(self, generator: torch.Generator) -> Tensor:
-        """Return one noise level u in [0, 1], shape (), from the timestep density."""
-        config = self.config
-        if config.timestep_density == "uniform":
-            return torch.rand((), generator=generator, device=generator.device)
-        # Esser et al. 2024, eq. 19: the logit of the time is normal.
-        normal = torch.randn((), generator=generator, device=generator.device)
-        return (config.logit_mean + config.logit_std * normal).sigmoid()

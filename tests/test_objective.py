@@ -222,3 +222,15 @@ def test_wrong_inputs_are_named():
         objective.loss(lambda x_t, timesteps: torch.zeros(2, 6), x0, generators(2))
     with pytest.raises(ValueError, match=r"u = 500: must be in \[0, 1\]; it is not a timestep"):
         objective.loss_at(lambda x_t, timesteps: x_t, x0, x0, 500)
+
+
+@sound
+def test_no_linear_output_is_better_for_a_gaussian(config):
+    objective = Objective(config)
+    x0, noise = torch.randn(2, 400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for u in (0.1, 0.5, 0.9):
+        alpha, sigma = objective.schedule.alpha_sigma(objective.schedule.timesteps(torch.tensor([u])))
+        a, b = target_coefficients(config.prediction_type, alpha, sigma)
+        best = float((a * sigma - b * alpha) ** 2 / (alpha**2 + sigma**2))
+        loss = float(objective.loss_at(objective.linear_output, x0, noise, u).mean())
+        assert loss == pytest.approx(best, rel=0.02)  # 77,000 numbers: 0.5 % is one standard error

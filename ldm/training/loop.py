@@ -26,6 +26,7 @@ from ldm.training.record import refuse_changes
 from ldm.training.run import Run
 from ldm.training.signals import Stopped
 from ldm.training.state import not_finite, restore_training, training_state
+from ldm.training.updates import update_norms, weights
 
 log = logging.getLogger(__name__)
 TIMED_STEPS = 20
@@ -148,7 +149,7 @@ class Loop(Generic[B]):
                 self._count(micro_batches, time.perf_counter() - began, bar)
                 rate = progress.images_per_second
                 bar.update()
-                if progress.global_step % config.log_every_steps == 0 or self.done:
+                if self._due(config.log_every_steps):
                     values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
                     self.run.log_metrics(values, progress.global_step)
                     bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
@@ -162,8 +163,12 @@ class Loop(Generic[B]):
             if self.done:
                 break
 
-    def _due(self, every_steps: int | None) -> bool:
-        return every_steps is not None and (self.done or self.progress.global_step % every_steps == 0)
+    def _due(self, every_steps: int | None, after: int | None = None) -> bool:
+        """Return whether something is due after this step, or after another number of steps."""
+        step = self.progress.global_step if after is None else after
+        return every_steps is not None and (
+            step % every_steps == 0 or step >= (self.progress.total_steps or sys.maxsize)
+        )
 
     def _take_step(self, micro_batches: Sequence[B]) -> dict[str, Tensor | float]:
         """Return the metrics of one optimiser step; a non-finite loss or gradient changes nothing and is counted."""
@@ -192,8 +197,11 @@ class Loop(Generic[B]):
                 group["lr"] = rate
         # of the means over processes: all of them take the step, or none does
         if all(math.isfinite(value) for value in metrics.values()):
+            before = weights(step.modules) if self._due(self.config.log_every_steps, progress.global_step + 1) else None
             for optimizer in self.optimizers.values():
                 optimizer.step()
+            if before is not None:
+                metrics |= update_norms(step.modules, before)
             for average in step.averages.values():
                 average.update(progress.steps_taken)
             progress.skipped_in_a_row = 0
@@ -210,6 +218,7 @@ class Loop(Generic[B]):
         if (scaler := self.run.accelerator.scaler) is not None:  # float16: the loss was scaled out of its range
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
+        self.run.log_metrics({"skipped_steps": self.progress.skipped_steps}, self.progress.global_step + 1)
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last one "

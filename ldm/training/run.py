@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -71,6 +71,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder) if self.is_main else None
         self.stop = StopSignals()
+        self.watch: Callable[[Mapping[str, float], int], None] | None = None
+        """Called with all metrics and their step, in the first process, once they are written."""
         start_trackers(self.accelerator, config.trackers, self.folder)
         log.info(
             "%s, %d process(es), %d thread(s) each, %s",
@@ -118,15 +120,25 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": global_step, **metrics}) + "\n")
         self.accelerator.log(dict(metrics), step=global_step)
+        if self.watch is not None:
+            self.watch(metrics, global_step)
+
+    def log_alarm(self, name: str, sentence: str, global_step: int) -> None:
+        """Warn, and write the alarm to ``alarms.jsonl``."""
+        if not self.is_main:
+            return
+        log.warning("%s: %s", name, sentence)
+        with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": global_step, "alarm": name, "sentence": sentence}) + "\n")
 
     def forget_metrics_after(self, global_step: int) -> None:
-        """Drop the lines of ``metrics.jsonl`` that a resumed run is about to write again."""
-        path = self.folder / "metrics.jsonl"
-        if self.is_main and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
-            aside.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
-            aside.replace(path)
+        """Drop the lines, of metrics and alarms, that a resumed run is about to write again."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "alarms.jsonl"):
+            if self.is_main and path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
+                aside.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
+                aside.replace(path)
 
     def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
         """Write a picture to ``<name>/step-N.png`` and to the trackers."""

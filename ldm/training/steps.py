@@ -49,6 +49,7 @@ class DiffusionStep:
         self.averages |= {f"denoiser-{value}": average for value, average in self.power_averages.items()}
         self.forwards = {"denoiser": run.prepare(stage.model)}
         stage.model.denoiser.train()
+        self._newest: tuple[int, list[tuple[list[int], Tensor]]] = -1, []
 
     @property
     def averaged(self) -> ConditionedDenoiser:
@@ -101,7 +102,19 @@ class DiffusionStep:
             return cast(Tensor, model(x_t, timesteps, inputs))
 
         draws = generators(self.run.seed, batch.positions, "noise")
-        return {"denoiser": self.stage.objective.loss(predict, x0, draws).mean()}
+        losses = self.stage.objective.loss(predict, x0, draws)
+        before = self._newest[1] if self._newest[0] == global_step else []
+        self._newest = global_step, [*before, (batch.positions, losses.detach())]
+        return {"denoiser": losses.mean()}
+
+    def not_finite_at(self) -> list[float]:
+        """Return the noise levels, in [0, 1], of this process's samples of the newest step whose loss is not finite."""
+        return [
+            float(self.stage.objective.noise_level(generator(self.run.seed, position, "noise")))
+            for positions, losses in self._newest[1]
+            for position, finite in zip(positions, losses.isfinite().tolist(), strict=True)
+            if not finite
+        ]
 
     def x0(self, batch: Batch) -> Tensor:
         """Return what is diffused, drawn anew from the posterior, on the run's device."""
@@ -131,17 +144,22 @@ class DiffusionStep:
         return inputs
 
     @torch.no_grad()
-    def held_out_losses(self, batch: Batch, levels: Sequence[float]) -> Tensor:
-        """Return the averaged model's loss of each sample at each noise level in (0, 1), with fixed noise: (L, B)."""
+    def held_out_losses(self, batch: Batch, levels: Sequence[float], linear: bool = False) -> Tensor:
+        """Return the loss of each sample at each noise level in (0, 1), with fixed noise: (L, B).
+
+        The averaged model's; `linear`: that of `Objective.linear_output`, which has yet to learn what x0 looks like.
+        """
         x0 = self.x0(batch)
         inputs = self.inputs(batch, x0, dropped=False)
         draws = generators(self.run.seed, batch.positions, "validation")
         noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+        objective = self.stage.objective
 
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             return cast(Tensor, self.averaged(x_t, timesteps, inputs))
 
-        return torch.stack([self.stage.objective.loss_at(predict, x0, noise, level) for level in levels])
+        output = objective.linear_output if linear else predict
+        return torch.stack([objective.loss_at(output, x0, noise, level) for level in levels])
 
 
 class Autoencoding(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import report, retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
+from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
@@ -27,14 +29,29 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Validation:
     """Held-out loss, a sheet of pictures and, if asked for, retrieval, at a step."""
 
-    def __init__(
-        self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Callable[..., Any], run: Run
-    ):
+    def __init__(self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Any, run: Run):
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
         self.seed = config.seed
         self.pictures = images.splits["validation"]
         held_out = PositionDataset(images, "validation", config.seed)
-        self.batch = fixed_batch(held_out, config.validation.loss_images)
+        batch = fixed_batch(held_out, config.validation.loss_images)
+        assert batch.pixel_values is not None  # noqa: S101  (nothing encoded was given)
+        mean, std = step.encode(batch.pixel_values)
+        self.batch = replace(batch, moments=(mean, std))
+
+    @cached_property
+    def scale(self) -> Scale:
+        """The scale of what is diffused, over the held-out batch."""
+        return latent_scale(self.step.x0(self.batch))
+
+    @cached_property
+    def truncation(self) -> Truncation:
+        """What the tokenizer cuts of the training captions."""
+        return truncation(self.pipeline.tokenizer, self.images.captions("train"))
+
+    @cached_property
+    def _linear_loss(self) -> float:
+        return float(self.step.held_out_losses(self.batch, LEVELS, linear=True).mean())
 
     @cached_property
     def _gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
@@ -63,9 +80,7 @@ class Validation:
 
     def __call__(self, global_step: int) -> None:
         """Measure, log, draw."""
-        losses = self.step.held_out_losses(self.batch, LEVELS).mean(1).tolist()
-        metrics = {"validation/loss": sum(losses) / len(losses)}
-        metrics |= {f"validation/loss_at_{level:.2f}": loss for level, loss in zip(LEVELS, losses, strict=True)}
+        metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
         pictures = [picture for picture in self.pictures if self.images.source.captions(picture)][:count]
         captions = [self.images.source.captions(picture)[0] for picture in pictures]
@@ -83,6 +98,25 @@ class Validation:
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
+    def _losses(self) -> dict[str, float]:
+        """Return the held-out loss, what captions and model are worth in it, and the scale of the latents.
+
+        ``explained_share``: 1 - loss / loss of `Objective.linear_output`; below 0 at first, 0 for a model that knows of
+        the latents only their scale, 1 if all is known.
+        """
+        losses = self.step.held_out_losses(self.batch, LEVELS)
+        gain = conditional_gain(self.step, self.batch, LEVELS, losses)
+        metrics = {"validation/loss": float(losses.mean()), **_by_level("validation/loss_at", losses.mean(1).tolist())}
+        metrics["explained_share"] = 1 - metrics["validation/loss"] / self._linear_loss
+        if gain is not None:
+            metrics |= {
+                "conditional_gain/mean": gain.mean,
+                "conditional_gain/standard_error": gain.standard_error,
+                **_by_level("conditional_gain/at", gain.by_level),
+            }
+        metrics |= {"latents/mean": self.scale.mean, "latents/std": self.scale.std}
+        return metrics | {"captions/cut": self.truncation.captions, "captions/cut_tokens": self.truncation.tokens}
+
     def _sample(self, captions: Sequence[str], **more: Any) -> NDArray[np.uint8]:
         return sample_pictures(
             self.pipeline,
@@ -92,3 +126,7 @@ class Validation:
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
         )
+
+
+def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}_{level:.2f}": value for level, value in zip(LEVELS, values, strict=True)}

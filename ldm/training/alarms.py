@@ -1,0 +1,186 @@
+"""What the measures of a training show to be wrong, in plain sentences: once each, as early as it is certain.
+
+An alarm stops nothing. What another alarm explains is not said: a learning rate of 0 leaves the text unused, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ldm.config import OptimConfig, StageConfig
+from ldm.data.batches import PositionDataset
+from ldm.training.checks import null_difference
+from ldm.training.progress import Progress
+from ldm.training.run import Run
+from ldm.training.validation import Validation
+
+SCALE = "latents are not of unit scale"
+NULL = "guidance starts from a prompt that is not trained"
+CUT = "captions are cut"
+RATE = "the learning rate is 0"
+STILL = "the denoiser stands still"
+NOT_FINITE = "losses are not finite"
+TEXT = "text is not used"
+EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
+"""What by itself keeps a model from using its text."""
+MAX_NULL_DIFFERENCE = 0.01
+"""rms over rms; rounding in half precision is below it."""
+MAX_CUT_TOKENS = 0.25
+LEAST_RATE = 0.1
+"""Share of ``optim.learning_rate`` that a warm-up must reach before the training ends."""
+SKIPPED, SKIPPED_SHARE = 3, 0.01
+"""Steps, and share of the steps so far, that may be skipped before it is said."""
+LEARNED = 0.1
+"""`explained_share` from which a model knows what latents look like, and can be asked what it reads."""
+SMALL_GAIN = 0.02
+"""Share of the loss: a text that is used is worth more, one that is not is worth 0."""
+PICTURES, EPOCHS = (2_000, 100_000), 4
+"""A text is given this many epochs to be used, but no fewer and no more pictures than these, ..."""
+LEAST_SHARE = 0.1
+"""... and this share of the training, and its warm-up."""
+Row = Mapping[str, float]
+
+
+class Alarms:
+    """Reads every row of metrics that a run logs, and says what it shows to be wrong."""
+
+    def __init__(
+        self, run: Run, progress: Progress, optim: OptimConfig, epoch: int, not_finite_at: Callable[[], Sequence[float]]
+    ):
+        """Watch `run`; `epoch` is the number of its training pictures, for `not_finite_at` see `DiffusionStep`."""
+        self.run, self.progress, self.optim, self.epoch, self.not_finite_at = run, progress, optim, epoch, not_finite_at
+        self.said: set[str] = set()
+        self._rate = math.inf
+        self._unused = False
+        self._skipped, self._levels = 0, list[float]()
+        run.watch = self
+
+    def say(self, name: str, sentence: str | None, global_step: int) -> None:
+        """Log an alarm, unless there is nothing to say or it has been said."""
+        if sentence is not None and name not in self.said:
+            self.said.add(name)
+            self.run.log_alarm(name, sentence, global_step)
+
+    def before_training(self, config: StageConfig, validation: Validation, train: PositionDataset) -> None:
+        """Say what shows before the first step."""
+        for name, sentence in _before_training(config, validation, train):
+            self.say(name, sentence, self.progress.global_step)
+
+    def __call__(self, row: Row, global_step: int) -> None:
+        """Say what a row shows together with those before it."""
+        if "skipped_steps" in row:
+            levels = self.not_finite_at()
+            # with float16 gradients alone overflow while its scale is looked for
+            if levels or self.run.accelerator.scaler is None:
+                self._skipped, self._levels = self._skipped + 1, [*self._levels, *levels]
+            if self._skipped >= max(SKIPPED, SKIPPED_SHARE * global_step):
+                self.say(NOT_FINITE, not_finite(int(row["skipped_steps"]), global_step, self._levels), global_step)
+        if "learning_rate" in row:
+            rates = self._rate, row["learning_rate"]
+            self.say(RATE, no_rate(rates, self.optim, self.progress.total_steps, global_step), global_step)
+            self.say(STILL, stands_still(row, global_step), global_step)
+            self._rate = row["learning_rate"]
+        if "conditional_gain/mean" in row:
+            unused = self._has_seen_enough(global_step) and text_is_unused(row)
+            if unused and self._unused and not self.said & EXCUSES:
+                self.say(TEXT, _text_sentence(row, global_step, self.progress.images), global_step)
+            self._unused = unused
+
+    def _has_seen_enough(self, global_step: int) -> bool:
+        pictures, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
+        least, most = PICTURES
+        return pictures >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
+            self.optim.warmup_steps, least_steps
+        )
+
+
+def _before_training(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
+    scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
+    if not scale.unit:
+        yield (
+            SCALE,
+            f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out pictures before step 1, where noise has "
+            "0 and 1: noise levels are not what they are called, and samples come out grey or glaring; use an "
+            "autoencoder that train_vae.py has finished, or one with the right scaling_factor in its config.json",
+        )
+    difference = null_difference(validation.step, validation.batch, validation.pipeline)
+    if difference is not None and difference > MAX_NULL_DIFFERENCE:
+        yield (
+            NULL,
+            f'what training shows for a dropped caption and what the pipeline makes of "" differ by {difference:.0%} '
+            "of their size: guidance leads away from a prompt that the denoiser does not know; let both encode the "
+            "same text",
+        )
+    captions = validation.images.source.captions
+    if difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
+        yield (
+            NULL,
+            "conditioners.text.dropout is 0, no picture is without a caption, and validation.guidance_scale is "
+            f'{guidance:g}: guidance leads away from "", which the denoiser is never shown; set a dropout, 0.1 is '
+            "usual, or validation.guidance_scale to 1",
+        )
+    if cut.tokens > MAX_CUT_TOKENS:
+        yield (
+            CUT,
+            f"{cut.captions:.0%} of the training captions are longer than the tokenizer's limit, and {cut.tokens:.0%} "
+            "of all tokens are cut off: the denoiser never sees them; raise conditioners.text.max_length or shorten "
+            "the captions (ldm validate counts their tokens)",
+        )
+
+
+def not_finite(skipped: int, global_step: int, levels: Sequence[float]) -> str:
+    """Return the alarm of a training that has skipped steps, whose losses were not finite at these noise levels."""
+    if not levels:
+        where, check = (
+            "their losses are finite, their gradients are not",
+            "optim.learning_rate and loop.mixed_precision",
+        )
+    else:
+        where = (
+            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: picture, 1: noise)"
+        )
+        check = "objective (its weight at those levels), the pictures, optim.learning_rate and loop.mixed_precision"
+    return f"{skipped:,} of {global_step:,} steps were skipped: {where}; what is skipped is not learned; check {check}"
+
+
+def no_rate(rates: tuple[float, float], optim: OptimConfig, total_steps: int | None, global_step: int) -> str | None:
+    """Return the alarm if the last two `rates` logged are 0, or the warm-up is hardly begun when training ends."""
+    check = "check optim.warmup_steps, optim.decay and optim.final_fraction"
+    if rates == (0, 0):
+        return f"at step {global_step:,} and when it was logged last: steps go on and change nothing; {check}"
+    if total_steps is not None and total_steps < LEAST_RATE * optim.warmup_steps:
+        reached = f"training ends after {total_steps:,} of {optim.warmup_steps:,} steps of warm-up"
+        return f"or little more: {reached}, at {total_steps / optim.warmup_steps:.1%} of optim.learning_rate; {check}"
+    return None
+
+
+def stands_still(row: Row, global_step: int) -> str | None:
+    """Return the alarm if the row's step did not move the denoiser at all, though the learning rate is not 0."""
+    moved = {name: value for name, value in row.items() if name.startswith("update_norm/")}
+    if not row["learning_rate"] or moved.pop("update_norm/denoiser.denoiser", None) != 0:
+        return None
+    others = "while other parts moved" if any(moved.values()) else "and nothing else moved"
+    return (
+        f"step {global_step:,} changed none of its weights at a learning rate of {row['learning_rate']:.2g}, {others}; "
+        "check that they require grad, that the optimiser holds them, and the learning rates of its groups"
+    )
+
+
+def text_is_unused(row: Row) -> bool:
+    """Return whether a model that has learned gains nothing from captions, as far as the held-out pictures can tell.
+
+    Nothing: not two standard errors, and with them still less than `SMALL_GAIN` of the loss.
+    """
+    gain, error = row["conditional_gain/mean"], row["conditional_gain/standard_error"]
+    small = gain + 2 * error < SMALL_GAIN * row["validation/loss"]
+    return row["explained_share"] > LEARNED and gain <= 2 * error and small
+
+
+def _text_sentence(row: Row, global_step: int, pictures: int) -> str:
+    gain, error = row["conditional_gain/mean"], row["conditional_gain/standard_error"]
+    return (
+        f"conditional gain {gain:.4f} +- {error:.4f} of a loss of {row['validation/loss']:.4f} after {global_step:,} "
+        f"steps ({pictures:,} pictures): held-out pictures are denoised as well with captions of others; check that "
+        "captions belong to their pictures, conditioners.text.dropout and the text encoder"
+    )
