@@ -171,7 +171,8 @@ def test_a_full_disk_costs_snapshots_and_no_training(tmp_path, monkeypatch, capl
 
 
 def test_tied_and_strided_weights_are_written(tmp_path):
-    module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)).to(memory_format=torch.channels_last)
+    strided = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), strided)
     module[1].weight = module[0].weight
     progress = SimpleNamespace(global_step=1, steps_taken=1)
     run = SimpleNamespace(folder=tmp_path, is_main=True, stop=StopSignals())
@@ -180,6 +181,7 @@ def test_tied_and_strided_weights_are_written(tmp_path):
     found = read_tensors(read_snapshots(tmp_path)[0])
     assert torch.equal(found["0.weight"], average.module[0].weight)
     assert torch.equal(found["1.weight"], average.module[0].weight)
+    assert torch.equal(found["2.weight"], average.module[2].weight)
 
 
 @pytest.mark.parametrize("bad", ["cut", "foreign"])
