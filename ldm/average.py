@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm.evaluate import Evaluation
+from ldm.evaluate import Evaluation, numbers
 from ldm.training.model_folder import averaged_model
 
 FILE = "averages.json"
@@ -15,7 +15,8 @@ FILE = "averages.json"
 
 def average(
     run: str,
-    sigma_rel: list[float],
+    sigma_rel: str,
+    to: str | None = None,
     data: str | None = None,
     captions: str | None = None,
     validation_captions: str | None = None,
@@ -31,7 +32,8 @@ def average(
 
     Args:
         run: Folder of a training with snapshots, its output_dir.
-        sigma_rel: Lengths, shares of the training, such as [0.02,0.05,0.1].
+        sigma_rel: Lengths, shares of the training, separated by commas, such as 0.02,0.05,0.1.
+        to: Folder to write, for one length; none: RUN/model-LENGTH.
         data: What `evaluate` takes.
         captions: File of the held-out captions.
         validation_captions: File of the captions that are drawn to choose.
@@ -44,7 +46,10 @@ def average(
     named = (data, captions, validation_captions)
     if any(named) and not all(named):
         raise ValueError("to choose a length, name all of --data, --captions and --validation_captions")
-    folders = {length: averaged_model(Path(run), length, Path(run) / f"model-{length:g}") for length in sigma_rel}
+    lengths = numbers("sigma_rel", sigma_rel)
+    if to is not None and len(lengths) > 1:
+        raise ValueError(f"to: names one folder, for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
+    folders = {length: averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")) for length in lengths}
     for folder in folders.values():
         print(folder)
     if data and captions and validation_captions:

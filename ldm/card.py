@@ -17,6 +17,9 @@ from ldm.places import on_hub, pinned, portable
 from ldm.provenance import Provenance
 
 CARD = "README.md"
+EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
+"""Around what `ldm evaluate` has written into a card."""
+EVALUATION = re.compile("{0}(?:(?!{0}).)*?{1}".format(*EVALUATION_MARKS), re.DOTALL)
 KNOWN_DATA = {"openmoji": ("[OpenMoji](https://openmoji.org)", "CC BY-SA 4.0")}
 """Name and licence of pictures that are always the same."""
 HUB_LICENCES = {
@@ -162,12 +165,13 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
 def tell_average(model: Path, name: str, sigma_rel: float) -> None:
     """Change the card in the folder `model`, to be called `name`, to that of a power-function average.
 
-    What was measured stays, with word that it was on other weights; the Hub's metadata no longer holds it.
+    What training measured stays, with word that it was on other weights; an evaluation of them goes. The Hub's metadata
+    holds neither.
     """
     card = ModelCard.load(model / CARD)
     card.data.eval_results = card.data.model_name = None
     told = AVERAGE.format(sigma_rel=sigma_rel) + MEASURED
-    card.text = with_name(card.text.replace(MEASURED, told, 1), name)
+    card.text = with_name(EVALUATION.sub("", card.text).replace(MEASURED, told, 1), name)
     card.save(model / CARD)
 
 

@@ -58,8 +58,8 @@ def evaluate(
     factors: str | None = None,
     variety_prompts: int = 12,
     pictures_per_prompt: int = 8,
-    guidance_sweep: list[float] | None = None,
-    steps_sweep: list[int] | None = None,
+    guidance_sweep: str | None = None,
+    steps_sweep: str | None = None,
     card: bool = True,
     trust_remote_code: bool = False,
 ) -> Report:
@@ -79,8 +79,8 @@ def evaluate(
         factors: YAML file of the words that captions are composed of, by factor; none: not measured.
         variety_prompts: Captions of which several pictures are drawn; 0: not measured.
         pictures_per_prompt: How many of each, 2 or more.
-        guidance_sweep: Guidance scales to draw the validation captions with.
-        steps_sweep: Numbers of steps to draw the validation captions with.
+        guidance_sweep: Guidance scales to draw the validation captions with, such as 1,1.25,1.5,2.
+        steps_sweep: Numbers of steps to draw the validation captions with, such as 5,10,25,50.
         card: Put the results into the model's README.md, if the model is a folder that has one.
         trust_remote_code: Run the pipeline code that came with the model.
 
@@ -92,8 +92,8 @@ def evaluate(
     if variety_prompts:
         parts.append(measuring.variety(wanted[:variety_prompts], pictures_per_prompt, seed + VARIETY_SEED, **call))
     for setting, values in (("guidance_scale", guidance_sweep), ("num_inference_steps", steps_sweep)):
-        if values:
-            parts.append(measuring.sweep(setting, values, seed, **call))
+        if values is not None:
+            parts.append(measuring.sweep(setting, numbers(setting, values), seed, **call))
     report = Report("Evaluation", measuring.model_name, measuring.settings(seed, wanted, call), parts)
     if PartialState().is_main_process:
         write(report, Path(out), Path(model) if card else None)
@@ -249,6 +249,15 @@ def autoencoder(subject: Subject, network: str) -> Section:
     ]
     text = "The true pictures of the held-out captions through the autoencoder and back."
     return Section("What can the latents carry?", text, rows)
+
+
+def numbers(where: str, text: str) -> list[float]:
+    """Return the numbers in a text, separated by commas, whole ones as int; ValueError, which names `where`."""
+    try:
+        found = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{where}: got {text!r}; expected numbers separated by commas, such as 1,2,5") from None
+    return [int(number) if number.is_integer() else number for number in found]
 
 
 def pixel_values(pictures: Images) -> Tensor:

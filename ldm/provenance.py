@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class Provenance:
     images_per_second: float
     hardware: str
     versions: dict[str, str]
-    networks: Sequence[str] = ()
+    networks: list[str] = field(default_factory=list)
     """Networks that a loss or a condition looked through, of the model's parts too: name and hash of the weights. What
     they see has been trained for, so that they must not measure it."""
     sigma_rel: float | None = None

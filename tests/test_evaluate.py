@@ -85,7 +85,7 @@ def evaluated(place):
     (place / "model" / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Mine\n")
     out = place / "everything"
     more = ["--factors", place / "factors.yaml", "--clip", place / "clip"]
-    cli.main(words(place, "model", out, *more, "--guidance_sweep", "[1.0,2.0]", "--steps_sweep", "[1,2]"))
+    cli.main(words(place, "model", out, *more, "--guidance_sweep", "1,1.5", "--steps_sweep", "1,2"))
     return out
 
 
@@ -168,7 +168,7 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
 
 def test_a_sweep_needs_the_validation_captions(place, tmp_path):
     with pytest.raises(ValueError, match="name them with --validation_captions"):
-        evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep=[1.0], num_inference_steps=1)
+        evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep="1", num_inference_steps=1)
 
 
 def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):

@@ -16,6 +16,9 @@ from ldm import cli
 from ldm.card import CARD, write_card
 from ldm.conditioners.text import TextConditioner
 from ldm.config import LoopConfig, OptimConfig
+from ldm.evaluation.card import merge_into_card
+from ldm.evaluation.measure import Measure
+from ldm.evaluation.report import Report, Row, Section
 from ldm.provenance import read_provenance
 from ldm.stage import ConditionedDenoiser
 from ldm.training.averages import Average, power_function
@@ -265,12 +268,16 @@ def test_a_frozen_text_encoder_stays_what_it_is(run):
 
 def test_record_and_card_say_which_weights_these_are(run):
     wander(run)
+    row = Row("R@1", Measure(0.5, 0.4, 0.6, 10), "higher", {})
+    merge_into_card(run / "model", Report("Evaluation", "model", {}, [Section("Retrieval of others", "", [row])]))
     folder = averaged_model(run, 0.08, run / "other")
     assert asdict(read_provenance(folder)) == asdict(RECORD) | {"sigma_rel": 0.08, "global_step": 40}
     card, before = ((one / CARD).read_text() for one in (folder, run / "model"))
     assert 'model = "other"' in card
     assert "power function whose standard deviation is 0.08 of it" in card
     assert "model-index" in before
+    assert "Retrieval of others" in before
+    assert "Retrieval of others" not in card, "an evaluation of the other weights"
     assert "model-index" not in card, "the Hub would show numbers of other weights"
     assert card.index("## Which weights") < card.index("## How good it is") < card.index("| loss | 1.25 |")
 
@@ -282,7 +289,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(run):
     refusals = {
         ("0.08", "model"): "model is there already",
         ("0.001", "other"): "cannot be made of 16 snapshots",
-        ("long", "other"): "sigma_rel: got long; expected numbers separated by commas",
+        ("long", "other"): "sigma_rel: got 'long'; expected numbers separated by commas",
         ("0.05,0.1", "other"): "to: names one folder, for 2 lengths",
     }
     for (sigma_rel, to), message in refusals.items():

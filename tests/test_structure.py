@@ -48,6 +48,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.provenance",
         "ldm.training",
     },
+    "ldm.average": {"ldm.evaluate", "ldm.training"},
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",

@@ -9,14 +9,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ldm.card import CARD
+from ldm.card import CARD, EVALUATION, EVALUATION_MARKS
 
 from .markdown import markdown
 from .report import Report, Row
 
-BEGIN = "<!-- evaluation: begin -->"
-END = "<!-- evaluation: end -->"
-_OURS = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
+BEGIN, END = EVALUATION_MARKS
 
 
 def merge_into_card(folder: Path, report: Report) -> bool:
@@ -42,7 +40,7 @@ def merge_into_card(folder: Path, report: Report) -> bool:
     card.data.eval_results = results or None
     card.data.model_name = (card.data.model_name or folder.resolve().name) if results else None
     section = f"{BEGIN}\n{markdown(report)}{END}"
-    text, replaced = _OURS.subn(lambda _: section, card.text)
+    text, replaced = EVALUATION.subn(lambda _: section, card.text)
     card.text = text if replaced else f"{text.rstrip()}\n\n{section}\n"
     card.save(path)
     return True
