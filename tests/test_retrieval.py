@@ -6,7 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from ldm.evaluation.retrieval import bootstrap_interval, coarse, recall, report, retrieval_ranks
+from ldm.evaluation.retrieval import (
+    bootstrap_interval,
+    coarse,
+    feature_distances,
+    pixel_distances,
+    ranks_among,
+    recall,
+    recalls,
+    report,
+    retrieval_ranks,
+)
 from tests import reference_retrieval as reference
 
 
@@ -154,3 +164,34 @@ def test_wrong_input_is_refused_with_what_came_and_what_is_allowed() -> None:
             retrieval_ranks(generated, gallery, own_index)
     with pytest.raises(ValueError, match="at least one generated picture"):
         recall(np.array([], np.int64), 1)
+
+
+def test_feature_distances_are_cosines_and_ranks_count_what_is_as_near_or_nearer() -> None:
+    degrees = np.radians([0, 30, 60, 120, 35])
+    gallery = np.stack([np.cos(degrees), np.sin(degrees)], 1) * np.array([[1], [9], [1], [1], [0.1]])
+    generated = np.array([[2.0, 0.1], [-0.1, 5], [5, 3]])  # at about 3, 91 and 31 degrees
+    distances = feature_distances(generated, gallery)
+    assert distances[0, 0] == pytest.approx(1 - np.cos(np.arctan(0.05)))
+    np.testing.assert_array_equal(ranks_among(distances, np.array([0, 2, 1])), [0, 1, 0])
+    np.testing.assert_array_equal(ranks_among(distances, np.array([3, 0, 2])), [4, 4, 2])
+    with pytest.raises(ValueError, match=r"own_index is in 1\.\.9; the gallery has positions 0\.\.4"):
+        ranks_among(distances, np.array([1, 2, 9]))
+
+
+def test_recalls_are_shares_of_ranks_below_k() -> None:
+    found = recalls(np.array([0, 0, 3, 7, 40]))
+    assert {k: measure.value for k, measure in found.items()} == {1: 0.4, 5: 0.6, 10: 0.8}
+    assert all(measure.low <= measure.value <= measure.high for measure in found.values())
+    with pytest.raises(ValueError, match="at least one generated picture"):
+        recalls(np.array([], np.int64))
+
+
+def test_pixel_distances_are_those_of_the_best_shift() -> None:
+    gallery = framed(9)
+    generated = np.roll(noisy(gallery[:4], 300), (1, -2), axis=(1, 2))
+    keys = reference.coarse(gallery).astype(np.float64)
+    padded = np.pad(generated, ((0, 0), (3, 3), (3, 3), (0, 0)), constant_values=255)
+    shifted = [padded[:, 3 + y : 67 + y, 3 + x : 67 + x] for y in reference.SHIFTS for x in reference.SHIFTS]
+    each = [((reference.coarse(query)[:, None] - keys) ** 2).sum(2) for query in shifted]
+    of_sums = (255 * 16) ** 2  # blocks of 4 x 4 pixels, 0 to 255
+    np.testing.assert_allclose(pixel_distances(generated, gallery), np.min(each, axis=0) * of_sums, rtol=1e-4)

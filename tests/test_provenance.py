@@ -1,0 +1,115 @@
+"""Which networks taught a model, and that none of them measures it."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ldm.conditioners.image import ImageConditioner
+from ldm.models.clip import load_image_encoder
+from ldm.models.features import EFFICIENTNETS, PerceptualDistance, VGGFeatures
+from ldm.models.network import weights_sha256
+from ldm.models.vision import build_feature_network
+from ldm.provenance import Provenance, read_provenance, refuse_teacher, trained_through
+from ldm.spaces import EmbeddingSpace
+from ldm.training.record import provenance
+from ldm.training.steps import AutoencoderStep, DiffusionStep
+from tests.test_entry import train_autoencoder, train_model
+
+RECORD = Provenance("pictures", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
+TEACHER, OTHER = (EFFICIENTNETS[name] for name in ("efficientnet_lite2", "efficientnet_lite0"))
+TAUGHT = ["efficientnet_lite2 9656183eaeafe8cb"]
+
+
+def saved(folder, record=RECORD):
+    folder.mkdir(parents=True, exist_ok=True)
+    record.save(folder)
+    return folder
+
+
+def test_a_record_comes_back_as_it_was_saved_with_and_without_networks(tmp_path):
+    for record in (RECORD, replace(RECORD, networks=TAUGHT)):
+        assert read_provenance(saved(tmp_path, record)) == record
+    old = json.loads((tmp_path / "training.json").read_text())
+    del old["networks"]
+    (tmp_path / "training.json").write_text(json.dumps(old))
+    assert read_provenance(tmp_path) == RECORD
+
+
+def test_a_network_may_measure_what_it_did_not_teach(tmp_path):
+    model = saved(tmp_path / "model", replace(RECORD, networks=["CLIP 0123456701234567", *TAUGHT]))
+    refuse_teacher(model, "efficientnet_lite0", OTHER)
+    for name in ("efficientnet_lite2", "mine"):
+        with pytest.raises(ValueError, match=f"model was trained through {name}, which would grade its own pupil"):
+            refuse_teacher(model, name, TEACHER)
+    refuse_teacher(saved(tmp_path / "untaught"), "efficientnet_lite2", TEACHER)
+    refuse_teacher(tmp_path / "foreign", "efficientnet_lite2", TEACHER)
+
+
+def test_a_part_has_the_teachers_of_its_pipeline(tmp_path):
+    saved(tmp_path, replace(RECORD, networks=TAUGHT))
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(ValueError, match="vae was trained through"):
+        refuse_teacher(tmp_path / "vae", "efficientnet_lite2", TEACHER)
+
+
+def named(kind, **attributes):
+    """The networks of a step that has nothing but `attributes`."""
+    return kind.networks.fget(SimpleNamespace(**attributes))
+
+
+def test_an_autoencoder_is_taught_by_its_perceptual_network():
+    vgg, none = PerceptualDistance(VGGFeatures()), SimpleNamespace(perceptual="none")
+    assert named(AutoencoderStep, distance=None, config=none) == []
+    lpips = SimpleNamespace(perceptual="lpips_vgg")
+    expected = trained_through("lpips_vgg", weights_sha256(vgg.features))
+    assert named(AutoencoderStep, distance=vgg, config=lpips) == [expected]
+    lite2 = SimpleNamespace(perceptual="efficientnet_lite2")
+    assert named(AutoencoderStep, distance=vgg, config=lite2) == TAUGHT
+
+
+def test_a_stage_is_taught_by_the_clips_it_sees_through(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name in ("space", "condition"):
+        vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8)
+        CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / name)
+    space, condition = (load_image_encoder(str(tmp_path / name), name) for name in ("space", "condition"))
+    conditioners = {"image": ImageConditioner(condition, "zeros", 0.1), "text": SimpleNamespace()}
+    stage = SimpleNamespace(
+        space=EmbeddingSpace(space, torch.rand(4, 3, 8, 8)), model=SimpleNamespace(conditioners=conditioners)
+    )
+    model = saved(tmp_path / "model", replace(RECORD, networks=named(DiffusionStep, stage=stage)))
+    assert len(read_provenance(model).networks) == 2
+    for name in ("space", "condition"):  # the network that measures, loaded on its own way, is known again
+        network = build_feature_network(str(tmp_path / name))
+        with pytest.raises(ValueError, match="its own pupil"):
+            refuse_teacher(model, network.name, network.sha256)
+
+
+def test_what_taught_a_part_taught_the_whole(tmp_path):
+    progress = SimpleNamespace(global_step=1, train_seconds=1.0, images_per_second=1.0)
+    images = SimpleNamespace(source=SimpleNamespace(fingerprint="f"), splits=SimpleNamespace(held_out_hash="h"))
+    train = PretendSplit(images)
+    part = saved(tmp_path / "part", replace(RECORD, networks=TAUGHT))
+    found = provenance(progress, train, ["CLIP 01"], [str(part), str(tmp_path / "of nobody")])
+    assert found.networks == ["CLIP 01", *TAUGHT]
+
+
+class PretendSplit:
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return 1
+
+
+def test_a_tiny_training_records_its_teacher_and_its_stage_inherits_it(tmp_path, monkeypatch):
+    quick = ("--loop.max_train_steps", 2, "--loop.validate_every_steps", 9, "--optim.warmup_steps", 1)
+    perceptual = ("--reconstruction.perceptual", "efficientnet_lite2")
+    vae = train_autoencoder(monkeypatch, tmp_path / "vae", *quick, *perceptual)
+    assert read_provenance(vae).networks == TAUGHT
+    model = train_model(monkeypatch, tmp_path / "model", vae, *quick)
+    assert read_provenance(model).networks == TAUGHT
