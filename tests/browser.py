@@ -16,7 +16,9 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from ldm import cli
 from ldm.evaluation.page import html
+from tests.tiny_evaluation import words, write_place
 from tests.tiny_report import tiny_report
 
 WINDOWS = {"phone": (390, 844, "light"), "wide": (1280, 900, "light"), "dark": (1280, 900, "dark")}
@@ -105,18 +107,29 @@ def look(ask, session, page, window, shot):
     return found
 
 
-def main(page=None, shot="out/browser/report.png"):
-    """Look at `page`; the screenshots are `shot` with phone, wide or dark before its suffix."""
-    shot = Path(shot)
-    shot.parent.mkdir(parents=True, exist_ok=True)
-    if page is None:
-        page = shot.with_suffix(".html")
-        page.write_text(html(tiny_report()), encoding="utf-8")
+def pages(folder):
+    """Write the reports that are looked at if none is named: a made-up one of everything, and a whole evaluation's."""
+    made_up = folder / "made-up.html"
+    made_up.write_text(html(tiny_report()), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        write_place(place)
+        more = ["--factors", place / "factors.yaml", "--clip", place / "clip", "--steps_sweep", "1,2"]
+        cli.main(words(place, "model", folder / "evaluation", *more))
+    return [made_up, folder / "evaluation" / "report.html"]
+
+
+def main(page=None, shot=None):
+    """Look at `page`; the screenshots are `shot`, or lie beside it, with phone, wide or dark before the suffix."""
+    folder = Path("out/browser")
+    folder.mkdir(parents=True, exist_ok=True)
     wrong = []
-    with driver() as ask, browser(ask) as session:
-        for name, window in WINDOWS.items():
-            found = look(ask, session, Path(page), window, shot.with_stem(f"{shot.stem}-{name}"))
-            wrong += [f"{name}: {sentence}" for sentence in found]
+    for one in [Path(page)] if page else pages(folder):
+        picture = Path(shot or one.with_suffix(".png"))
+        with driver() as ask, browser(ask) as session:
+            for name, window in WINDOWS.items():
+                found = look(ask, session, one, window, picture.with_stem(f"{picture.stem}-{name}"))
+                wrong += [f"{one}, {name}: {sentence}" for sentence in found]
     print("\n".join(wrong) or "nothing is wrong")
     return bool(wrong)
 
