@@ -76,7 +76,7 @@ def evaluate(
         guidance_scale: Guidance; 1 is none.
         network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
-        factors: YAML file of the words that captions are composed of, by factor; none: not measured.
+        factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.
         variety_prompts: Captions of which several pictures are drawn; 0: not measured.
         pictures_per_prompt: How many of each, 2 or more.
         guidance_sweep: Guidance scales to draw the validation captions with, such as 1,1.25,1.5,2.

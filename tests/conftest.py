@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 from .reliability import Reliability
 
@@ -26,6 +27,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its thread may hold the bars' lock while a test forks, and the child waits for ever
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from ldm.objective import Objective
 from ldm.training import cost as cost_module
 from ldm.training import overfit as overfit_module
 from ldm.training.agreement import agreement, gaussian_std
-from ldm.training.averages import Average
+from ldm.training.averages import Average, exponential
 from ldm.training.cost import GIB, UTILISATION, Cost, Memory, Stopwatch, elsewhere, kept_for_backward
 from ldm.training.doctor import examined, overfit_finding
 from ldm.training.latents import round_trip
@@ -241,7 +241,7 @@ def test_the_half_life_is_that_of_the_averages(decay, steps):
     half = round(plan(steps, optim=OptimConfig(ema_decay=decay)).average_half_life)
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    average = Average(module, decay)
+    average = Average(module, exponential(decay))
     for step in range(steps):
         nn.init.constant_(module.weight, float(step >= steps - half))
         average.update(step)

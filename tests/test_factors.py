@@ -52,7 +52,7 @@ def test_openmoji_composes():
     source = OpenMoji(64)
     captions = [source.captions(index)[0] for index in range(len(source))]
     validation = read_captions("configs/openmoji/validation.txt")
-    factors = read_factors("configs/openmoji/factors.yaml")
+    factors = read_factors("configs/openmoji/factors.json")
     counts = {factor: covered(families(captions, words, validation)) for factor, words in factors.items()}
     assert counts == {"skin tone": 200, "gender": 138, "profession": 27, "hair": 10}
     text = " ".join(captions).lower()
