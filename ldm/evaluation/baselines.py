@@ -1,8 +1,7 @@
-"""What must stand beside a retrieval number: two floors and a ceiling.
+"""What follows no caption, and must stand beside a number that is to say that a model does.
 
 - the copier answers a caption with the picture of the nearest training caption: what a look-up table gets;
-- shuffled captions: the generated pictures, captions exchanged: what is left is not prompt following;
-- the ceiling: the true pictures through the autoencoder: what its latents can carry.
+- shuffled captions: the generated pictures, captions exchanged: what is left is not prompt following.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from .measure import Indices
-from .retrieval import Images, RetrievalReport, report, retrieval_ranks
-
-Reconstruct = Callable[[Images], Images]
-"""Pictures through an autoencoder and back, all at once: (N, S, S, 3) uint8 to the same."""
 
 _WORD = re.compile(r"\w+(?:[-']\w+)*")
 
@@ -55,27 +50,6 @@ def nearest_training_captions(captions: Sequence[str], training_captions: Sequen
     return nearest
 
 
-def copy_baseline(
-    captions: Sequence[str],
-    own_index: Indices,
-    training_captions: Sequence[str],
-    training_index: Indices,
-    gallery: Images,
-) -> RetrievalReport:
-    """Return the report of a copier, which answers with the picture of the nearest training caption.
-
-    `own_index` (N,) and `training_index` (T,) are the positions in `gallery` (M, S, S, 3) of the pictures of
-    the held-out and of the training captions. R@1 is 0 unless a picture is in both, that is, the split leaks;
-    R@5 is what the neighbourhood of a training picture is worth.
-    """
-    if len(captions) != len(own_index) or len(training_captions) != len(training_index):
-        held_out = f"{len(captions)} captions with {len(own_index)} own_index"
-        training = f"{len(training_captions)} training_captions with {len(training_index)} training_index"
-        raise ValueError(f"got {held_out} and {training}; expected one position for each caption")
-    copied = np.asarray(training_index)[nearest_training_captions(captions, training_captions)]
-    return report(retrieval_ranks(gallery[copied], gallery, own_index))
-
-
 def derangement(own_index: Indices, seed: int = 0) -> Indices:
     """Return a permutation of 0..N-1 under which nothing keeps its own picture, fixed by the seed.
 
@@ -92,21 +66,6 @@ def derangement(own_index: Indices, seed: int = 0) -> Indices:
     result = np.empty(len(group), np.int64)
     result[order] = np.roll(order, widest)
     return result
-
-
-def shuffled_baseline(generated: Images, gallery: Images, own_index: Indices, seed: int = 0) -> RetrievalReport:
-    """Return the report of the generated pictures, (N, S, S, 3), each held against another one's caption."""
-    own_index = np.asarray(own_index)
-    return report(retrieval_ranks(generated, gallery, own_index[derangement(own_index, seed)]))
-
-
-def ceiling(reconstruct: Reconstruct, gallery: Images, own_index: Indices) -> RetrievalReport:
-    """Return the report of the true pictures, ``gallery[own_index]``, through the autoencoder and back."""
-    true = gallery[own_index]
-    reconstructed = reconstruct(true)
-    if reconstructed.shape != true.shape:
-        raise ValueError(f"reconstruct made {reconstructed.shape} of {true.shape}; expected the same shape")
-    return report(retrieval_ranks(reconstructed, gallery, own_index))
 
 
 def _words(caption: str) -> set[str]:

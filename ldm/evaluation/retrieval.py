@@ -11,9 +11,7 @@ Averages are kept as sums of whole numbers in float64, where a squared distance 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,9 @@ from ldm.evaluation.measure import Indices, Measure, mean_of
 COARSE_SIZE = 16
 """Pixels, height and width, that pictures are averaged to before they are compared."""
 
+DRAWS = 10_000
+"""Resamples for the interval of a recall: a quantile is then at most one picture of 200 off."""
+
 MAX_SHIFT = 3
 """Largest shift of a generated picture in either direction, in 64ths of its size (pixels at 64)."""
 
@@ -32,21 +33,6 @@ Images = NDArray[np.uint8]
 
 Distances = NDArray[np.float64]
 """From each of N pictures to each of M, (N, M)."""
-
-
-@dataclass(frozen=True)
-class RetrievalReport:
-    """Recall of `n` generated pictures in [0, 1], with 95% bootstrap intervals ``(low, high)``."""
-
-    n: int
-    r_at_1: float
-    r_at_5: float
-    r_at_1_interval: tuple[float, float]
-    r_at_5_interval: tuple[float, float]
-
-    def to_json(self) -> str:
-        """Return a JSON object with the fields in their order; an interval is a list of two numbers."""
-        return json.dumps(asdict(self), indent=2)
 
 
 def coarse(images: Images) -> NDArray[np.float32]:
@@ -114,38 +100,9 @@ def feature_distances(features: NDArray[np.floating[Any]], others: NDArray[np.fl
     return distances
 
 
-def recalls(ranks: Indices, ks: Sequence[int] = (1, 5, 10)) -> dict[int, Measure]:
-    """Return the share of pictures whose own is among the k nearest, by k."""
-    return {k: mean_of(_hits(ranks, k)) for k in ks}
-
-
-def recall(ranks: Indices, k: int) -> float:
-    """Return the share, in [0, 1], of pictures whose own picture is among the `k` nearest."""
-    return float(_hits(ranks, k).mean())
-
-
-def bootstrap_interval(ranks: Indices, k: int, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """Return ``(low, high)``, the central 95% of `recall` over `draws` resamples of the pictures.
-
-    Percentile bootstrap; the same seed gives the same interval. It is ``(0, 0)`` without a hit and ``(1, 1)``
-    without a miss: it says nothing about pictures unlike the ones that were measured.
-    """
-    hits = _hits(ranks, k)
-    rng = np.random.default_rng(seed)
-    means = [hits[rng.integers(len(hits), size=len(hits))].mean() for _ in range(draws)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def report(ranks: Indices) -> RetrievalReport:
-    """Return the recalls of the ranks at 1 and 5 with their intervals."""
-    return RetrievalReport(
-        n=len(ranks),
-        r_at_1=recall(ranks, 1),
-        r_at_5=recall(ranks, 5),
-        r_at_1_interval=bootstrap_interval(ranks, 1),
-        r_at_5_interval=bootstrap_interval(ranks, 5),
-    )
+def recalls(ranks: Indices, ks: Sequence[int] = (1, 5, 10), draws: int = DRAWS, seed: int = 0) -> dict[int, Measure]:
+    """Return the share, in [0, 1], of pictures whose own is among the k nearest, by k."""
+    return {k: mean_of(ranks < k, draws, seed) for k in ks}
 
 
 def _check_own_index(own_index: Indices, count: int, gallery_size: int) -> Indices:
@@ -176,9 +133,3 @@ def _check(images: Images, name: str) -> None:
     if images.dtype != np.uint8 or not square or shape[1] % COARSE_SIZE or not shape[1]:
         got = f"{images.dtype} {shape}"
         raise ValueError(f"{name} is {got}; expected uint8 (N, S, S, 3) with S a multiple of {COARSE_SIZE}")
-
-
-def _hits(ranks: Indices, k: int) -> NDArray[np.bool_]:
-    if not len(ranks):
-        raise ValueError("no ranks: recall needs at least one generated picture")
-    return np.asarray(ranks) < k
