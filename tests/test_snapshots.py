@@ -91,7 +91,7 @@ def flat(tensors):
 
 
 def test_a_real_training_is_averaged_afterwards_as_if_it_had_been_on_the_way(tmp_path):
-    """Errors relative to how far the average is from the nearest that was stored: measured, half of these."""
+    """Errors relative to how far the average is from the nearest that was stored."""
     lengths = (0.07, 0.15, 0.2)
     step = train(tmp_path, 200, 5, (*STORED, *lengths))
     final = {length: flat(average.module.state_dict()) for length, average in step.by_length.items()}
