@@ -11,11 +11,11 @@ from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
+from ldm.doctor.examination import examine_stage, examined
 from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.alarms import Alarms
-from ldm.training.doctor import examine_stage, examined
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record

@@ -13,10 +13,10 @@ from ldm.config_file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
+from ldm.doctor.examination import examine_autoencoder, examined
 from ldm.models.network import build_network
 from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
-from ldm.training.doctor import examine_autoencoder, examined
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record

@@ -1,4 +1,4 @@
-"""What the doctor is told; see `ldm.training.doctor`."""
+"""What the doctor is told; see `ldm.doctor.examination`."""
 
 from __future__ import annotations
 

@@ -17,17 +17,17 @@ import train_vae
 from ldm.config import LoopConfig, ObjectiveConfig, OptimConfig
 from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import Batch
+from ldm.doctor import cost as cost_module
+from ldm.doctor import overfit as overfit_module
+from ldm.doctor.agreement import agreement, gaussian_std
+from ldm.doctor.cost import GIB, UTILISATION, Cost, Memory, Stopwatch, elsewhere, kept_for_backward
+from ldm.doctor.examination import examined, overfit_finding
+from ldm.doctor.latents import round_trip
+from ldm.doctor.overfit import Overfit, drawn, restored
+from ldm.doctor.plan import Plan
 from ldm.models.scheduler import build_scheduler
 from ldm.objective import Objective
-from ldm.training import cost as cost_module
-from ldm.training import overfit as overfit_module
-from ldm.training.agreement import agreement, gaussian_std
 from ldm.training.averages import Average, exponential
-from ldm.training.cost import GIB, UTILISATION, Cost, Memory, Stopwatch, elsewhere, kept_for_backward
-from ldm.training.doctor import examined, overfit_finding
-from ldm.training.latents import round_trip
-from ldm.training.overfit import Overfit, drawn, restored
-from ldm.training.plan import Plan
 
 from .test_objective import SOUND
 

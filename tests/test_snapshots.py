@@ -107,7 +107,7 @@ def test_a_real_training_is_averaged_afterwards_as_if_it_had_been_on_the_way(tmp
             assert torch.equal(flat(reconstruct(fewer, length)), final[length])
 
 
-def test_power_averages_and_snapshots_of_a_killed_training_are_those_of_one_that_was_not(tmp_path):
+def test_r04_power_averages_and_snapshots_of_a_killed_training_are_those_of_one_that_was_not(tmp_path):
     whole = train(tmp_path / "whole", 40, 5)
     for stop in (13, 29):
         train(tmp_path / "killed", 40, 5, stop=stop)
@@ -157,7 +157,7 @@ def test_averages_that_begin_in_the_middle_are_refused(tmp_path):
     train(tmp_path, 20, None, sigma_rels=(), stored=())  # while they may end
 
 
-def test_a_full_disk_costs_snapshots_and_no_training(tmp_path, monkeypatch, caplog):
+def test_r17_a_full_disk_costs_snapshots_and_no_training(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     run = SimpleNamespace(folder=tmp_path, is_main=True, stop=StopSignals())
     module = nn.Linear(30, 30)

@@ -12,7 +12,7 @@ from .reliability import ROWS, rows_of
 ROOT = Path(__file__).parent.parent
 MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT.glob("train_*.py")])
 SAME_PART = {"ldm.config_conditioners": "ldm.config", "ldm.config_doctor": "ldm.config"}
-PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation")
+PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.evaluation", "ldm.doctor")
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
     "ldm.places": set(),
@@ -49,6 +49,19 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.training",
     },
     "ldm.average": {"ldm.evaluate", "ldm.training"},
+    "ldm.doctor": {
+        "ldm.config",
+        "ldm.config_check",
+        "ldm.data",
+        "ldm.evaluation",
+        "ldm.models",
+        "ldm.objective",
+        "ldm.places",
+        "ldm.schedule",
+        "ldm.spaces",
+        "ldm.stage",
+        "ldm.training",
+    },
     "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
     "ldm.training": {
         "ldm.config",

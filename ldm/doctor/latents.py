@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ldm.data.batches import Batch
 from ldm.data.pixels import to_uint8
+from ldm.doctor.findings import Finding
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
 from ldm.spaces import Space
 from ldm.training.checks import latent_scale
-from ldm.training.findings import Finding
 from ldm.training.steps import DiffusionStep
 
 PSNR_DB, SSIM = 20.0, 0.7

@@ -20,16 +20,16 @@ from diffusers import DiffusionPipeline
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
+from ldm.doctor.agreement import agreement
+from ldm.doctor.cost import Cost, elsewhere, measure_cost
+from ldm.doctor.findings import Finding, report
+from ldm.doctor.latents import round_trip, unit_scale
+from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
+from ldm.doctor.plan import Plan
 from ldm.evaluation.pictures import comparison_sheet, image_grid
 from ldm.evaluation.sampling import sample_pictures
-from ldm.training.agreement import agreement
 from ldm.training.autoencoding import reconstruct
 from ldm.training.checks import null_difference, truncation
-from ldm.training.cost import Cost, elsewhere, measure_cost
-from ldm.training.findings import Finding, report
-from ldm.training.latents import round_trip, unit_scale
-from ldm.training.overfit import Overfit, drawn, mean_loss, overfit, restored
-from ldm.training.plan import Plan
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation

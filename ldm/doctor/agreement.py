@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.doctor.findings import Finding
 from ldm.objective import Objective
 from ldm.schedule import target_coefficients
-from ldm.training.findings import Finding
 
 DATA_STD = 0.5
 """Of the Gaussian data whose perfect denoiser is sampled."""
