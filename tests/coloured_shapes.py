@@ -67,11 +67,13 @@ def save_autoencoder(folder, pictures, scale=1.0):
 
 
 def save_text_encoder(folder, width=32):
-    """Write an untrained CLIP text encoder, and a tokenizer that knows the words."""
+    """Write an untrained CLIP text encoder that tells words apart, and a tokenizer that knows them."""
     torch.manual_seed(1)
     tokenizer = train_tokenizer([" ".join(combination) for combination in COMBINATIONS], 600, TOKENS)
     sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPTextConfig(**sizes, **ids, vocab_size=len(tokenizer), max_position_embeddings=TOKENS)
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    encoder = CLIPTextModel(config)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)  # drawn with std 0.02, all captions are nearly one
+    encoder.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")

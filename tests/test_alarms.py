@@ -200,6 +200,7 @@ HEALTHY = {
     "epsilon": [("objective", "{path: scaled_linear, prediction_type: epsilon}")],
     "v, muon": FAST,
     "frozen text": [
+        *FAST,
         ("conditioners.text.pretrained", "CLIP"),
         ("conditioners.text.encoder", "{}"),
         ("conditioners.text.max_length", coloured_shapes.TOKENS),
