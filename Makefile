@@ -1,10 +1,11 @@
-# make demo: train on OpenMoji for ten minutes, sample and measure.   make test: lint, types and the whole suite.
+# make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.   make test: lint, types and the whole suite.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
 # make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 AUDIT := pypi
+OPTIONS :=
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: demo test reliability browser audit clean
@@ -15,7 +16,7 @@ $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml --output_dir $(DEMO)
+	$(BIN)/accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml --output_dir $(DEMO) $(OPTIONS)
 	$(BIN)/ldm evaluate $(DEMO)/model --data openmoji --captions configs/openmoji/heldout.txt \
 		--validation_captions configs/openmoji/validation.txt --factors configs/openmoji/factors.json \
 		--guidance_scale 1.25 --trust_remote_code true --out $(DEMO)
