@@ -18,6 +18,7 @@ from ldm.config import LoopConfig, ObjectiveConfig, OptimConfig
 from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import Batch
 from ldm.doctor import cost as cost_module
+from ldm.doctor import examination
 from ldm.doctor import overfit as overfit_module
 from ldm.doctor.agreement import agreement, gaussian_std
 from ldm.doctor.cost import GIB, UTILISATION, Cost, Memory, Stopwatch, elsewhere, kept_for_backward
@@ -46,6 +47,8 @@ AUTOENCODER = ("--config", "configs/tiny/vae.yaml", "--doctor", "--loop.mixed_pr
 def _quick(monkeypatch):
     monkeypatch.setattr(overfit_module, "MAX_STEPS", 6)  # fewer than are enough: they only have to help
     monkeypatch.setattr(cost_module, "MEASURED_SECONDS", 0.1)
+    monkeypatch.setattr(examination, "SCALE_PICTURES", 48)
+    monkeypatch.setattr(examination, "ROUND_TRIP_PICTURES", 8)
 
 
 def examine(monkeypatch, main, folder, *words):
@@ -73,7 +76,7 @@ def text(report, name):
 
 
 def test_a_healthy_stage_passes_and_leaves_a_report_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(overfit_module, "MAX_STEPS", 100)
+    monkeypatch.setattr(overfit_module, "MAX_STEPS", 60)
     more = ["--doctor.gpu_tflops", "100", "--doctor.gpu_memory_gib", "8", "--doctor.price_per_hour", "2"]
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, *more)
     assert (wrong(report), report["ok"], code) == ([], True, 0)
