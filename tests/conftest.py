@@ -1,6 +1,7 @@
 """One thread, no network, a cache folder of the tests' own."""
 
 import os
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,7 +28,10 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # its thread may hold the bars' lock while a test forks, and the child waits for ever
+    # the bars' lock is shared with forked processes: one that is killed, or that is forked while the bars' own thread
+    # holds it, would let all others wait for ever
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session", autouse=True)

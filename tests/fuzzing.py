@@ -33,7 +33,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
 from ldm.data.preflight import caption_fault, checked_source
 from ldm.data.rows import texts
-from ldm.data.sources import build_source
+from ldm.data.sources import build_source, source_config
 from ldm.evaluation.pictures import contact_sheet
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
@@ -594,7 +594,7 @@ def check_captions(bench, case):
     values, learn = case
     rows = [{"file_name": f"{number}.png", "text": value} for number, value in enumerate(values)]
     write_metadata(bench.pictures, rows)
-    config = cli.source_config(str(bench.pictures), image_size=PIXELS, held_out_percent=0.0)
+    config = source_config(str(bench.pictures), image_size=PIXELS, held_out_percent=0.0)
     strings = [text for value in values for text in (value if isinstance(value, list) else [value]) if text is not None]
     wrong = [number for number, value in enumerate(values) if caption_fault(value)]
     assert bool(wrong) == any(not isinstance(text, str) or not is_text(text) for text in strings)
