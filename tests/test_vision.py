@@ -134,7 +134,7 @@ def test_efficientnet_gives_what_its_classifier_sees():
     """Its own whole pass is the classifier on our features: ImageNet's classes of the picture."""
     network = build_feature_network("efficientnet_lite0")
     whole = vision.efficientnet("efficientnet_lite0").eval()
-    images = pictures(2, 224, 224)
+    images = pictures(2, vision.EFFICIENTNET_SIZE, vision.EFFICIENTNET_SIZE)
     features = torch.from_numpy(network(images))
     assert features.shape == (2, 1280)
     with torch.no_grad():
