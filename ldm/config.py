@@ -43,7 +43,7 @@ class DataConfig:
     flip: bool = False
     """Mirror half of the pictures; only right where captions and pictures have no left and right."""
     limit: int | None = None
-    """Keep only this many pictures (the first by hash)."""
+    """Keep only this many pictures (the first by hash), for trials."""
     held_out: dict[str, str] = field(default_factory=dict)
     """``{"validation": file, "test": file}``: captions, a line each, whose pictures no stage trains on."""
     held_out_percent: float = 2.0
@@ -86,8 +86,9 @@ class ObjectiveConfig:
     min_snr_gamma: float | None = None
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
     variational_weight: float | None = None
-    """Learn the variance of sampling too: weight of one step's term of its bound, in bits; usual is 1 (lambda 0.001 of
-    Nichol & Dhariwal 2021, eq. 16, at 1000 steps). Twice the output channels, and our pipeline alone. None: fixed."""
+    """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
+    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels, and
+    our pipeline samples it, the stock one does not. None: fixed."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class StageConfig:
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     doctor: DoctorConfig | None = None
+    """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None
@@ -217,6 +219,7 @@ class AutoencoderConfig:
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     doctor: DoctorConfig | None = None
+    """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
     allow_config_change: bool = False
     """Resume also if the config or the pictures are others than those the training was started with."""
     push_to_hub: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,10 @@ from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.page import html
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Report, Row, Section
-from ldm.evaluation.retrieval import retrieval_ranks
+from ldm.evaluation.retrieval import Images, retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
-from ldm.evaluation.subject import Images, Subject
-from ldm.models.autoencoder import downsampling_factor
-from ldm.models.pipeline import load_pipeline
+from ldm.evaluation.subject import Subject
+from ldm.models.pipeline import image_size, load_pipeline
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 from ldm.places import portable
 from ldm.provenance import hardware, read_provenance, refuse_leak, refuse_teacher, versions
@@ -57,7 +56,7 @@ def evaluate(
     clip: str | None = None,
     factors: str | None = None,
     variety_prompts: int = 12,
-    pictures_per_prompt: int = 8,
+    num_images_per_prompt: int = 8,
     guidance_sweep: str | None = None,
     steps_sweep: str | None = None,
     card: bool = True,
@@ -77,23 +76,27 @@ def evaluate(
         network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
         factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.
-        variety_prompts: Captions of which several pictures are drawn; 0: not measured.
-        pictures_per_prompt: How many of each, 2 or more.
+        variety_prompts: The first captions, of which several pictures are drawn, 2 or more; 0: not measured.
+        num_images_per_prompt: How many of each, 2 or more.
         guidance_sweep: Guidance scales to draw the validation captions with, such as 1,1.25,1.5,2.
         steps_sweep: Numbers of steps to draw the validation captions with, such as 5,10,25,50.
         card: Put the results into the model's README.md, if the model is a folder that has one.
         trust_remote_code: Run the pipeline code that came with the model.
 
     """
+    sweeps = {"guidance_scale": guidance_sweep, "num_inference_steps": steps_sweep}
+    values = {setting: numbers(setting, text) for setting, text in sweeps.items() if text is not None}
+    if values and validation_captions is None:
+        raise ValueError(f"{next(iter(values))} is chosen on the validation captions: name --validation_captions")
+    if variety_prompts and min(variety_prompts, num_images_per_prompt) < 2:
+        raise ValueError(f"got {variety_prompts} prompts, {num_images_per_prompt} pictures of each; expected 2 or more")
     measuring = Evaluation(model, data, captions, validation_captions, network, trust_remote_code)
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     wanted = read_captions(captions)
     parts = measuring.sections(wanted, seed, clip, factors, **call)
     if variety_prompts:
-        parts.append(measuring.variety(wanted[:variety_prompts], pictures_per_prompt, seed + VARIETY_SEED, **call))
-    for setting, values in (("guidance_scale", guidance_sweep), ("num_inference_steps", steps_sweep)):
-        if values is not None:
-            parts.append(measuring.sweep(setting, numbers(setting, values), seed, **call))
+        parts.append(measuring.variety(wanted[:variety_prompts], num_images_per_prompt, seed + VARIETY_SEED, **call))
+    parts += [measuring.sweep(setting, points, seed, **call) for setting, points in values.items()]
     report = Report("Evaluation", measuring.model_name, measuring.settings(seed, wanted, call), parts)
     if PartialState().is_main_process:
         write(report, Path(out), Path(model) if card else None)
@@ -109,9 +112,8 @@ class Evaluation:
         """Raise ValueError if the model, a part of it included, has seen what it is measured on or by."""
         self.model, self.validation = model, validation
         self.pipeline = load_pipeline(model, trust_remote_code)
-        image_size = self.pipeline.unet.config.sample_size * downsampling_factor(self.pipeline.vae)
         held_out = {"test": captions} | ({"validation": validation} if validation else {})
-        config = source_config(data, image_size=image_size, held_out=held_out, on_bad_data="skip")
+        config = source_config(data, image_size=image_size(self.pipeline), held_out=held_out, on_bad_data="skip")
         self.images = CaptionedImages(checked_source(config), config)
         refuse_leak(model, self.images.splits.held_out_hash)
         self.network: FeatureNetwork = build_feature_network(network)
@@ -147,7 +149,7 @@ class Evaluation:
             found.append(sections.clip_scores(subject, score, Path(portable(clip)).name))
         found += [self.gain(captions, seed), sections.likeness(subject, name)]
         if subject.rebuilt is not None:
-            found.append(autoencoder(subject, name))
+            found.append(autoencoder(subject, subject.rebuilt, name))
         return [*found, sections.memorisation(subject, name)]
 
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
@@ -177,7 +179,8 @@ class Evaluation:
         )
 
     def _rebuilt(self, pictures: Images) -> Images | None:
-        return to_uint8(reconstruct(self.pipeline.vae, pixel_values(pictures))).numpy()
+        vae = self.pipeline.components.get("vae")
+        return None if vae is None else to_uint8(reconstruct(vae, pixel_values(pictures))).numpy()
 
     def known_captions(self) -> Mapping[str, int]:
         """Return the place in the gallery of every caption of the data."""
@@ -203,9 +206,8 @@ class Evaluation:
 
     def sweep(self, setting: str, values: Sequence[float], seed: int, **call: Any) -> Section:
         """Return R@1 and KID of the validation captions at each value of a setting of sampling."""
-        if self.validation is None:
-            raise ValueError(f"{setting} is chosen on the validation captions: name them with --validation_captions")
-        points = {value: self.headline(self.validation, seed, **call | {setting: value}) for value in values}
+        captions = cast(str, self.validation)
+        points = {value: self.headline(captions, seed, **call | {setting: value}) for value in values}
         return sections.sweep(setting, points, self.network.name, log_x=setting == "num_inference_steps")
 
     def settings(self, seed: int, captions: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,11 +238,9 @@ class Evaluation:
         }
 
 
-def autoencoder(subject: Subject, network: str) -> Section:
-    """Return how near the true pictures come back from the autoencoder: no denoiser can be better."""
-    if subject.rebuilt is None:
-        raise ValueError("there is no autoencoder")
-    true, rebuilt = pixel_values(subject.true), pixel_values(subject.rebuilt)
+def autoencoder(subject: Subject, rebuilt_pictures: Images, network: str) -> Section:
+    """Return how near the true pictures, (N, S, S, 3), come back from the autoencoder: no denoiser can be better."""
+    true, rebuilt = pixel_values(subject.true), pixel_values(rebuilt_pictures)
     features = subject.features
     rows = [
         Row("PSNR, dB", mean_of(psnr(rebuilt, true).double().numpy()), "higher", {}),

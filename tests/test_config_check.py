@@ -248,7 +248,10 @@ def test_parts_that_do_not_fit_are_refused_before_the_first_step(bench, name, ch
 
 @pytest.mark.parametrize("name", ["tiny vae", "stable diffusion", "unclip prior", "videoldm", "pixart"])
 def test_sound_configs_pass(bench, name):
+    saved = bench.folder / "saved.yaml"
+    saved.unlink(missing_ok=True)
     prepare(changed(bench, name), bench, name)
+    assert saved.stat().st_size > 500, "it came to its end"
 
 
 def test_a_resume_check_has_steps_for_warm_up_and_for_decay():

@@ -123,7 +123,7 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
 
 
 def test_a_sweep_needs_the_validation_captions(place, tmp_path):
-    with pytest.raises(ValueError, match="name them with --validation_captions"):
+    with pytest.raises(ValueError, match="guidance_scale is chosen on the validation captions"):
         evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep="1", num_inference_steps=1)
 
 

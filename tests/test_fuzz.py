@@ -40,8 +40,11 @@ def test_nothing_that_was_drawn_breaks_the_contract(name, bench):
     @given(strategy)
     def drawn(case):
         check(case)
+        seen.append(case)
 
+    seen = []
     drawn()
+    assert len(seen) >= min(EXAMPLES[name], 10)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, StageConfig, ValidationConfig
+from ldm.config_check import ConfigError
+from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import CaptionedImages
 from ldm.places import portable
 from ldm.training.record import refuse_changes, run_record
@@ -64,9 +66,13 @@ def test_r22_what_does_not_decide_it_is_taken_over_and_logged(caplog):
     assert "validation.num_images: 8 -> 3" in caplog.text
 
 
-def test_snapshots_decide_nothing_of_where_a_training_arrives():
+def test_snapshots_and_the_doctor_decide_nothing_of_where_a_training_arrives(caplog):
     config = StageConfig("out", {"_class_name": "UNet2DConditionModel"}, data=DataConfig(image_size=8))
-    refuse_changes(record(config), record(replace(config, snapshot_every_steps=9)), allowed=False)
+    more = replace(config, snapshot_every_steps=9, doctor=DoctorConfig())
+    refuse_changes(record(config), record(more), allowed=False)
+    assert "snapshot_every_steps: None -> 9" in caplog.text
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        refuse_changes(record(config), record(replace(more, seed=1)), allowed=False)
 
 
 def test_s04_records_and_saved_configs_name_no_folder_of_this_machine(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ldm.evaluation.retrieval import (
-    coarse,
     feature_distances,
     pixel_distances,
     ranks_among,
@@ -34,12 +33,6 @@ def framed(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
 def noisy(images: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
     noise = np.random.default_rng(seed).normal(0, strength, (len(images), 16, 16, 3))
     return np.clip(images + noise.repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
-
-
-def test_coarse_equals_the_reference() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(coarse(images), reference.coarse(images))
-    assert coarse(images).dtype == np.float32
 
 
 @pytest.mark.parametrize("make", [blocky, framed])

@@ -140,6 +140,7 @@ def test_s01_the_pickles_of_these_tests_would_do_harm(tmp_path):
             pickle.loads(file.read_bytes())  # noqa: S301
         else:
             torch.load(file, weights_only=False)
+        assert (tmp_path / "marker").exists(), name
         (tmp_path / "marker").unlink()
 
 

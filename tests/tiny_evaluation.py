@@ -48,7 +48,7 @@ def words(place, model, out, *more):
         "network": place / "clip",
         "num_inference_steps": 2,
         "variety_prompts": 2,
-        "pictures_per_prompt": 2,
+        "num_images_per_prompt": 2,
         "out": out,
     }
     options = [text for name, value in named.items() for text in (f"--{name}", str(value))]

@@ -28,8 +28,8 @@ from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
 from ldm.evaluation.pictures import comparison_sheet, image_grid
 from ldm.evaluation.sampling import sample_pictures
+from ldm.training.alarms import SCALE, faults_before
 from ldm.training.autoencoding import reconstruct
-from ldm.training.checks import null_difference, truncation
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
@@ -47,9 +47,6 @@ LEFT_FEW, ENOUGH_STEPS = 0.995, 50
 """The same where there was time for fewer steps than these, on a slow machine: they only have to help."""
 ROUND_TRIP_PICTURES = 64
 SCALE_PICTURES = 256
-NULL_DIFFERENCE = 1e-3
-"""Of the null's rms: above rounding, also that of half precision."""
-TOKENS_CUT = 0.25
 LEVELS = 1
 """Of 255: what a reloaded pipeline's picture may differ."""
 
@@ -89,7 +86,7 @@ def examine_stage(config: StageConfig, step: DiffusionStep, train: PositionDatas
         yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
         pipeline: Any = validation.pipeline
         yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
-        yield conditions(config, step, train, pipeline)
+        yield conditions(config, validation, train)
         with restored(step):
             log.info("learning %d pictures by heart", BATCH)
             yield stage_overfit(config, step, train, validation)
@@ -118,27 +115,15 @@ def examine_autoencoder(
     report(findings(), step.run.folder)
 
 
-def conditions(config: StageConfig, step: DiffusionStep, train: PositionDataset, pipeline: Any) -> Finding:
-    """Return whether guidance steers from the null that training drops captions to, and how much of them is cut off."""
-    difference = null_difference(step, fixed_batch(train, BATCH), pipeline)
-    cut = truncation(pipeline.tokenizer, train.images.captions("train"))
+def conditions(config: StageConfig, validation: Validation, train: PositionDataset) -> Finding:
+    """Return whether guidance starts from what training drops captions to, and how much of the captions is cut off.
+
+    As the alarms of a training have it; the scale of the latents has a finding of its own.
+    """
+    said = [f"{name}: {sentence}" for name, sentence in faults_before(config, validation, train) if name != SCALE]
+    cut = validation.truncation
     text = f"{cut.captions:.1%} of the training captions and {cut.tokens:.1%} of their tokens are cut off"
-    faults, warnings = [], []
-    if difference is None:
-        if config.validation.guidance_scale > 1:
-            warnings.append(
-                f"validation.guidance_scale {config.validation.guidance_scale:g} steers from a null that is never "
-                "trained: set conditioners.text.dropout to 0.1, or guidance_scale to 1"
-            )
-    else:
-        text = f"the null of training and that of the pipeline differ by {difference:.1g} of its size; {text}"
-        if difference > NULL_DIFFERENCE:
-            faults.append(
-                "guidance would steer from where training has never been: the pipeline must encode the caption ''"
-            )
-    if cut.tokens > TOKENS_CUT:
-        faults.append("raise conditioners.text.max_length, or shorten the captions")
-    return Finding("conditions", not faults, "; ".join([text, *faults]), tuple(warnings))
+    return Finding("conditions", not said, "; ".join([text, *said]))
 
 
 def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> Finding:
@@ -241,4 +226,6 @@ def cost_findings(config: StageConfig | AutoencoderConfig, cost: Cost, pictures:
     yield Finding("cost", fault is None, text, numbers=numbers)
     if told is not None and (told.gpu_tflops is not None or told.gpu_memory_gib is not None):
         there = elsewhere(cost, plan, told)
-        yield Finding("another machine", there.fits is not False, there.text)
+        told_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
+        numbers = {name: number for name, number in told_numbers.items() if number is not None}
+        yield Finding("another machine", there.fits is not False, there.text, numbers=numbers)

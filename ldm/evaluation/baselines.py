@@ -68,5 +68,15 @@ def derangement(own_index: Indices, seed: int = 0) -> Indices:
     return result
 
 
+def exchanged_captions(captions: Sequence[str], seed: int = 0) -> list[str]:
+    """Return the captions in another order, fixed by the seed, in which nobody keeps theirs or one of the same words.
+
+    Raises ValueError where more than half of them are the same.
+    """
+    number = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+    order = derangement(np.array([number[caption] for caption in captions], np.int64), seed)
+    return [captions[row] for row in order]
+
+
 def _words(caption: str) -> set[str]:
     return set(_WORD.findall(caption.lower()))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.evaluation.baselines import derangement
+from ldm.evaluation.baselines import exchanged_captions
 from ldm.models.scheduler import schedule_of
 from ldm.schedule import target_coefficients
 
@@ -38,10 +38,8 @@ def losses_with_and_without(
     """
     if (kind := type(pipeline).__name__) not in LATENT_TEXT:
         raise ValueError(f"{kind}: known are {' and '.join(LATENT_TEXT)}")
-    words = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    others = derangement(np.array([words[caption] for caption in captions]), seed)
-    shuffled = [captions[row] for row in others]
-    return tuple(denoising_losses(pipeline, pixel_values, texts, seed, levels) for texts in (captions, shuffled))  # type: ignore[return-value]
+    own = denoising_losses(pipeline, pixel_values, captions, seed, levels)
+    return own, denoising_losses(pipeline, pixel_values, exchanged_captions(captions, seed), seed, levels)
 
 
 @torch.no_grad()

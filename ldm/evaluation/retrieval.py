@@ -35,14 +35,6 @@ Distances = NDArray[np.float64]
 """From each of N pictures to each of M, (N, M)."""
 
 
-def coarse(images: Images) -> NDArray[np.float32]:
-    """Return (N, 768) in [0, 1]: the pictures, (N, S, S, 3), area-averaged to 16x16 and flattened."""
-    _check(images, "images")
-    block = images.shape[1] // COARSE_SIZE
-    averages: NDArray[np.float32] = (_block_sums(images) / block**2 / 255).astype(np.float32)
-    return averages
-
-
 def retrieval_ranks(generated: Images, gallery: Images, own_index: Indices) -> Indices:
     """Return the rank of each generated picture's own picture in the gallery, (N,) in [0, M - 1]; 0 is right.
 

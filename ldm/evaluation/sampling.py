@@ -9,11 +9,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-Images = NDArray[np.uint8]
-"""Pictures, (N, H, W, 3), RGB in [0, 255]."""
+from ldm.evaluation.pictures import Images
 
 CHUNK = 50
 """Pictures that are drawn in one call of the pipeline."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,8 @@ from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
 from ldm.evaluation.pictures import comparison_sheet, contact_sheet, labelled_sheet
 from ldm.evaluation.report import Curve, Picture, Row, Section
-from ldm.evaluation.retrieval import feature_distances, ranks_among, recalls
-from ldm.evaluation.subject import Features, Images, Subject
+from ldm.evaluation.retrieval import Images, feature_distances, ranks_among, recalls
+from ldm.evaluation.subject import Features, Subject
 
 SHEET_PICTURES = 24
 CLOSEST_PAIRS = 12
@@ -26,10 +27,7 @@ Distances = Mapping[str, NDArray[np.float64]]
 
 def retrieval(subject: Subject, network: str) -> Section:
     """Return whether the picture nearest to a generated one is its caption's own, in pixels and in features."""
-    features = {
-        name: feature_distances(of, subject.gallery_features)
-        for name, of in subject.features.items()
-    }  # fmt: skip
+    features = {name: feature_distances(of, subject.gallery_features) for name, of in subject.features.items()}
     rows = _recall_rows(subject, subject.pixel_distances, "pixels") + _recall_rows(subject, features, network)
     shown = slice(0, SHEET_PICTURES)
     sheet = comparison_sheet(subject.captions[shown], subject.generated[shown], subject.true[shown])
@@ -98,13 +96,14 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
     right, wrong = losses
     gain = wrong - right
     row = Row("conditional gain, mean over noise levels", mean_of(gain.mean(0)), "higher", {})
-    by_level = {
-        name: [(level, mean_of(of)) for level, of in zip(levels, losses, strict=True)]
-        for name, losses in {"own captions": right, "captions of others": wrong}.items()
-    }
-    gains = {"conditional gain": [(level, mean_of(of)) for level, of in zip(levels, gain, strict=True)]}
+
+    def by_level(found: Losses) -> list[tuple[float, Measure]]:
+        return [(level, mean_of(of)) for level, of in zip(levels, found, strict=True)]
+
+    both = {"own captions": by_level(right), "captions of others": by_level(wrong)}
+    gains = {"conditional gain": by_level(gain)}
     curves = [
-        Curve("Loss on held-out pictures", "noise level (0: picture, 1: noise)", "squared error", by_level),
+        Curve("Loss on held-out pictures", "noise level (0: picture, 1: noise)", "squared error", both),
         Curve("Conditional gain", "noise level (0: picture, 1: noise)", "loss with others' captions - own", gains),
     ]
     text = (
@@ -141,9 +140,9 @@ def likeness(subject: Subject, network: str) -> Section:
     return Section("Do its pictures look like true ones?", text, rows)
 
 
-def _row(name: str, better: str, found: Mapping[str, Measure]) -> Row:
+def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Measure]) -> Row:
     beside = {baseline: measure for baseline, measure in found.items() if baseline != "generated"}
-    return Row(name, found["generated"], better, beside)  # type: ignore[arg-type]
+    return Row(name, found["generated"], better, beside)
 
 
 def memorisation(subject: Subject, network: str) -> Section:
@@ -194,9 +193,9 @@ def variety(captions: Sequence[str], pictures: Images, features: Features, per_p
 
 
 def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:
-    """Return R@1 and KID of the validation captions by a setting of sampling."""
-    lines = [sorted(points.items())]
-    at_1 = {"R@1, pixels": [(x, of[0]) for x, of in lines[0]]}
-    distance = {f"KID, {network}": [(x, of[1]) for x, of in lines[0]]}
+    """Return R@1 and KID of the validation captions, `points`, by a setting of sampling."""
+    line = sorted(points.items())
+    at_1 = {"R@1, pixels": [(x, r_at_1) for x, (r_at_1, _) in line]}
+    distance = {f"KID, {network}": [(x, kid_there) for x, (_, kid_there) in line]}
     curves = [Curve(f"R@1 by {name}", name, "R@1", at_1, log_x), Curve(f"KID by {name}", name, "KID", distance, log_x)]
     return Section(f"By {name}", "On the validation captions, not on those of the numbers above.", (), curves)

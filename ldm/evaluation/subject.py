@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from ldm.evaluation.baselines import derangement, nearest_training_captions
 from ldm.evaluation.measure import Indices
-from ldm.evaluation.retrieval import pixel_distances
+from ldm.evaluation.retrieval import Images, pixel_distances
 
-Images = NDArray[np.uint8]
-"""Pictures, (N, S, S, 3), RGB in [0, 255]."""
 Features = NDArray[np.float32]
 """Of pictures, (N, D), in a network that the model was not trained against."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 
 
@@ -23,3 +25,22 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own)
     pipeline.set_progress_bar_config(leave=False)
     return pipeline.to(PartialState().device)
+
+
+def image_size(pipeline: Any) -> int:
+    """Return the pixels, height and width, of the pictures that a pipeline draws if it is not told.
+
+    Raises:
+        ValueError: it takes no prompt, or has no denoiser that says its size.
+
+    """
+    parts = pipeline.components
+    denoiser = parts.get("unet") or parts.get("transformer")
+    size = denoiser.config.get("sample_size") if denoiser is not None else None
+    if size is None or "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(
+            f"{type(pipeline).__name__} does not draw pictures from prompts with a unet or transformer of a known "
+            "sample_size; expected a text-to-image pipeline"
+        )
+    pixels: int = size if isinstance(size, int) else size[0]
+    return pixels if parts.get("vae") is None else pixels * downsampling_factor(parts["vae"])

@@ -24,8 +24,8 @@ NOT_FINITE = "losses are not finite"
 TEXT = "text is not used"
 EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
 """What by itself keeps a model from using its text."""
-MAX_NULL_DIFFERENCE = 0.01
-"""rms over rms; rounding in half precision is below it."""
+MAX_NULL_DIFFERENCE = 1e-3
+"""rms over rms: above rounding."""
 MAX_CUT_TOKENS = 0.25
 LEAST_RATE = 0.1
 """Share of ``optim.learning_rate`` that a warm-up must reach before the training ends."""
@@ -64,7 +64,7 @@ class Alarms:
 
     def before_training(self, config: StageConfig, validation: Validation, train: PositionDataset) -> None:
         """Say what shows before the first step."""
-        for name, sentence in _before_training(config, validation, train):
+        for name, sentence in faults_before(config, validation, train):
             self.say(name, sentence, self.progress.global_step)
 
     def __call__(self, row: Row, global_step: int) -> None:
@@ -95,7 +95,8 @@ class Alarms:
         )
 
 
-def _before_training(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
+def faults_before(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
+    """Yield name and sentence of each alarm that shows before the first step."""
     scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
     if not scale.unit:
         yield (

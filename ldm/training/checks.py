@@ -6,17 +6,17 @@ They change nothing; what follows from them is said elsewhere: see `ldm.training
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.conditioners.text import TextConditioner
 from ldm.data.batches import Batch
-from ldm.evaluation.baselines import derangement
+from ldm.evaluation.baselines import exchanged_captions
 from ldm.training.steps import DiffusionStep
 
 COUNTED_CAPTIONS = 10_000
@@ -103,13 +103,12 @@ def conditional_gain(
     without a caption are left out. None if fewer than two remain, or more than half of them have the same caption.
     """
     told = [row for row, caption in enumerate(batch.captions) if caption]
-    first = {caption: row for row, caption in reversed([*enumerate(batch.captions)])}
-    same = np.array([first[batch.captions[row]] for row in told])  # equal numbers, equal captions
-    if len(told) < 2 or np.unique(same, return_counts=True)[1].max() * 2 > len(told):
-        return None
     captions = list(batch.captions)
-    for row, other in zip(told, derangement(same), strict=True):
-        captions[row] = batch.captions[told[other]]
+    own = [captions[row] for row in told]
+    if not own or max(Counter(own).values()) * 2 > len(own):
+        return None
+    for row, other in zip(told, exchanged_captions(own), strict=True):
+        captions[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
     gains = (step.held_out_losses(replace(batch, captions=captions), levels) - losses)[:, told].double()

@@ -57,7 +57,7 @@ class ModelFolder:
         loop: Loop[Any],
         train: PositionDataset,
         save: Callable[[Path], object],
-        networks: Sequence[str] = (),
+        networks: Sequence[str],
     ):
         """Take `save`, which writes the weights as they stand into a folder, and changes nothing that is trained.
 

@@ -6,14 +6,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ldm.config import StageConfig
 from ldm.config_check import ConfigError, explained
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.pictures import comparison_sheet
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
@@ -22,8 +24,6 @@ from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
 log = logging.getLogger(__name__)
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels of the held-out loss."""
 
 
 class Validation:
@@ -35,9 +35,7 @@ class Validation:
         self.pictures = images.splits["validation"]
         held_out = PositionDataset(images, "validation", config.seed)
         batch = fixed_batch(held_out, config.validation.loss_images)
-        assert batch.pixel_values is not None  # noqa: S101  (nothing encoded was given)
-        mean, std = step.encode(batch.pixel_values)
-        self.batch = replace(batch, moments=(mean, std))
+        self.batch = replace(batch, moments=step.encode(cast(Tensor, batch.pixel_values)))
 
     @cached_property
     def scale(self) -> Scale:
