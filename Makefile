@@ -6,6 +6,8 @@ BIN := .venv/bin
 DEMO := out/demo
 AUDIT := pypi
 OPTIONS :=
+# whole files of tests to as many processes as there are cores, eight at most
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: demo test reliability browser audit clean
@@ -25,11 +27,11 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # the whole suite, and docs/reliability.md from what it did
 reliability: $(BIN)/.installed
-	$(BIN)/pytest --reliability=docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
+	$(BIN)/pytest $(PARALLEL) --reliability=docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
 
 browser: $(BIN)/.installed
 	command -v chromium && command -v chromedriver || { $(SUDO) apt-get -qq update && \

@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.reliability is not None:
+    if config.option.reliability is not None and not hasattr(config, "workerinput"):  # once, not in every process
         config.pluginmanager.register(Reliability(config.option.reliability.resolve()))
 
 
