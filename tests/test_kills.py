@@ -33,10 +33,10 @@ def test_r01_kill_during_save_thirty_times_loses_at_most_the_step_that_was_being
         logged = reached(tmp_path)
         left_behind += saving(tmp_path)
         store = CheckpointStore(tmp_path / "checkpoints", 1)
-        checkpoint = CheckpointStore.load(store.latest())
-        assert logged - 1 <= checkpoint.global_step <= logged + 1
-        assert not list(store.folder.glob(".tmp-*"))
-        furthest = checkpoint.global_step
+        latest = store.latest()
+        furthest = CheckpointStore.load(latest).global_step if latest else 0
+        assert logged - 1 <= furthest <= logged + 1
+        assert not saving(tmp_path)
     assert left_behind > 3, "some kills hit a save"
     assert not [record for record in caplog.records if "skipped" in record.message]
 
