@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config import SpaceConfig
 from ldm.models import autoencoder as ae
@@ -40,6 +40,8 @@ class Space(Protocol):
     """Distance of two values that x0 can take, 0 if it is continuous."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and std, (C,), that the denoiser must keep so that its pipeline can undo them; None: there are none."""
+    networks: tuple[nn.Module, ...]
+    """What encodes and decodes; `moments` and `decode` work where these are."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the distribution of x0 given (B, 3, H, W) in [-1, 1]; no gradient."""
@@ -55,6 +57,7 @@ class PixelSpace:
     frozen = False
     grid_step = 1 / 127.5  # 256 grey levels in [-1, 1]
     statistics: tuple[Tensor, Tensor] | None = None
+    networks: tuple[nn.Module, ...] = ()
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the pictures with std 0."""
@@ -74,6 +77,7 @@ class LatentSpace:
 
     def __init__(self, autoencoder: AutoencoderKL | VQModel):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.networks: tuple[nn.Module, ...] = (self.autoencoder,)
         self.key = f"latent-{weights_hash(autoencoder)}-{autoencoder.config.scaling_factor:g}"
 
     @torch.no_grad()
@@ -107,6 +111,7 @@ class EmbeddingSpace:
     def __init__(self, image_encoder: ImageEncoder, pictures: Tensor):
         """Take the statistics from `pictures`, (N, 3, H, W) in [-1, 1], at least two."""
         self.image_encoder = image_encoder
+        self.networks: tuple[nn.Module, ...] = (image_encoder,)
         embeds = torch.cat([image_encoder(some).cpu() for some in torch.split(pictures, 64)])
         mean, std = embeds.mean(0), embeds.std(0)
         if not (std > 0).all():

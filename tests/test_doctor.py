@@ -28,7 +28,7 @@ from ldm.doctor.overfit import Overfit, drawn, restored
 from ldm.doctor.plan import Plan
 from ldm.models.scheduler import build_scheduler
 from ldm.objective import Objective
-from ldm.training.averages import Average, exponential
+from ldm.training.averages import Average, exponential, power_function
 
 from .test_objective import SOUND
 
@@ -422,8 +422,9 @@ def test_draws_are_fixed_and_have_other_positions():
 
 def test_weights_and_averages_are_put_back():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    step = SimpleNamespace(modules={"main": module}, averages={"main": Average(module, 0.5)})
-    states = [module.state_dict(), step.averages["main"].module.state_dict()]
+    averages = {"main": Average(module, 0.5), "main-0.1": Average(module, power_function(0.1))}
+    step = SimpleNamespace(modules={"main": module}, averages=averages)
+    states = [module.state_dict(), *(average.module.state_dict() for average in averages.values())]
     before = [{name: value.clone() for name, value in state.items()} for state in states]
     with restored(step):
         for state in states:

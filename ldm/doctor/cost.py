@@ -173,8 +173,8 @@ def measure_cost(
         gradients=tensor_bytes(p for p in parameters(step.modules.values()) if p.requires_grad),
         averages=tensor_bytes(
             ours
-            for name, average in step.averages.items()
-            for ours, theirs in zip(average.module.parameters(), step.modules[name].parameters(), strict=True)
+            for average in step.averages.values()
+            for ours, theirs in zip(average.module.parameters(), average.original.parameters(), strict=True)
             if theirs.requires_grad
         ),
         optimizer=tensor_bytes(

@@ -100,7 +100,7 @@ def bounded(config: LoopConfig, steps: int) -> LoopConfig:
 def restored(step: DiffusionStep | AutoencoderStep) -> Iterator[None]:
     """Put the weights and averages back as they were before."""
     pairs = [(module, module) for module in step.modules.values()]
-    pairs += [(average.module, step.modules[name]) for name, average in step.averages.items()]
+    pairs += [(average.module, average.original) for average in step.averages.values()]
     kept = [{name: value.clone() for name, value in trained_state(*pair).items()} for pair in pairs]
     try:
         yield

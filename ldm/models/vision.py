@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -235,4 +236,4 @@ def _chunks(images: Images, name: str) -> Iterator[Images]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return cast(torch.device, PartialState().device)

@@ -40,7 +40,8 @@ class DiffusionStep:
     def __init__(self, stage: Stage, run: Run, ema_decay: float, sigma_rels: Sequence[float] = ()):
         """Track the average that is used, and a power-function one for each of `sigma_rels`."""
         self.stage, self.run = stage, run
-        stage.model.to(run.device)
+        for part in (stage.model, *stage.space.networks):
+            part.to(run.device)
         for network in (stage.model.denoiser, *stage.model.encoders()):
             run.switch(network)
         self.modules = {"denoiser": stage.model}
