@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ldm import __version__
+
 FILE = "training.json"
 HASH_DIGITS = 16
 
@@ -88,4 +90,6 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes."""
-    return {name: version(name) for name in ("ldm", "torch", "diffusers", "transformers", "accelerate")}
+    # ours is not asked of pip: a checkout that was never installed trains too
+    others = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    return {"ldm": __version__, **others}

@@ -9,12 +9,12 @@ from ldm.training.optim import build_optimizer, lookup_tables
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
 def test_singular_values_become_about_one_and_directions_stay(shape):
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalized(matrix)
-    inside = u.T @ result @ vh.T  # diagonal, if the singular vectors are those of the matrix
-    values = inside.diagonal()
-    assert torch.allclose(inside, torch.diag(values), atol=1e-4)
+    matrices = torch.randn(3, *shape) * torch.tensor([1, 1e-3, 1e3]).view(3, 1, 1)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    result = orthogonalized(matrices)
+    inside = u.mT @ result @ vh.mT  # diagonal, if the singular vectors are those of the matrix
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(inside, torch.diag_embed(values), atol=1e-4)
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.25
 
@@ -30,6 +30,27 @@ def test_adamw_groups_step_as_torchs_adamw():
             parameter.grad = parameter.detach() - target
             optimizer.step()
     assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_weights_of_one_shape_step_as_each_would_alone():
+    torch.manual_seed(0)
+    shapes = [(8, 4), (8, 4), (8, 2, 2), (4, 8), (8, 4)]
+    together, alone = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    for ours, theirs in zip(together, alone, strict=True):
+        theirs.data.copy_(ours.data)
+    settings = {"lr": 0.1, "weight_decay": 0.3}
+    optimizers = [
+        Muon([{"params": some, "orthogonal": True}], **settings) for some in (together, *([p] for p in alone))
+    ]
+    for _ in range(3):
+        for ours, theirs in zip(together, alone, strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        together[1].grad = alone[1].grad = None
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_an_orthogonal_update_has_the_size_of_an_adamw_update():

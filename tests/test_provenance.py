@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+import ldm.provenance as provenance_module
 from ldm.conditioners.image import ImageConditioner
 from ldm.models.clip import load_image_encoder
 from ldm.models.features import EFFICIENTNETS, PerceptualDistance, VGGFeatures
@@ -113,3 +115,12 @@ def test_a_tiny_training_records_its_teacher_and_its_stage_inherits_it(tmp_path,
     assert read_provenance(vae).networks == TAUGHT
     model = train_model(monkeypatch, tmp_path / "model", vae, *quick)
     assert read_provenance(model).networks == TAUGHT
+
+
+def test_the_version_is_known_where_nothing_is_installed(monkeypatch):
+    def other(name, real=provenance_module.version):
+        assert name != "ldm", "asked of pip"
+        return real(name)
+
+    monkeypatch.setattr(provenance_module, "version", other)
+    assert provenance_module.versions()["ldm"] == metadata.version("ldm")

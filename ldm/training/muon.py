@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from ldm.training.run import native_precision
 
@@ -18,16 +20,16 @@ RMS = 0.2
 """Root mean square of AdamW's updates in practice: both kinds share a learning rate (Liu et al. 2025, eq. 4)."""
 
 
-def orthogonalized(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return about ``U V^T`` for ``matrix = U S V^T``, (R, C) float32, by Newton-Schulz (no SVD) in `dtype`."""
+def orthogonalized(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return about ``U V^T`` of each ``U S V^T`` in (N, R, C) float32, by Newton-Schulz (no SVD) in `dtype`."""
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x: Tensor = (wide / (wide.norm() + 1e-7)).to(dtype)
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x: Tensor = (wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.float()
-    return x if wide is matrix else x.T
+    return x if wide is matrices else x.mT
 
 
 class Muon(Optimizer):
@@ -66,33 +68,47 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._orthogonal if group["orthogonal"] else self._adam
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(update(parameter, self.state[parameter], group), alpha=group["lr"])
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            (self._orthogonal if group["orthogonal"] else self._adamw)(trained, group)
         return loss
 
-    def _orthogonal(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])  # type: ignore[union-attr]
-        matrix = orthogonalized(nesterov.flatten(1), dtype=self._dtype)
-        scale: float = RMS * max(matrix.shape) ** 0.5
-        return (matrix * scale).view_as(parameter)
+    def _orthogonal(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape[0], parameter.shape[1:].numel()].append(parameter)
+        for shape, alike in by_shape.items():  # as one batch: a GPU waits for each kernel's launch, not for its work
+            momenta = self._kept(alike, "momentum")
+            gradients = [cast(Tensor, parameter.grad) for parameter in alike]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            matrices = torch.stack([update.flatten(1) for update in nesterov])
+            updates = orthogonalized(matrices, dtype=self._dtype).unbind()
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            views = [update.reshape_as(parameter) for update, parameter in zip(updates, alike, strict=True)]
+            torch._foreach_add_(alike, views, alpha=-group["lr"] * RMS * max(shape) ** 0.5)
 
-    @staticmethod
-    def _adam(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        first, second = group["betas"]
-        state["exp_avg"].lerp_(parameter.grad, 1 - first)
-        state["exp_avg_sq"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
-        steps = float(state["step"])
-        root = (state["exp_avg_sq"] / (1 - second**steps)).sqrt_().add_(group["eps"])
-        update: Tensor = state["exp_avg"] / (1 - first**steps) / root
-        return update
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            self.state[parameter].setdefault("step", torch.zeros(()))
+        adamw(
+            parameters,
+            [cast(Tensor, parameter.grad) for parameter in parameters],
+            self._kept(parameters, "exp_avg"),
+            self._kept(parameters, "exp_avg_sq"),
+            [],
+            [self.state[parameter]["step"] for parameter in parameters],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _kept(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """Return each parameter's state of this name, zeros to begin with."""
+        for parameter in parameters:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in parameters]
