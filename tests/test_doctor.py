@@ -21,8 +21,9 @@ from ldm.doctor import cost as cost_module
 from ldm.doctor import examination
 from ldm.doctor import overfit as overfit_module
 from ldm.doctor.agreement import agreement, gaussian_std
-from ldm.doctor.cost import GIB, UTILISATION, Cost, Memory, Stopwatch, elsewhere, kept_for_backward
+from ldm.doctor.cost import GIB, Cost, Memory, Stopwatch, kept_for_backward
 from ldm.doctor.examination import examined, overfit_finding
+from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
 from ldm.doctor.overfit import Overfit, drawn, restored
 from ldm.doctor.plan import Plan
@@ -254,7 +255,7 @@ def test_the_half_life_is_that_of_the_averages(decay, steps):
 # ---- the cost: closed forms ----
 
 MEMORY = Memory(weights=4 * GIB, gradients=3 * GIB, averages=2 * GIB, optimizer=6 * GIB, activations=1 * GIB)
-COST = Cost(2.0, 0.5, 30.0, 10.0, step_flops=6 * 10**12, memory=MEMORY, peak_bytes=None)
+COST = Cost(2.0, 0.5, 30.0, 10.0, step_flops=4 * 10**12, step_operations=5000, memory=MEMORY, peak_bytes=None)
 
 
 def test_seconds_of_a_run_are_steps_validations_and_checkpoints():
@@ -273,14 +274,18 @@ def test_a_limit_of_seconds_becomes_the_steps_that_the_loop_makes_of_it():
 
 
 def test_another_machine_is_reckoned_from_flops_and_memory():
-    """6 TFLOP at 100 * 0.3 TFLOP/s are 0.2 s; 800 of them 160 s."""
-    found = elsewhere(COST, plan(), DoctorConfig(price_per_hour=9.0, gpu_tflops=100.0, gpu_memory_gib=15.9))
-    assert UTILISATION == 0.3
+    """4 TFLOP at 100 * 0.2 TFLOP/s are 0.2 s; 800 of them 160 s."""
+    found = forecast(COST, plan(), DoctorConfig(price_per_hour=9.0, gpu_tflops=100.0, gpu_memory_gib=15.9))
+    assert UTILISATION == 0.2
     assert found.step_seconds == pytest.approx(0.2)
     assert found.hours == pytest.approx(160 / 3600)
     assert found.fits is False
     assert "which cost 0.40; 16.00 GiB does not fit into its 15.9 GiB" in found.text
-    there = elsewhere(replace(COST, peak_bytes=8 * GIB), plan(), DoctorConfig(gpu_memory_gib=8.0))
+    assert "used at 20%" in found.text
+    small = forecast(replace(COST, step_flops=10**12), plan(), DoctorConfig(gpu_tflops=100.0))
+    assert small.step_seconds == 5000 * OPERATION_SECONDS
+    assert "busy with launches" in small.text
+    there = forecast(replace(COST, peak_bytes=8 * GIB), plan(), DoctorConfig(gpu_memory_gib=8.0))
     assert (there.step_seconds, there.hours, there.fits) == (None, None, True)  # what was measured, not what was added
 
 
@@ -310,7 +315,8 @@ def test_flops_and_activations_of_a_known_network():
     """
     step = Layers()
     run = SimpleNamespace(attention=torch.enable_grad)
-    flops, kept = cost_module._one_pass(step, Batch([], [], []), run)
+    flops, operations, kept = cost_module._one_pass(step, Batch([], [], []), run)
+    assert 20 < operations < 60  # forward t, addmm, tanh, t, addmm, pow, mean, zeros; backward about two for each
     assert flops == 2 * 10 * (2 * 8 * 16 + 3 * 16 * 4)
     assert kept == 4 * 10 * (8 + 16 + 4)
     assert all(parameter.grad is None for parameter in step.net.parameters())

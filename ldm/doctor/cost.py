@@ -1,4 +1,4 @@
-"""What a run will cost: seconds a step, hours, memory, floating-point operations; here, and on another machine."""
+"""What a run will cost here: seconds a step, hours, memory, floating-point operations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import OptimConfig
-from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import Batch, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.doctor.overfit import bounded
@@ -26,8 +26,6 @@ from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 
 GIB = 2**30
-UTILISATION = 0.3
-"""Share of its peak speed that another GPU is reckoned to reach: 0.2 to 0.4 is usual for convolutions and attention."""
 WARM_UP_STEPS = 2
 MEASURED_STEPS = 3
 """The fewest; more, up to `MAX_MEASURED_STEPS`, while they take less than `MEASURED_SECONDS` together."""
@@ -72,6 +70,8 @@ class Cost:
     checkpoint_seconds: float
     step_flops: int
     """Of forward and backward, over all processes."""
+    step_operations: int
+    """Calls of torch's operators in forward and backward, of one process."""
     memory: Memory
     peak_bytes: int | None
     """What the GPU's allocator held at most; None on a processor."""
@@ -93,7 +93,7 @@ class Cost:
         return (
             f"{self.step_seconds:.3g} s a step and {self.loading_seconds:.2g} s for its batch, "
             f"{self.validation_seconds:.2g} s a validation, {self.checkpoint_seconds:.2g} s a checkpoint: "
-            f"{_duration(hours)} in all{price}; {peak}; {self.step_flops / 1e9:.3g} GFLOP a step, "
+            f"{duration(hours)} in all{price}; {peak}; {self.step_flops / 1e9:.3g} GFLOP a step, "
             f"{self.step_flops / self.step_seconds / 1e12:.3g} TFLOP/s"
         )
 
@@ -105,43 +105,6 @@ class Cost:
             f"this machine has {memory_bytes() / GIB:.2f} GiB of memory: more loop.gradient_accumulation_steps, or "
             "loop.gradient_checkpointing"
         )
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A run on a machine that is described and not here."""
-
-    step_seconds: float | None
-    """None: its speed is not told."""
-    hours: float | None
-    fits: bool | None
-    """None: its memory is not told."""
-    text: str
-
-
-def elsewhere(cost: Cost, plan: Plan, config: DoctorConfig) -> Elsewhere:
-    """Return what the run would be on the GPU that `config` describes: steps at `UTILISATION` of its peak speed.
-
-    Of the steps alone: validation and checkpoints are not counted. A run that is limited by time is reckoned with the
-    steps that this machine would take.
-    """
-    needed = cost.memory.total if cost.peak_bytes is None else cost.peak_bytes
-    seconds = hours = fits = None
-    said = []
-    if config.gpu_tflops is not None:
-        seconds = cost.step_flops / (config.gpu_tflops * 1e12 * UTILISATION)
-        hours = plan.steps * seconds / 3600
-        price = "" if config.price_per_hour is None else f", which cost {hours * config.price_per_hour:.2f}"
-        said.append(
-            f"a GPU of {config.gpu_tflops:g} TFLOP/s, used at {UTILISATION:.0%}: {seconds:.3g} s a step, "
-            f"{plan.steps:,} steps in {_duration(hours)}{price}"
-        )
-    if config.gpu_memory_gib is not None:
-        fits = needed <= config.gpu_memory_gib * GIB
-        remedy = "" if fits else "; more loop.gradient_accumulation_steps, or loop.gradient_checkpointing"
-        fit = "fits" if fits else "does not fit"
-        said.append(f"{needed / GIB:.2f} GiB {fit} into its {config.gpu_memory_gib:g} GiB{remedy}")
-    return Elsewhere(seconds, hours, fits, "; ".join(said))
 
 
 def measure_cost(
@@ -158,7 +121,7 @@ def measure_cost(
     """
     gentle = replace(GENTLE, optimizer=optim.optimizer)
     micro_steps = run.config.gradient_accumulation_steps
-    flops, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
+    flops, operations, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     loop: Loop[Batch] = Loop(
@@ -199,6 +162,7 @@ def measure_cost(
         validation_seconds=seconds_of(validate),
         checkpoint_seconds=checkpoint_seconds,
         step_flops=flops * micro_steps,
+        step_operations=operations * micro_steps,
         memory=memory,
         peak_bytes=peak,
     )
@@ -267,10 +231,19 @@ def kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
         yield kept
 
 
-def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> tuple[int, int]:
-    """Return the FLOPs of a forward and backward pass over `batch`, and the bytes kept between the two."""
-    counter = FlopCounterMode(display=False)
-    with run.attention(), counter:
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are called."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> tuple[int, int, int]:
+    """Return the FLOPs and operators of both passes over `batch`, and the bytes kept between the two."""
+    with run.attention(), FlopCounterMode(display=False) as counter, _Operations() as operations:  # type: ignore[no-untyped-call]
         with kept_for_backward(parameters(step.modules.values())) as kept:
             losses = step.losses(batch, 0)
         for name in step.modules:
@@ -278,8 +251,9 @@ def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> 
                 torch.autograd.backward(losses[name])
     for module in step.modules.values():
         module.zero_grad(set_to_none=True)
-    return counter.get_total_flops(), sum(kept.values())
+    return counter.get_total_flops(), operations.count, sum(kept.values())
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """Return it in words."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

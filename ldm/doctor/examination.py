@@ -21,8 +21,9 @@ from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.doctor.agreement import agreement
-from ldm.doctor.cost import Cost, elsewhere, measure_cost
+from ldm.doctor.cost import Cost, measure_cost
 from ldm.doctor.findings import Finding, report
+from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
@@ -221,11 +222,15 @@ def cost_findings(config: StageConfig | AutoencoderConfig, cost: Cost, pictures:
     price = told.price_per_hour if told is not None and told.gpu_tflops is None else None
     fault = cost.memory_fault()
     numbers = {"steps": plan.steps, "step_seconds": cost.step_seconds, "seconds": cost.seconds(plan)}
-    numbers |= {"step_flops": cost.step_flops, "memory_bytes": cost.memory.total}
+    numbers |= {
+        "step_flops": cost.step_flops,
+        "step_operations": cost.step_operations,
+        "memory_bytes": cost.memory.total,
+    }
     text = "; ".join(filter(None, [cost.text(plan, price), fault]))
     yield Finding("cost", fault is None, text, numbers=numbers)
     if told is not None and (told.gpu_tflops is not None or told.gpu_memory_gib is not None):
-        there = elsewhere(cost, plan, told)
+        there = forecast(cost, plan, told)
         told_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
         numbers = {name: number for name, number in told_numbers.items() if number is not None}
         yield Finding("another machine", there.fits is not False, there.text, numbers=numbers)
