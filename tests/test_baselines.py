@@ -7,6 +7,7 @@ import pytest
 
 from ldm.evaluation.baselines import (
     derangement,
+    exchanged_captions,
     nearest_training_captions,
 )
 
@@ -88,3 +89,14 @@ def test_a_derangement_gives_no_caption_another_one_of_its_own_picture() -> None
 def test_a_derangement_that_cannot_be_is_refused(own: list[int]) -> None:
     with pytest.raises(ValueError, match="at most half may"):
         derangement(np.array(own, np.int64))
+
+
+def test_exchanged_captions_are_the_same_ones_and_none_is_anyones_own() -> None:
+    captions = ["red cat", "red cat", "blue dog", "green fox", "red cat", "old hat", "new hat"]
+    exchanged = exchanged_captions(captions, seed=3)
+    assert sorted(exchanged) == sorted(captions)
+    assert all(other != own for other, own in zip(exchanged, captions, strict=True))
+    assert exchanged == exchanged_captions(captions, seed=3)
+    assert len({tuple(exchanged_captions(captions, seed)) for seed in range(9)}) > 1
+    with pytest.raises(ValueError, match="half"):
+        exchanged_captions(["red cat", "red cat", "red cat", "blue dog"])

@@ -29,6 +29,7 @@ from ldm.doctor.overfit import Overfit, drawn, restored
 from ldm.doctor.plan import Plan
 from ldm.models.scheduler import build_scheduler
 from ldm.objective import Objective
+from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 
 from .test_objective import SOUND
@@ -182,6 +183,19 @@ def test_an_autoencoder_passes_and_a_dead_one_does_not(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["doctor"]
     report, code = examine(monkeypatch, train_vae.main, tmp_path / "b", *AUTOENCODER, "--optim.learning_rate", "1e-9")
     assert (wrong(report), code) == (["overfits one batch"], 1)
+
+
+def test_what_the_alarms_say_before_a_training_is_wrong_for_the_doctor_too(monkeypatch):
+    faults = [(SCALE, "has a finding of its own"), ("guidance", "dropout is 0")]
+    monkeypatch.setattr(examination, "faults_before", lambda *given: faults)
+    validation = SimpleNamespace(truncation=SimpleNamespace(captions=0.25, tokens=0.125))
+    found = examination.conditions(None, validation, None)
+    assert not found.ok
+    assert found.text == (
+        "25.0% of the training captions and 12.5% of their tokens are cut off; guidance: dropout is 0"
+    )
+    monkeypatch.setattr(examination, "faults_before", lambda *given: faults[:1])
+    assert examination.conditions(None, validation, None).ok
 
 
 def test_it_runs_in_one_process_and_empties_its_own_folder_only(tmp_path, monkeypatch):

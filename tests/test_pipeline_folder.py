@@ -7,12 +7,14 @@ import sys
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 
+from ldm.models.pipeline import image_size, load_pipeline
 from pipelines.text2img import TextToImagePipeline
-from tests.tiny_pipeline import FLOW, arrays, pipeline
+from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, unet
 
 
 class Absent:
@@ -71,3 +73,33 @@ def test_folder_loads_as_the_stock_pipeline_and_as_ours_without_this_project(tmp
             assert str(tmp_path) not in text, file
             assert file.suffix == ".py" or "_name_or_path" not in text, file
     assert (first / "pipeline.py").read_bytes() == (second / "pipeline.py").read_bytes()
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="none: no folder of a pipeline, and the Hub gave none: "):
+        load_pipeline(str(tmp_path / "none"), False)
+
+
+class Pixels:
+    """A pipeline without an autoencoder."""
+
+    def __init__(self, **components):
+        self.components = components
+
+    def __call__(self, prompt):
+        """Draw."""
+
+
+class Labels(Pixels):
+    def __call__(self, class_labels):
+        """Draw."""
+
+
+def test_the_size_of_what_is_drawn():
+    drawing = pipeline()
+    assert image_size(drawing) == PIXELS
+    network = drawing.unet
+    assert image_size(Pixels(unet=network)) == image_size(Pixels(transformer=network, vae=None)) == 8
+    for wrong in (Labels(unet=network), Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
+        with pytest.raises(ValueError, match="expected a text-to-image pipeline"):
+            image_size(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -16,13 +17,24 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     """Return the pipeline in folder or Hub repository `model`, ``user/name`` or ``user/name@revision``.
 
     As the stock class that ``model_index.json`` names, or with `trust_remote_code` as the folder's own
-    ``pipeline.py``, which runs code that came with the model. Raises ValueError as `checked_pipeline`.
+    ``pipeline.py``, which runs code that came with the model.
+
+    Raises:
+        ValueError: as `checked_pipeline`; or there is no such folder, and no such repository is reached.
+
     """
-    name, revision = checked_pipeline(model, trust_remote_code)
     own: dict[str, Any] = {}
-    if trust_remote_code:
-        own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
-    pipeline = DiffusionPipeline.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own)
+    try:
+        name, revision = checked_pipeline(model, trust_remote_code)
+        if trust_remote_code:
+            own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
+        pipeline = DiffusionPipeline.from_pretrained(
+            name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own
+        )
+    except OSError as error:
+        if (Path(model) / "model_index.json").exists():
+            raise
+        raise ValueError(f"{model}: no folder of a pipeline, and the Hub gave none: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
     return pipeline.to(PartialState().device)
 
