@@ -12,10 +12,10 @@ from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_stage, examined
-from ldm.models.scheduler import build_scheduler
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.alarms import Alarms
+from ldm.training.export import export
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
 from ldm.training.record import run_record
@@ -25,6 +25,7 @@ from ldm.training.run import Run, finishing
 from ldm.training.snapshots import Snapshots
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
+from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 
 STATISTICS_PICTURES = 4096
@@ -53,8 +54,7 @@ def main() -> None:
             encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
             step.remember_captions(images.known_captions())
         train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
-        pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = export(step, config, TextToImagePipeline, PixelPipeline)
 
         validation = Validation(config, images, step, pipeline, run)
         validation.rehearse()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePath
 
@@ -43,26 +44,45 @@ from diffusers import DiffusionPipeline
 
 model = "{name}"
 pipe = DiffusionPipeline.from_pretrained({arguments})
-picture = pipe("a cat", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
-picture.save("a-cat.png")
+picture = pipe({asked}, num_inference_steps={steps}{guided}).images[0]
+picture.save("picture.png")
 ```
 """
 STAGE = """\
-# Text to image
+# {title}
 
-A latent diffusion model that draws pictures of {size} x {size} pixels from captions.
+A {kind} that draws pictures of {size} x {size} pixels {drawn}.
 {picture}
 ## How to load it
 
 {loading}"""
+CAPTIONS = {
+    "title": "Text to image",
+    "drawn": "from captions",
+    "asked": '"a cat"',
+    "told": "Captions of the validation split",
+}
+CLASSES = {
+    "title": "Pictures of classes",
+    "drawn": "of classes, which have numbers",
+    "asked": "class_labels=[0]",
+    "told": "Classes of pictures of the validation split",
+}
+NOTHING = {
+    "title": "Pictures from noise",
+    "drawn": "like those that it was trained on",
+    "asked": "batch_size=1",
+    "told": "Some pictures, none of which has to do with the one beneath it",
+}
+"""What is said of a stage that is told captions, classes, nothing."""
 STAGE_MEASURED = """\
 At step {step}, with the averaged weights: the loss on validation pictures, at most {loss_images}, none of them trained
 on, with the same noise each time, at several noise levels (0: picture, 1: noise) and as their mean.{retrieval}
 """
 STAGE_PICTURE = """
-![generated over true pictures for captions of the validation split](samples.png)
+![generated pictures over true pictures of the validation split](samples.png)
 
-*Captions of the validation split, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
+*{told}, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
 from {seed} on, over the true pictures, which were not trained on.*
 """
 RETRIEVAL = """
@@ -131,14 +151,14 @@ def write_card(model: Path, run: Path, config: StageConfig | AutoencoderConfig, 
     if sheets:
         shutil.copyfile(sheets[-1], model / "samples.png")
     measured_at, metrics = _newest_metrics(run / "metrics.jsonl")
-    results = [_result(stage, data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
+    results = [_result(_task(config), data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     name, licence = _data(data)
     identifier = (licence or "").lower().replace(" ", "-")
     card = ModelCardData(
         license=identifier if identifier in HUB_LICENCES else "other" if licence else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if stage else None,
-        tags=["text-to-image", "latent-diffusion"] if stage else ["autoencoder", "latent-diffusion"],
+        pipeline_tag=_task(config) if stage else None,
+        tags=[_task(config) if stage else "autoencoder", f"{'pixel' if _pixels(config) else 'latent'}-diffusion"],
         datasets=[known] if (known := _hub_data(data)) else None,
         model_name=_called(config.output_dir, model.name) if results else None,
         eval_results=results or None,
@@ -205,14 +225,38 @@ def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> 
     looked, size = config.validation, config.data.image_size
     if isinstance(config, AutoencoderConfig):
         return AUTOENCODER.format(name=name, size=size, picture=AUTOENCODER_PICTURE if picture else "")
-    call = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
+    words = _words(config)
+    call = {
+        "asked": words["asked"],
+        "steps": looked.num_inference_steps,
+        "guided": "" if words["asked"] == NOTHING["asked"] else f", guidance_scale={looked.guidance_scale}",
+    }
     own = STAGE_LOADING.format(name=name, **call, arguments="model, custom_pipeline=model, trust_remote_code=True")
     loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"
-    if config.objective.variational_weight is None:  # the stock pipeline samples no learned variance
+    # the stock pipelines sample no learned variance and know no classes
+    if config.objective.variational_weight is None and config.conditioners.label is None:
         stock = STAGE_LOADING.format(name=name, **call, arguments="model")
         loading = f"With diffusers alone:\n\n{stock}\n{loading}"
-    shown = STAGE_PICTURE.format(**call, count=looked.num_images, seed=config.seed) if picture else ""
-    return STAGE.format(size=size, picture=shown, loading=loading)
+    seen = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
+    shown = STAGE_PICTURE.format(**words, **seen, count=looked.num_images, seed=config.seed) if picture else ""
+    kind = "diffusion model of pixels" if _pixels(config) else "latent diffusion model"
+    return STAGE.format(size=size, picture=shown, loading=loading, kind=kind, **words)
+
+
+def _words(config: StageConfig) -> Mapping[str, str]:
+    """Return what a stage is called, by what it is told."""
+    return CAPTIONS if config.conditioners.text else CLASSES if config.conditioners.label else NOTHING
+
+
+def _task(config: StageConfig | AutoencoderConfig) -> str:
+    """Return the Hub's name for what a model does."""
+    if isinstance(config, AutoencoderConfig):
+        return "image-to-image"
+    return "text-to-image" if config.conditioners.text else "unconditional-image-generation"
+
+
+def _pixels(config: StageConfig | AutoencoderConfig) -> bool:
+    return isinstance(config, StageConfig) and config.space.kind == "pixel"
 
 
 def _measured(config: StageConfig | AutoencoderConfig, step: int, metrics: dict[str, float]) -> str:
@@ -241,10 +285,10 @@ def _metric_name(metric: str) -> str:
     return METRICS.get(metric) or metric.replace("loss_at_", "loss at noise level ")
 
 
-def _result(stage: bool, data: DataConfig, metric: str, value: float) -> EvalResult:
+def _result(task: str, data: DataConfig, metric: str, value: float) -> EvalResult:
     known = _hub_data(data)
     return EvalResult(
-        task_type="text-to-image" if stage else "image-to-image",
+        task_type=task,
         dataset_type=known or data.source,
         dataset_name=known or (_called(data.path, "pictures") if data.path else data.source),
         dataset_split="validation",

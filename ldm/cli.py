@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.average import average
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
-from ldm.models.pipeline import load_pipeline
+from ldm.models.pipeline import load_pipeline, told_by
 from ldm.validate import validate
 
 
@@ -32,7 +33,7 @@ def sample(
     """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
 
     Args:
-        prompts: What to draw, one picture each.
+        prompts: What to draw, one picture each: texts; numbers of classes; or "" of a model that is told nothing.
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         out: Folder for the pictures.
         negative_prompt: What to steer away from.
@@ -49,7 +50,7 @@ def sample(
     written = []
     for number, prompt in enumerate(prompts):
         draw = torch.Generator().manual_seed(seed + number)
-        picture = pipeline(prompt, negative_prompt=negative_prompt or None, generator=draw, **settings).images[0]
+        picture = pipeline(**asked(pipeline, prompt, negative_prompt), generator=draw, **settings).images[0]
         text = PngInfo()
         described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
         for key, value in described.items():
@@ -60,6 +61,16 @@ def sample(
         print(path)
         written.append(path)
     return written
+
+
+def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
+    """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
+    told = told_by(pipeline)
+    if told == "prompt":
+        return {"prompt": prompt, "negative_prompt": negative_prompt or None}
+    if told == "class_labels" and not negative_prompt and (not prompt or prompt.isdecimal()):
+        return {"class_labels": [int(prompt) if prompt else None]}
+    raise ValueError(f"prompts: got {prompt!r}; {type(pipeline).__name__} takes {told} and no text")
 
 
 def slug(text: str) -> str:

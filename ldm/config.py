@@ -92,6 +92,16 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class SamplerConfig:
+    """The scheduler that draws during validation and is saved with the model; any other can take its place later."""
+
+    kind: Literal["dpm_solver", "ddim", "ddpm"] = "dpm_solver"
+    """dpm_solver: DPM-Solver++, 20 to 50 steps, the only one on the flow path; ddim; ddpm: ancestral, hundreds."""
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    """Of ddpm: the posterior's or beta (Ho et al. 2020, section 3.2); learned with objective.variational_weight."""
+
+
+@dataclass(frozen=True)
 class ReconstructionConfig:
     """Autoencoder losses; each is per element of the picture, so the weights do not depend on its size."""
 
@@ -201,6 +211,7 @@ class StageConfig:
     space: SpaceConfig = field(default_factory=SpaceConfig)
     conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

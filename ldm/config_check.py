@@ -17,6 +17,7 @@ from ldm.config import (
     ObjectiveConfig,
     OptimConfig,
     ReconstructionConfig,
+    SamplerConfig,
     SpaceConfig,
     StageConfig,
     ValidationConfig,
@@ -86,6 +87,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "min_snr_gamma": POSITIVE,
         "variational_weight": POSITIVE,
     },
+    SamplerConfig: {},
     ReconstructionConfig: {
         "l1_weight": WEIGHT,
         "l2_weight": WEIGHT,
@@ -195,6 +197,8 @@ def _contradictions(config: Any, path: str) -> Iterator[str]:
         most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
         if steps > most:
             yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
+        if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
+            yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
         if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
             yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
 

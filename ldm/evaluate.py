@@ -33,7 +33,7 @@ from ldm.evaluation.report import Report, Row, Section
 from ldm.evaluation.retrieval import Images, retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
 from ldm.evaluation.subject import Subject
-from ldm.models.pipeline import image_size, load_pipeline
+from ldm.models.pipeline import image_size, load_pipeline, told_by
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 from ldm.places import portable
 from ldm.provenance import hardware, read_provenance, refuse_leak, refuse_teacher, versions
@@ -84,22 +84,24 @@ def evaluate(
         trust_remote_code: Run the pipeline code that came with the model.
 
     """
-    sweeps = {"guidance_scale": guidance_sweep, "num_inference_steps": steps_sweep}
-    values = {setting: numbers(setting, text) for setting, text in sweeps.items() if text is not None}
+    sweeps = ("guidance_scale", guidance_sweep), ("num_inference_steps", steps_sweep)
+    values = {setting: numbers(setting, text) for setting, text in sweeps if text is not None}
     if values and validation_captions is None:
         raise ValueError(f"{next(iter(values))} is chosen on the validation captions: name --validation_captions")
     if variety_prompts and min(variety_prompts, num_images_per_prompt) < 2:
         raise ValueError(f"got {variety_prompts} prompts, {num_images_per_prompt} pictures of each; expected 2 or more")
     measuring = Evaluation(model, data, captions, validation_captions, network, trust_remote_code)
-    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if values and measuring.told != "prompt":
+        raise ValueError(f"{next(iter(values))}: sweeps are measured on captions, and {model} is told none")
+    guided = {} if measuring.told == "batch_size" else {"guidance_scale": guidance_scale}
+    call: dict[str, Any] = {"num_inference_steps": num_inference_steps} | guided
     wanted = read_captions(captions)
     parts = measuring.sections(wanted, seed, clip, factors, **call)
-    if variety_prompts:
+    if variety_prompts and measuring.told == "prompt":
         parts.append(measuring.variety(wanted[:variety_prompts], num_images_per_prompt, seed + VARIETY_SEED, **call))
     parts += [measuring.sweep(setting, points, seed, **call) for setting, points in values.items()]
     report = Report("Evaluation", measuring.model_name, measuring.settings(seed, wanted, call), parts)
-    if PartialState().is_main_process:
-        write(report, Path(out), Path(model) if card else None)
+    write(report, Path(out), Path(model) if card else None)
     return report
 
 
@@ -112,6 +114,7 @@ class Evaluation:
         """Raise ValueError if the model, a part of it included, has seen what it is measured on or by."""
         self.model, self.validation = model, validation
         self.pipeline = load_pipeline(model, trust_remote_code)
+        self.told = told_by(self.pipeline)
         held_out = {"test": captions} | ({"validation": validation} if validation else {})
         config = source_config(data, image_size=image_size(self.pipeline), held_out=held_out, on_bad_data="skip")
         self.images = CaptionedImages(checked_source(config), config)
@@ -141,6 +144,10 @@ class Evaluation:
     ) -> list[Section]:
         """Return what is measured on one picture of each caption."""
         subject, name = self.subject(captions, seed, **call), self.network.name
+        if self.told != "prompt":
+            said = ["" if told is None else str(told) for told in self.asked(captions)]
+            parts = sections.pictures(subject, said), sections.likeness(subject, name)
+            return [*parts, sections.memorisation(subject, name)]
         found = [sections.retrieval(subject, name)]
         if factors is not None:
             found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
@@ -168,7 +175,7 @@ class Evaluation:
         ]
         return Subject(
             captions=captions,
-            generated=sample_pictures(self.pipeline, captions, seed, **call),
+            generated=sample_pictures(self.pipeline, self.asked(captions), seed, self.told, **call),
             rebuilt=self._rebuilt(self.gallery[own_index]),
             gallery=self.gallery,
             own_index=own_index,
@@ -177,6 +184,14 @@ class Evaluation:
             embed=self.network,
             gallery_features=self.gallery_features,
         )
+
+    def asked(self, captions: Sequence[str]) -> list[Any]:
+        """Return what the pipeline is told of held-out captions: themselves, their pictures' classes, or None."""
+        if self.told == "prompt":
+            return list(captions)
+        label = self.images.source.class_label
+        knows = getattr(self.pipeline, "num_classes", 0)
+        return [label(picture) if knows else None for picture in self.images.pictures_of(captions)]
 
     def _rebuilt(self, pictures: Images) -> Images | None:
         vae = self.pipeline.components.get("vae")
@@ -267,6 +282,8 @@ def pixel_values(pictures: Images) -> Tensor:
 
 def write(report: Report, folder: Path, model: Path | None) -> None:
     """Write a report into `folder` and, where `model` is the folder of a model with a card, into that."""
+    if not PartialState().is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")

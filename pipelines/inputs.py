@@ -86,24 +86,22 @@ def check_inputs(
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise ValueError("give negative_prompt or negative_prompt_embeds, not both")
     whole_number("num_inference_steps", num_inference_steps, *limits.inference_steps)
-    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale <= MAX_GUIDANCE:
-        raise ValueError(
-            f"guidance_scale: got {shown(guidance_scale)}; expected a finite number >= 0 and at most {MAX_GUIDANCE:g} "
-            "(<= 1: no guidance)"
-        )
+    check_guidance(guidance_scale)
     whole_number("num_images_per_prompt", num_images_per_prompt, 1, None)
     if count * num_images_per_prompt > MAX_PICTURES:
         raise ValueError(
             f"num_images_per_prompt: got {shown(num_images_per_prompt)} for {count} prompts; expected at most "
             f"{MAX_PICTURES} pictures in a call"
         )
-    _check_output(limits, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+    check_output(output_type, return_dict)
+    check_callback(callback_on_step_end)
+    _check_tensors(limits, callback_on_step_end_tensor_inputs)
     rows, columns = _latent_size(limits, height, width)
     shape = (count * num_images_per_prompt, limits.latent_channels, rows, columns)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
-    _check_values("latents", latents)
+    check_values("latents", latents)
     return Inputs(
         prompt=prompts,
         negative_prompt=_negatives(negative_prompt, count),
@@ -111,7 +109,7 @@ def check_inputs(
         negative_prompt_embeds=negative_prompt_embeds,
         num_inference_steps=num_inference_steps,
         num_images_per_prompt=num_images_per_prompt,
-        generator=_generators(generator, shape[0]),
+        generator=check_generators(generator, shape[0]),
         latents=latents,
         latents_shape=shape,
         callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
@@ -155,15 +153,55 @@ def shown(value: object) -> str:
         return type(value).__name__
 
 
-def _check_output(
-    limits: Limits, output_type: object, return_dict: object, callback: object, tensors: Sequence[str]
-) -> None:
+def check_guidance(guidance_scale: float) -> None:
+    """Raise ValueError if it is no guidance scale."""
+    if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale <= MAX_GUIDANCE:
+        raise ValueError(
+            f"guidance_scale: got {shown(guidance_scale)}; expected a finite number >= 0 and at most {MAX_GUIDANCE:g} "
+            "(<= 1: no guidance)"
+        )
+
+
+def check_output(output_type: object, return_dict: object) -> None:
+    """Raise ValueError if a pipeline cannot return that."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: got {shown(output_type)}; expected one of {', '.join(OUTPUT_TYPES)}")
     if not isinstance(return_dict, bool):
         raise ValueError(f"return_dict: got {shown(return_dict)}; expected True or False")
+
+
+def check_values(name: str, tensor: torch.Tensor | None) -> None:
+    """Raise ValueError if a tensor has values that are no numbers to go on with."""
+    if tensor is None:
+        return
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{name}: got {tensor.dtype}, {tensor.layout} on {tensor.device}; expected dense floats")
+    if not float(tensor.abs().max()) <= MAX_LATENT:  # NaN is not; as a float, since in float16 infinity is
+        raise ValueError(f"{name}: has values that are NaN, infinite or beyond {MAX_LATENT:g}")
+
+
+def check_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """Return a generator, or a list of one for each picture; ValueError for anything else."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(
+            f"generator: got {type(generator).__name__}; expected torch.Generator().manual_seed(SEED) or a list of them"
+        )
+    if len(generator) != pictures:
+        raise ValueError(f"generator: got a list of {len(generator)} for {pictures} pictures; expected one a picture")
+    return list(generator)
+
+
+def check_callback(callback: object) -> None:
+    """Raise ValueError if it is neither a function nor None."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end: got {shown(callback)}; expected a function")
+
+
+def _check_tensors(limits: Limits, tensors: Sequence[str]) -> None:
     several = isinstance(tensors, list | tuple)
     unknown = (
         [name for name in tensors if not isinstance(name, str) or name not in limits.callback_tensors]
@@ -208,16 +246,7 @@ def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | 
         )
     if prompts not in (None, embeds.shape[0]) or tokens not in (None, embeds.shape[1]):
         raise ValueError(f"{name}: got {tuple(embeds.shape)}; expected {prompts} prompts of {tokens} tokens")
-    _check_values(name, embeds)
-
-
-def _check_values(name: str, tensor: torch.Tensor | None) -> None:
-    if tensor is None:
-        return
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(f"{name}: got {tensor.dtype}, {tensor.layout} on {tensor.device}; expected dense floats")
-    if not float(tensor.abs().max()) <= MAX_LATENT:  # NaN is not; as a float, since in float16 infinity is
-        raise ValueError(f"{name}: has values that are NaN, infinite or beyond {MAX_LATENT:g}")
+    check_values(name, embeds)
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str] | None:
@@ -229,17 +258,3 @@ def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[
     if len(negatives) != count:
         raise ValueError(f"negative_prompt: got {len(negatives)} for {count} prompts; expected one, or one a prompt")
     return negatives
-
-
-def _generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
-) -> torch.Generator | list[torch.Generator] | None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise ValueError(
-            f"generator: got {type(generator).__name__}; expected torch.Generator().manual_seed(SEED) or a list of them"
-        )
-    if len(generator) != pictures:
-        raise ValueError(f"generator: got a list of {len(generator)} for {pictures} pictures; expected one a picture")
-    return list(generator)

@@ -14,6 +14,9 @@ Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]]
 """From step number, timestep and x_t to the x_t to go on with, and whether to stop."""
 
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+"""``callback(pipeline, step, timestep, tensors)``, which returns the tensors it replaces."""
+
 
 def denoise(
     predict: Predict,

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, ClassVar
 
 SIBLING = re.compile(r"^from \.(\w+) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
@@ -37,3 +38,37 @@ def without_path(config: str, **changes: str) -> str:
     values = {**json.loads(config), **changes}
     values.pop("_name_or_path", None)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+# diffusers runs the pipeline.py of every folder in one module, in which it wants to find one pipeline, no earlier one
+for _earlier in [name for name, value in globals().items() if hasattr(value, "_stock")]:
+    del globals()[_earlier]
+
+
+class Portable:
+    """A pipeline whose folder is that of a stock class, with the pipeline's own source in it. A base that comes first.
+
+    ``from_pretrained(folder)`` of `DiffusionPipeline` gives the stock class, ``from_pretrained(folder,
+    custom_pipeline=folder, trust_remote_code=True)`` this one.
+    """
+
+    _stock: ClassVar[str]
+    """Name of the stock class."""
+    _source: ClassVar[str]
+    """Read with the class: diffusers runs a pipeline from a cache file that the next one it loads overwrites."""
+
+    def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write model_index.json, the last file of `save_pretrained`, with this pipeline's source as pipeline.py.
+
+        From the components' config.json goes `_name_or_path`, the folder that they were once loaded from.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pipeline.py").write_text(self._source, encoding="utf-8")
+        for file in folder.glob("*/config.json"):
+            file.write_text(without_path(file.read_text(encoding="utf-8")), encoding="utf-8")
+        super().save_config(folder, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """Return model_index.json's text, which names the stock class."""
+        return without_path(super().to_json_string(), _class_name=self._stock)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Text to image, in the layout of Stable Diffusion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +14,13 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 
 from .inputs import Inputs, Limits, check_inputs, texts
 from .prompts import encode
-from .sampling import both, denoise, guided_output
+from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
-from .source import single_file, without_path
-
-StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
-"""``callback(pipeline, step, timestep, tensors)``, which returns the tensors it replaces."""
+from .source import Portable, single_file
 
 
 class TextToImagePipeline(
+    Portable,
     DiffusionPipeline,  # type: ignore[misc]
     TextualInversionLoaderMixin,  # type: ignore[misc]
     StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
@@ -43,7 +41,7 @@ class TextToImagePipeline(
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "image_encoder"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    # Read with the class: diffusers runs a pipeline from a cache file that the next one it loads overwrites.
+    _stock: ClassVar[str] = "StableDiffusionPipeline"
     _source: ClassVar[str] = single_file(Path(__file__))
 
     def __init__(
@@ -184,22 +182,6 @@ class TextToImagePipeline(
             negative_prompt_embeds = self._encode("negative_prompt", negatives, prompt_embeds.shape[1], device)
             negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
         return ready(prompt_embeds), ready(negative_prompt_embeds)
-
-    def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write model_index.json, the last file of `save_pretrained`, with this pipeline's source as pipeline.py.
-
-        From the components' config.json goes `_name_or_path`, the folder that they were once loaded from.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "pipeline.py").write_text(self._source, encoding="utf-8")
-        for file in folder.glob("*/config.json"):
-            file.write_text(without_path(file.read_text(encoding="utf-8")), encoding="utf-8")
-        super().save_config(folder, **kwargs)
-
-    def to_json_string(self) -> str:
-        """Return model_index.json's text, which names the stock class."""
-        return without_path(super().to_json_string(), _class_name="StableDiffusionPipeline")
 
     def _encode(self, name: str, prompts: list[str], length: int | None, device: torch.device) -> torch.Tensor:
         if self.tokenizer is None or self.text_encoder is None:

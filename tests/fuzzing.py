@@ -37,10 +37,10 @@ from ldm.data.sources import build_source, source_config
 from ldm.evaluation.pictures import contact_sheet
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
-from ldm.models.scheduler import build_scheduler
 from ldm.models.text_encoder import train_tokenizer
 from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.export import export
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import planned_steps
 from ldm.training.record import run_record
@@ -49,6 +49,7 @@ from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
 from pipelines import inputs
+from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 
 from . import tiny_pipeline
@@ -361,8 +362,7 @@ def prepare(config, bench, name):
         step = DiffusionStep(stage, run, config.optim.ema_decay)
     rehearse(step, images, config)
     if isinstance(config, StageConfig) and name == "stable diffusion":
-        pipeline = TextToImagePipeline(**step.pipeline_components(), scheduler=build_scheduler(config.objective))
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = export(step, config, TextToImagePipeline, PixelPipeline)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
         Validation(config_, images, step, pipeline, run).rehearse()
     json.dumps(run_record(config, images))

@@ -157,8 +157,8 @@ def test_the_pipeline_is_loaded_as_the_card_says(run, monkeypatch):
     for snippet in (stock, own):
         left = {}
         exec(snippet, left)  # noqa: S102
-        assert Image.open(run / "a-cat.png").size == (PIXELS, PIXELS)
-        (run / "a-cat.png").unlink()
+        assert Image.open(run / "picture.png").size == (PIXELS, PIXELS)
+        (run / "picture.png").unlink()
         kinds.append(type(left["pipe"]).__name__)
     assert kinds == ["StableDiffusionPipeline", "TextToImagePipeline"]
 

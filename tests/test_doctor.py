@@ -29,6 +29,7 @@ from ldm.doctor.overfit import Overfit, drawn, restored
 from ldm.doctor.plan import Plan
 from ldm.models.scheduler import build_scheduler
 from ldm.objective import Objective
+from ldm.training import export as export_module
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 
@@ -128,10 +129,10 @@ def test_a_learning_rate_that_teaches_nothing_is_found_by_the_overfit_alone(rate
 
 
 def test_another_scheduler_is_found_by_the_agreement_alone(tmp_path, monkeypatch):
-    def other(config):
+    def other(config, sampler, clips):
         return build_scheduler(ObjectiveConfig("flow", "sample"))
 
-    monkeypatch.setattr(train_text2img, "build_scheduler", other)
+    monkeypatch.setattr(export_module, "build_scheduler", other)
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE)
     assert (wrong(report), code) == (["objective and scheduler"], 1)
 

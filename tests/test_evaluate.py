@@ -107,6 +107,21 @@ def test_a_stock_pipeline_is_measured_alike(evaluated, place, tmp_path):
     assert not (place / "stock" / "README.md").exists()
 
 
+def test_a_model_that_is_told_nothing_is_measured_by_its_pictures(place, tmp_path):
+    more = ("--guidance_scale", "1")
+    cli.main(words(place, "pixels", tmp_path / "stock", *more))
+    cli.main(words(place, "pixels", tmp_path / "ours", *more, "--trust_remote_code", "true"))
+    (report, stock), (_, ours) = read(tmp_path / "stock"), read(tmp_path / "ours")
+    assert [section["title"] for section in report["sections"]] == [
+        "What does it draw?", "Do its pictures look like true ones?", "Does it copy its training pictures?",
+    ]  # fmt: skip
+    assert stock["KID, clip"]["value"] == pytest.approx(ours["KID, clip"]["value"], abs=1e-4)
+    assert Image.open(tmp_path / "stock" / "samples.png").width > 100
+    with pytest.raises(ValueError, match="sweeps are measured on captions"):
+        evaluate(str(place / "pixels"), str(place / "pictures"), str(place / "heldout.txt"), str(tmp_path),
+                 str(place / "validation.txt"), network=str(place / "clip"), steps_sweep="1,2")  # fmt: skip
+
+
 def test_captions_in_the_training_data_of_the_model_are_refused(place, tmp_path):
     record(place, place / "model" / "training.json", held_out_hash="0" * 32)
     with pytest.raises(ValueError, match="may have seen"):

@@ -25,14 +25,19 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 
-def be_a_stranger(first, second):
-    """Load, save and load again where this project cannot be imported; run in a forked process."""
+def be_without_this_project():
+    """Forget this project, and what other tests have loaded, in a forked process."""
     torch.set_num_threads(1)  # threads do not survive a fork
     gone = ("ldm", "pipelines", "tests", "diffusers_modules")  # the last: other tests' folders have a pipeline.py too
     for name in [name for name in sys.modules if name.split(".")[0] in gone]:
         del sys.modules[name]
     sys.meta_path.insert(0, Absent())
     os.chdir("/")
+
+
+def be_a_stranger(first, second):
+    """Load, save and load again where this project cannot be imported; run in a forked process."""
+    be_without_this_project()
     cache = first.parent / "modules"
     dynamic_modules_utils.HF_MODULES_CACHE = str(cache)
     warnings.simplefilter("error", FutureWarning)
@@ -90,8 +95,8 @@ class Pixels:
         """Draw."""
 
 
-class Labels(Pixels):
-    def __call__(self, class_labels):
+class Words(Pixels):
+    def __call__(self, words):
         """Draw."""
 
 
@@ -100,6 +105,6 @@ def test_the_size_of_what_is_drawn():
     assert image_size(drawing) == PIXELS
     network = drawing.unet
     assert image_size(Pixels(unet=network)) == image_size(Pixels(transformer=network, vae=None)) == 8
-    for wrong in (Labels(unet=network), Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
-        with pytest.raises(ValueError, match="expected a text-to-image pipeline"):
+    for wrong in (Words(unet=network), Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
+        with pytest.raises(ValueError, match="expected a pipeline that does"):
             image_size(wrong)

@@ -12,6 +12,7 @@ from ldm.data.positions import generators
 from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import Moments
 from ldm.stage import build_stage
+from ldm.training.export import export
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
@@ -190,11 +191,11 @@ def test_moments_are_sampled_sample_by_sample():
     assert float(many.std()) == pytest.approx(2, abs=4 * 2 / (2 * 40_000) ** 0.5)
 
 
-def test_a_stage_that_is_told_other_things_makes_no_text_to_image_pipeline(run):
+def test_a_stage_that_no_pipeline_draws_with_is_refused(run):
     pixels = config()
     more = {"label": LabelConfig(3)}
     with_class = replace(pixels, conditioners=ConditionersConfig(text=TEXT, **more))
     for one in (pixels, with_class):
         step = DiffusionStep(build_stage(one, CAPTIONS), run, 0.9)
-        with pytest.raises(ValueError, match="needs space"):
-            step.pipeline_components()
+        with pytest.raises(ValueError, match="no pipeline draws with a UNet2DConditionModel"):
+            export(step, one, None, None)

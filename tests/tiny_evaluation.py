@@ -1,13 +1,14 @@
-"""Everything that an evaluation needs, tiny: pictures, held-out captions, factors, two pipelines, a CLIP."""
+"""Everything that an evaluation needs, tiny: pictures, held-out captions, factors, three pipelines, a CLIP."""
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from ldm.config import ObjectiveConfig
 from ldm.models.scheduler import build_scheduler
 from ldm.models.text_encoder import train_tokenizer
+from pipelines.pixels import PixelPipeline
 from tests.picture_folders import noise_picture, write_metadata
 from tests.tiny_pipeline import parts, pipeline
 
@@ -32,6 +33,9 @@ def write_place(folder):
     pipeline(scheduler=build_scheduler(FLOW)).save_pretrained(folder / "model")
     StableDiffusionPipeline(**parts(scheduler=build_scheduler(FLOW))).save_pretrained(folder / "stock")
     torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    denoiser = UNet2DModel(sample_size=16, norm_num_groups=8, **blocks)
+    PixelPipeline(denoiser, DDPMScheduler()).save_pretrained(folder / "pixels")
     tokenizer = train_tokenizer(captions, 520, 12)
     vision = CLIPVisionConfig(**SIZES, image_size=16, patch_size=8, projection_dim=12)
     text = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}

@@ -83,8 +83,9 @@ def examine_stage(config: StageConfig, step: DiffusionStep, train: PositionDatas
     space, images, folder = step.stage.space, train.images, step.run.folder
 
     def findings() -> Iterator[Finding]:
-        yield unit_scale(step, fixed_batch(train, SCALE_PICTURES))
-        yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
+        if space.networks:  # pixels are what they are
+            yield unit_scale(step, fixed_batch(train, SCALE_PICTURES))
+            yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
         pipeline: Any = validation.pipeline
         yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
         yield conditions(config, validation, train)
@@ -93,7 +94,7 @@ def examine_stage(config: StageConfig, step: DiffusionStep, train: PositionDatas
             yield stage_overfit(config, step, train, validation)
         log.info("measuring steps, a validation and a checkpoint")
         cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
-        yield same_sample(config, pipeline, train, folder)
+        yield same_sample(config, validation, train, folder)
         yield from cost_findings(config, cost, len(train))
 
     report(findings(), folder)
@@ -133,18 +134,12 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
     draws = drawn(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
-        generated = sample_pictures(
-            validation.pipeline,
-            batch.captions,
-            config.seed,
-            num_inference_steps=config.validation.num_inference_steps,
-            guidance_scale=1.0,
-        )
+        generated = validation.sample(validation.told(batch.pictures), guidance_scale=1.0)
     except FloatingPointError as error:
         log.warning("no picture of what was learned: %s", error)
     else:
         true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
-        comparison_sheet(batch.captions, generated, true).save(step.run.folder / "overfit.png")
+        comparison_sheet(validation.said(batch.pictures), generated, true).save(step.run.folder / "overfit.png")
     return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
 
 
@@ -179,18 +174,20 @@ def overfit_finding(config: StageConfig | AutoencoderConfig, found: Overfit, wha
     return Finding("overfits one batch", ok, text if ok else f"{text}; expected less than {most:g}: try {advice}")
 
 
-def same_sample(config: StageConfig, pipeline: Any, train: PositionDataset, folder: Path) -> Finding:
+def same_sample(config: StageConfig, validation: Validation, train: PositionDataset, folder: Path) -> Finding:
     """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same picture of a caption.
 
-    A learned variance is for our class alone, which is then what is loaded. One that cannot be loaded is wrong too.
+    A learned variance and classes are for our class alone, which is then what is loaded. One that cannot be loaded is
+    wrong too.
     """
-    stock = config.objective.variational_weight is None
+    pipeline, told = validation.pipeline, validation.step.told
+    stock = config.objective.variational_weight is None and told == "prompt"
     kind = DiffusionPipeline if stock else type(pipeline)
-    captions = fixed_batch(train, 1).captions
     sample = partial(
         sample_pictures,
-        prompts=captions,
+        prompts=validation.told(fixed_batch(train, 1).pictures),
         seed=config.seed,
+        told=told,
         num_inference_steps=min(config.validation.num_inference_steps, 10),
         guidance_scale=config.validation.guidance_scale,
     )

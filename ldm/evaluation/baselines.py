@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from .measure import Indices
+
+T = TypeVar("T", bound=Hashable)
 
 _WORD = re.compile(r"\w+(?:[-']\w+)*")
 
@@ -68,7 +71,7 @@ def derangement(own_index: Indices, seed: int = 0) -> Indices:
     return result
 
 
-def exchanged_captions(captions: Sequence[str], seed: int = 0) -> list[str]:
+def exchanged_captions(captions: Sequence[T], seed: int = 0) -> list[T]:
     """Return the captions in another order, fixed by the seed, in which nobody keeps theirs or one of the same words.
 
     Raises ValueError where more than half of them are the same.

@@ -17,8 +17,13 @@ CHUNK = 50
 """Pictures that are drawn in one call of the pipeline."""
 
 
-def sample_pictures(pipeline: Callable[..., Any], prompts: Sequence[str], seed: int, **call: Any) -> Images:
+def sample_pictures(
+    pipeline: Callable[..., Any], prompts: Sequence[Any], seed: int, told: str = "prompt", **call: Any
+) -> Images:
     """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are.
+
+    told: the pipeline's keyword that takes the prompts, which may be others than texts: ``class_labels``; or
+    ``batch_size``, which takes their number.
 
     Several processes share the prompts out by whole calls of the pipeline, so that what is drawn does not depend on
     their number; each returns all pictures. All of them must call it.
@@ -30,7 +35,8 @@ def sample_pictures(pipeline: Callable[..., Any], prompts: Sequence[str], seed: 
     quiet = len(mine) < 2 or not state.is_main_process
     for start, part in tqdm(mine, desc=f"drawing {len(prompts)} pictures", unit="call", disable=quiet, leave=False):
         draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        pictures = pipeline(prompt=part, generator=draws, output_type="np", **call).images
+        asked = {told: len(part) if told == "batch_size" else part}
+        pictures = pipeline(**asked, generator=draws, output_type="np", **call).images
         drawn.append((start, (np.asarray(pictures) * 255).round().astype(np.uint8)))
     parts = dict(gather_object(drawn))
     return np.concatenate([parts[start] for start, _ in chunks])

@@ -39,20 +39,38 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     return pipeline.to(PartialState().device)
 
 
+TOLD = ("prompt", "class_labels", "batch_size")
+
+
+def told_by(pipeline: Any) -> str:
+    """Return the keyword of a pipeline that says what to draw: of `TOLD`, of which the last says only how much.
+
+    Raises:
+        ValueError: it takes none of them.
+
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    found = next((told for told in TOLD if told in takes), None)
+    if found is None:
+        raise ValueError(f"{type(pipeline).__name__} takes none of {', '.join(TOLD)}; expected a pipeline that does")
+    return found
+
+
 def image_size(pipeline: Any) -> int:
     """Return the pixels, height and width, of the pictures that a pipeline draws if it is not told.
 
     Raises:
-        ValueError: it takes no prompt, or has no denoiser that says its size.
+        ValueError: it has no denoiser that says its size; as `told_by`.
 
     """
+    told_by(pipeline)
     parts = pipeline.components
     denoiser = parts.get("unet") or parts.get("transformer")
     size = denoiser.config.get("sample_size") if denoiser is not None else None
-    if size is None or "prompt" not in inspect.signature(pipeline.__call__).parameters:
+    if size is None:
         raise ValueError(
-            f"{type(pipeline).__name__} does not draw pictures from prompts with a unet or transformer of a known "
-            "sample_size; expected a text-to-image pipeline"
+            f"{type(pipeline).__name__} does not draw pictures with a unet or transformer of a known sample_size; "
+            "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]
     return pixels if parts.get("vae") is None else pixels * downsampling_factor(parts["vae"])

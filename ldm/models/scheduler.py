@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import Any, cast, get_args
 
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from ldm.config import ObjectiveConfig, PredictionType
+from ldm.config import ObjectiveConfig, PredictionType, SamplerConfig
 from ldm.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse_unsound
 
+DPM_SOLVER = SamplerConfig()
 
-def build_scheduler(config: ObjectiveConfig) -> DPMSolverMultistepScheduler:
+
+def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clips: bool = False) -> Any:
     """Return the sampling scheduler of the noise path and prediction type that config trains.
 
-    DPM-Solver++ (Lu et al. 2022), second order: one class for every sound combination, flow included, and any
-    stock pipeline takes it. DDIM knows no flow prediction, and where the number of inference steps does not
-    divide num_train_timesteps each of its steps ends at another noise level than the next one starts from.
+    dpm_solver: DPM-Solver++ (Lu et al. 2022), second order: one class for every sound combination, flow included, and
+    any stock pipeline takes it. DDIM knows no flow prediction, and where the number of inference steps does not
+    divide num_train_timesteps each of its steps ends at another noise level than the next one starts from. ddpm:
+    Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one.
+
+    clips: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
 
     ValueError if the combination is unsound, as in training. Two limits of diffusers on the discrete paths:
     more inference steps than num_train_timesteps give NaN, and a few odd numbers of them (61, 103, 121, ...)
@@ -24,6 +29,8 @@ def build_scheduler(config: ObjectiveConfig) -> DPMSolverMultistepScheduler:
     refuse_unsound(config)
     steps = config.num_train_timesteps
     if config.path == "flow":
+        if sampler.kind != "dpm_solver":
+            raise ValueError(f"sampler.kind {sampler.kind} knows no flow path; expected dpm_solver")
         return DPMSolverMultistepScheduler(
             num_train_timesteps=steps,
             prediction_type=config.prediction_type,
@@ -31,16 +38,23 @@ def build_scheduler(config: ObjectiveConfig) -> DPMSolverMultistepScheduler:
             flow_shift=1.0,
             final_sigmas_type="zero",
         )
-    betas: dict[str, str | float] = {"beta_schedule": "squaredcos_cap_v2"}
+    common: dict[str, Any] = {
+        "num_train_timesteps": steps,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "timestep_spacing": "trailing",  # from the last step on, as zero terminal SNR needs (Lin et al. 2024)
+        "beta_schedule": "squaredcos_cap_v2",
+    }
     if config.path in BETAS:
         first, last = (beta * 1000 / steps for beta in BETAS[config.path])
-        betas = {"beta_schedule": config.path, "beta_start": first, "beta_end": last}
+        common |= {"beta_schedule": config.path, "beta_start": first, "beta_end": last}
+    if sampler.kind == "ddim":
+        return DDIMScheduler(**common, clip_sample=clips)
+    if sampler.kind == "ddpm":
+        variance = sampler.variance if config.variational_weight is None else "learned_range"
+        return DDPMScheduler(**common, clip_sample=clips, variance_type=variance)
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=steps,
-        prediction_type=config.prediction_type,
-        **betas,
-        rescale_betas_zero_snr=config.zero_terminal_snr,
-        timestep_spacing="trailing",  # from the last step on, as zero terminal SNR needs (Lin et al. 2024)
+        **common,
         final_sigmas_type="zero",
         # An error of the predicted noise is one of x0 times sigma / alpha, which is 20,000 at the end of the
         # cosine path: start where it is 164 (diffusers' advice; the linear path ends at 157).

@@ -98,7 +98,7 @@ class Alarms:
 def faults_before(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
     """Yield name and sentence of each alarm that shows before the first step."""
     scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
-    if not scale.unit:
+    if not scale.unit and config.space.kind != "pixel":  # pictures are as they are
         yield (
             SCALE,
             f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out pictures before step 1, where noise has "
@@ -114,7 +114,16 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             "same text",
         )
     captions = validation.images.source.captions
-    if difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
+    if validation.step.told != "prompt":
+        label = config.conditioners.label
+        if label is not None and label.dropout == 0 and guidance > 1:
+            yield (
+                NULL,
+                f"conditioners.label.dropout is 0 and validation.guidance_scale is {guidance:g}: guidance leads away "
+                "from the null class, which the denoiser is never shown; set a dropout, 0.1 is usual, or "
+                "validation.guidance_scale to 1",
+            )
+    elif difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
         yield (
             NULL,
             "conditioners.text.dropout is 0, no picture is without a caption, and validation.guidance_scale is "

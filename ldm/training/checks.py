@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,9 +68,9 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
 
     Training's null is what the denoiser is told for dropped captions of `batch`, the pipeline's what `encode_prompt`
     makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
-    their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``).
+    their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    conditioner = step.averaged.conditioners["text"]
+    conditioner = dict(step.averaged.conditioners.items()).get("text")
     if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
@@ -99,18 +99,26 @@ def conditional_gain(
 ) -> Gain | None:
     """Return the averaged model's gain from the captions of a batch, with fixed noise, at noise levels in (0, 1).
 
-    losses: those with the right captions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples
-    without a caption are left out. None if fewer than two remain, or more than half of them have the same caption.
+    Of a model that is told classes instead, from those. losses: those with the right captions, as
+    `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a caption are left out. None if fewer
+    than two remain, or more than half of them have the same caption.
     """
-    told = [row for row, caption in enumerate(batch.captions) if caption]
-    captions = list(batch.captions)
-    own = [captions[row] for row in told]
+    values: list[Any] = list(batch.captions)
+    if step.told != "prompt":
+        knows = batch.class_labels is not None and "label" in step.stage.model.conditioners
+        values = cast(Tensor, batch.class_labels).tolist() if knows else []
+    told = [row for row, value in enumerate(values) if value != ""]
+    own = [values[row] for row in told]
     if not own or max(Counter(own).values()) * 2 > len(own):
         return None
     for row, other in zip(told, exchanged_captions(own), strict=True):
-        captions[row] = other
+        values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
-    gains = (step.held_out_losses(replace(batch, captions=captions), levels) - losses)[:, told].double()
+    if step.told == "prompt":
+        exchanged = replace(batch, captions=values)
+    else:
+        exchanged = replace(batch, class_labels=torch.tensor(values))
+    gains = (step.held_out_losses(exchanged, levels) - losses)[:, told].double()
     error = float(gains.mean(0).std()) / math.sqrt(len(told))
     return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

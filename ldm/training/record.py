@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "loop.validate_every_steps",
     "loop.trackers",
     "validation.",
+    "sampler",
 )
 """What a run can be resumed with other values of: the weights it arrives at do not depend on it, or it is their end."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ldm.conditioners.text import KEYWORDS, TextConditioner
+from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Inputs
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
@@ -28,7 +28,7 @@ from ldm.reconstruction import (
     negative_log_likelihood,
     reconstruction_error,
 )
-from ldm.spaces import LatentSpace, Moments
+from ldm.spaces import Moments
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.run import Run
@@ -75,24 +75,10 @@ class DiffusionStep:
             if isinstance(conditioner, TextConditioner) and conditioner.frozen:
                 conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
 
-    def pipeline_components(self) -> dict[str, Any]:
-        """Return what the text-to-image pipeline is made of, but the scheduler: the averaged weights, live.
-
-        Raises ValueError if the denoiser is told more than that pipeline can tell it, or works in another space.
-        """
-        space, conditioners = self.stage.space, self.averaged.conditioners
-        text = conditioners["text"] if list(conditioners) == ["text"] else None
-        if not isinstance(space, LatentSpace) or not isinstance(text, TextConditioner) or text.keywords != KEYWORDS:
-            raise ValueError(
-                "a text-to-image pipeline needs space.kind: latent and conditioners.text, no other conditioner and no "
-                "other conditioners.text.keywords"
-            )
-        return {
-            "vae": space.autoencoder,
-            "text_encoder": text.text_encoder,
-            "tokenizer": text.tokenizer,
-            "unet": self.averaged.denoiser,
-        }
+    @property
+    def told(self) -> str:
+        """The keyword of the pipeline that says what to draw: ``prompt`` or ``class_labels``, None for no class."""
+        return "prompt" if "text" in self.stage.model.conditioners else "class_labels"
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; every draw comes from its sample's position."""

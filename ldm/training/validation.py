@@ -44,7 +44,9 @@ class Validation:
 
     @cached_property
     def truncation(self) -> Truncation:
-        """What the tokenizer cuts of the training captions."""
+        """What the tokenizer cuts of the training captions; nothing where there is none."""
+        if self.step.told != "prompt":
+            return Truncation(0.0, 0.0)
         return truncation(self.pipeline.tokenizer, self.images.captions("train"))
 
     @cached_property
@@ -69,7 +71,8 @@ class Validation:
             return {}
 
         with explained("validation or denoiser.sample_size"):
-            found = self._sample([""], callback_on_step_end=stop).shape[1:3]
+            nothing = "" if self.step.told == "prompt" else None
+            found = self.sample([nothing], callback_on_step_end=stop).shape[1:3]
         if found != (size, size):
             raise ConfigError(
                 f"denoiser.sample_size: pictures are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
@@ -80,18 +83,15 @@ class Validation:
         """Measure, log, draw."""
         metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
-        pictures = [picture for picture in self.pictures if self.images.source.captions(picture)][:count]
-        captions = [self.images.source.captions(picture)[0] for picture in pictures]
-        if captions and self.config.retrieval_images:
-            generated = self._sample(captions)
-            gallery, place = self._gallery
-            ranks = retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures]))
-            metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
-        elif captions:
-            generated = self._sample(captions)
-        if captions:
+        pictures = [picture for picture in self.pictures if self.told([picture]) != [""]][:count]
+        if pictures:
+            generated = self.sample(self.told(pictures))
+            if self.config.retrieval_images and self.step.told == "prompt":
+                gallery, place = self._gallery
+                ranks = retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures]))
+                metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
             true = np.stack([np.asarray(self.images.image(picture)) for picture in pictures[: self.config.num_images]])
-            sheet = comparison_sheet(captions[: len(true)], generated[: len(true)], true)
+            sheet = comparison_sheet(self.said(pictures[: len(true)]), generated[: len(true)], true)
             self.run.log_picture("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -113,17 +113,29 @@ class Validation:
                 **_by_level("conditional_gain/at", gain.by_level),
             }
         metrics |= {"latents/mean": self.scale.mean, "latents/std": self.scale.std}
+        if self.step.told != "prompt":
+            return metrics
         return metrics | {"captions/cut": self.truncation.captions, "captions/cut_tokens": self.truncation.tokens}
 
-    def _sample(self, captions: Sequence[str], **more: Any) -> NDArray[np.uint8]:
-        return sample_pictures(
-            self.pipeline,
-            captions,
-            self.seed,
+    def told(self, pictures: Sequence[int]) -> list[Any]:
+        """Return what the denoiser is told of pictures: captions, "" where there is none; or classes, None likewise."""
+        source, conditioners = self.images.source, self.step.stage.model.conditioners
+        if self.step.told == "prompt":
+            return [next(iter(source.captions(picture)), "") for picture in pictures]
+        return [source.class_label(picture) if "label" in conditioners else None for picture in pictures]
+
+    def said(self, pictures: Sequence[int]) -> list[str]:
+        """Return what stands beneath pictures: their caption or class."""
+        return ["" if told is None else str(told) for told in self.told(pictures)]
+
+    def sample(self, told: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
+        """Return a picture of each caption or class, (N, H, W, 3)."""
+        call = {
+            "num_inference_steps": self.config.num_inference_steps,
+            "guidance_scale": self.config.guidance_scale,
             **more,
-            num_inference_steps=self.config.num_inference_steps,
-            guidance_scale=self.config.guidance_scale,
-        )
+        }
+        return sample_pictures(self.pipeline, told, self.seed, self.step.told, **call)
 
 
 def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:

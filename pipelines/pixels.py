@@ -1,0 +1,112 @@
+"""Pictures in pixel space, of classes or of none, in the layout of DDPM."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from .inputs import MAX_PICTURES, check_callback, check_generators, check_guidance, check_output, whole_number
+from .sampling import StepCallback, both, denoise, guided_output
+from .schedulers import check_scheduler, set_timesteps
+from .source import Portable, single_file
+
+
+class PixelPipeline(
+    Portable,
+    DiffusionPipeline,  # type: ignore[misc]
+):
+    """Pictures from noise, as `DDPMPipeline` makes them; of classes, with guidance, if the denoiser knows classes.
+
+    The components are that class's, and it reads a saved folder; but it tells a denoiser no classes, and takes a
+    learned variance only with `DDPMScheduler`. Same components, same generator: same pictures.
+
+    unet: with ``num_class_embeds: N + 1`` it knows N classes, and the last number is the null of guidance.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _stock: ClassVar[str] = "DDPMPipeline"
+    _source: ClassVar[str] = single_file(Path(__file__))
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        if scheduler is not None and unet is not None:
+            check_scheduler(scheduler, unet.config.in_channels, unet.config.out_channels, clips=True)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for; 0: the denoiser knows none."""
+        embeds = self.unet.config.num_class_embeds
+        return 0 if embeds is None else int(embeds) - 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | None] | int | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
+
+        class_labels: None is no class in particular, of which a denoiser without classes knows nothing else.
+        output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
+        guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
+        picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the noisy pictures,
+        and returns others or nothing; it may set `_interrupt`.
+        ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
+        """
+        self._interrupt = False
+        unet = self.unet.config
+        check_scheduler(self.scheduler, unet.in_channels, unet.out_channels, clips=True)
+        check_output(output_type, return_dict)
+        check_callback(callback_on_step_end)
+        check_guidance(guidance_scale)
+        whole_number("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
+        labels = self._labels(class_labels, batch_size)
+        generators = check_generators(generator, len(labels))
+        rows, columns = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+        device = self._execution_device
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
+        shape = (len(labels), unet.in_channels, rows, columns)
+        noise = randn_tensor(shape, generators, device, torch.float32)
+        given = torch.tensor(labels, device=device)
+        if guidance_scale > 1:
+            given = both(torch.full_like(given, self.num_classes), given)
+        kwargs = {"class_labels": given} if self.num_classes else {}
+
+        def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return guided_output(self.unet, self.scheduler, x_t, timestep, guidance_scale, kwargs=kwargs)
+
+        def after_step(step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            if callback_on_step_end is not None:
+                x_t = (callback_on_step_end(self, step, timestep, {"latents": x_t}) or {}).get("latents", x_t)
+            return x_t, self._interrupt
+
+        images = denoise(predict, self.scheduler, noise, timesteps, generators, after_step, self.progress_bar)
+        self.maybe_free_model_hooks()
+        shown = images if output_type == "latent" else self.image_processor.postprocess(images, output_type=output_type)
+        return ImagePipelineOutput(images=shown) if return_dict else (shown,)
+
+    def _labels(self, class_labels: Sequence[int | None] | int | None, batch_size: int) -> list[int]:
+        """Return the number that the denoiser is told for each picture."""
+        whole_number("batch_size", batch_size, 1, MAX_PICTURES)
+        several = isinstance(class_labels, list | tuple)
+        wanted: Sequence[Any] = class_labels if several else [class_labels] * batch_size  # type: ignore[assignment]
+        if not 1 <= len(wanted) <= MAX_PICTURES:
+            raise ValueError(f"class_labels: got {len(wanted)}; expected 1 to {MAX_PICTURES}")
+        for label in wanted:
+            if label is not None and not self.num_classes:
+                raise ValueError("class_labels: the denoiser knows no classes; leave them out")
+            if label is not None:
+                whole_number("class_labels", label, 0, self.num_classes - 1)
+        return [self.num_classes if label is None else int(label) for label in wanted]
