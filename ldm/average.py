@@ -57,6 +57,7 @@ def average(
         rows: list[dict[str, Any]] = []
         for length, folder in [(None, Path(run) / "model"), *folders.items()]:
             measuring = Evaluation(str(folder), data, captions, validation_captions, network, False)
+            measuring.refuse_untold("lengths")
             r_at_1, distance = measuring.headline(validation_captions, seed, **call)
             rows.append({"sigma_rel": length, "model": folder.name, "r_at_1": asdict(r_at_1), "kid": asdict(distance)})
             print(f"{folder.name}: R@1 {r_at_1}, KID {distance}")

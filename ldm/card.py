@@ -229,7 +229,7 @@ def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> 
     call = {
         "asked": words["asked"],
         "steps": looked.num_inference_steps,
-        "guided": "" if words["asked"] == NOTHING["asked"] else f", guidance_scale={looked.guidance_scale}",
+        "guided": "" if words is NOTHING else f", guidance_scale={looked.guidance_scale}",
     }
     own = STAGE_LOADING.format(name=name, **call, arguments="model, custom_pipeline=model, trust_remote_code=True")
     loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"

@@ -97,7 +97,7 @@ class SamplerConfig:
 
     kind: Literal["dpm_solver", "ddim", "ddpm"] = "dpm_solver"
     """dpm_solver: DPM-Solver++, 20 to 50 steps, the only one on the flow path; ddim; ddpm: ancestral, hundreds."""
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
     """Of ddpm: the posterior's or beta (Ho et al. 2020, section 3.2); learned with objective.variational_weight."""
 
 

@@ -199,6 +199,17 @@ def _contradictions(config: Any, path: str) -> Iterator[str]:
             yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
         if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
             yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
+        learned = config.objective.variational_weight is not None
+        if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
+            yield (
+                f"sampler.variance_type: got {config.sampler.variance_type}, which only sampler.kind ddpm without "
+                "objective.variational_weight takes; expected fixed_small, the default"
+            )
+        if config.validation.retrieval_images and config.conditioners.text is None:
+            yield (
+                f"validation.retrieval_images: got {config.validation.retrieval_images} without conditioners.text; "
+                "expected 0: there is no caption to draw"
+            )
         if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
             yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
 

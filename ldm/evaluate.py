@@ -91,8 +91,8 @@ def evaluate(
     if variety_prompts and min(variety_prompts, num_images_per_prompt) < 2:
         raise ValueError(f"got {variety_prompts} prompts, {num_images_per_prompt} pictures of each; expected 2 or more")
     measuring = Evaluation(model, data, captions, validation_captions, network, trust_remote_code)
-    if values and measuring.told != "prompt":
-        raise ValueError(f"{next(iter(values))}: sweeps are measured on captions, and {model} is told none")
+    if values:
+        measuring.refuse_untold("sweeps")
     guided = {} if measuring.told == "batch_size" else {"guidance_scale": guidance_scale}
     call: dict[str, Any] = {"num_inference_steps": num_inference_steps} | guided
     wanted = read_captions(captions)
@@ -124,6 +124,11 @@ class Evaluation:
         self.gallery, self.place = self.images.gallery()
         self.gallery_features = self._gallery_features()
 
+    def refuse_untold(self, what: str) -> None:
+        """Raise ValueError, which says that `what` needs captions, if the model is told none."""
+        if self.told != "prompt":
+            raise ValueError(f"{what} are measured on captions, and {self.model_name} is told none; leave them out")
+
     @property
     def model_name(self) -> str:
         """What the model is called, without where it lies."""
@@ -145,9 +150,8 @@ class Evaluation:
         """Return what is measured on one picture of each caption."""
         subject, name = self.subject(captions, seed, **call), self.network.name
         if self.told != "prompt":
-            said = ["" if told is None else str(told) for told in self.asked(captions)]
-            parts = sections.pictures(subject, said), sections.likeness(subject, name)
-            return [*parts, sections.memorisation(subject, name)]
+            what = sections.drawn(subject)
+            return [what, sections.likeness(subject, name), sections.memorisation(subject, name)]
         found = [sections.retrieval(subject, name)]
         if factors is not None:
             found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
@@ -186,12 +190,8 @@ class Evaluation:
         )
 
     def asked(self, captions: Sequence[str]) -> list[Any]:
-        """Return what the pipeline is told of held-out captions: themselves, their pictures' classes, or None."""
-        if self.told == "prompt":
-            return list(captions)
-        label = self.images.source.class_label
-        knows = getattr(self.pipeline, "num_classes", 0)
-        return [label(picture) if knows else None for picture in self.images.pictures_of(captions)]
+        """Return what the pipeline is told for held-out captions: themselves, or None, no class in particular."""
+        return list(captions) if self.told == "prompt" else [None] * len(captions)
 
     def _rebuilt(self, pictures: Images) -> Images | None:
         vae = self.pipeline.components.get("vae")

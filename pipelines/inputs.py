@@ -101,7 +101,7 @@ def check_inputs(
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
-    check_values("latents", latents)
+    _check_values("latents", latents)
     return Inputs(
         prompt=prompts,
         negative_prompt=_negatives(negative_prompt, count),
@@ -170,8 +170,7 @@ def check_output(output_type: object, return_dict: object) -> None:
         raise ValueError(f"return_dict: got {shown(return_dict)}; expected True or False")
 
 
-def check_values(name: str, tensor: torch.Tensor | None) -> None:
-    """Raise ValueError if a tensor has values that are no numbers to go on with."""
+def _check_values(name: str, tensor: torch.Tensor | None) -> None:
     if tensor is None:
         return
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
@@ -246,7 +245,7 @@ def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | 
         )
     if prompts not in (None, embeds.shape[0]) or tokens not in (None, embeds.shape[1]):
         raise ValueError(f"{name}: got {tuple(embeds.shape)}; expected {prompts} prompts of {tokens} tokens")
-    check_values(name, embeds)
+    _check_values(name, embeds)
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str] | None:

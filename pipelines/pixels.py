@@ -34,7 +34,7 @@ class PixelPipeline(
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         super().__init__()
         if scheduler is not None and unet is not None:
-            check_scheduler(scheduler, unet.config.in_channels, unet.config.out_channels, clips=True)
+            check_scheduler(scheduler, unet.config.in_channels, unet.config.out_channels, may_clip=True)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
@@ -58,16 +58,17 @@ class PixelPipeline(
     ) -> Any:
         """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
 
-        class_labels: None is no class in particular, of which a denoiser without classes knows nothing else.
+        class_labels: whole numbers below `num_classes`; None: no class in particular, all that a denoiser without
+        classes can be asked for.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
-        guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
-        picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the noisy pictures,
-        and returns others or nothing; it may set `_interrupt`.
+        guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
+        list makes picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
+        noisy pictures, and returns others or nothing; it may set `_interrupt`.
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
         self._interrupt = False
         unet = self.unet.config
-        check_scheduler(self.scheduler, unet.in_channels, unet.out_channels, clips=True)
+        check_scheduler(self.scheduler, unet.in_channels, unet.out_channels, may_clip=True)
         check_output(output_type, return_dict)
         check_callback(callback_on_step_end)
         check_guidance(guidance_scale)
@@ -79,13 +80,14 @@ class PixelPipeline(
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         shape = (len(labels), unet.in_channels, rows, columns)
         noise = randn_tensor(shape, generators, device, torch.float32)
-        given = torch.tensor(labels, device=device)
-        if guidance_scale > 1:
-            given = both(torch.full_like(given, self.num_classes), given)
-        kwargs = {"class_labels": given} if self.num_classes else {}
+        kwargs, scale = {}, 1.0  # without classes there is nothing to guide away from
+        if self.num_classes:
+            given, scale = torch.tensor(labels, device=device), guidance_scale
+            null = torch.full_like(given, self.num_classes)
+            kwargs = {"class_labels": both(null, given) if scale > 1 else given}
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return guided_output(self.unet, self.scheduler, x_t, timestep, guidance_scale, kwargs=kwargs)
+            return guided_output(self.unet, self.scheduler, x_t, timestep, scale, kwargs=kwargs)
 
         def after_step(step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback_on_step_end is not None:

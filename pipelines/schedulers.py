@@ -28,11 +28,11 @@ path too, but their samples of 25 steps are several percent off; others are refu
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
-def check_scheduler(scheduler: Any, channels: int, out_channels: int, clips: bool = False) -> None:
+def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: bool = False) -> None:
     """Raise ValueError, with the remedy, if `scheduler` would run but sample wrongly, or not run at all.
 
-    channels, out_channels: of the denoiser; out_channels is ``2 * channels`` with a learned variance. clips: x0 is in
-    [-1, 1], and may be clipped to it.
+    channels, out_channels: of the denoiser; out_channels is ``2 * channels`` with a learned variance. may_clip: x0 is
+    in [-1, 1], as that of pictures, and ``clip_sample`` and ``thresholding`` are right.
     """
     name, config = type(scheduler).__name__, scheduler.config
     path = "flow" if config.get("use_flow_sigmas") else "diffusion"
@@ -51,7 +51,7 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, clips: boo
         )
     known_keys = inspect.signature(type(scheduler).__init__).parameters
     # latents reach well beyond 1
-    wrong = [key for key in ("clip_sample", "thresholding") if config.get(key) and not clips]
+    wrong = [key for key in ("clip_sample", "thresholding") if config.get(key) and not may_clip]
     if path == "flow":
         wrong += [key for key in RESPACINGS if config.get(key)]  # these space ratios sigma / alpha, not sigma
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known_keys:

@@ -256,3 +256,18 @@ def test_sound_configs_pass(bench, name):
 
 def test_a_resume_check_has_steps_for_warm_up_and_for_decay():
     assert STEPS // 2 < 2 * STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (("--sampler.kind", "ddim"), "sampler.kind: got ddim, which knows no objective.path flow"),
+        (("--sampler.variance_type", "fixed_large"), "sampler.variance_type: got fixed_large, which only sampler.kind"),
+        (
+            ("--conditioners.text", "null", "--validation.retrieval_images", "9"),
+            "validation.retrieval_images: got 9 without conditioners.text",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(words, path):
+    assert path in refusal("--objective.path", "flow", "--objective.prediction_type", "flow_prediction", *words)

@@ -65,7 +65,7 @@ def test_sampling_is_algorithm_2(t, variance):
 
 def test_what_is_thought_of_a_picture_is_clipped():
     """As the authors sample (not in the paper): x0 in [-1, 1], and the posterior's mean of that, eq. 7."""
-    scheduler = build_scheduler(LINEAR, SamplerConfig("ddpm"), clips=True)
+    scheduler = build_scheduler(LINEAR, SamplerConfig("ddpm"), clip_sample=True)
     scheduler.set_timesteps(T)
     t = 400
     x_t, output = 2 * torch.ones(1, 3, 2, 2, dtype=torch.float64), -torch.ones(1, 3, 2, 2, dtype=torch.float64)

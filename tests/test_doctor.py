@@ -14,7 +14,7 @@ from torch import nn
 
 import train_text2img
 import train_vae
-from ldm.config import LoopConfig, ObjectiveConfig, OptimConfig
+from ldm.config import LoopConfig, ObjectiveConfig, OptimConfig, SamplerConfig
 from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import Batch
 from ldm.doctor import cost as cost_module
@@ -129,7 +129,7 @@ def test_a_learning_rate_that_teaches_nothing_is_found_by_the_overfit_alone(rate
 
 
 def test_another_scheduler_is_found_by_the_agreement_alone(tmp_path, monkeypatch):
-    def other(config, sampler, clips):
+    def other(config, sampler, clip_sample):
         return build_scheduler(ObjectiveConfig("flow", "sample"))
 
     monkeypatch.setattr(export_module, "build_scheduler", other)
@@ -374,6 +374,25 @@ def test_our_scheduler_agrees_with_every_objective(path, prediction_type, rescal
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)
     finding = agreement(Objective(config), build_scheduler(config), steps)
     assert (finding.ok, finding.warnings) == (True, ()), finding.text
+
+
+@pytest.mark.parametrize("sampler", [("ddim", "fixed_small"), ("ddpm", "fixed_small"), ("ddpm", "fixed_large")])
+@pytest.mark.parametrize("path", ["linear", "scaled_linear", "cosine"])
+def test_the_other_samplers_agree_too(path, sampler):
+    config = ObjectiveConfig(path, "epsilon")
+    scheduler = build_scheduler(config, SamplerConfig(*sampler), clip_sample=True)
+    finding = agreement(Objective(config), scheduler, 50)
+    assert finding.ok, finding.text
+    assert gaussian_std(Objective(config), scheduler, 1000) == pytest.approx(1, abs=0.015)
+    assert scheduler.config.clip_sample, "the one that is asked about stays as it is"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_another_sampler_of_another_objective_is_wrong(sampler):
+    scheduler = build_scheduler(ObjectiveConfig("scaled_linear", "epsilon"), SamplerConfig(sampler))
+    finding = agreement(Objective(ObjectiveConfig("linear", "epsilon")), scheduler, 50)
+    assert not finding.ok
+    assert "the levels may differ by" in finding.text
 
 
 @pytest.mark.parametrize("path", ["scaled_linear", "flow"])

@@ -74,6 +74,13 @@ def test_a_class_is_drawn_with_guidance_away_from_the_null():
     torch.testing.assert_close(found, x_t, rtol=1e-4, atol=1e-5)
 
 
+def test_without_classes_guidance_costs_nothing_and_changes_nothing():
+    pipe, seen = drawing(), []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+    np.testing.assert_array_equal(arrays(pipe, guidance_scale=3.0), arrays(pipe))
+    assert set(seen) == {1}
+
+
 def test_no_class_is_the_null():
     pipe = drawing(CLASSES)
     null = pipe.unet.class_embedding.weight[CLASSES]

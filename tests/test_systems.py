@@ -1,7 +1,8 @@
-"""Every system through the one loop: trained, killed, resumed, looked at, saved, and drawn by strangers."""
+"""Every system through the one loop: trained, killed, resumed, examined, saved, pushed, and drawn by strangers."""
 
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -13,34 +14,72 @@ from PIL import Image
 import train_text2img
 from ldm import cli
 
+from . import coloured_shapes
+from .fake_hub import FakeHub
 from .test_entry import call, killed_at, same_files
 from .test_pipeline_folder import be_without_this_project
 
-SYSTEMS = {"ddpm": "DDPMPipeline"}
-"""Names of configs/tiny, and the class that diffusers loads their folders as."""
+CLASSES = len(coloured_shapes.COLOURS)
+SYSTEMS = {
+    "nothing": ("DDPMPipeline", ()),
+    "classes": (
+        "PixelPipeline",
+        (
+            *("--data.source", "imagefolder", "--data.class_column", "colour", "--data.held_out", "{}"),
+            *("--data.held_out_percent", "10", "--conditioners.label.num_classes", CLASSES),
+            *("--denoiser.num_class_embeds", CLASSES + 1, "--validation.guidance_scale", "2"),
+        ),
+    ),
+}
+"""What configs/tiny/ddpm.yaml is told: the class that the folder is loaded as, and what is changed."""
 
 
-def train(monkeypatch, system, folder, *more):
-    call(train_text2img.main, monkeypatch, "--config", f"configs/tiny/{system}.yaml", "--output_dir", folder, *more)
+def write_classes(folder):
+    """Write shapes whose class is their colour."""
+    rows = []
+    for copy in range(2):
+        for combination, image in zip(coloured_shapes.COMBINATIONS, coloured_shapes.pictures(copy), strict=True):
+            name = f"{copy}-{'-'.join(combination)}.png"
+            image.save(folder / name)
+            rows.append({"file_name": name, "text": "", "colour": coloured_shapes.COLOURS.index(combination[0])})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classes")
+    write_classes(folder)
+    return folder
+
+
+def train(monkeypatch, told, data, folder, *more):
+    words = ("--config", "configs/tiny/ddpm.yaml", "--output_dir", folder, *SYSTEMS[told][1], *more)
+    if told == "classes":
+        words += ("--data.path", data)
+    call(train_text2img.main, monkeypatch, *words)
     return folder / "model"
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
-def trained(request, tmp_path_factory):
+def trained(request, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        return request.param, train(patch, request.param, tmp_path_factory.mktemp("systems") / request.param)
+        return request.param, train(patch, request.param, data, tmp_path_factory.mktemp("systems") / request.param)
 
 
 def metrics(model):
     return [json.loads(line) for line in (model.parent / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_killed_and_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch):
-    system, model = trained
+def own_pipeline(model):
+    return DiffusionPipeline.from_pretrained(model, custom_pipeline=str(model), trust_remote_code=True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkeypatch):
+    told, model = trained
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         killed_at(patch, 27)  # 20 is the last save before it
-        train(patch, system, tmp_path / "again")
-    train(monkeypatch, system, tmp_path / "again")
+        train(patch, told, data, tmp_path / "again")
+    train(monkeypatch, told, data, tmp_path / "again")
     same_files(model, tmp_path / "again" / "model")
     models = model, tmp_path / "again" / "model"
     one, two = ([{**row, "images_per_second": 0} for row in metrics(folder)] for folder in models)
@@ -48,36 +87,90 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch)
 
 
 def test_training_helps_and_leaves_what_people_look_for(trained):
-    _, model = trained
+    told, model = trained
     losses = [row["loss/denoiser"] for row in metrics(model) if "loss/denoiser" in row]
     assert losses[-1] < 0.9 * losses[0]
     assert Image.open(sorted((model.parent / "samples").iterdir())[-1]).width > 100
     assert not (model.parent / "alarms.jsonl").exists()
-    assert "pip" in ModelCard.load(model / "README.md").text
+    measured = metrics(model)[-1]
+    assert ("conditional_gain/mean" in measured) == (told == "classes"), "what classes are worth, where there are any"
+    assert "captions/cut" not in measured
+
+
+def test_guidance_away_from_a_class_that_is_never_shown_is_an_alarm(trained, data, tmp_path, monkeypatch):
+    told, _ = trained
+    more = ("--loop.max_train_steps", "6", "--validation.guidance_scale", "2")
+    undropped = ("--conditioners.label.dropout", "0") if told == "classes" else ()
+    train(monkeypatch, told, data, tmp_path, *more, *undropped)
+    assert (tmp_path / "alarms.jsonl").exists() == (told == "classes")
+    if told == "classes":
+        (alarm,) = map(json.loads, (tmp_path / "alarms.jsonl").read_text().splitlines())
+        assert alarm["sentence"].startswith("conditioners.label.dropout is 0")
+
+
+@pytest.mark.parametrize("kind", ["dpm_solver", "ddim", "ddpm"])
+def test_the_doctor_finds_nothing_wrong(kind, trained, data, tmp_path, monkeypatch):
+    told, _ = trained
+    more = ("--sampler.kind", kind, "--validation.num_inference_steps", "50", "--loop.max_train_steps", "200")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.doctor.overfit.MAX_STEPS", 2)
+        train(monkeypatch, told, data, tmp_path, "--doctor", *more)
+    findings = json.loads((tmp_path / "doctor" / "report.json").read_text())["findings"]
+    assert [finding["name"] for finding in findings if not finding["ok"]] == []
+    assert "objective and scheduler" in {finding["name"] for finding in findings}
 
 
 def drawn_by_a_stranger(model, kind, to):
     be_without_this_project()
-    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model) if kind == "DDPMPipeline" else own_pipeline(model)
     assert type(pipe).__name__ == kind
     pictures = pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np")
     np.save(to, pictures.images)
 
 
 def test_it_is_loaded_and_drawn_where_this_project_is_absent(trained, tmp_path):
-    system, model = trained
+    told, model = trained
     fork = multiprocessing.get_context("fork")
-    stranger = fork.Process(target=drawn_by_a_stranger, args=(model, SYSTEMS[system], tmp_path / "drawn.npy"))
+    stranger = fork.Process(target=drawn_by_a_stranger, args=(model, SYSTEMS[told][0], tmp_path / "drawn.npy"))
     stranger.start()
     stranger.join(120)
     assert stranger.exitcode == 0
-    own = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(model), trust_remote_code=True)
     call = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
-    np.testing.assert_allclose(np.load(tmp_path / "drawn.npy"), own(batch_size=2, **call).images, atol=1e-5)
+    own = own_pipeline(model)(batch_size=2, **call).images
+    np.testing.assert_allclose(np.load(tmp_path / "drawn.npy"), own, atol=1e-5)
+
+
+def test_its_card_says_how_it_is_loaded(trained, monkeypatch):
+    told, model = trained
+    card = ModelCard.load(model / "README.md")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.tags == ["unconditional-image-generation", "pixel-diffusion"]
+    snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(snippets) == (1 if told == "classes" else 2), "the stock pipeline knows no classes"
+    monkeypatch.chdir(model.parent)
+    for snippet in snippets:
+        exec(snippet, {})  # noqa: S102
+        assert Image.open("picture.png").size == (16, 16)
+
+
+def test_it_is_pushed(trained, tmp_path, monkeypatch):
+    with FakeHub() as hub:
+        hub.serve(monkeypatch, tmp_path)
+        cli.main(["push", str(trained[1]), "me/model"])
+        pushed = hub.repositories["me/model"].files
+    assert {"model_index.json", "pipeline.py", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= pushed.keys()
+    assert not {name for name in pushed if "checkpoint" in name or "vae" in name}
 
 
 def test_the_shell_draws_it(trained, tmp_path):
-    (path,) = cli.sample([""], str(trained[1]), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
+    told, model = trained
+    call = {"num_inference_steps": 2, "trust_remote_code": True}
+    (path,) = cli.sample([""], str(model), str(tmp_path), **call)
     assert Image.open(path).size == (16, 16)
     with pytest.raises(ValueError, match="takes class_labels and no text"):
-        cli.sample(["a cat"], str(trained[1]), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
+        cli.sample(["a cat"], str(model), str(tmp_path), **call)
+    if told == "classes":
+        (path,) = cli.sample(["3"], str(model), str(tmp_path), **call)
+        assert Image.open(path).text["prompt"] == "3"
+        with pytest.raises(ValueError, match="--trust_remote_code true"):
+            cli.sample([""], str(model), str(tmp_path), num_inference_steps=2)

@@ -27,7 +27,7 @@ from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
-from ldm.evaluation.pictures import comparison_sheet, image_grid
+from ldm.evaluation.pictures import comparison_sheet, image_grid, written
 from ldm.evaluation.sampling import sample_pictures
 from ldm.training.alarms import SCALE, faults_before
 from ldm.training.autoencoding import reconstruct
@@ -139,7 +139,8 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
         log.warning("no picture of what was learned: %s", error)
     else:
         true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
-        comparison_sheet(validation.said(batch.pictures), generated, true).save(step.run.folder / "overfit.png")
+        sheet = comparison_sheet(written(validation.told(batch.pictures)), generated, true)
+        sheet.save(step.run.folder / "overfit.png")
     return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
 
 

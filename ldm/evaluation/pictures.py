@@ -111,6 +111,11 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
     return sheet
 
 
+def written(told: Sequence[object]) -> list[str]:
+    """Return what stands beneath pictures that were asked for by these captions or classes; nothing for None."""
+    return ["" if one is None else str(one) for one in told]
+
+
 def wrap(caption: str, width: int, font: Font) -> list[str]:
     """Return the caption in lines of at most `width` pixels, at least one; a word that is wider is broken."""
     lines = [""]

@@ -113,9 +113,10 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
     return Section("What are the captions worth?", text, [row], curves)
 
 
-def pictures(subject: Subject, said: Sequence[str]) -> Section:
-    """Return what a model that is told no captions draws; `said` is what it was told instead."""
-    sheet = contact_sheet(said[:SHEET_PICTURES], subject.generated[:SHEET_PICTURES], 8)
+def drawn(subject: Subject) -> Section:
+    """Return what a model draws that is told no captions."""
+    shown = subject.generated[:SHEET_PICTURES]
+    sheet = contact_sheet([""] * len(shown), shown, 8)
     text = f"The first of {len(subject)} pictures, of seeds that follow each other; none was chosen."
     return Section("What does it draw?", text, (), (), [Picture("Generated", "", sheet)])
 

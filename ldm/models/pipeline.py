@@ -40,19 +40,26 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
 
 
 TOLD = ("prompt", "class_labels", "batch_size")
+"""Keywords of diffusers' pipelines that say what to draw, the one that says most first."""
 
 
 def told_by(pipeline: Any) -> str:
     """Return the keyword of a pipeline that says what to draw: of `TOLD`, of which the last says only how much.
 
     Raises:
-        ValueError: it takes none of them.
+        ValueError: it takes none of them; or its denoiser wants classes, which it cannot tell it.
 
     """
     takes = inspect.signature(pipeline.__call__).parameters
     found = next((told for told in TOLD if told in takes), None)
     if found is None:
         raise ValueError(f"{type(pipeline).__name__} takes none of {', '.join(TOLD)}; expected a pipeline that does")
+    denoiser = pipeline.components.get("unet")
+    if found == "batch_size" and denoiser is not None and denoiser.config.get("num_class_embeds") is not None:
+        raise ValueError(
+            f"{type(pipeline).__name__} tells its denoiser no classes: load the folder's own pipeline, "
+            "--trust_remote_code true"
+        )
     return found
 
 

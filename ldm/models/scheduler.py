@@ -12,7 +12,7 @@ from ldm.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse
 DPM_SOLVER = SamplerConfig()
 
 
-def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clips: bool = False) -> Any:
+def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clip_sample: bool = False) -> Any:
     """Return the sampling scheduler of the noise path and prediction type that config trains.
 
     dpm_solver: DPM-Solver++ (Lu et al. 2022), second order: one class for every sound combination, flow included, and
@@ -20,7 +20,7 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     divide num_train_timesteps each of its steps ends at another noise level than the next one starts from. ddpm:
     Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one.
 
-    clips: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
+    clip_sample: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
 
     ValueError if the combination is unsound, as in training. Two limits of diffusers on the discrete paths:
     more inference steps than num_train_timesteps give NaN, and a few odd numbers of them (61, 103, 121, ...)
@@ -49,10 +49,10 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
         first, last = (beta * 1000 / steps for beta in BETAS[config.path])
         common |= {"beta_schedule": config.path, "beta_start": first, "beta_end": last}
     if sampler.kind == "ddim":
-        return DDIMScheduler(**common, clip_sample=clips)
+        return DDIMScheduler(**common, clip_sample=clip_sample)
     if sampler.kind == "ddpm":
-        variance = sampler.variance if config.variational_weight is None else "learned_range"
-        return DDPMScheduler(**common, clip_sample=clips, variance_type=variance)
+        variance = sampler.variance_type if config.variational_weight is None else "learned_range"
+        return DDPMScheduler(**common, clip_sample=clip_sample, variance_type=variance)
     return DPMSolverMultistepScheduler(
         **common,
         final_sigmas_type="zero",

@@ -70,7 +70,7 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
     makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    conditioner = dict(step.averaged.conditioners.items()).get("text")
+    conditioner = step.averaged.conditioners["text"] if step.told == "prompt" else None
     if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
@@ -103,10 +103,11 @@ def conditional_gain(
     `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a caption are left out. None if fewer
     than two remain, or more than half of them have the same caption.
     """
-    values: list[Any] = list(batch.captions)
-    if step.told != "prompt":
-        knows = batch.class_labels is not None and "label" in step.stage.model.conditioners
-        values = cast(Tensor, batch.class_labels).tolist() if knows else []
+    values: list[Any] = []
+    if step.told == "prompt":
+        values = list(batch.captions)
+    elif "label" in step.stage.model.conditioners:
+        values = cast(Tensor, batch.class_labels).tolist()
     told = [row for row, value in enumerate(values) if value != ""]
     own = [values[row] for row in told]
     if not own or max(Counter(own).values()) * 2 > len(own):
@@ -115,10 +116,8 @@ def conditional_gain(
         values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
-    if step.told == "prompt":
-        exchanged = replace(batch, captions=values)
-    else:
-        exchanged = replace(batch, class_labels=torch.tensor(values))
+    changes: dict[str, Any] = {"captions": values} if step.told == "prompt" else {"class_labels": torch.tensor(values)}
+    exchanged = replace(batch, **changes)
     gains = (step.held_out_losses(exchanged, levels) - losses)[:, told].double()
     error = float(gains.mean(0).std()) / math.sqrt(len(told))
     return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

@@ -26,7 +26,7 @@ def export(
 
     """
     space, model, told = step.stage.space, step.averaged, list(step.averaged.conditioners)
-    scheduler = build_scheduler(config.objective, config.sampler, clips=isinstance(space, PixelSpace))
+    scheduler = build_scheduler(config.objective, config.sampler, clip_sample=isinstance(space, PixelSpace))
     text = model.conditioners["text"] if told == ["text"] else None
     pipeline: Any
     if isinstance(space, LatentSpace) and isinstance(text, TextConditioner) and text.keywords == KEYWORDS:

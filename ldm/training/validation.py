@@ -16,7 +16,7 @@ from ldm.config import StageConfig
 from ldm.config_check import ConfigError, explained
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.evaluation.gain import LEVELS
-from ldm.evaluation.pictures import comparison_sheet
+from ldm.evaluation.pictures import comparison_sheet, written
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
 from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
@@ -91,7 +91,7 @@ class Validation:
                 ranks = retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures]))
                 metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
             true = np.stack([np.asarray(self.images.image(picture)) for picture in pictures[: self.config.num_images]])
-            sheet = comparison_sheet(self.said(pictures[: len(true)]), generated[: len(true)], true)
+            sheet = comparison_sheet(written(self.told(pictures[: len(true)])), generated[: len(true)], true)
             self.run.log_picture("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -123,10 +123,6 @@ class Validation:
         if self.step.told == "prompt":
             return [next(iter(source.captions(picture)), "") for picture in pictures]
         return [source.class_label(picture) if "label" in conditioners else None for picture in pictures]
-
-    def said(self, pictures: Sequence[int]) -> list[str]:
-        """Return what stands beneath pictures: their caption or class."""
-        return ["" if told is None else str(told) for told in self.told(pictures)]
 
     def sample(self, told: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
         """Return a picture of each caption or class, (N, H, W, 3)."""
