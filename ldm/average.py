@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm.evaluate import Evaluation, numbers
+from ldm.measurement import Evaluation, numbers
 from ldm.training.model_folder import averaged_model
 
 FILE = "averages.json"
@@ -56,7 +56,7 @@ def average(
         call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         rows: list[dict[str, Any]] = []
         for length, folder in [(None, Path(run) / "model"), *folders.items()]:
-            measuring = Evaluation(str(folder), data, captions, validation_captions, network, False)
+            measuring = Evaluation(str(folder), data, captions, validation_captions, 0, network, False)
             measuring.refuse_untold("lengths")
             r_at_1, distance = measuring.headline(validation_captions, seed, **call)
             rows.append({"sigma_rel": length, "model": folder.name, "r_at_1": asdict(r_at_1), "kid": asdict(distance)})

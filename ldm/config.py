@@ -31,7 +31,7 @@ class DataConfig:
     caption_column: str | None = None
     """None: found by its usual names (text, caption, captions, prompt, ...)."""
     class_column: str | None = None
-    """Column of class numbers, from 0 on, for `conditioners.label`; not for openmoji."""
+    """Column of class numbers, from 0 on, for `conditioners.label`; of openmoji: group, Unicode's nine."""
     on_bad_data: Literal["error", "skip"] = "error"
     """What rows do that cannot be trained on: stop the run before its first step, or are left out and counted."""
     image_size: int = 64
@@ -79,7 +79,8 @@ class ObjectiveConfig:
     """Steps of the discrete paths; the flow path is continuous and only scales its time by it."""
     zero_terminal_snr: bool = False
     """Rescale a discrete path so that its last step is pure noise (Lin et al. 2024)."""
-    timestep_density: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_density: Literal["uniform", "logit_normal", "loss_second_moment"] = "uniform"
+    """logit_normal: Esser et al. 2024; loss_second_moment: for variational_only (Nichol & Dhariwal 2021, eq. 18)."""
     logit_mean: float = 0.0
     """Mean of the logit of the time (0: data, 1: noise) under logit_normal; positive: more noise."""
     logit_std: float = 1.0
@@ -89,6 +90,8 @@ class ObjectiveConfig:
     """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
     0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels, and
     our pipeline samples it, the stock one does not. None: fixed."""
+    variational_only: bool = False
+    """Train the mean by the bound as well, and by nothing else: L_vlb of Nichol & Dhariwal 2021, for likelihoods."""
 
 
 @dataclass(frozen=True)

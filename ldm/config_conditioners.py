@@ -30,6 +30,10 @@ class TextConfig:
     """The denoiser's keyword arguments and the output that each gets; ``added_cond_kwargs.NAME`` is an entry."""
 
 
+UNKNOWN_CLASS = -1
+"""In a batch, of a picture whose class is not known: it trains as if its class were dropped."""
+
+
 @dataclass(frozen=True)
 class LabelConfig:
     """Classes, by number."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
+from ldm.density import Density, build_density
 from ldm.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
-from ldm.variational import variational_term
+from ldm.variational import interpolated_log_variance, variational_term
 
 
 class Predict(Protocol):
@@ -38,15 +39,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         config, gamma = self.config, self.config.min_snr_gamma
-        if config.logit_std <= 0:
-            raise ValueError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
-        if config.timestep_density == "uniform" and (config.logit_mean, config.logit_std) != (0, 1):
-            raise ValueError(
-                "objective.logit_mean and logit_std have no effect on a uniform timestep_density; set "
-                "timestep_density: logit_normal, or leave them out"
-            )
+        self.density  # noqa: B018  refuses what it cannot be built from
         if gamma is not None and gamma <= 0:
             raise ValueError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
+        if config.variational_only and (config.variational_weight is None or gamma is not None):
+            raise ValueError(
+                "objective.variational_only: the loss is the bound of a learned variance; set variational_weight, "
+                "usually 1, and leave min_snr_gamma out"
+            )
         if config.variational_weight is not None:
             if config.variational_weight <= 0:
                 raise ValueError(
@@ -70,28 +70,27 @@ class Objective:
         """The noise path."""
         return build_schedule(self.config)
 
-    def loss(self, predict: Predict, x0: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return `loss_at` random times and noise, shape (B,).
+    @cached_property
+    def density(self) -> Density:
+        """The noise levels that training draws; alone of all here it can learn, see `Density.observe`."""
+        return build_density(self.config)
 
-        Each sample takes its time, then its noise, from its own generator, on the generator's device: they do
+    def loss(self, predict: Predict, x0: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return `loss_at` random noise and levels, by the weight of the density, shape (B,)."""
+        noise, levels = self.draw(x0, generators)
+        return self.density.weight(levels).to(x0.device) * self.loss_at(predict, x0, noise, levels)
+
+    def draw(self, x0: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Return noise, shaped like `x0` and on its device, and noise levels from the density, (B,).
+
+        Each sample takes its level, then its noise, from its own generator, on the generator's device: they do
         not depend on the rest of the batch.
         """
         if len(generators) != len(x0):
             raise ValueError(f"{len(generators)} generators for {len(x0)} samples: each sample takes its own")
-        u, noise = [], []
-        for generator in generators:
-            u.append(self.noise_level(generator))
-            noise.append(torch.randn(x0.shape[1:], generator=generator, device=generator.device))
-        return self.loss_at(predict, x0, torch.stack(noise).to(x0.device), torch.stack(u))
-
-    def noise_level(self, generator: torch.Generator) -> Tensor:
-        """Return one noise level u in [0, 1], shape (), drawn from the timestep density: a sample's first draw."""
-        config = self.config
-        if config.timestep_density == "uniform":
-            return torch.rand((), generator=generator, device=generator.device)
-        # Esser et al. 2024, eq. 19: the logit of the time is normal.
-        normal = torch.randn((), generator=generator, device=generator.device)
-        return (config.logit_mean + config.logit_std * normal).sigmoid()
+        levels = self.density.draw(generators)
+        noise = [torch.randn(x0.shape[1:], generator=each, device=each.device) for each in generators]
+        return torch.stack(noise).to(x0.device), levels
 
     def loss_at(self, predict: Predict, x0: Tensor, noise: Tensor, u: Tensor | float) -> Tensor:
         """Return each sample's weighted squared error, averaged over its elements: float32, shape (B,).
@@ -117,12 +116,14 @@ class Objective:
         loss: Tensor = weight * error.square().flatten(1).mean(1)
         if learned is None:
             return loss
-        # the bound trains the variance alone: on the mean its gradient is noisy (Nichol & Dhariwal 2021, section 3.1)
-        mean_half, values = model_output[:, :channels].detach().float(), model_output[:, channels:].float()
+        mean_half, values = model_output[:, :channels].float(), model_output[:, channels:].float()
+        if not self.config.variational_only:  # it trains the variance alone (Nichol & Dhariwal 2021, section 3.1)
+            mean_half = mean_half.detach()
         predicted_x0, _ = recover(mean_half, x_t, self.config.prediction_type, alpha, sigma)
-        schedule = cast(DiscreteSchedule, self.schedule)
-        bits = variational_term(schedule, x0, x_t, timesteps.to(x0.device), predicted_x0, values, self.grid_step)
-        return loss + learned * bits
+        schedule, timesteps = cast(DiscreteSchedule, self.schedule), timesteps.to(x0.device)
+        log_variance = interpolated_log_variance(schedule, values, timesteps)
+        bits = variational_term(schedule, x0, x_t, timesteps, predicted_x0, log_variance, self.grid_step)
+        return learned * bits + (0 if self.config.variational_only else loss)
 
     def linear_output(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """Return the best model output for an x0 of which only the scale is known, N(0, I): (B, C or 2C, ...).

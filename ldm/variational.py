@@ -23,6 +23,21 @@ def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Te
     return mean, _at(_log_variances(schedule), timesteps, x_t)
 
 
+def fixed_log_variance(schedule: DiscreteSchedule, variance_type: str, timesteps: Tensor, like: Tensor) -> Tensor:
+    """Return the log-variance, (B, 1, ...), of a network that learns none: fixed_small or fixed_large.
+
+    That of `posterior`, or log beta_t (Ho et al. 2020, section 3.2); at timestep 0 that of `posterior` either way, as
+    in Ho et al.'s code, since beta_1 says nothing of data on a grid.
+    """
+    small = _log_variances(schedule)
+    match variance_type:
+        case "fixed_small":
+            return _at(small, timesteps, like)
+        case "fixed_large":
+            return _at(torch.cat([small[:1], schedule.betas[1:].log()]), timesteps, like)
+    raise ValueError(f"variance_type {variance_type!r}: known are fixed_small and fixed_large")
+
+
 def interpolated_log_variance(schedule: DiscreteSchedule, values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the log-variance, shaped like `values`, between its bounds (Nichol & Dhariwal 2021, eq. 15).
 
@@ -63,21 +78,28 @@ def variational_term(
     x_t: Tensor,
     timesteps: Tensor,
     predicted_x0: Tensor,
-    values: Tensor,
+    predicted_log_variance: Tensor,
     grid_step: float,
 ) -> Tensor:
     """Return each sample's term L_t of the bound in bits, averaged over its elements, (B,) (Ho et al. 2020, eq. 5).
 
     KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for timesteps from 1 on, -log p(x0 | x_1) at timestep 0; p has the mean
-    that `predicted_x0` gives and the variance that `values` gives. `grid_step` as in `log_likelihood`.
+    that `predicted_x0` gives, and a variance of the shape of either. `grid_step` as in `log_likelihood`.
     """
     mean, log_variance = posterior(schedule, x0, x_t, timesteps)
     predicted_mean, _ = posterior(schedule, predicted_x0, x_t, timesteps)
-    predicted_log_variance = interpolated_log_variance(schedule, values, timesteps)
     kl = normal_kl(mean, log_variance, predicted_mean, predicted_log_variance)
     decoder = -log_likelihood(x0, predicted_mean, predicted_log_variance, grid_step)
     first = _view(timesteps == 0, x_t)
     return torch.where(first, decoder, kl).flatten(1).mean(1) / math.log(2)
+
+
+def prior_term(schedule: DiscreteSchedule, x0: Tensor) -> Tensor:
+    """Return each sample's L_T in bits, averaged over its elements, (B,): KL(q(x_T | x0) || N(0, I)), eq. 5 there."""
+    kept = schedule.alphas_cumprod[-1].to(x0.dtype)
+    nothing = torch.zeros_like(x0)
+    nats = normal_kl(kept.sqrt() * x0, nothing + (1 - kept).log(), nothing, nothing)
+    return nats.flatten(1).mean(1) / math.log(2)
 
 
 def _log_variances(schedule: DiscreteSchedule) -> Tensor:

@@ -16,7 +16,8 @@ from ldm import cli
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
-from ldm.evaluate import Evaluation, evaluate
+from ldm.evaluate import evaluate
+from ldm.measurement import Evaluation
 from ldm.models.vision import build_feature_network
 from ldm.provenance import Provenance, trained_through
 from tests.tiny_evaluation import COUNT, words, write_place
@@ -118,7 +119,7 @@ def test_a_model_that_is_told_nothing_is_measured_by_its_pictures(place, tmp_pat
     assert stock["KID, clip"]["value"] == pytest.approx(ours["KID, clip"]["value"], abs=1e-4)
     assert Image.open(tmp_path / "stock" / "samples.png").width > 100
     with pytest.raises(ValueError, match="sweeps are measured on captions"):
-        evaluate(str(place / "pixels"), str(place / "pictures"), str(place / "heldout.txt"), str(tmp_path),
+        evaluate(str(place / "pixels"), str(place / "pictures"), str(tmp_path), str(place / "heldout.txt"),
                  str(place / "validation.txt"), network=str(place / "clip"), steps_sweep="1,2")  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):
 
 
 def arguments(place, out):
-    return str(place / "model"), str(place / "pictures"), str(place / "heldout.txt"), str(out)
+    return str(place / "model"), str(place / "pictures"), str(out), str(place / "heldout.txt")
 
 
 def record(place, path, held_out_hash=None, networks=()):
@@ -167,8 +168,9 @@ def record(place, path, held_out_hash=None, networks=()):
 
 
 def test_the_gallery_is_looked_at_once(place, monkeypatch):
-    named = (*arguments(place, "")[:3], None, str(place / "clip"), False)
+    model, data, _, captions = arguments(place, "")
+    named = (model, data, captions, None, 0, str(place / "clip"), False)
     first, known = Evaluation(*named).gallery_features, build_feature_network(str(place / "clip"))
     only_named = SimpleNamespace(name=known.name, sha256=known.sha256, resize=known.resize)  # it cannot be called
-    monkeypatch.setattr("ldm.evaluate.build_feature_network", lambda name: only_named)
+    monkeypatch.setattr("ldm.measurement.build_feature_network", lambda name: only_named)
     np.testing.assert_array_equal(Evaluation(*named).gallery_features, first)

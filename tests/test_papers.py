@@ -10,8 +10,14 @@ from ldm.config import StageConfig
 from ldm.config_file import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PUBLISHED = {"ddpm/paper/cifar10.yaml": 35.7e6}
-"""Parameters of the denoiser. DDPM: Ho et al. 2020, appendix B."""
+PUBLISHED = {
+    "ddpm/paper/cifar10.yaml": 35.7e6,  # Ho et al. 2020, appendix B
+    "improved_ddpm/paper/imagenet64.yaml": 121e6,  # Nichol & Dhariwal 2021, section 6, rounds it to 120 M
+    "improved_ddpm/paper/cifar10_likelihood.yaml": 52.5e6,  # the same network's count in their code
+    "adm/paper/imagenet64.yaml": 296e6,  # Dhariwal & Nichol 2021, table 5
+    "adm/paper/imagenet256.yaml": 554e6,
+}
+"""Parameters of the denoiser."""
 
 
 def test_every_paper_is_counted():

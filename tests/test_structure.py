@@ -20,7 +20,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config_file": {"ldm.config", "ldm.config_check", "ldm.places"},
     "ldm.schedule": {"ldm.config"},
     "ldm.variational": {"ldm.schedule"},
-    "ldm.objective": {"ldm.config", "ldm.schedule", "ldm.variational"},
+    "ldm.density": {"ldm.config"},
+    "ldm.objective": {"ldm.config", "ldm.density", "ldm.schedule", "ldm.variational"},
     "ldm.reconstruction": {"ldm.config"},
     "ldm.provenance": set(),
     "ldm.card": {"ldm.config", "ldm.config_file", "ldm.places", "ldm.provenance"},
@@ -38,8 +39,9 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.objective",
         "ldm.models",
     },
-    "ldm.evaluation": {"ldm.card", "ldm.config", "ldm.models", "ldm.schedule"},
-    "ldm.evaluate": {
+    "ldm.evaluation": {"ldm.card", "ldm.config", "ldm.models", "ldm.schedule", "ldm.variational"},
+    "ldm.evaluate": {"ldm.evaluation", "ldm.measurement"},
+    "ldm.measurement": {
         "ldm.config",
         "ldm.data",
         "ldm.evaluation",
@@ -48,7 +50,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.provenance",
         "ldm.training",
     },
-    "ldm.average": {"ldm.evaluate", "ldm.training"},
+    "ldm.average": {"ldm.measurement", "ldm.training"},
     "ldm.doctor": {
         "ldm.config",
         "ldm.config_check",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.evaluation import sections
+from ldm.evaluation.baselines import nearest_training_captions
 from ldm.evaluation.subject import Subject
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200), "grey": (90, 90, 90)}
@@ -32,15 +33,19 @@ def embed(images):
     return images.reshape(len(images), 8, 4, 8, 4, 3).mean((2, 4)).reshape(len(images), -1).astype(np.float32) / 255
 
 
+def captions(numbers):
+    return [CAPTIONS[number] for number in numbers]
+
+
 def subject(generated, rebuilt=None):
     return Subject(
-        captions=[CAPTIONS[number] for number in HELD_OUT],
+        captions=captions(HELD_OUT),
         generated=generated,
         rebuilt=rebuilt,
         gallery=GALLERY,
         own_index=np.array(HELD_OUT),
-        training_captions=[CAPTIONS[number] for number in TRAINING],
-        training_index=np.array(TRAINING),
+        copied_index=np.array(TRAINING)[nearest_training_captions(captions(HELD_OUT), captions(TRAINING))],
+        training_pictures=np.array(TRAINING),
         embed=embed,
         gallery_features=embed(GALLERY),
     )

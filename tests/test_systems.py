@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_text2img
 from ldm import cli
@@ -20,13 +21,24 @@ from .test_entry import call, killed_at, same_files
 from .test_pipeline_folder import be_without_this_project
 
 CLASSES = len(coloured_shapes.COLOURS)
+FOLDER = ("--data.source", "imagefolder", "--data.held_out", "{}", "--data.held_out_percent", "10")
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SYSTEMS = {
     "nothing": ("DDPMPipeline", ()),
+    "bound": (
+        "PixelPipeline",
+        (
+            *FOLDER,
+            *("--objective.path", "cosine", "--objective.num_train_timesteps", "16", "--denoiser.out_channels", "6"),
+            *("--objective.variational_weight", "1", "--objective.variational_only", "true"),
+            *("--objective.timestep_density", "loss_second_moment", "--validation.num_inference_steps", "4"),
+        ),
+    ),
     "classes": (
         "PixelPipeline",
         (
-            *("--data.source", "imagefolder", "--data.class_column", "colour", "--data.held_out", "{}"),
-            *("--data.held_out_percent", "10", "--conditioners.label.num_classes", CLASSES),
+            *FOLDER,
+            *("--data.class_column", "colour", "--conditioners.label.num_classes", CLASSES),
             *("--denoiser.num_class_embeds", CLASSES + 1, "--validation.guidance_scale", "2"),
         ),
     ),
@@ -54,7 +66,7 @@ def data(tmp_path_factory):
 
 def train(monkeypatch, told, data, folder, *more):
     words = ("--config", "configs/tiny/ddpm.yaml", "--output_dir", folder, *SYSTEMS[told][1], *more)
-    if told == "classes":
+    if told != "nothing":
         words += ("--data.path", data)
     call(train_text2img.main, monkeypatch, *words)
     return folder / "model"
@@ -111,7 +123,8 @@ def test_guidance_away_from_a_class_that_is_never_shown_is_an_alarm(trained, dat
 @pytest.mark.parametrize("kind", ["dpm_solver", "ddim", "ddpm"])
 def test_the_doctor_finds_nothing_wrong(kind, trained, data, tmp_path, monkeypatch):
     told, _ = trained
-    more = ("--sampler.kind", kind, "--validation.num_inference_steps", "50", "--loop.max_train_steps", "200")
+    steps = "16" if told == "bound" else "50"
+    more = ("--sampler.kind", kind, "--validation.num_inference_steps", steps, "--loop.max_train_steps", "200")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.doctor.overfit.MAX_STEPS", 2)
         train(monkeypatch, told, data, tmp_path, "--doctor", *more)
@@ -140,13 +153,43 @@ def test_it_is_loaded_and_drawn_where_this_project_is_absent(trained, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "drawn.npy"), own, atol=1e-5)
 
 
+def test_it_is_measured_on_pictures_held_out_by_their_hash(trained, data, tmp_path):
+    told, model = trained
+    vision = CLIPVisionConfig(**TINY, image_size=16, patch_size=8, projection_dim=12)
+    CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "vision")
+    settings = {
+        "data": data,
+        "held_out_percent": 10,
+        "network": tmp_path / "vision",
+        "num_inference_steps": 2,
+        "num_images_per_prompt": 2,
+        "bound_timesteps": 3,
+        "trust_remote_code": "true",
+        "out": tmp_path,
+    }
+    if told == "classes":
+        settings |= {"class_column": "colour", "classes": "0,2"}
+    command = ["evaluate", str(model), *(str(word) for key, value in settings.items() for word in (f"--{key}", value))]
+    if told == "nothing":  # it was trained on other pictures, and lists of captions were held out
+        with pytest.raises(SystemExit, match="may have seen"):
+            cli.main(command)
+        return
+    cli.main(command)
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for section in report["sections"] for row in section["rows"]}
+    assert 0 < rows["bits per dimension"]["value"] < 30
+    assert rows["bits per dimension"]["beside"].keys() == {"pixel by pixel"}
+    judged = [name for name in rows if name.startswith("class")]
+    assert judged == (["class told apart, vision", "class 0", "class 2"] if told == "classes" else [])
+
+
 def test_its_card_says_how_it_is_loaded(trained, monkeypatch):
     told, model = trained
     card = ModelCard.load(model / "README.md")
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert card.data.tags == ["unconditional-image-generation", "pixel-diffusion"]
     snippets = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert len(snippets) == (1 if told == "classes" else 2), "the stock pipeline knows no classes"
+    assert len(snippets) == (2 if SYSTEMS[told][0] == "DDPMPipeline" else 1), "one for each class that can load it"
     monkeypatch.chdir(model.parent)
     for snippet in snippets:
         exec(snippet, {})  # noqa: S102

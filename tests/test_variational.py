@@ -35,6 +35,11 @@ def noised(x0, noise, timesteps):
     return alpha * x0 + sigma * noise
 
 
+def term(x0, x_t, timesteps, predicted_x0, values, grid_step=PIXEL_STEP):
+    log_variance = interpolated_log_variance(SCHEDULE, values, timesteps)
+    return variational_term(SCHEDULE, x0, x_t, timesteps, predicted_x0, log_variance, grid_step)
+
+
 def test_the_posterior_is_bayes_rule_on_the_two_transitions():
     """q(x_{t-1} | x_t, x0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x0): precisions add."""
     timesteps = torch.arange(1, STEPS)
@@ -94,10 +99,10 @@ def test_a_perfect_prediction_with_the_lower_variance_has_no_divergence():
     timesteps = torch.arange(STEPS)
     x0, noise = tensors()
     x_t = noised(x0, noise, timesteps)
-    bits = variational_term(SCHEDULE, x0, x_t, timesteps, x0, torch.full_like(x0, -1.0), PIXEL_STEP)
+    bits = term(x0, x_t, timesteps, x0, torch.full_like(x0, -1.0))
     assert bits[1:].abs().max() < 1e-6
     assert float(bits[0]) > 0  # the first is a likelihood
-    wider = variational_term(SCHEDULE, x0, x_t, timesteps, x0, torch.ones_like(x0), PIXEL_STEP)
+    wider = term(x0, x_t, timesteps, x0, torch.ones_like(x0))
     ratio = SCHEDULE.betas[1:] / posterior(SCHEDULE, x0, x_t, timesteps)[1][1:].exp().flatten()
     expected = 0.5 * (ratio.log() + 1 / ratio - 1) / math.log(2)  # of two normals with one mean
     assert torch.allclose(wider[1:], expected.float(), atol=1e-5)
@@ -127,9 +132,7 @@ def test_the_best_variance_of_one_point_is_the_lower_bound_and_of_normal_data_th
         x_t = alpha * data + sigma * noise
         predicted = alpha * x_t if best == 1 else data  # E[x0 | x_t]
         values = {
-            value: float(
-                variational_term(SCHEDULE, data, x_t, timesteps, predicted, torch.full_like(data, value), 0).mean()
-            )
+            value: float(term(data, x_t, timesteps, predicted, torch.full_like(data, value), grid_step=0).mean())
             for value in (-1.0, -0.5, 0.0, 0.5, 1.0)
         }
         assert min(values, key=values.get) == best

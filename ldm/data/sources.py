@@ -41,7 +41,7 @@ class Source(Protocol):
         """Return every caption it is known by, also those not chosen: what held-out lists are matched with."""
 
     def class_label(self, index: int) -> int | None:
-        """Return the number of its class, None if the data has none."""
+        """Return the number of its class, `UNKNOWN_CLASS` if it has none of them; None if the data has no classes."""
 
 
 class Subset:
@@ -77,7 +77,7 @@ class Subset:
 def build_source(config: DataConfig) -> Source:
     """Return the pictures that `config` names."""
     if config.source == "openmoji":
-        return OpenMoji(config.image_size, config.languages)
+        return OpenMoji(config.image_size, config.languages, config.class_column)
     if config.path is None:
         raise ValueError(f"data.path: required with data.source {config.source}")
     columns = config.image_column, config.caption_column, config.class_column

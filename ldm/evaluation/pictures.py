@@ -6,8 +6,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 Images = NDArray[np.uint8]
 """Pictures, (N, H, W, 3), RGB in [0, 255]."""
@@ -33,6 +35,11 @@ LINE_HEIGHT = 18
 PAPER = (255, 255, 255)
 LINES = (208, 208, 208)
 INK = (32, 32, 32)
+
+
+def pixel_values(pictures: Images) -> Tensor:
+    """Return the pictures as (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def image_grid(images: Images, columns: int = 8) -> Image.Image:

@@ -13,7 +13,8 @@ from ldm.evaluation.factors import chance, covered, factor_accuracy, families
 from ldm.evaluation.gain import Losses
 from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
-from ldm.evaluation.pictures import comparison_sheet, contact_sheet, labelled_sheet
+from ldm.evaluation.pictures import comparison_sheet, contact_sheet, labelled_sheet, pixel_values
+from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Curve, Picture, Row, Section
 from ldm.evaluation.retrieval import Images, feature_distances, ranks_among, recalls
 from ldm.evaluation.subject import Features, Subject
@@ -151,6 +152,19 @@ def likeness(subject: Subject, network: str) -> Section:
 def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Measure]) -> Row:
     beside = {baseline: measure for baseline, measure in found.items() if baseline != "generated"}
     return Row(name, found["generated"], better, beside)
+
+
+def autoencoder(subject: Subject, rebuilt_pictures: Images, network: str) -> Section:
+    """Return how near the true pictures, (N, S, S, 3), come back from the autoencoder: no denoiser can be better."""
+    true, rebuilt = pixel_values(subject.true), pixel_values(rebuilt_pictures)
+    features = subject.features
+    rows = [
+        Row("PSNR, dB", mean_of(psnr(rebuilt, true).double().numpy()), "higher", {}),
+        Row("SSIM", mean_of(ssim(rebuilt, true).double().numpy()), "higher", {}),
+        Row(f"KID of reconstructions, {network}", kid(features["ceiling"], features["true"]), "lower", {}),
+    ]
+    text = "The true pictures of the held-out captions through the autoencoder and back."
+    return Section("What can the latents carry?", text, rows)
 
 
 def memorisation(subject: Subject, network: str) -> Section:

@@ -1,16 +1,15 @@
-"""What an evaluation looks at: pictures of held-out captions, the true ones, and what a copier and a decoder make."""
+"""What an evaluation looks at: generated pictures, the true held-out ones, and what a copier and a decoder make."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.evaluation.baselines import derangement, nearest_training_captions
+from ldm.evaluation.baselines import derangement
 from ldm.evaluation.measure import Indices
 from ldm.evaluation.retrieval import Images, pixel_distances
 
@@ -20,7 +19,7 @@ Features = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Subject:
-    """N held-out captions and their pictures, among the M distinct pictures of the data set."""
+    """N held-out pictures and their captions, among the M distinct pictures of the data set."""
 
     captions: Sequence[str]
     generated: Images
@@ -30,9 +29,10 @@ class Subject:
     gallery: Images
     own_index: Indices
     """Place in the gallery of each caption's own picture."""
-    training_captions: Sequence[str]
-    training_index: Indices
-    """Place in the gallery of each training caption's picture."""
+    copied_index: Indices
+    """Place of what a copier answers to each, a training picture."""
+    training_pictures: Indices
+    """Places of the distinct training pictures, in ascending order."""
     embed: Callable[[Images], Features]
     """The network that measures."""
     gallery_features: Features
@@ -42,19 +42,9 @@ class Subject:
         return len(self.captions)
 
     @cached_property
-    def copied_index(self) -> Indices:
-        """Place of what a copier answers: the picture of the nearest training caption."""
-        return self.training_index[nearest_training_captions(self.captions, self.training_captions)]
-
-    @cached_property
     def exchanged(self) -> Indices:
         """A permutation of the captions in which none keeps its own picture."""
         return derangement(self.own_index)
-
-    @cached_property
-    def training_pictures(self) -> Indices:
-        """Places of the distinct training pictures."""
-        return cast(Indices, np.unique(self.training_index))
 
     @property
     def true(self) -> Images:

@@ -63,9 +63,14 @@ class TrainingStep(Protocol[B]):
     """The same, as prepared for devices and processes."""
     averages: Mapping[str, Average]
     """Averaged weights of those that have them."""
+    memory: Mapping[str, Tensor]
+    """What else a checkpoint keeps, changed in place; the same in every process."""
 
     def losses(self, batch: B, global_step: int) -> dict[str, Tensor]:
         """Return a scalar loss with gradient for modules by their names; scalars by other names are only logged."""
+
+    def after_step(self) -> None:
+        """Keep in `memory` what the next steps need of the one just taken; not called for a skipped one."""
 
 
 class Loop(Generic[B]):
@@ -105,7 +110,7 @@ class Loop(Generic[B]):
     @property
     def _trained(self) -> tuple[Any, ...]:
         inner = {name: optimizer.optimizer for name, optimizer in self.optimizers.items()}
-        return self.step.modules, self.step.averages, inner, self.run.accelerator.scaler
+        return self.step.modules, self.step.averages, inner, self.step.memory, self.run.accelerator.scaler
 
     def fit(self, batches: Batches[B], *events: Event) -> Progress:
         """Return the progress after the last step; between steps, `events` happen, in this order."""
@@ -204,6 +209,7 @@ class Loop(Generic[B]):
                 metrics |= update_norms(step.modules, before)
             for average in step.averages.values():
                 average.update(progress.steps_taken)
+            step.after_step()
             progress.skipped_in_a_row = 0
         else:
             self._skip(micro_batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ def training_state(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Average],
     optimizers: Mapping[str, Optimizer],
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
     scaler: Scaler | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, JSON]]:
     """Return ``(tensors, state)`` as `CheckpointStore.save` takes them; tensors are not copied."""
@@ -32,6 +34,8 @@ def training_state(
         tensors[f"{name}-optimizer"], state[f"{name}-optimizer"] = flatten_optimizer(optimizers[name])
     for name, average in averages.items():
         tensors[f"{name}-average"] = trained_state(average.module, average.original)
+    if memory:
+        tensors["memory"] = dict(memory)
     if scaler is not None:
         state["scaler"] = scaler.state_dict()
     return tensors, state
@@ -42,6 +46,7 @@ def restore_training(
     modules: Mapping[str, nn.Module],
     averages: Mapping[str, Average],
     optimizers: Mapping[str, Optimizer],
+    memory: Mapping[str, Tensor] = MappingProxyType({}),
     scaler: Scaler | None = None,
 ) -> None:
     """Put back what `training_state` returned; raises CheckpointError if it is of another model."""
@@ -51,6 +56,12 @@ def restore_training(
         restore_optimizer(optimizers[name], _of(saved.tensors, f"{name}-optimizer"), description)
     for name, average in averages.items():
         load_trained(average.module, average.original, _of(saved.tensors, f"{name}-average"))
+    for name, tensor in memory.items():
+        kept = _of(_of(saved.tensors, "memory"), name)
+        if kept.shape != tensor.shape:
+            shapes = f"{tuple(kept.shape)}, not {tuple(tensor.shape)}"
+            raise CheckpointError(f"the checkpoint's {name} have the shape {shapes}: it is of another objective")
+        tensor.copy_(kept)
     if scaler is not None and "scaler" in saved.state:  # a run in float32 may go on in float16
         scaler.load_state_dict(saved.state["scaler"])
 

@@ -33,6 +33,9 @@ from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.run import Run
 
+Drawn = tuple[list[int], Tensor, Tensor]
+"""Positions, noise levels and unweighted losses of a micro-batch."""
+
 
 class DiffusionStep:
     """A diffusion stage: noise x0, predict, compare."""
@@ -50,7 +53,8 @@ class DiffusionStep:
         self.averages |= {f"denoiser-{value}": average for value, average in self.power_averages.items()}
         self.forwards = {"denoiser": run.prepare(stage.model)}
         stage.model.denoiser.train()
-        self._newest: tuple[int, list[tuple[list[int], Tensor]]] = -1, []
+        self.memory = stage.objective.density.memory
+        self._newest: tuple[int, list[Drawn]] = -1, []
 
     @property
     def averaged(self) -> ConditionedDenoiser:
@@ -88,18 +92,31 @@ class DiffusionStep:
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             return cast(Tensor, model(x_t, timesteps, inputs))
 
-        draws = generators(self.run.seed, batch.positions, "noise")
-        losses = self.stage.objective.loss(predict, x0, draws)
+        objective = self.stage.objective
+        noise, levels = objective.draw(x0, generators(self.run.seed, batch.positions, "noise"))
+        losses = objective.loss_at(predict, x0, noise, levels)
         before = self._newest[1] if self._newest[0] == global_step else []
-        self._newest = global_step, [*before, (batch.positions, losses.detach())]
-        return {"denoiser": losses.mean()}
+        self._newest = global_step, [*before, (batch.positions, levels, losses.detach())]
+        return {"denoiser": (objective.density.weight(levels).to(losses) * losses).mean()}
+
+    def after_step(self) -> None:
+        """Show the density what the step just taken lost, in all processes, in the order of the positions."""
+        if not self.memory:
+            return
+        device = self.run.device
+        positions = torch.cat([torch.tensor(positions, device=device) for positions, _, _ in self._newest[1]])
+        levels = torch.cat([levels.to(device) for _, levels, _ in self._newest[1]])
+        losses = torch.cat([losses for _, _, losses in self._newest[1]])
+        positions, levels, losses = self.run.accelerator.gather((positions, levels, losses))
+        order = positions.argsort()
+        self.stage.objective.density.observe(levels[order], losses[order])
 
     def not_finite_at(self) -> list[float]:
         """Return the noise levels, in [0, 1], of this process's samples of the newest step whose loss is not finite."""
         return [
-            float(self.stage.objective.noise_level(generator(self.run.seed, position, "noise")))
-            for positions, losses in self._newest[1]
-            for position, finite in zip(positions, losses.isfinite().tolist(), strict=True)
+            level
+            for _, levels, losses in self._newest[1]
+            for level, finite in zip(levels.tolist(), losses.isfinite().tolist(), strict=True)
             if not finite
         ]
 
@@ -186,6 +203,7 @@ class AutoencoderStep:
             discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
             self.modules["discriminator"] = discriminator.to(run.device).train()
         self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
+        self.memory: dict[str, Tensor] = {}
 
     @property
     def averaged(self) -> AutoencoderKL:
@@ -228,6 +246,9 @@ class AutoencoderStep:
             "discriminator": discriminator_loss(config.adversarial, real, reconstructed),
             **_detached(terms),
         }
+
+    def after_step(self) -> None:
+        """Keep nothing of a step but its weights."""
 
     @property
     def _discriminator(self) -> PatchDiscriminator:

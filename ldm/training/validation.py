@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.config import StageConfig
 from ldm.config_check import ConfigError, explained
+from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.pictures import comparison_sheet, written
@@ -122,7 +123,8 @@ class Validation:
         source, conditioners = self.images.source, self.step.stage.model.conditioners
         if self.step.told == "prompt":
             return [next(iter(source.captions(picture)), "") for picture in pictures]
-        return [source.class_label(picture) if "label" in conditioners else None for picture in pictures]
+        labels = [source.class_label(picture) if "label" in conditioners else None for picture in pictures]
+        return [None if label == UNKNOWN_CLASS else label for label in labels]
 
     def sample(self, told: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
         """Return a picture of each caption or class, (N, H, W, 3)."""

@@ -1,0 +1,129 @@
+"""Which noise levels training draws, and what a sample's loss weighs for having been drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.config import ObjectiveConfig
+
+
+class Density(Protocol):
+    """A distribution over the noise levels, in [0, 1]."""
+
+    memory: Mapping[str, Tensor]
+    """What it has learned, on the CPU, changed in place, kept in checkpoints. Empty: it learns nothing."""
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return a noise level from each generator, (B,), on their device."""
+
+    def weight(self, levels: Tensor) -> Tensor:
+        """Return what the losses at drawn `levels` weigh, (B,)."""
+
+    def observe(self, levels: Tensor, losses: Tensor) -> None:
+        """Learn from the unweighted losses, (B,), of an optimiser step."""
+
+
+class UniformDensity:
+    """All levels alike."""
+
+    def __init__(self) -> None:
+        self.memory: Mapping[str, Tensor] = {}
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return uniform numbers."""
+        return torch.stack([torch.rand((), generator=each, device=each.device) for each in generators])
+
+    def weight(self, levels: Tensor) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(levels)
+
+    def observe(self, levels: Tensor, losses: Tensor) -> None:
+        """Learn nothing."""
+
+
+class LogitNormalDensity(UniformDensity):
+    """The logit of the level is normal (Esser et al. 2024, eq. 19); that is meant, and no weight undoes it."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return sigmoids of normal numbers."""
+        normal = torch.stack([torch.randn((), generator=each, device=each.device) for each in generators])
+        return (self.mean + self.std * normal).sigmoid()
+
+
+class LossSecondMomentDensity:
+    """Each of T timesteps as often as the root of its mean squared loss, of the last `HISTORY` seen.
+
+    The weights undo that, so the mean loss stays what it is and only its variance falls: the terms of the variational
+    bound differ by orders of magnitude (Nichol & Dhariwal 2021, section 3.3 and eq. 18). Uniform until every timestep
+    has been seen `HISTORY` times, and by the share `UNIFORM` ever after.
+    """
+
+    HISTORY = 10
+    UNIFORM = 0.001
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        self.memory: Mapping[str, Tensor] = {
+            "losses": torch.zeros(num_train_timesteps, self.HISTORY, dtype=torch.float64),
+            "seen": torch.zeros(num_train_timesteps, dtype=torch.int64),
+        }
+
+    def probabilities(self) -> Tensor:
+        """Return that of each timestep, (T,) float64."""
+        losses, seen = self.memory["losses"], self.memory["seen"]
+        even = torch.full((len(seen),), 1 / len(seen), dtype=torch.float64)
+        if seen.min() < self.HISTORY:
+            return even
+        moments = losses.square().mean(1).sqrt()
+        return (1 - self.UNIFORM) * moments / moments.sum() + self.UNIFORM * even
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the middle of each drawn timestep's levels."""
+        u = torch.stack(
+            [torch.rand((), generator=each, device=each.device, dtype=torch.float64) for each in generators]
+        )
+        edges = self.probabilities().cumsum(0)
+        timesteps = torch.searchsorted(edges, u.cpu(), right=True).clamp(max=len(edges) - 1)
+        return ((timesteps + 0.5) / len(edges)).float().to(u.device)
+
+    def weight(self, levels: Tensor) -> Tensor:
+        """Return 1 / (T p), (B,) float32."""
+        probabilities = self.probabilities()
+        return (1 / (len(probabilities) * probabilities[self._timesteps(levels)])).float().to(levels.device)
+
+    def observe(self, levels: Tensor, losses: Tensor) -> None:
+        """Remember the losses, in their order, each in the place of its timestep's oldest."""
+        for timestep, loss in zip(self._timesteps(levels).tolist(), losses.tolist(), strict=True):
+            self.memory["losses"][timestep, int(self.memory["seen"][timestep]) % self.HISTORY] = loss
+            self.memory["seen"][timestep] += 1
+
+    def _timesteps(self, levels: Tensor) -> Tensor:
+        return (levels.cpu().double() * len(self.memory["seen"])).long()
+
+
+def build_density(config: ObjectiveConfig) -> Density:
+    """Return the density that config names; ValueError for settings that it does not take."""
+    if config.logit_std <= 0:
+        raise ValueError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
+    if config.timestep_density == "logit_normal":
+        return LogitNormalDensity(config.logit_mean, config.logit_std)
+    if (config.logit_mean, config.logit_std) != (0, 1):
+        raise ValueError(
+            f"objective.logit_mean and logit_std have no effect on a {config.timestep_density} timestep_density; set "
+            "timestep_density: logit_normal, or leave them out"
+        )
+    if config.timestep_density == "uniform":
+        return UniformDensity()
+    if config.path == "flow":
+        raise ValueError(
+            "objective.timestep_density loss_second_moment: remembers the losses of single timesteps, and the flow "
+            "path has none; use uniform or logit_normal"
+        )
+    return LossSecondMomentDensity(config.num_train_timesteps)

@@ -1,0 +1,140 @@
+"""How well a model in pixel space compresses pictures: the variational bound in bits per dimension, by its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ldm.evaluation.measure import mean_of
+from ldm.evaluation.pictures import Images
+from ldm.evaluation.report import Curve, Row, Section
+from ldm.models.scheduler import schedule_of
+from ldm.schedule import DiscreteSchedule, recover
+from ldm.variational import fixed_log_variance, interpolated_log_variance, prior_term, variational_term
+
+CHUNK = 50
+GREY_STEP = 1 / 127.5
+"""Of 256 grey levels in [-1, 1]."""
+
+Bits = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound of -log2 p(picture) by the number of its elements, as a sum (Ho et al. 2020, eq. 5)."""
+
+    prior: Bits
+    """L_T, (N,)."""
+    steps: Bits
+    """Unbiased estimates of the sums of L_t over K stretches of timesteps, (K, N), the least noise first."""
+    decoder: Bits
+    """L_0, (N,): the bits of the grey levels themselves, given the last step."""
+
+    @property
+    def total(self) -> Bits:
+        """Return the bits per dimension, (N,)."""
+        return cast(Bits, self.prior + self.steps.sum(0) + self.decoder)
+
+
+@torch.no_grad()
+def variational_bound(
+    pipeline: Any, pixel_values: Tensor, class_labels: Sequence[int] | None, timesteps: int, seed: int
+) -> Bound:
+    """Return the bound of pictures, (N, 3, H, W) in [-1, 1] on the grid of grey levels.
+
+    Of each picture L_T, L_0 and `timesteps` of the others, one drawn from each of as many stretches of equal length:
+    all of them is exact but for the noise, fewer are unbiased. Draws depend on the seed and the place of a picture.
+    What the network thinks of x0 is clipped where the scheduler does so.
+
+    Raises:
+        ValueError: the pipeline diffuses latents, or has no discrete steps; more timesteps than there are.
+
+    """
+    schedule, unet = _steps_of(pipeline), pipeline.unet
+    between = len(schedule.betas) - 1
+    if not 1 <= timesteps <= between:
+        raise ValueError(f"got {timesteps} timesteps of the bound; expected 1 to {between}")
+    edges = torch.linspace(1, between + 1, timesteps + 1).round().long()
+    count = len(pixel_values)
+    steps, decoder, prior = np.empty((timesteps, count)), np.empty(count), np.empty(count)
+    for start in range(0, count, CHUNK):
+        rows = slice(start, min(start + CHUNK, count))
+        x0 = pixel_values[rows].to(unet.device)
+        told = {} if class_labels is None else {"class_labels": torch.tensor(class_labels[rows], device=unet.device)}
+        draws = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
+        prior[rows] = prior_term(schedule, x0.double().cpu()).numpy()
+        decoder[rows] = _terms(pipeline, schedule, x0, torch.zeros(len(x0), dtype=torch.long), draws, told)
+        for number, (first, last) in enumerate(pairwise(edges)):
+            drawn = torch.stack([torch.randint(int(first), int(last), (), generator=draw) for draw in draws])
+            steps[number, rows] = int(last - first) * _terms(pipeline, schedule, x0, drawn, draws, told)
+    return Bound(prior, steps, decoder)
+
+
+def _steps_of(pipeline: Any) -> DiscreteSchedule:
+    name = type(pipeline).__name__
+    if pipeline.components.get("vae") is not None or "unet" not in pipeline.components:
+        raise ValueError(f"{name} diffuses latents, whose bits are not those of pictures; expected one of pixels")
+    schedule, _ = schedule_of(pipeline.scheduler)
+    if not isinstance(schedule, DiscreteSchedule) or schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(f"{name} has no steps of noise that end in a little of the picture; the bound is not defined")
+    return schedule
+
+
+def _terms(
+    pipeline: Any,
+    schedule: DiscreteSchedule,
+    x0: Tensor,
+    timesteps: Tensor,
+    draws: Sequence[torch.Generator],
+    told: dict[str, Tensor],
+) -> Bits:
+    """Return L_t of each picture at its timestep, (B,)."""
+    unet, config = pipeline.unet, pipeline.scheduler.config
+    _, prediction_type = schedule_of(pipeline.scheduler)
+    alpha, sigma = (level.to(x0.device).view(-1, 1, 1, 1) for level in schedule.alpha_sigma(timesteps))
+    timesteps = timesteps.to(x0.device)
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+    x_t = alpha * x0 + sigma * noise
+    output = unet(x_t.to(unet.dtype), timesteps, **told, return_dict=False)[0].float()
+    predicted_x0, _ = recover(output[:, : x0.shape[1]], x_t, prediction_type, alpha, sigma)
+    if config.get("clip_sample"):
+        predicted_x0 = predicted_x0.clamp(-1, 1)
+    if output.shape[1] == 2 * x0.shape[1]:
+        log_variance = interpolated_log_variance(schedule, output[:, x0.shape[1] :], timesteps)
+    else:
+        kind = config.get("variance_type") or "fixed_small"
+        log_variance = fixed_log_variance(schedule, kind, timesteps, x0)
+    terms = variational_term(schedule, x0, x_t, timesteps, predicted_x0, log_variance, GREY_STEP)
+    return cast(Bits, terms.double().cpu().numpy())
+
+
+def bound_section(bits: Bound, true: Images, training: Images) -> Section:
+    """Return the bits per dimension of the `true` pictures, beside a coder that knows no neighbours of a pixel."""
+    parts = {"prior": bits.prior, "steps": bits.steps.sum(0), "decoder": bits.decoder}
+    words = ", ".join(f"{name} {values.mean():.3f}" for name, values in parts.items())
+    beside = {"pixel by pixel": mean_of(independent_bits(true, training))}
+    row = Row("bits per dimension", mean_of(bits.total), "lower", beside, words)
+    stretch = [
+        (float(place), mean_of(of)) for place, of in zip(np.linspace(0, 1, len(bits.steps)), bits.steps, strict=True)
+    ]
+    curve = Curve("Bits by noise level", "noise level (0: picture, 1: noise)", "bits per dimension", {"steps": stretch})
+    text = (
+        f"The variational bound (Ho et al. 2020, eq. 5) of the true held-out pictures: what it takes to send them with "
+        f"this model, estimated without bias from {len(bits.steps)} timesteps of each. Pixel by pixel: with the "
+        "training pictures' frequency of each grey level at that place and colour alone."
+    )
+    return Section("How many bits is a picture?", text, [row], [curve])
+
+
+def independent_bits(true: Images, training: Images) -> Bits:
+    """Return the mean bits of each picture's values, (N,), by the training pictures' counts there, each one more."""
+    counts = np.stack([(training == value).sum(0) for value in range(256)], -1) + 1.0
+    bits = -np.log2(counts / counts.sum(-1, keepdims=True))
+    return cast(Bits, np.take_along_axis(bits[None], true[..., None].astype(np.int64), -1).mean((1, 2, 3, 4)))
