@@ -29,7 +29,7 @@ class DataConfig:
     image_column: str | None = None
     """None: found by its usual names (image, picture, ...)."""
     caption_column: str | None = None
-    """None: found by its usual names (text, caption, captions, prompt, ...)."""
+    """None: found by its usual names (text, caption, captions, prompt, ...), and without one there are no captions."""
     class_column: str | None = None
     """Column of class numbers, from 0 on, for `conditioners.label`; of openmoji: group, Unicode's nine."""
     on_bad_data: Literal["error", "skip"] = "error"

@@ -199,6 +199,8 @@ def _contradictions(config: Any, path: str) -> Iterator[str]:
             yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
         if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
             yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
+        if steps < 2 and config.sampler.kind == "ddpm":
+            yield f"validation.num_inference_steps: got {steps}; expected 2 or more for sampler.kind ddpm"
         learned = config.objective.variational_weight is not None
         if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
             yield (

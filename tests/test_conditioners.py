@@ -19,6 +19,7 @@ from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import nested
+from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder
@@ -127,6 +128,10 @@ def test_labels_and_their_null():
     label = LabelConditioner(5, 0.5)
     told = tell(label, Some(class_labels=torch.tensor([0, 4, 2])), 3, [False, True, False])
     assert label(**told).kwargs["class_labels"].tolist() == [0, 5, 2]
+    told = tell(label, Some(class_labels=torch.tensor([0, UNKNOWN_CLASS, 2])), 3)
+    assert label(**told).kwargs["class_labels"].tolist() == [0, 5, 2], "of no known class is the null too"
+    with pytest.raises(ValueError, match=r"num_classes: 5, but the data has a class -2"):
+        tell(label, Some(class_labels=torch.tensor([0, -2])), 2)
     with pytest.raises(ValueError, match=r"num_classes: 5, but the data has a class 5"):
         tell(label, Some(class_labels=torch.tensor([0, 5])), 2)
     with pytest.raises(ValueError, match=r"data\.class_column"):

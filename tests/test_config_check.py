@@ -264,6 +264,10 @@ def test_a_resume_check_has_steps_for_warm_up_and_for_decay():
         (("--sampler.kind", "ddim"), "sampler.kind: got ddim, which knows no objective.path flow"),
         (("--sampler.variance_type", "fixed_large"), "sampler.variance_type: got fixed_large, which only sampler.kind"),
         (
+            ("--sampler.kind", "ddpm", "--validation.num_inference_steps", "1"),
+            "validation.num_inference_steps: got 1; expected 2 or more",
+        ),
+        (
             ("--conditioners.text", "null", "--validation.retrieval_images", "9"),
             "validation.retrieval_images: got 9 without conditioners.text",
         ),

@@ -9,8 +9,9 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.config_check import ConfigError
+from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.batches import CaptionedImages, PositionDataset
-from ldm.data.openmoji import OpenMoji
+from ldm.data.openmoji import GROUPS, OpenMoji
 from ldm.data.sources import build_source
 from ldm.provenance import refuse_leak
 
@@ -94,6 +95,19 @@ def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
         build_source(DataConfig(**config, caption_column="txet"))
 
 
+def test_pictures_without_a_caption_column_have_no_captions(tmp_path, folder):
+    """CIFAR-10 has pictures and classes; whatever is told no captions trains on it."""
+    bare = table().remove_columns("captions").add_column("label", [0, 1, 1, 0, 1, 0])
+    bare.save_to_disk(tmp_path / "table")
+    source = build_source(DataConfig(source="dataset", path=str(tmp_path / "table"), class_column="label"))
+    assert {source.captions(i) for i in range(6)} == {()}
+    assert source.class_label(1) == 1
+    rows = [{"file_name": f"{index}.png"} for index in range(6)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = build_source(DataConfig(source="imagefolder", path=str(folder)))
+    assert {source.captions(i) for i in range(len(source))} == {()}
+
+
 def test_r11_a_picture_that_cannot_be_read_names_its_file(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png")
@@ -136,6 +150,23 @@ def test_openmoji_holds_the_committed_lists_out_of_training(openmoji):
     assert not train & {images.hashes[picture] for name in ("test", "validation") for picture in splits[name]}
     for asset in sorted(Path("assets").iterdir()):
         refuse_leak(asset, splits.held_out_hash)  # on any machine: no shipped weights have seen those pictures
+
+
+def test_openmoji_has_unicodes_groups_as_classes(openmoji):
+    grouped = OpenMoji(64, class_column="group")
+    group = {
+        grouped.captions(i)[0]: GROUPS[label] for i in range(len(grouped)) if (label := grouped.class_label(i)) >= 0
+    }
+    assert group["woman astronaut medium-dark skin tone"] == "People & Body"
+    assert group["grinning face"] == "Smileys & Emotion"
+    assert group["Germany"] == "Flags"
+    assert group["women holding hands medium skin tone dark skin tone"] == "People & Body", "by its first part"
+    assert set(group.values()) == set(GROUPS)
+    newest = [i for i in range(len(grouped)) if grouped.class_label(i) == UNKNOWN_CLASS]
+    assert 0 < len(newest) < 60
+    assert openmoji.class_label(0) is None
+    with pytest.raises(ValueError, match=r"data\.class_column: openmoji has no 'kind'; expected group"):
+        OpenMoji(64, class_column="kind")
 
 
 def test_an_unknown_language_is_refused():

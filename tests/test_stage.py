@@ -6,6 +6,7 @@ import torch
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditions, merge
 from ldm.config import LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig
+from ldm.config_check import ConfigError
 from ldm.config_conditioners import ConditionersConfig, LabelConfig, TextConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
@@ -53,6 +54,11 @@ def run(tmp_path_factory):
 def conditioner(train=True, dropout=0.3):
     torch.manual_seed(0)
     return TextConditioner(*build_text_encoder(TEXT, CAPTIONS), train=train, dropout=dropout)
+
+
+def test_texts_need_captions():
+    with pytest.raises(ConfigError, match=r"conditioners\.text: no training picture has a caption"):
+        build_stage(config(), [])
 
 
 def test_the_first_loss_is_the_variance_of_the_target(run):

@@ -33,6 +33,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
     "ldm.stage": {
         "ldm.config",
+        "ldm.config_check",
         "ldm.spaces",
         "ldm.conditioning",
         "ldm.conditioners",

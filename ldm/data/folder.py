@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.headers import PictureError, inside
-from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, Problem, find_column
+from ldm.data.rows import IMAGE_COLUMNS, Problem, find_captions, find_column
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -48,7 +48,7 @@ class FolderRows:
             raise ValueError(f"data.path: the metadata in {self._root} has no rows{why}")
         columns = list(dict.fromkeys(key for _, row in found for key in row))
         image_column = find_column("data.image_column", image_column, columns, IMAGE_COLUMNS)
-        caption_column = find_column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
+        caption_column = find_captions(caption_column, columns)
         if class_column:
             find_column("data.class_column", class_column, columns, ())
         self._paths: list[str] = []
@@ -60,7 +60,7 @@ class FolderRows:
                 self.problems.append(Problem(place, "bad row", "it names no file"))
                 continue
             self._paths.append(os.path.normpath(os.path.join(os.path.dirname(place), str(name))))
-            self._captions.append(row.get(caption_column))
+            self._captions.append(row.get(caption_column) if caption_column is not None else None)
             self._labels.append(row.get(class_column) if class_column else None)
         named = set(self._paths)
         for path in map(self._relative, files):

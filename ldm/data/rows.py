@@ -133,12 +133,12 @@ class TableRows:
 
         columns = table.column_names
         self.image_column = find_column("data.image_column", image_column, columns, IMAGE_COLUMNS)
-        self.caption_column = find_column("data.caption_column", caption_column, columns, CAPTION_COLUMNS)
+        self.caption_column = find_captions(caption_column, columns)
         if not isinstance(feature := table.features[self.image_column], datasets.Image):
             table = _with_pictures(table, self.image_column, feature)
         self.root = root
         self._pictures = table.select_columns([self.image_column]).with_format("arrow")
-        self._captions = table[self.caption_column]
+        self._captions = table[self.caption_column] if self.caption_column is not None else [None] * len(table)
         self._labels = table[find_column("data.class_column", class_column, columns, ())] if class_column else None
         self.fingerprint = f"table-{table._fingerprint}"
 
@@ -211,6 +211,13 @@ def texts(value: object) -> tuple[str, ...]:
     """Return the captions in a caption column's value; null and empty ones are left out."""
     several = value if isinstance(value, list | tuple) else [value]
     return tuple(str(text).strip() for text in several if text is not None and str(text).strip())
+
+
+def find_captions(wanted: str | None, columns: Sequence[str]) -> str | None:
+    """Return the caption column; None, pictures without captions, if none is `wanted` and none has a usual name."""
+    if wanted is None and not set(columns) & set(CAPTION_COLUMNS):
+        return None
+    return find_column("data.caption_column", wanted, columns, CAPTION_COLUMNS)
 
 
 def find_column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:

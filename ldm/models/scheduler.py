@@ -18,7 +18,9 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     dpm_solver: DPM-Solver++ (Lu et al. 2022), second order: one class for every sound combination, flow included, and
     any stock pipeline takes it. DDIM knows no flow prediction, and where the number of inference steps does not
     divide num_train_timesteps each of its steps ends at another noise level than the next one starts from. ddpm:
-    Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one.
+    Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one; fewer steps than in training are
+    spaced evenly from the last timestep to the first, as Nichol & Dhariwal 2021 do: diffusers adds noise in every step
+    but that of timestep 0, so that a sampling that ends elsewhere ends in noise.
 
     clip_sample: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
 
@@ -52,6 +54,7 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
         return DDIMScheduler(**common, clip_sample=clip_sample)
     if sampler.kind == "ddpm":
         variance = sampler.variance_type if config.variational_weight is None else "learned_range"
+        common["timestep_spacing"] = "linspace"
         return DDPMScheduler(**common, clip_sample=clip_sample, variance_type=variance)
     return DPMSolverMultistepScheduler(
         **common,
