@@ -22,7 +22,10 @@ from ldm.provenance import hardware
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/improved_ddpm/openmoji/32px.yaml"
-FIXED = ("--objective.variational_weight", "null", "--loop.trackers", "[]", "--validation.num_inference_steps", "2")
+FIXED = (
+    *("--objective.variational_weight", "null", "--loop.trackers", "[]", "--validation.num_inference_steps", "2"),
+    *("--optim.warmup_steps", "30", "--optim.ema_decay", "0.99"),  # minutes are a few hundred steps
+)
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
 BASE: dict[str, Any] = {
     "out_channels": 3,

@@ -33,6 +33,7 @@ class Quadratic:
         self.modules = {"main": nn.Linear(1, 1, bias=False), "other": nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))}
         self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
         self.averages = {"main": Average(self.modules["main"], exponential(0.9))}
+        self.memory = {"taken": torch.zeros(())}
         self.poison = set(poison)
         self.seen = []
 
@@ -43,6 +44,9 @@ class Quadratic:
         main = (self.forwards["main"](x) - 3 * x).square().mean() * factor
         other = (self.forwards["other"](torch.cat([x, x + 1], 1)) - x).square().mean()
         return {"main": main, "other": other}
+
+    def after_step(self):
+        self.memory["taken"] += 1
 
 
 def batches(size=4):
@@ -111,6 +115,7 @@ def test_r04_resuming_twice_equals_not_stopping(tmp_path):
                 assert limit < 9
     assert torch.equal(weights(straight), weights(resumed))
     assert torch.equal(straight.averages["main"].module.weight, resumed.averages["main"].module.weight)
+    assert straight.memory["taken"] == resumed.memory["taken"] == 9
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert resumed.seen == straight.seen[7:]
 

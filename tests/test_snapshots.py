@@ -44,7 +44,11 @@ class Regression:
         self.forwards = {"main": run.prepare(self.modules["main"])}
         self.by_length = {value: Average(self.modules["main"], power_function(value)) for value in sigma_rels}
         self.averages = {f"main-{value}": average for value, average in self.by_length.items()}
+        self.memory = {}
         self.poison = ()
+
+    def after_step(self):
+        pass
 
     def losses(self, batch, global_step):
         draw = torch.Generator().manual_seed(global_step)
