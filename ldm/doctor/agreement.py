@@ -77,7 +77,10 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
         posterior = x_t / (alpha**2 * DATA_STD**2 + sigma**2)
         x0, noise = alpha * DATA_STD**2 * posterior, sigma * posterior
         a, b = target_coefficients(objective.config.prediction_type, alpha, sigma)
-        x_t = scheduler.step(a * x0 + b * noise, timestep, x_t, **noise_options, return_dict=False)[0].double()
+        output = a * x0 + b * noise
+        if scheduler.config.get("variance_type") == "learned_range":  # the posterior's, the lower of its bounds
+            output = torch.cat([output, -torch.ones_like(output)], 1)
+        x_t = scheduler.step(output, timestep, x_t, **noise_options, return_dict=False)[0].double()
     return float(x_t.std() / DATA_STD)
 
 
