@@ -45,7 +45,7 @@ def main() -> None:
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         rehearse(step, images, config)
-        distance = measuring_distance()
+        distance = measuring_distance(config.data.image_size)
 
         def validate(global_step: int) -> None:
             metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from ldm.config import LoopConfig, OptimConfig, ReconstructionConfig
 from ldm.data.batches import Batch
 from ldm.models.network import build_network
+from ldm.training.autoencoding import measuring_distance
 from ldm.training.loop import Loop
 from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep
@@ -161,3 +162,11 @@ def test_fp16_with_a_discriminator_is_refused(run, monkeypatch):
     monkeypatch.setattr(type(run.accelerator), "mixed_precision", "fp16")
     with pytest.raises(ValueError, match="use bf16"):
         make_step(run)
+
+
+def test_pictures_too_small_for_the_measuring_network_are_measured_without_it():
+    """Its last convolution sees 4 x 4 of a picture of 16 pixels, and is 5 x 5."""
+    assert measuring_distance(16) is None
+    distance = measuring_distance(32)
+    assert distance is not None
+    assert distance(torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)).item() > 0

@@ -20,6 +20,7 @@ from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
 CHUNK = 32
+SMALLEST = 32
 
 
 @torch.no_grad()
@@ -33,11 +34,16 @@ def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
     return torch.cat(parts).float().clamp(-1, 1)
 
 
-def measuring_distance() -> PerceptualDistance | None:
-    """Return the distance that held-out reconstructions are measured with, None without its packages.
+def measuring_distance(image_size: int) -> PerceptualDistance | None:
+    """Return the distance that held-out reconstructions are measured with; None without its packages.
+
+    None of pictures of fewer than `SMALLEST` pixels either, which its convolutions do not fit into.
 
     EfficientNet-lite0: nothing is ever trained against it.
     """
+    if image_size < SMALLEST:
+        log.info("held-out perceptual distance is not measured below %d pixels", SMALLEST)
+        return None
     try:
         return build_perceptual_distance("efficientnet_lite0")
     except ImportError as error:
