@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm.measurement import Evaluation, numbers
+from ldm.evaluate import numbers
+from ldm.measurement import Evaluation
 from ldm.training.model_folder import averaged_model
 
 FILE = "averages.json"

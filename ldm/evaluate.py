@@ -11,7 +11,7 @@ from ldm.evaluation.card import merge_into_card
 from ldm.evaluation.markdown import markdown
 from ldm.evaluation.page import html
 from ldm.evaluation.report import Report
-from ldm.measurement import Evaluation, numbers
+from ldm.measurement import Evaluation
 
 VARIETY_SEED = 2**20
 """Above the seeds of the captions."""
@@ -67,15 +67,16 @@ def evaluate(
 
     """
     sweeps = _sweeps(guidance_sweep, steps_sweep, validation_captions)
-    held_out = (captions, validation_captions, held_out_percent)
-    measuring = Evaluation(model, data, *held_out, network, trust_remote_code, class_column)
+    held = (captions, validation_captions, held_out_percent)
+    measuring = Evaluation(model, data, *held, network, trust_remote_code, class_column)
+    chosen = None if classes is None else [int(number) for number in numbers("classes", classes)]
+    measuring.check(variety_prompts, chosen, num_images_per_prompt, bound_timesteps, sweeps)
     call = measuring.call(num_inference_steps, guidance_scale)
     parts = measuring.sections(seed, clip, factors, **call)
-    parts += measuring.repeated(variety_prompts, classes, num_images_per_prompt, seed + VARIETY_SEED, **call)
+    parts += measuring.repeated(variety_prompts, chosen, num_images_per_prompt, seed + VARIETY_SEED, **call)
     parts += [measuring.bound(bound_timesteps, seed)] if bound_timesteps else []
     parts += measuring.sweeps(sweeps, seed, **call)
-    report = Report("Evaluation", measuring.model_name, measuring.settings(seed, call), parts)
-    return write(report, Path(out), Path(model) if card else None)
+    return write(measuring.report(parts, seed, call), Path(out), Path(model) if card else None)
 
 
 def _sweeps(guidance: str | None, steps: str | None, validation: str | None) -> dict[str, list[float]]:
@@ -85,6 +86,15 @@ def _sweeps(guidance: str | None, steps: str | None, validation: str | None) -> 
     if found and validation is None:
         raise ValueError(f"{next(iter(found))} is chosen on the validation captions: name --validation_captions")
     return found
+
+
+def numbers(where: str, text: str) -> list[float]:
+    """Return the numbers in a text, separated by commas, whole ones as int; ValueError, which names `where`."""
+    try:
+        found = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{where}: got {text!r}; expected numbers separated by commas, such as 1,2,5") from None
+    return [int(number) if number.is_integer() else number for number in found]
 
 
 def write(report: Report, folder: Path, model: Path | None) -> Report:

@@ -25,10 +25,10 @@ from ldm.evaluation.classes import ClassJudge, class_section
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
-from ldm.evaluation.likelihood import bound_section, variational_bound
+from ldm.evaluation.likelihood import bound_section, check_bound, variational_bound
 from ldm.evaluation.measure import Indices, Measure, mean_of
 from ldm.evaluation.pictures import Images, pixel_values
-from ldm.evaluation.report import Section
+from ldm.evaluation.report import Report, Section
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
 from ldm.evaluation.subject import Subject
@@ -55,7 +55,7 @@ class Evaluation:
     ):
         """Measure on the pictures of a file of captions, or of the test split by hash, `held_out_percent` of them.
 
-        ValueError if the model, a part of it included, has seen what it is measured on or by, or knows other classes.
+        ValueError if the model, a part of it included, has seen what it is measured on or by.
         """
         self.model, self.validation = model, validation
         self.pipeline = load_pipeline(model, trust_remote_code)
@@ -63,9 +63,7 @@ class Evaluation:
         files = {"test": captions, "validation": validation}
         held_out = {split: file for split, file in files.items() if file is not None}
         if captions is None and validation is not None:
-            raise ValueError(
-                "validation_captions: without captions the held-out pictures are chosen by hash; name both"
-            )
+            raise ValueError("validation_captions: without captions pictures are held out by hash; name both")
         if class_column is not None and self.told != "class_labels":
             raise ValueError(f"class_column: {self.model_name} is told no classes; leave it out")
         config = source_config(
@@ -100,6 +98,21 @@ class Evaluation:
         """Raise ValueError, which says that `what` needs captions, if the model is told none."""
         if self.told != "prompt":
             raise ValueError(f"{what} are measured on captions, and {self.model_name} is told none; leave them out")
+
+    def check(
+        self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
+    ) -> None:
+        """Raise ValueError, before anything is drawn, for what `repeated`, `bound` and `sweeps` cannot measure."""
+        if prompts and min(prompts, several) < 2:
+            raise ValueError(f"got {prompts} prompts, {several} pictures of each; expected 2 or more")
+        if self.images.config.class_column is not None:
+            self._judge(classes)
+        elif classes is not None:
+            raise ValueError("classes: the data has none; name their column in class_column")
+        if timesteps:
+            check_bound(self.pipeline, timesteps)
+        if sweeps:
+            self.refuse_untold("sweeps")
 
     @property
     def model_name(self) -> str:
@@ -138,16 +151,15 @@ class Evaluation:
         guided = {} if self.told == "batch_size" else {"guidance_scale": guidance_scale}
         return {"num_inference_steps": num_inference_steps} | guided
 
-    def repeated(self, prompts: int, classes: str | None, several: int, seed: int, **call: Any) -> list[Section]:
+    def repeated(
+        self, prompts: int, classes: Sequence[int] | None, several: int, seed: int, **call: Any
+    ) -> list[Section]:
         """Return what only `several` pictures of the same show: of the first captions, or of each class."""
         if self.told == "prompt" and prompts:
-            if min(prompts, several) < 2:
-                raise ValueError(f"got {prompts} prompts, {several} pictures of each; expected 2 or more")
             return [self.variety(self.captions[:prompts], several, seed, **call)]
         if self.images.config.class_column is None:
             return []
-        chosen = None if classes is None else [int(number) for number in numbers("classes", classes)]
-        return [self.classes(chosen, several, seed, **call)]
+        return [self.classes(self._judge(classes), several, seed, **call)]
 
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
         """Return how much `per_prompt` pictures of each caption differ."""
@@ -196,10 +208,13 @@ class Evaluation:
     def _places(self, rows: Sequence[int]) -> Indices:
         return np.array([self.place[row] for row in rows])
 
-    def classes(self, chosen: Sequence[int] | None, per_class: int, seed: int, **call: Any) -> Section:
-        """Return whether pictures of classes, those of the data unless some are `chosen`, are told apart."""
+    def _judge(self, chosen: Sequence[int] | None) -> ClassJudge:
+        """Return what tells classes apart, those of the data unless some are `chosen`."""
         train = [row for row in self.images.splits["train"] if self._labels([row]) != [UNKNOWN_CLASS]]
-        judge = ClassJudge(self.gallery_features[self._places(train)], self._labels(train), chosen)
+        return ClassJudge(self.gallery_features[self._places(train)], self._labels(train), chosen)
+
+    def classes(self, judge: ClassJudge, per_class: int, seed: int, **call: Any) -> Section:
+        """Return whether `per_class` pictures of each of the judge's classes are told apart."""
         asked = np.repeat(judge.classes, per_class)
         drawn = sample_pictures(self.pipeline, asked.tolist(), seed, self.told, **call)
         true = [row for row in self.rows if self._labels([row])[0] in judge.classes]
@@ -247,13 +262,15 @@ class Evaluation:
 
     def sweeps(self, values: Mapping[str, Sequence[float]], seed: int, **call: Any) -> list[Section]:
         """Return R@1 and KID of the validation captions at each value of each setting of sampling."""
-        if values:
-            self.refuse_untold("sweeps")
         captions, found = cast(str, self.validation), []
         for name, several in values.items():
             points = {value: self.headline(captions, seed, **call | {name: value}) for value in several}
             found.append(sections.sweep(name, points, self.network.name, log_x=name == "num_inference_steps"))
         return found
+
+    def report(self, parts: Sequence[Section], seed: int, call: Mapping[str, Any]) -> Report:
+        """Return the report that these sections make."""
+        return Report("Evaluation", self.model_name, self.settings(seed, call), parts)
 
     def settings(self, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the numbers depend on."""
@@ -281,12 +298,3 @@ class Evaluation:
             "hardware": hardware(),
             "versions": versions(),
         }
-
-
-def numbers(where: str, text: str) -> list[float]:
-    """Return the numbers in a text, separated by commas, whole ones as int; ValueError, which names `where`."""
-    try:
-        found = [float(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{where}: got {text!r}; expected numbers separated by commas, such as 1,2,5") from None
-    return [int(number) if number.is_integer() else number for number in found]

@@ -138,6 +138,24 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
     (place / "model" / "training.json").unlink()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_images_per_prompt": 1}, "pictures of each; expected 2 or more"),
+        ({"classes": "0,1"}, "classes: the data has none; name their column in class_column"),
+        ({"class_column": "kind"}, "class_column: model is told no classes"),
+        ({"bound_timesteps": 3}, "TextToImagePipeline diffuses latents|StableDiffusionPipeline diffuses latents"),
+        ({"captions": None}, "validation_captions: without captions"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_path, monkeypatch, settings, said):
+    monkeypatch.setattr("ldm.measurement.sample_pictures", None)  # it cannot be called
+    named = dict(zip(("model", "data", "out", "captions"), arguments(place, tmp_path), strict=True))
+    named |= {"validation_captions": str(place / "validation.txt"), "network": str(place / "clip")} | settings
+    with pytest.raises(ValueError, match=said):
+        evaluate(**named)
+
+
 def test_a_sweep_needs_the_validation_captions(place, tmp_path):
     with pytest.raises(ValueError, match="guidance_scale is chosen on the validation captions"):
         evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep="1", num_inference_steps=1)

@@ -51,7 +51,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.provenance",
         "ldm.training",
     },
-    "ldm.average": {"ldm.measurement", "ldm.training"},
+    "ldm.average": {"ldm.evaluate", "ldm.measurement", "ldm.training"},
     "ldm.doctor": {
         "ldm.config",
         "ldm.config_check",

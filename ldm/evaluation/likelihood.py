@@ -54,14 +54,11 @@ def variational_bound(
     What the network thinks of x0 is clipped where the scheduler does so.
 
     Raises:
-        ValueError: the pipeline diffuses latents, or has no discrete steps; more timesteps than there are.
+        ValueError: as `check_bound`.
 
     """
-    schedule, unet = _steps_of(pipeline), pipeline.unet
-    between = len(schedule.betas) - 1
-    if not 1 <= timesteps <= between:
-        raise ValueError(f"got {timesteps} timesteps of the bound; expected 1 to {between}")
-    edges = torch.linspace(1, between + 1, timesteps + 1).round().long()
+    schedule, unet = check_bound(pipeline, timesteps), pipeline.unet
+    edges = torch.linspace(1, len(schedule.betas), timesteps + 1).round().long()
     count = len(pixel_values)
     steps, decoder, prior = np.empty((timesteps, count)), np.empty(count), np.empty(count)
     for start in range(0, count, CHUNK):
@@ -77,13 +74,21 @@ def variational_bound(
     return Bound(prior, steps, decoder)
 
 
-def _steps_of(pipeline: Any) -> DiscreteSchedule:
+def check_bound(pipeline: Any, timesteps: int) -> DiscreteSchedule:
+    """Return the steps of noise that the bound is a sum over.
+
+    Raises:
+        ValueError: the pipeline diffuses latents, or has no discrete steps; more timesteps than there are.
+
+    """
     name = type(pipeline).__name__
     if pipeline.components.get("vae") is not None or "unet" not in pipeline.components:
         raise ValueError(f"{name} diffuses latents, whose bits are not those of pictures; expected one of pixels")
     schedule, _ = schedule_of(pipeline.scheduler)
     if not isinstance(schedule, DiscreteSchedule) or schedule.alphas_cumprod[-1] == 0:
         raise ValueError(f"{name} has no steps of noise that end in a little of the picture; the bound is not defined")
+    if not 1 <= timesteps < len(schedule.betas):
+        raise ValueError(f"got {timesteps} timesteps of the bound; expected 1 to {len(schedule.betas) - 1}")
     return schedule
 
 
