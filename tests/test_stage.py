@@ -10,6 +10,7 @@ from ldm.config_check import ConfigError
 from ldm.config_conditioners import ConditionersConfig, LabelConfig, TextConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
+from ldm.density import LossSecondMomentDensity
 from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import Moments
 from ldm.stage import build_stage
@@ -74,6 +75,28 @@ def test_the_same_config_builds_the_same_weights(run):
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = build_stage(replace(config(), seed=1), CAPTIONS).model.state_dict()
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_remembered_of_a_step_does_not_depend_on_micro_batches_and_processes(run, monkeypatch):
+    objective = {"path": "cosine", "num_train_timesteps": 2, "timestep_density": "loss_second_moment"}
+
+    def remembered(*parts, gather=lambda tensors: tensors):
+        monkeypatch.setattr(run.accelerator, "gather", gather)
+        step = DiffusionStep(build_stage(config(**objective), CAPTIONS), run, 0.9)
+        for global_step in range(2):
+            for part in parts:
+                step.losses(batch(part), global_step)
+            step.after_step()
+        return step.memory
+
+    whole = remembered(range(30))
+    assert int(whole["seen"].sum()) == 60, "each sample of both steps, once"
+    assert int(whole["seen"].min()) > LossSecondMomentDensity.HISTORY, "so that the order matters"
+    cut = remembered(range(15), range(15, 30))
+    others = remembered(range(30), gather=lambda tensors: tuple(tensor.flip(0) for tensor in tensors))
+    for memory in (cut, others):
+        assert torch.equal(memory["seen"], whole["seen"])
+        torch.testing.assert_close(memory["losses"], whole["losses"])
 
 
 def test_a_loss_does_not_depend_on_how_the_batch_is_cut(run):
