@@ -123,6 +123,18 @@ def test_a_model_that_is_told_nothing_is_measured_by_its_pictures(place, tmp_pat
                  str(place / "validation.txt"), network=str(place / "clip"), steps_sweep="1,2")  # fmt: skip
 
 
+def test_without_a_list_of_captions_the_test_split_by_hash_is_measured(place, tmp_path):
+    named = {"model": str(place / "model"), "data": str(place / "pictures"), "out": str(tmp_path)}
+    settings = {"num_inference_steps": 1, "variety_prompts": 0, "card": False, "network": str(place / "clip")}
+    report = evaluate(**named, **settings, held_out_percent=20)
+    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out_percent=20, image_size=16)
+    held_out = CaptionedImages(build_source(config), config).splits["test"]
+    (first, *_) = report.sections[0].rows
+    assert first.measure.n == len(held_out) > 2
+    with pytest.raises(ValueError, match="raise held_out_percent"):
+        evaluate(**named, **settings, held_out_percent=0)
+
+
 def test_captions_in_the_training_data_of_the_model_are_refused(place, tmp_path):
     record(place, place / "model" / "training.json", held_out_hash="0" * 32)
     with pytest.raises(ValueError, match="may have seen"):
