@@ -218,10 +218,9 @@ class Evaluation:
         asked = np.repeat(judge.classes, per_class)
         drawn = sample_pictures(self.pipeline, asked.tolist(), seed, self.told, **call)
         true = [row for row in self.rows if self._labels([row])[0] in judge.classes]
-        answers = {
-            "generated": (judge(self.network(drawn)), asked),
-            "ceiling": (judge(self.gallery_features[self._places(true)]), np.array(self._labels(true))),
-        }
+        answers = {"generated": (judge(self.network(drawn)), asked)}
+        if true:
+            answers["ceiling"] = judge(self.gallery_features[self._places(true)]), np.array(self._labels(true))
         return class_section(drawn, answers, judge.classes, per_class, self.network.name)
 
     def bound(self, timesteps: int, seed: int) -> Section:

@@ -14,6 +14,7 @@ from ldm.config import SpaceConfig
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, weights_hash
+from ldm.variational import GREY_STEP
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PixelSpace:
 
     key = "pixel"
     frozen = False
-    grid_step = 1 / 127.5  # 256 grey levels in [-1, 1]
+    grid_step = GREY_STEP
     statistics: tuple[Tensor, Tensor] | None = None
     networks: tuple[nn.Module, ...] = ()
 

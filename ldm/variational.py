@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ldm.schedule import DiscreteSchedule
 
+GREY_STEP = 1 / 127.5
+"""Distance of two of 256 grey levels in [-1, 1]."""
+
 
 def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean, (B, ...), and log-variance, (B, 1, ...), of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7).

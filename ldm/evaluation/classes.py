@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ldm.evaluation.measure import Indices, mean_of
 from ldm.evaluation.pictures import contact_sheet
@@ -54,18 +53,19 @@ def class_section(
 ) -> Section:
     """Return how often the judge finds the class that was asked for.
 
-    drawn: `per_class` pictures of each of the `classes` in turn. answers: of "generated" and other pictures, what the
-    judge found and what was asked for.
+    drawn: `per_class` pictures of each of the `classes` in turn. answers: what the judge found and what was asked for,
+    (N,) each, of "generated" pictures, and of the true ones of these classes as "ceiling", if any are held out.
     """
-    right: dict[str, NDArray[np.bool_]] = {name: found == asked for name, (found, asked) in answers.items()}
+    right = {name: mean_of(found == asked) for name, (found, asked) in answers.items()}
     found, asked = answers["generated"]
     others = np.roll(asked, per_class)
     beside = {
         "chance": mean_of(np.full(len(asked), 1 / len(classes))),
         "shuffled": mean_of(found == others),
-        "ceiling": mean_of(right["ceiling"]),
     }
-    rows = [Row(f"class told apart, {network}", mean_of(right["generated"]), "higher", beside)]
+    if "ceiling" in right:
+        beside["ceiling"] = right["ceiling"]
+    rows = [Row(f"class told apart, {network}", right["generated"], "higher", beside)]
     rows += [
         Row(f"class {label}", mean_of(found[asked == label] == label), "higher",
             {"shuffled": mean_of(found[others == label] == label)})

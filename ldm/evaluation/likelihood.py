@@ -17,11 +17,15 @@ from ldm.evaluation.pictures import Images
 from ldm.evaluation.report import Curve, Row, Section
 from ldm.models.scheduler import schedule_of
 from ldm.schedule import DiscreteSchedule, recover
-from ldm.variational import fixed_log_variance, interpolated_log_variance, prior_term, variational_term
+from ldm.variational import (
+    GREY_STEP,
+    fixed_log_variance,
+    interpolated_log_variance,
+    prior_term,
+    variational_term,
+)
 
 CHUNK = 50
-GREY_STEP = 1 / 127.5
-"""Of 256 grey levels in [-1, 1]."""
 
 Bits = NDArray[np.float64]
 
