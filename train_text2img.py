@@ -25,8 +25,7 @@ from ldm.training.run import Run, finishing
 from ldm.training.snapshots import Snapshots
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
-from pipelines.pixels import PixelPipeline
-from pipelines.text2img import TextToImagePipeline
+from pipelines import PIPELINES
 
 STATISTICS_PICTURES = 4096
 
@@ -54,7 +53,7 @@ def main() -> None:
             encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
             step.remember_captions(images.known_captions())
         train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
-        pipeline = export(step, config, TextToImagePipeline, PixelPipeline)
+        pipeline = export(step, config, PIPELINES)
 
         validation = Validation(config, images, step, pipeline, run)
         validation.rehearse()

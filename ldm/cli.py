@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.average import average
+from ldm.data.headers import PictureError, decode, open_picture
+from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
-from ldm.models.pipeline import load_pipeline, told_by
+from ldm.models.pipeline import image_size, load_pipeline, starting_from, told_by
 from ldm.validate import validate
 
 
@@ -28,6 +31,9 @@ def sample(
     seed: int = 0,
     num_inference_steps: int = 25,
     guidance_scale: float = 3.0,
+    image: str | None = None,
+    mask_image: str | None = None,
+    strength: float | None = None,
     trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
@@ -40,17 +46,28 @@ def sample(
         seed: Seed of the first picture; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none.
+        image: Picture to start from; transparent parts are white.
+        mask_image: Picture of its size, white where it is drawn anew.
+        strength: Share of the steps that the picture goes through; left out: 0.8, and with a mask all.
         trust_remote_code: Run the pipeline code that came with the model.
 
     """
     if not -(2**62) <= seed <= 2**62:
         raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     pipeline = load_pipeline(model, trust_remote_code)
+    pictures: dict[str, Image.Image] = {}
+    if image is not None:
+        pictures = started(image_size(pipeline), image=image, mask_image=mask_image)
+        settings["strength"] = strength or (0.8 if mask_image is None else 1.0)
+        pipeline = starting_from(pipeline, masked=mask_image is not None)
+    elif mask_image is not None or strength is not None:
+        raise ValueError("mask_image, strength: say of which --image")
     written = []
     for number, prompt in enumerate(prompts):
         draw = torch.Generator().manual_seed(seed + number)
-        picture = pipeline(**asked(pipeline, prompt, negative_prompt), generator=draw, **settings).images[0]
+        call = asked(pipeline, prompt, negative_prompt)
+        picture = pipeline(**call, **pictures, generator=draw, **settings).images[0]
         text = PngInfo()
         described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
         for key, value in described.items():
@@ -61,6 +78,18 @@ def sample(
         print(path)
         written.append(path)
     return written
+
+
+def started(size: int, **files: str | None) -> dict[str, Image.Image]:
+    """Return the pictures in `files`, those that are named, at `size` pixels height and width; ValueError if none."""
+    pictures = {}
+    for name, file in files.items():
+        if file is not None:
+            try:
+                pictures[name] = to_rgb(decode(open_picture(file))).resize((size, size), Image.Resampling.LANCZOS)
+            except (OSError, PictureError) as error:
+                raise ValueError(f"{name}: {file}: {error}") from error
+    return pictures
 
 
 def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def check_inputs(
     check_output(output_type, return_dict)
     check_callback(callback_on_step_end)
     _check_tensors(limits, callback_on_step_end_tensor_inputs)
-    rows, columns = _latent_size(limits, height, width)
+    rows, columns = latent_size(limits, height, width)
     shape = (count * num_images_per_prompt, limits.latent_channels, rows, columns)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
@@ -214,7 +214,8 @@ def _check_tensors(limits: Limits, tensors: Sequence[str]) -> None:
         )
 
 
-def _latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
+def latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return height and width of the latents of a picture of that size, pixels; None: the default. ValueError."""
     size = [limits.default_size[0] if height is None else height, limits.default_size[1] if width is None else width]
     factor = limits.factor
     for name, value in zip(("height", "width"), size, strict=True):

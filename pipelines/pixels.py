@@ -10,6 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from .inputs import MAX_PICTURES, check_callback, check_generators, check_guidance, check_output, whole_number
+from .picture import picture
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
 from .source import Portable, single_file
@@ -55,6 +56,9 @@ class PixelPipeline(
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 1.0,
     ) -> Any:
         """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
 
@@ -63,7 +67,8 @@ class PixelPipeline(
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
         list makes picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
-        noisy pictures, and returns others or nothing; it may set `_interrupt`.
+        noisy pictures, and returns others or nothing; it may set `_interrupt`. image: drawn anew in the last `strength`
+        of the steps, and only where `mask_image` is white (`picture`).
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
         self._interrupt = False
@@ -77,14 +82,15 @@ class PixelPipeline(
         generators = check_generators(generator, len(labels))
         rows, columns = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
         device = self._execution_device
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device)
         shape = (len(labels), unet.in_channels, rows, columns)
+
+        def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
+            return pixel_values.to(device)
+
+        start = picture(self.image_processor, encoded, image, mask_image, strength, shape[2:], shape, generators)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, strength)
         noise = randn_tensor(shape, generators, device, torch.float32)
-        kwargs, scale = {}, 1.0  # without classes there is nothing to guide away from
-        if self.num_classes:
-            given, scale = torch.tensor(labels, device=device), guidance_scale
-            null = torch.full_like(given, self.num_classes)
-            kwargs = {"class_labels": both(null, given) if scale > 1 else given}
+        kwargs, scale = self._told(labels, guidance_scale, device)
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return guided_output(self.unet, self.scheduler, x_t, timestep, scale, kwargs=kwargs)
@@ -94,10 +100,20 @@ class PixelPipeline(
                 x_t = (callback_on_step_end(self, step, timestep, {"latents": x_t}) or {}).get("latents", x_t)
             return x_t, self._interrupt
 
-        images = denoise(predict, self.scheduler, noise, timesteps, generators, after_step, self.progress_bar)
+        images = denoise(predict, self.scheduler, noise, timesteps, generators, after_step, self.progress_bar, start)
         self.maybe_free_model_hooks()
         shown = images if output_type == "latent" else self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
+
+    def _told(
+        self, labels: list[int], guidance_scale: float, device: torch.device
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """Return what the denoiser is told, and with how much guidance: 1 where it knows no classes."""
+        if not self.num_classes:
+            return {}, 1.0
+        given = torch.tensor(labels, device=device)
+        null = torch.full_like(given, self.num_classes)
+        return {"class_labels": both(null, given) if guidance_scale > 1 else given}, guidance_scale
 
     def _labels(self, class_labels: Sequence[int | None] | int | None, batch_size: int) -> list[int]:
         """Return the number that the denoiser is told for each picture."""

@@ -9,13 +9,20 @@ logger = logging.getLogger(__name__)
 
 
 def encode(
-    name: str, prompts: list[str], tokenizer: Any, text_encoder: Any, length: int, device: torch.device
+    name: str,
+    prompts: list[str],
+    tokenizer: Any,
+    text_encoder: Any,
+    length: int,
+    device: torch.device,
+    zero_padding: bool = False,
 ) -> torch.Tensor:
     """Return the embeddings of `prompts`, padded or cut to `length` tokens: (B, length, D), on `device`.
 
     They are the encoder's first output; the encoder is given the attention mask if its config has
     `use_attention_mask`, as in `StableDiffusionPipeline`. If any prompt is cut, one warning counts its tokens; `name`
-    stands in it. ValueError if the encoder cannot read `length` tokens, or the tokenizer makes more of "".
+    stands in it. zero_padding: those of padding are zeros. ValueError if the encoder cannot read `length` tokens, or
+    the tokenizer makes more of "".
     """
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
@@ -34,4 +41,4 @@ def encode(
         )
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
     embeds: torch.Tensor = text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-    return embeds
+    return embeds * tokens.attention_mask[..., None].to(embeds) if zero_padding else embeds

@@ -67,16 +67,25 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
     _check_variance(name, config.get("variance_type"), channels, out_channels)
 
 
-def set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> torch.Tensor:
-    """Return the timesteps of `num_inference_steps` steps, to which `scheduler` is set: at least one a step.
+def set_timesteps(
+    scheduler: Any, num_inference_steps: int, device: torch.device, strength: float = 1.0
+) -> torch.Tensor:
+    """Return the timesteps of the last `strength` of `num_inference_steps` steps, to which `scheduler` is set.
 
+    At least one a step, in whole steps, rounded down; ValueError if that is none.
     ValueError if any is outside of the model's. Trailing spacing rounds a few odd numbers of steps (61, 103, 121, ...)
     to one step too many, at timestep -1; leading spacing with steps_offset=1 starts some at num_train_timesteps.
     """
     scheduler.set_timesteps(num_inference_steps, device=device)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else the first timestep is looked up, and of equal ones the second is taken
-    timesteps: torch.Tensor = scheduler.timesteps
+    skipped = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
+    timesteps: torch.Tensor = scheduler.timesteps[skipped:]
+    if not len(timesteps):
+        raise ValueError(
+            f"strength: {strength:g} of {num_inference_steps} steps is less than one; use more num_inference_steps, or "
+            "more strength"
+        )
+    if hasattr(scheduler, "set_begin_index"):  # else the first timestep is looked up, and of equal ones the second
+        scheduler.set_begin_index(skipped)
     low, high, last = timesteps.min().item(), timesteps.max().item(), scheduler.config.num_train_timesteps - 1
     if low < 0 or high > last:
         raise ValueError(

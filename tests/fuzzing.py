@@ -48,9 +48,7 @@ from ldm.training.rehearsal import rehearse
 from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
-from pipelines import inputs
-from pipelines.pixels import PixelPipeline
-from pipelines.text2img import TextToImagePipeline
+from pipelines import PIPELINES, inputs
 
 from . import tiny_pipeline
 from .picture_folders import noise_picture, write_metadata
@@ -362,7 +360,7 @@ def prepare(config, bench, name):
         step = DiffusionStep(stage, run, config.optim.ema_decay)
     rehearse(step, images, config)
     if isinstance(config, StageConfig) and name == "stable diffusion":
-        pipeline = export(step, config, TextToImagePipeline, PixelPipeline)
+        pipeline = export(step, config, PIPELINES)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
         Validation(config_, images, step, pipeline, run).rehearse()
     json.dumps(run_record(config, images))

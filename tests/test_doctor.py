@@ -32,6 +32,7 @@ from ldm.objective import Objective
 from ldm.training import export as export_module
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
+from pipelines.text2img import TextToImagePipeline
 
 from .test_objective import SOUND
 
@@ -143,7 +144,7 @@ def test_captions_cut_to_their_first_word_are_found_by_the_conditions_alone(tmp_
 
 
 def test_a_pipeline_that_saves_other_weights_is_found_by_its_sample_alone(tmp_path, monkeypatch):
-    save = train_text2img.TextToImagePipeline.save_pretrained
+    save = TextToImagePipeline.save_pretrained
 
     def other(self, folder, **more):
         bias = self.vae.decoder.conv_out.bias
@@ -152,19 +153,19 @@ def test_a_pipeline_that_saves_other_weights_is_found_by_its_sample_alone(tmp_pa
         save(self, folder, **more)
         bias.data.copy_(kept)
 
-    monkeypatch.setattr(train_text2img.TextToImagePipeline, "save_pretrained", other)
+    monkeypatch.setattr(TextToImagePipeline, "save_pretrained", other)
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE)
     assert (wrong(report), code) == (["saved and reloaded"], 1)
 
 
 def test_a_pipeline_that_cannot_be_loaded_is_found_by_its_sample_alone(tmp_path, monkeypatch):
-    save = train_text2img.TextToImagePipeline.save_pretrained
+    save = TextToImagePipeline.save_pretrained
 
     def other(self, folder, **more):
         save(self, folder, **more)
         (Path(folder) / "unet" / "config.json").write_text("no JSON")
 
-    monkeypatch.setattr(train_text2img.TextToImagePipeline, "save_pretrained", other)
+    monkeypatch.setattr(TextToImagePipeline, "save_pretrained", other)
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE)
     assert (wrong(report), code) == (["saved and reloaded"], 1)
     assert "cannot load what was saved" in text(report, "saved and reloaded")

@@ -164,6 +164,29 @@ def test_samples_carry_their_settings_and_repeat(model, tmp_path):
     assert one.tobytes() == two.tobytes()
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_samples_start_from_a_picture(model, tmp_path, trust):
+    Image.new("RGBA", (50, 40), (200, 0, 0, 255)).save(tmp_path / "red.png")
+    Image.new("L", (50, 40), 0).save(tmp_path / "nothing.png")
+    more = {"num_inference_steps": 4, "guidance_scale": 1.0, "trust_remote_code": trust}
+    start = {"image": str(tmp_path / "red.png"), "strength": 0.5}
+    (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "out"), **start, **more)
+    drawn = Image.open(path)
+    assert (drawn.size, drawn.text["strength"]) == ((32, 32), "0.5")
+    assert str(tmp_path) not in str(drawn.text)
+    start = {"image": str(tmp_path / "red.png"), "mask_image": str(tmp_path / "nothing.png")}
+    (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "kept"), **start, **more)
+    assert Image.open(path).text["strength"] == "1.0"
+    for wrong, message in (
+        ({"strength": 0.5}, "say of which --image"),
+        ({"image": "none.png"}, "image: none.png: .*No such file"),
+        ({"image": str(model / "model_index.json")}, "image: .*not a picture in"),
+        ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cli.sample(["a cat"], str(model), str(tmp_path), **wrong, **more)
+
+
 def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
     command = [
         Path(sys.executable).parent / "accelerate",

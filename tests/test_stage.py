@@ -227,4 +227,4 @@ def test_a_stage_that_no_pipeline_draws_with_is_refused(run):
     for one in (pixels, with_class):
         step = DiffusionStep(build_stage(one, CAPTIONS), run, 0.9)
         with pytest.raises(ValueError, match="no pipeline draws with a UNet2DConditionModel"):
-            export(step, one, None, None)
+            export(step, one, {})

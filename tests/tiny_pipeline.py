@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import (
     BertConfig,
@@ -69,6 +69,20 @@ def unet(**changes: Any) -> UNet2DConditionModel:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
     return UNet2DConditionModel(**config | changes).eval()
+
+
+def transformer(**changes: Any) -> PixArtTransformer2DModel:
+    torch.manual_seed(4)
+    config = {
+        "sample_size": PIXELS // 2,
+        "patch_size": 1,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": WIDTH,
+    }
+    return PixArtTransformer2DModel(**config | changes).eval()
 
 
 def vae() -> AutoencoderKL:

@@ -20,7 +20,7 @@ from ldm.schedule import target_coefficients
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels: 0 is the picture, 1 is noise."""
 CHUNK = 50
-LATENT_TEXT = ("StableDiffusionPipeline", "TextToImagePipeline")
+LATENT_TEXT = ("StableDiffusionPipeline", "TextToImagePipeline", "TransformerPipeline")
 """Pipelines of which it is known how their denoiser is called."""
 
 Losses = NDArray[np.float64]
@@ -37,7 +37,7 @@ def losses_with_and_without(
     half of the captions are the same.
     """
     if (kind := type(pipeline).__name__) not in LATENT_TEXT:
-        raise ValueError(f"{kind}: known are {' and '.join(LATENT_TEXT)}")
+        raise ValueError(f"{kind}: known are {', '.join(LATENT_TEXT)}")
     own = denoising_losses(pipeline, pixel_values, captions, seed, levels)
     return own, denoising_losses(pipeline, pixel_values, exchanged_captions(captions, seed), seed, levels)
 
@@ -51,20 +51,23 @@ def denoising_losses(
     Noise depends on the seed and on the place of a picture alone.
     """
     schedule, prediction_type = schedule_of(pipeline.scheduler)
-    unet, device = pipeline.unet, pipeline.unet.device
+    denoiser = pipeline.components.get("unet") or pipeline.transformer
+    device = denoiser.device
     losses = np.empty((len(levels), len(captions)))
     for start in range(0, len(captions), CHUNK):
         rows = slice(start, min(start + CHUNK, len(captions)))
         x0 = _latents(pipeline.vae, pixel_values[rows].to(device))
         embeds = pipeline.encode_prompt(list(captions[rows]), device, 1, False)[0]
+        stock = {"encoder_hidden_states": embeds}
+        told = pipeline.conditions(embeds) if hasattr(pipeline, "conditions") else stock
         draws = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
         noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
         for number, level in enumerate(levels):
             timesteps = schedule.timesteps(torch.full((len(x0),), float(level)))
             alpha, sigma = (of.to(device).view(-1, 1, 1, 1) for of in schedule.alpha_sigma(timesteps))
             a, b = target_coefficients(prediction_type, alpha, sigma)
-            x_t = (alpha * x0 + sigma * noise).to(unet.dtype)
-            model_output = unet(x_t, timesteps.to(device), encoder_hidden_states=embeds, return_dict=False)[0]
+            x_t = (alpha * x0 + sigma * noise).to(denoiser.dtype)
+            model_output = denoiser(x_t, timestep=timesteps.to(device), **told, return_dict=False)[0]
             error = model_output[:, : x0.shape[1]].float() - (a * x0 + b * noise)
             losses[number, rows] = error.square().flatten(1).mean(1).cpu().numpy()
     return losses

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
@@ -37,6 +37,27 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
         raise ValueError(f"{model}: no folder of a pipeline, and the Hub gave none: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
     return pipeline.to(PartialState().device)
+
+
+def starting_from(pipeline: Any, masked: bool) -> Any:
+    """Return a pipeline of the same parts that takes an ``image``, and a ``mask_image`` if `masked`.
+
+    Ours takes both as it is; for the stock ones diffusers has others.
+
+    Raises:
+        ValueError: there is none for pipelines of this kind.
+
+    """
+    if "image" in inspect.signature(pipeline.__call__).parameters:
+        return pipeline
+    kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
+    try:
+        return kind.from_pipe(pipeline)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(pipeline).__name__} starts from no picture, and diffusers has no other pipeline of its parts that "
+            "does; if the model is one of ours, load its own pipeline, --trust_remote_code true"
+        ) from error
 
 
 TOLD = ("prompt", "class_labels", "batch_size")

@@ -74,7 +74,10 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
     if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
-    trained = conditioner(**inputs["text"]).kwargs["encoder_hidden_states"].float()
+    told = conditioner(**inputs["text"]).kwargs
+    trained = told["encoder_hidden_states"].float()
+    if (mask := told.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
+        trained = trained * mask[..., None].to(trained)
     _, sampled = pipeline.encode_prompt("", step.run.device)
     if trained.shape[1:] != sampled.shape[1:]:
         return math.inf

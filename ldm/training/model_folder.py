@@ -27,7 +27,7 @@ from ldm.training.run import Run
 from ldm.training.snapshots import read_snapshots
 
 log = logging.getLogger(__name__)
-COMPONENTS = {"unet": "denoiser.", "text_encoder": "conditioners.text.text_encoder."}
+COMPONENTS = {"unet": "denoiser.", "transformer": "denoiser.", "text_encoder": "conditioners.text.text_encoder."}
 """Folders of a pipeline that are trained, and what the names of their weights begin with in the trained module."""
 
 

@@ -1,0 +1,265 @@
+"""Pictures from prompts in a latent space, whatever the denoiser."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .inputs import MAX_PICTURES, Inputs, Limits, check_inputs, latent_size, texts, whole_number
+from .picture import Picture, picture
+from .prompts import encode
+from .sampling import StepCallback, both, denoise, guided_output
+from .schedulers import check_scheduler, set_timesteps
+
+
+class Prompted:
+    """What pipelines with a text encoder, a denoiser and an autoencoder have in common, a base of theirs.
+
+    The components are called as in diffusers, but for the denoiser, which is called `unet` or `transformer` there.
+    """
+
+    vae: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+    image_processor: Any
+    vae_scale_factor: int
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _denoiser: ClassVar[str]
+    """Name of that component: unet or transformer."""
+    _zero_padding: ClassVar[bool] = False
+    """Whether the denoiser is to see no padding: of prompt embeddings, that is rows of zeros."""
+
+    @property
+    def denoiser(self) -> Any:
+        """What the prompts are told to."""
+        return getattr(self, self._denoiser)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the current call; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the denoiser sees the negative prompt too."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Scheduler steps of the current call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to stop after this step; a callback may set `_interrupt`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 1.0,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Return ``.images``, `num_images_per_prompt` for each prompt in turn; ``(images,)`` if not `return_dict`.
+
+        output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w), float32.
+        guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
+        picture i from generator i, whatever the batch. latents: unit noise. image: drawn anew in the last `strength`
+        of the steps, and only where `mask_image` is white (`picture`). The others are as in diffusers.
+        ValueError for unusable inputs, FloatingPointError if the denoiser or decoder gives NaN or infinity.
+        """
+        check_scheduler(self.scheduler, self.denoiser.config.in_channels, self.denoiser.config.out_channels)
+        inputs = check_inputs(
+            self._limits(),
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=getattr(
+                callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
+            ),
+        )
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        start = self._start(inputs, image, mask_image, strength)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, self._device, strength)
+        self._num_timesteps = len(timesteps)
+        latents = self._denoise(inputs, timesteps, start, callback_on_step_end)
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def interpolate(self, first: str, second: str, num_images: int = 8, **call: Any) -> Any:
+        """Return ``.images``, `num_images` of them, from what `first` draws to what `second` does.
+
+        All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
+        else a call takes, `latents` (1, C, h, w) too. ValueError for fewer than two, and as a call.
+        """
+        whole_number("num_images", num_images, 2, MAX_PICTURES)
+        start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]
+        share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
+        limits, latents = self._limits(), call.pop("latents", None)
+        if latents is None:
+            size = latent_size(limits, call.get("height"), call.get("width"))
+            shape = (1, limits.latent_channels, *size)
+            latents = randn_tensor(shape, call.get("generator"), self._device, torch.float32)
+        prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
+        return self(prompt_embeds=prompt_embeds, latents=latents.expand(num_images, -1, -1, -1), **call)
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return prompt and negative prompt embeddings, each (B * num_images_per_prompt, L, D), copies together.
+
+        The negative ones are those of "" if none are given, and None without guidance. Embeddings that are given
+        are only moved and repeated. Prompts that are too long are cut, with one warning. Rows of zeros are padding,
+        for a denoiser that is to see none.
+        """
+        device = device or self._device
+        dtype = (self.denoiser or self.text_encoder).dtype
+
+        def ready(embeds: torch.Tensor) -> torch.Tensor:
+            return embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
+
+        if prompt_embeds is None:
+            prompt_embeds = self._encode("prompt", texts("prompt", prompt), None, device)
+        if not do_classifier_free_guidance:
+            return ready(prompt_embeds), None
+        if negative_prompt_embeds is None:
+            negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+            negative_prompt_embeds = self._encode("negative_prompt", negatives, prompt_embeds.shape[1], device)
+            negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
+        return ready(prompt_embeds), ready(negative_prompt_embeds)
+
+    def conditions(self, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the denoiser is told, by its keyword arguments."""
+        told = {"encoder_hidden_states": prompt_embeds}
+        return told | {"encoder_attention_mask": prompt_embeds.any(-1)} if self._zero_padding else told
+
+    def _encode(self, name: str, prompts: list[str], length: int | None, device: torch.device) -> torch.Tensor:
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer; give {name}_embeds instead")
+        added = self.tokenizer.added_tokens_encoder
+        several = hasattr(self, "maybe_convert_prompt") and any(f"{token}_1" in added for token in added)
+        if several:  # textual inversion: one word, several tokens
+            prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # type: ignore[attr-defined]
+        length = length or self.tokenizer.model_max_length
+        return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, self._zero_padding)
+
+    def _limits(self) -> Limits:
+        denoiser, size = self.denoiser.config, self.denoiser.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        widths = (denoiser.get(name) for name in ("encoder_hid_dim", "caption_channels", "cross_attention_dim"))
+        width = next((width for width in widths if width is not None), None)
+        # PNDM starts with four Runge-Kutta steps, unless told not to.
+        fewest = 4 if self.scheduler.config.get("skip_prk_steps") is False else 1
+        return Limits(
+            factor=self.vae_scale_factor,
+            default_size=(rows * self.vae_scale_factor, columns * self.vae_scale_factor),
+            latent_channels=denoiser.in_channels,
+            inference_steps=(fewest, self.scheduler.config.num_train_timesteps),
+            prompt_length=None if self.tokenizer is None else self.tokenizer.model_max_length,
+            embed_width=width if isinstance(width, int) else None,
+            callback_tensors=tuple(self._callback_tensor_inputs),
+        )
+
+    def _start(self, inputs: Inputs, image: Any, mask_image: Any, strength: float) -> Picture | None:
+        """Return what the latents start from besides noise; the posterior is drawn before the noise."""
+        rows, columns = inputs.latents_shape[2:]
+
+        def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
+            posterior = self.vae.encode(pixel_values.to(self._device, self.vae.dtype)).latent_dist
+            latents: torch.Tensor = self.vae.config.scaling_factor * posterior.sample(generator)
+            return latents
+
+        size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
+        return picture(self.image_processor, encoded, image, mask_image, strength, size, shape, inputs.generator)
+
+    def _denoise(
+        self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None
+    ) -> torch.Tensor:
+        """Return the latents after the last step, float32."""
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            inputs.prompt,
+            None,
+            inputs.num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            inputs.negative_prompt,
+            inputs.prompt_embeds,
+            inputs.negative_prompt_embeds,
+        )
+        if negative_prompt_embeds is not None:
+            prompt_embeds = both(negative_prompt_embeds, prompt_embeds)
+        noise, embeds = inputs.latents, [prompt_embeds]  # a callback may replace them
+        if noise is None:
+            noise = randn_tensor(inputs.latents_shape, inputs.generator, self._device, torch.float32)
+        noise = noise.to(self._device)
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            text = self.conditions(embeds[0])
+            return guided_output(self.denoiser, self.scheduler, latents, timestep, self.guidance_scale, kwargs=text)
+
+        def after_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
+            if callback is not None:
+                tensors: dict[str, Any] = {
+                    "latents": latents,
+                    "prompt_embeds": embeds[0],
+                    "negative_prompt_embeds": negative_prompt_embeds,
+                }
+                shown = {name: tensors[name] for name in inputs.callback_on_step_end_tensor_inputs}
+                tensors |= callback(self, step, timestep, shown) or {}
+                latents, embeds[0] = tensors["latents"], tensors["prompt_embeds"]
+            return latents, self.interrupt
+
+        bar = self.progress_bar  # type: ignore[attr-defined]
+        return denoise(predict, self.scheduler, noise, timesteps, inputs.generator, after_step, bar, start)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._execution_device  # type: ignore[attr-defined]
+        return device
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pixel_values = self.vae.decode(latents, return_dict=False)[0]
+        if not pixel_values.isfinite().all():
+            raise FloatingPointError(
+                f"non-finite pixels from the autoencoder, in {self.vae.dtype}; try pipe.vae.to(torch.float32)"
+            )
+        return self.image_processor.postprocess(pixel_values, output_type=output_type)

@@ -1,0 +1,188 @@
+"""From a picture: image to image, inpainting, between two prompts; equal to the stock pipelines where there are any."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    UNet2DModel,
+)
+from PIL import Image, ImageDraw
+
+from pipelines.pixels import PixelPipeline
+from pipelines.text2img import TextToImagePipeline
+from tests import tiny_pipeline
+from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, seeds
+
+SCHEDULERS = [
+    tiny_pipeline.scheduler(timestep_spacing="trailing"),
+    EulerDiscreteScheduler(),
+    HeunDiscreteScheduler(),
+    DPMSolverMultistepScheduler(),
+    DPMSolverMultistepScheduler(**FLOW),
+]
+NOISY = [DDPMScheduler(clip_sample=False), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")]
+
+
+def photograph(seed=0, size=PIXELS):
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def half(size=PIXELS):
+    """White on the left, where it is drawn anew."""
+    mask = Image.new("L", (size, size))
+    ImageDraw.Draw(mask).rectangle((0, 0, size // 2 - 1, size), fill=255)
+    return mask
+
+
+def pixel_pipeline(**changes):
+    torch.manual_seed(0)
+    config = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+    config |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    pipe = PixelPipeline(UNet2DModel(**config | changes).eval(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def name(scheduler):
+    return f"{type(scheduler).__name__}-{scheduler.config.prediction_type}"
+
+
+def both_draw(stock, scheduler, **call):
+    parts = tiny_pipeline.parts(scheduler=scheduler)
+    pipes = TextToImagePipeline(**copy.copy(parts)), stock(**parts)
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    ours, theirs = (arrays(pipe, steps=7, **call) for pipe in pipes)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    return ours
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY, PNDMScheduler(skip_prk_steps=True)], ids=name)
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+def test_image_to_image_is_the_stock_pipelines(scheduler, strength):
+    call = {"prompt": "a cat", "negative_prompt": "bad", "num_images_per_prompt": 2}
+    both_draw(StableDiffusionImg2ImgPipeline, scheduler, image=photograph(), strength=strength, **call)
+
+
+def test_a_generator_and_an_image_for_each_picture_is_the_stock_pipelines():
+    call = {"prompt": ["a cat", "two"], "image": [photograph(1), photograph(2)], "generator": seeds(3, 4)}
+    pictures = []
+    for _ in range(2):
+        call["generator"] = seeds(3, 4)
+        pictures.append(arrays(pipeline(), steps=7, strength=0.5, **call))
+    parts = tiny_pipeline.parts()
+    stock = StableDiffusionImg2ImgPipeline(**parts)
+    stock.set_progress_bar_config(disable=True)
+    call["generator"] = seeds(3, 4)
+    np.testing.assert_allclose(pictures[0], arrays(stock, steps=7, strength=0.5, **call), atol=1e-5)
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=name)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_is_the_stock_pipelines(scheduler, strength):
+    call = {"prompt": "a cat", "image": photograph(), "mask_image": half(), "strength": strength}
+    both_draw(StableDiffusionInpaintPipeline, scheduler, height=PIXELS, width=PIXELS, **call)
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY], ids=name)
+def test_what_the_mask_keeps_is_the_picture_to_the_bit(scheduler):
+    pipe = pipeline(scheduler=scheduler)
+    call = {"image": photograph(), "mask_image": half(), "generator": seeds(0)[0], "output_type": "latent"}
+    drawn = arrays(pipe, steps=7, **call)
+    pixel_values = pipe.image_processor.preprocess(photograph())
+    kept = 0.5 * pipe.vae.encode(pixel_values).latent_dist.sample(seeds(0)[0])
+    assert torch.equal(drawn[..., 4:], kept[..., 4:])
+    assert not torch.isclose(drawn[..., :4], kept[..., :4], atol=1e-3).any()
+
+
+def test_less_strength_takes_fewer_steps_and_stays_nearer():
+    pipe, seen, distance = pipeline(), [], []
+    pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(1))
+    pixel_values = pipe.image_processor.preprocess(photograph())
+    x0 = 0.5 * pipe.vae.encode(pixel_values).latent_dist.mode().detach()
+    for strength in (0.2, 0.5, 1.0):
+        before = len(seen)
+        latents = arrays(pipe, steps=10, image=photograph(), strength=strength, output_type="latent")
+        assert (len(seen) - before, pipe.num_timesteps) == (10 * strength, 10 * strength)
+        distance.append(float((latents - x0).square().mean()))
+    assert distance == sorted(distance)
+
+
+def test_a_picture_is_resized_and_its_transparent_parts_are_white():
+    pipe = pipeline()
+    transparent = Image.new("RGBA", (PIXELS, PIXELS), (0, 0, 0, 0))
+    white = Image.new("RGB", (PIXELS, PIXELS), "white")
+    expected = arrays(pipe, image=white, strength=0.5)
+    np.testing.assert_array_equal(arrays(pipe, image=transparent, strength=0.5), expected)
+    np.testing.assert_array_equal(arrays(pipe, image=white.resize((40, 24)), strength=0.5), expected)
+    as_tensor = arrays(pipe, image=torch.ones(1, 3, PIXELS, PIXELS), strength=0.5)
+    np.testing.assert_allclose(as_tensor, expected, atol=1e-5)
+    assert arrays(pipe, image=white, strength=0.5, height=24, width=8).shape == (1, 24, 8, 3)
+
+
+@pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
+def test_pixels_start_from_a_picture_too(classes):
+    pipe = pixel_pipeline(**classes)
+    call = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
+    mask = half(8)
+    drawn = pipe(image=photograph(size=8), mask_image=mask, generator=seeds(0, 1), **call).images
+    true = torch.from_numpy(np.asarray(photograph(size=8)) / 255).permute(2, 0, 1).float()
+    torch.testing.assert_close(drawn[..., 4:], true[..., 4:].expand(2, -1, -1, -1), atol=1e-6, rtol=0)
+    call |= {"image": photograph(size=8)}
+    near, far = (pipe(strength=share, generator=seeds(0, 1), **call).images for share in (0.1, 1.0))
+    assert (near - true).abs().mean() < (far - true).abs().mean() / 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"image": photograph(), "strength": 0.0}, "strength: got 0.0; expected a number above 0, and at most 1"),
+        ({"image": photograph(), "strength": 1.5}, "strength: got 1.5"),
+        ({"image": photograph(), "strength": "much"}, "strength: got 'much'"),
+        ({"image": photograph(), "strength": 0.2}, "strength: 0.2 of 3 steps is less than one; use more num_inference"),
+        ({"strength": 0.5}, "strength: got no image that it could be about; give image too"),
+        ({"mask_image": half()}, "mask_image: got no image"),
+        ({"image": "cat.png"}, "image: got str; expected a picture of PIL, a list of them, or a tensor"),
+        ({"image": []}, "image: got 0 for 1 pictures"),
+        ({"image": [photograph()] * 2}, "image: got 2 for 1 pictures; expected one, or one a prompt"),
+        (
+            {"image": torch.zeros(1, 4, 16, 16)},
+            r"image: got torch.float32 of shape \(1, 4, 16, 16\); expected",
+        ),
+        ({"image": torch.full((1, 3, 16, 16), 255.0)}, r"expected floats in \[0, 1\] of shape \(N, 3, height"),
+        ({"image": torch.full((1, 3, 16, 16), float("nan"))}, r"expected floats in \[0, 1\]"),
+        ({"image": photograph(), "mask_image": torch.zeros(1, 3, 16, 16)}, r"mask_image: .* shape \(N, 1, height"),
+        ({"image": photograph(), "mask_image": 1}, "mask_image: got int"),
+    ],
+)
+def test_unusable_pictures_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        arrays(pipeline(), **call)
+
+
+def test_between_two_prompts():
+    pipe = pipeline()
+    noise = torch.randn(1, 4, 8, 8, generator=seeds(5)[0])
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+    between = pipe.interpolate("a cat", "two", 5, latents=noise, **call).images
+    ends = [arrays(pipe, prompt, latents=noise, generator=None) for prompt in ("a cat", "two")]
+    np.testing.assert_allclose(between[[0, -1]], np.concatenate(ends), atol=1e-5)
+    steps = np.abs(np.diff(between, axis=0)).mean((1, 2, 3))
+    assert (steps > 0).all()
+    assert steps.max() < np.abs(ends[0] - ends[1]).mean()
+    drawn = pipe.interpolate("a cat", "two", 2, generator=seeds(0)[0], **call).images
+    np.testing.assert_allclose(drawn[0], arrays(pipe)[0], atol=1e-5)
+    with pytest.raises(ValueError, match="num_images: got 1; expected a whole number from 2 to"):
+        pipe.interpolate("a cat", "two", 1)

@@ -1,0 +1,77 @@
+"""Text to image with a transformer: equal to the stock pipeline of its layout, padding, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+
+from pipelines.transformer import TransformerPipeline
+from tests import tiny_pipeline
+from tests.tiny_pipeline import FLOW, LENGTH, arrays, seeds, text_encoder, tokenizer, transformer
+
+STOCK = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean_caption": False}
+
+
+def parts(**changes):
+    made = tiny_pipeline.parts(**changes)
+    chosen = {name: made[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    return {**chosen, "transformer": changes.get("transformer") or transformer()}
+
+
+def pipeline(**changes):
+    pipe = TransformerPipeline(**parts(**changes))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_equal_to_the_stock_pipeline(kind, guidance_scale):
+    made = parts(text_encoder=text_encoder(kind), scheduler=DPMSolverMultistepScheduler(**FLOW))
+    ours, stock = TransformerPipeline(**made), PixArtAlphaPipeline(**made)
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": ["a cat", "a longer one"], "negative_prompt": ["", "bad"], "num_images_per_prompt": 2}
+    call |= {"guidance_scale": guidance_scale, "height": 24, "width": 8}
+    np.testing.assert_allclose(arrays(ours, **call), arrays(stock, **call, **STOCK), atol=1e-5)
+
+
+def test_a_saved_folder_is_read_by_both(tmp_path):
+    ours = pipeline(scheduler=DPMSolverMultistepScheduler(**FLOW))
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "PixArtAlphaPipeline"
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    own = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    assert [type(pipe).__name__ for pipe in (stock, own)] == ["PixArtAlphaPipeline", "TransformerPipeline"]
+    np.testing.assert_allclose(arrays(own), arrays(ours), atol=1e-6)
+    np.testing.assert_allclose(arrays(stock, **STOCK), arrays(ours), atol=1e-5)
+
+
+def test_what_stands_at_padding_is_not_seen():
+    pipe = pipeline()
+    embeds = pipe.encode_prompt("a cat", None, 1, False)[0]
+    tokens = int(tokenizer()("a cat", return_tensors="pt").attention_mask.sum())
+    assert embeds[0, :tokens].abs().amin() > 0
+    assert not embeds[0, tokens:].any()
+    assert pipe.conditions(embeds)["encoder_attention_mask"].tolist() == [[True] * tokens + [False] * (LENGTH - tokens)]
+    cut = arrays(pipe, None, prompt_embeds=embeds[:, :tokens], guidance_scale=1.0)
+    np.testing.assert_allclose(cut, arrays(pipe, guidance_scale=1.0), atol=1e-5)
+    assert not np.allclose(cut, arrays(pipe, "a dog", guidance_scale=1.0), atol=1e-5)
+
+
+def test_a_transformer_that_wants_sizes_is_refused():
+    with pytest.raises(ValueError, match="use_additional_conditions=False"):
+        pipeline(transformer=transformer(use_additional_conditions=True))
+
+
+def test_one_more_prompt_in_the_batch_changes_no_picture():
+    pipe = pipeline()
+    batch = arrays(pipe, ["a cat", "something much longer"], generator=seeds(0, 1))
+    np.testing.assert_allclose(batch[0], arrays(pipe, "a cat", generator=seeds(0))[0], atol=1e-5)
+
+
+def test_it_is_drawn_on_a_device_in_half_precision():
+    pipe = pipeline().to(torch.bfloat16)
+    assert np.isfinite(arrays(pipe)).all()
