@@ -37,6 +37,7 @@ METRICS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "perceptual": "distance in the features of EfficientNet-lite0",
+    **{f"loss_at_{level / 100:.2f}": f"loss at noise level {level / 100:.2f}" for level in range(100)},
 }
 STAGE_LOADING = """\
 ```python
@@ -48,6 +49,8 @@ picture = pipe({asked}, num_inference_steps={steps}{guided}).images[0]
 picture.save("picture.png")
 ```
 """
+MASK = "encoder_attention_mask"
+PIXART = ", use_resolution_binning=False, max_sequence_length={}, clean_caption=False"
 STAGE = """\
 # {title}
 
@@ -235,6 +238,9 @@ def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> 
     loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"
     # the stock pipelines sample no learned variance and know no classes
     if config.objective.variational_weight is None and config.conditioners.label is None:
+        text = config.conditioners.text
+        if text is not None and MASK in text.keywords:  # PixArt's, which sizes pictures and prompts as it was trained
+            call["guided"] = f"{call['guided']}{PIXART.format(text.max_length)}"
         stock = STAGE_LOADING.format(name=name, **call, arguments="model")
         loading = f"With diffusers alone:\n\n{stock}\n{loading}"
     seen = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
@@ -267,7 +273,7 @@ def _measured(config: StageConfig | AutoencoderConfig, step: int, metrics: dict[
     retrieval = RETRIEVAL.format(count=looked.retrieval_images) if "r_at_1" in metrics else ""
     template = STAGE_MEASURED if isinstance(config, StageConfig) else AUTOENCODER_MEASURED
     how = template.format(step=step, loss_images=looked.loss_images, retrieval=retrieval)
-    rows = [f"| {_metric_name(metric)} | {value:.4g} |" for metric, value in metrics.items()]
+    rows = [f"| {METRICS.get(metric, metric)} | {value:.4g} |" for metric, value in metrics.items()]
     return "\n".join([how, "| held-out | |", "|---|---|", *rows, ""])
 
 
@@ -281,10 +287,6 @@ def _newest_metrics(file: Path) -> tuple[int, dict[str, float]]:
     return 0, {}
 
 
-def _metric_name(metric: str) -> str:
-    return METRICS.get(metric) or metric.replace("loss_at_", "loss at noise level ")
-
-
 def _result(task: str, data: DataConfig, metric: str, value: float) -> EvalResult:
     known = _hub_data(data)
     return EvalResult(
@@ -293,6 +295,6 @@ def _result(task: str, data: DataConfig, metric: str, value: float) -> EvalResul
         dataset_name=known or (_called(data.path, "pictures") if data.path else data.source),
         dataset_split="validation",
         metric_type=metric,
-        metric_name=_metric_name(metric),
+        metric_name=METRICS.get(metric, metric),
         metric_value=round(value, 6),
     )

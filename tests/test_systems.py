@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 
 import numpy as np
@@ -17,12 +18,24 @@ from ldm import cli
 
 from . import coloured_shapes
 from .fake_hub import FakeHub
-from .test_entry import call, killed_at, same_files
+from .test_entry import call, killed_at, same_files, train_autoencoder, train_model
 from .test_pipeline_folder import be_without_this_project
 
 CLASSES = len(coloured_shapes.COLOURS)
 FOLDER = ("--data.source", "imagefolder", "--data.held_out", "{}", "--data.held_out_percent", "10")
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TRANSFORMER = {
+    "_class_name": "PixArtTransformer2DModel",
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+}
+KEYWORDS = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "attention_mask"}
 SYSTEMS = {
     "nothing": ("DDPMPipeline", ()),
     "bound": (
@@ -44,6 +57,16 @@ SYSTEMS = {
     ),
 }
 """What configs/tiny/ddpm.yaml is told: the class that the folder is loaded as, and what is changed."""
+LATENT = {
+    "transformer": (
+        "PixArtAlphaPipeline",
+        (
+            *("--denoiser", json.dumps(TRANSFORMER), "--conditioners.text.keywords", json.dumps(KEYWORDS)),
+            *("--validation.guidance_scale", "2"),
+        ),
+    ),
+}
+"""The same of configs/tiny/text2img.yaml, in the latents of a tiny autoencoder."""
 
 
 def write_classes(folder):
@@ -64,12 +87,29 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return train_autoencoder(patch, tmp_path_factory.mktemp("autoencoder"))
+
+
 def train(monkeypatch, told, data, folder, *more):
+    """Train in pixels, or with a folder `data` of an autoencoder in its latents."""
+    if told in LATENT:
+        return train_model(monkeypatch, folder, data, *LATENT[told][1], *more)
     words = ("--config", "configs/tiny/ddpm.yaml", "--output_dir", folder, *SYSTEMS[told][1], *more)
     if told != "nothing":
         words += ("--data.path", data)
     call(train_text2img.main, monkeypatch, *words)
     return folder / "model"
+
+
+@pytest.fixture(scope="module", params=LATENT)
+def latent(request, autoencoder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        return request.param, train(
+            patch, request.param, autoencoder, tmp_path_factory.mktemp("latent") / request.param
+        )
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
@@ -86,7 +126,7 @@ def own_pipeline(model):
     return DiffusionPipeline.from_pretrained(model, custom_pipeline=str(model), trust_remote_code=True)
 
 
-def test_killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkeypatch):
+def killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkeypatch):
     told, model = trained
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         killed_at(patch, 27)  # 20 is the last save before it
@@ -96,6 +136,14 @@ def test_killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkey
     models = model, tmp_path / "again" / "model"
     one, two = ([{**row, "images_per_second": 0} for row in metrics(folder)] for folder in models)
     assert one == two
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkeypatch):
+    killed_and_resumed_equals_uninterrupted(trained, data, tmp_path, monkeypatch)
+
+
+def test_latents_killed_and_resumed_equals_uninterrupted(latent, autoencoder, tmp_path, monkeypatch):
+    killed_and_resumed_equals_uninterrupted(latent, autoencoder, tmp_path, monkeypatch)
 
 
 def test_training_helps_and_leaves_what_people_look_for(trained):
@@ -218,3 +266,63 @@ def test_the_shell_draws_it(trained, tmp_path):
         assert Image.open(path).text["prompt"] == "3"
         with pytest.raises(ValueError, match="--trust_remote_code true"):
             cli.sample([""], str(model), str(tmp_path), num_inference_steps=2)
+
+
+def test_training_in_latents_helps(latent):
+    _, model = latent
+    losses = [row["loss/denoiser"] for row in metrics(model) if "loss/denoiser" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert Image.open(sorted((model.parent / "samples").iterdir())[-1]).width > 100
+    assert not (model.parent / "alarms.jsonl").exists(), "also: what is dropped is what the pipeline makes of no prompt"
+    assert {"conditional_gain/mean", "captions/cut"} <= metrics(model)[-1].keys()
+
+
+def test_the_doctor_finds_nothing_wrong_in_latents(latent, autoencoder, tmp_path, monkeypatch):
+    told, _ = latent
+    more = ("--validation.num_inference_steps", "50", "--loop.max_train_steps", "200")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.doctor.overfit.MAX_STEPS", 2)
+        train(monkeypatch, told, autoencoder, tmp_path, "--doctor", *more)
+    findings = json.loads((tmp_path / "doctor" / "report.json").read_text())["findings"]
+    assert [finding["name"] for finding in findings if not finding["ok"]] == ["autoencoder"], "a tiny one"
+
+
+def prompted_by_a_stranger(model, to):
+    be_without_this_project()
+    os.chdir(model.parent)
+    (snippet, own) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)
+    np.save(to, np.stack([picture_of(code) for code in (snippet, own)]))
+
+
+def picture_of(snippet):
+    torch.manual_seed(0)
+    exec(snippet, {})  # noqa: S102
+    return np.asarray(Image.open("picture.png"))
+
+
+def test_latents_are_drawn_where_this_project_is_absent(latent, tmp_path):
+    _, model = latent
+    fork = multiprocessing.get_context("fork")
+    stranger = fork.Process(target=prompted_by_a_stranger, args=(model, tmp_path / "drawn.npy"))
+    stranger.start()
+    stranger.join(120)
+    assert stranger.exitcode == 0
+    stock, own = np.load(tmp_path / "drawn.npy")
+    assert np.abs(stock.astype(int) - own).max() <= 1, "as the card says, in plain diffusers and in ours"
+    assert own.shape == (32, 32, 3)
+
+
+def test_latents_are_pushed_and_drawn_by_the_shell(latent, tmp_path, monkeypatch):
+    _, model = latent
+    with FakeHub() as hub:
+        hub.serve(monkeypatch, tmp_path)
+        cli.main(["push", str(model), "me/model"])
+        pushed = hub.repositories["me/model"].files
+    weights = "diffusion_pytorch_model.safetensors"
+    assert {"pipeline.py", "README.md", f"transformer/{weights}", f"vae/{weights}"} <= pushed.keys()
+    start = {"image": str(model / "samples.png"), "strength": 0.5}
+    call = {"num_inference_steps": 4, "trust_remote_code": True}
+    (path,) = cli.sample(["a cat"], str(model), str(tmp_path), **call, **start)
+    assert Image.open(path).size == (32, 32)
+    with pytest.raises(ValueError, match="PixArtAlphaPipeline starts from no picture, and diffusers has no other"):
+        cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=4, **start)
