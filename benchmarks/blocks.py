@@ -1,31 +1,53 @@
-"""What a pixel U-Net is best made of, at equal training time: python -m benchmarks.blocks --seconds 120.
+"""What a pixel U-Net is best made of, at equal training time: python -m benchmarks.blocks
 
-Each variant of configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance, trains for so many seconds from the
-same seed on the same pictures; the one after "base" repeats it with another seed, for the noise of all of them.
+Each variant of configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance. Their steps are timed first, in turn,
+which gives each the number of steps that `--seconds` are on this machine; then each trains that many from the same seed
+on the same pictures, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
 Measured: the held-out loss, the squared error of the noise at five levels with fixed noise. The table is printed as
 Markdown, the numbers are written to docs/blocks.json.
 """
 
 import argparse
 import json
-import subprocess
-import sys
+import statistics
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import yaml
+from diffusers import StableCascadeUNet
+from diffusers.models.unets.unet_stable_cascade import SDCascadeAttnBlock, SDCascadeResBlock
+from torch import Tensor, nn
 
-from ldm.models.network import build_network
+from ldm.config import StageConfig
+from ldm.config_file import load_config
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
+from ldm.data.loader import training_batches
+from ldm.data.preflight import checked_source
+from ldm.evaluation.gain import LEVELS
+from ldm.models.network import build_network, prepare_denoiser
+from ldm.objective import Objective
 from ldm.provenance import hardware
+from ldm.spaces import build_space
+from ldm.stage import ConditionedDenoiser, Stage
+from ldm.training.loop import Loop
+from ldm.training.run import Run, finishing
+from ldm.training.steps import DiffusionStep
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "configs/improved_ddpm/openmoji/32px.yaml"
 FIXED = (
-    *("--objective.variational_weight", "null", "--loop.trackers", "[]", "--validation.num_inference_steps", "2"),
+    *("--objective.variational_weight", "null", "--loop.trackers", "[]", "--denoiser.out_channels", "3"),
     *("--optim.warmup_steps", "30", "--optim.ema_decay", "0.99"),  # minutes are a few hundred steps
+    *("--loop.max_train_seconds", "null", "--loop.max_train_steps", "1000"),
 )
+ROUNDS = 2
+TIMED_STEPS = 36
+HELD_OUT = 200
 PLAIN, ATTENTION = "DownBlock2D", "AttnDownBlock2D"
 BASE: dict[str, Any] = {
     "out_channels": 3,
@@ -55,7 +77,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ADM: AdaGN, BigGAN blocks, heads, attention at 8 and 4": {
         **ADAGN, **HEADS, **BIGGAN, "down_block_types": [RESNET, RESNET, ATTENTION, ATTENTION],
     },
+    "ConvNeXt blocks, attention at 8 px": {"_class_name": "ConvNeXtUNet"},
 }  # fmt: skip
+
+
+class ConvNeXtUNet(nn.Module):
+    """`StableCascadeUNet`, whose blocks are ConvNeXt's (Liu et al. 2022), told nothing but the time."""
+
+    def __init__(self, channels: tuple[int, ...] = (48, 96, 192, 192)):
+        super().__init__()
+        plain = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
+        self.unet = StableCascadeUNet(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=channels,
+            conditioning_dim=32,
+            clip_text_pooled_in_channels=1,
+            clip_seq=1,
+            num_attention_heads=(-1, -1, channels[2] // 32, -1),
+            down_num_layers_per_block=(2, 2, 2, 2),
+            up_num_layers_per_block=(2, 2, 2, 2),
+            down_blocks_repeat_mappers=(1, 1, 1, 1),
+            up_blocks_repeat_mappers=(1, 1, 1, 1),
+            block_types_per_layer=(plain, plain, (*plain, "SDCascadeAttnBlock"), plain),
+            dropout=(0.0, 0.0, 0.0, 0.0),
+            timestep_conditioning_type=(),
+        )
+        tails = [block.channelwise[-1] for block in self.unet.modules() if isinstance(block, SDCascadeResBlock)]
+        tails += [block.attention.to_out[0] for block in self.unet.modules() if isinstance(block, SDCascadeAttnBlock)]
+        for tail in (self.unet.clf[1], *tails):  # as `ldm.models.network.zero_tails` has it of the others
+            nn.init.zeros_(tail.weight)
+            nn.init.zeros_(tail.bias)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Return the output for `sample`, (B, 3, H, W), at timesteps of 1000."""
+        nothing = sample.new_zeros(len(sample), 1, 1)
+        output: Tensor = self.unet(sample, timestep.float() / 1000, nothing, return_dict=False)[0]
+        return (output,)
 
 
 def mirrored(down: list[str]) -> list[str]:
@@ -69,22 +127,52 @@ def denoiser(changes: Mapping[str, Any]) -> dict[str, Any]:
     return keys | {"up_block_types": mirrored(keys["down_block_types"])}
 
 
-def measured(network: dict[str, Any], seconds: float, seed: int) -> dict[str, float]:
-    """Return what a training of so many seconds came to."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["--config", CONFIG, "--output_dir", folder, "--seed", str(seed), "--denoiser", json.dumps(network)]
-        words += ["--loop.max_train_seconds", f"{seconds:g}", *FIXED]
-        subprocess.run([sys.executable, "train_text2img.py", *words], cwd=ROOT, check=True)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        training = json.loads((Path(folder) / "model" / "training.json").read_text())
-    loss = next(row["validation/loss"] for row in reversed(rows) if "validation/loss" in row)
-    parameters = sum(p.numel() for p in build_network(network, "denoiser").parameters())
-    return {
-        "millions": round(parameters / 1e6, 2),
-        "steps": training["global_step"],
-        "images_per_second": round(training["images_per_second"], 1),
-        "held_out_loss": round(loss, 5),
-    }
+def build(keys: dict[str, Any]) -> nn.Module:
+    """Return the network that keys describe, as it begins."""
+    if keys["_class_name"] == "ConvNeXtUNet":
+        return ConvNeXtUNet()
+    network = build_network(keys, "denoiser")
+    prepare_denoiser(network, fresh=True)
+    return network
+
+
+class Bench:
+    """The pictures and the config that all variants share."""
+
+    def __init__(self) -> None:
+        self.config: StageConfig = load_config(StageConfig, ["--config", CONFIG, "--output_dir", "unused", *FIXED])
+        self.images = CaptionedImages(checked_source(self.config.data), self.config.data)
+
+    def train(self, keys: dict[str, Any], steps: int, seed: int) -> tuple[DiffusionStep, list[float]]:
+        """Return a variant after so many steps, and the seconds that each took."""
+        loop_config = replace(self.config.loop, max_train_steps=steps, save_every_steps=10**6)
+        seconds: list[float] = []
+
+        def timed(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+            for batch in batches:
+                given = time.perf_counter()
+                yield batch
+                seconds.append(time.perf_counter() - given)
+
+        with tempfile.TemporaryDirectory() as folder, finishing(Run(folder, seed, loop_config)) as run:
+            torch.manual_seed(seed)
+            space = build_space(self.config.space, None)
+            model = ConditionedDenoiser(build(keys), {})
+            stage = Stage(space, model, Objective(self.config.objective, space.grid_step))
+            step = DiffusionStep(stage, run, self.config.optim.ema_decay)
+            train = PositionDataset(self.images, "train", seed)
+            loop: Loop[Any] = Loop(cast(Any, step), self.config.optim, loop_config, run, epoch_steps=1)
+            loop.fit(lambda start_step, **share: timed(training_batches(train, start_step, **share)))
+        return step, seconds
+
+    def step_seconds(self, keys: dict[str, Any]) -> float:
+        """Return the median seconds of a step, without the first ones."""
+        return statistics.median(self.train(keys, TIMED_STEPS, seed=0)[1][10:])
+
+    def held_out_loss(self, step: DiffusionStep) -> float:
+        """Return the loss on validation pictures, with the averaged weights and fixed noise."""
+        batch = fixed_batch(PositionDataset(self.images, "validation", 0), HELD_OUT)
+        return float(step.held_out_losses(batch, LEVELS).mean())
 
 
 def main() -> None:
@@ -92,13 +180,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", default="docs/blocks.json")
     known = parser.parse_args()
+    bench, networks = Bench(), {name: denoiser(changes) for name, changes in VARIANTS.items()}
+    timed: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(ROUNDS):
+        for name, keys in networks.items():
+            timed[name].append(bench.step_seconds(keys))
     found = {}
-    for name, changes in VARIANTS.items():
-        found[name] = measured(denoiser(changes), known.seconds, seed=1 if "another seed" in name else 0)
+    for name, keys in networks.items():
+        seconds = statistics.median(timed["base"] if name.startswith("base") else timed[name])
+        step, _ = bench.train(keys, steps := round(known.seconds / seconds), seed=1 if "another seed" in name else 0)
+        found[name] = {
+            "millions": round(sum(p.numel() for p in step.stage.model.parameters()) / 1e6, 2),
+            "steps": steps,
+            "milliseconds a step": round(1000 * seconds),
+            "held_out_loss": round(bench.held_out_loss(step), 5),
+        }
         print(json.dumps({name: found[name]}), flush=True)
-        result = {"seconds": known.seconds, "hardware": hardware(), "variants": found}
+        result = {"seconds": known.seconds, "hardware": hardware(), "timed": timed, "variants": found}
         Path(known.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("| variant | parameters, M | steps | images/s | held-out loss |\n|---|---|---|---|---|")
+    print("| variant | parameters, M | steps | ms a step | held-out loss |\n|---|---|---|---|---|")
     for name, row in found.items():
         print("| " + " | ".join(map(str, (name, *row.values()))) + " |")
 

@@ -69,15 +69,15 @@ class Prompted:
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        strength: float = 1.0,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 1.0,
     ) -> Any:
         """Return ``.images``, `num_images_per_prompt` for each prompt in turn; ``(images,)`` if not `return_dict`.
 
@@ -122,7 +122,7 @@ class Prompted:
         """Return ``.images``, `num_images` of them, from what `first` draws to what `second` does.
 
         All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
-        else a call takes, `latents` (1, C, h, w) too. ValueError for fewer than two, and as a call.
+        else a call takes, one generator and `latents` (1, C, h, w) too. ValueError for fewer than two, and as a call.
         """
         whole_number("num_images", num_images, 2, MAX_PICTURES)
         start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]

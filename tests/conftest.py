@@ -36,9 +36,9 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keep what the tests compute out of the user's cache, and shared by all tests of one run."""
-    before = os.environ.get("LDM_CACHE")
-    os.environ["LDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep what the tests compute out of the user's cache, and shared by all tests and processes of one run."""
+    before, folder = os.environ.get("LDM_CACHE"), tmp_path_factory.getbasetemp()
+    os.environ["LDM_CACHE"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
     yield
     if before is None:
         del os.environ["LDM_CACHE"]

@@ -1,6 +1,7 @@
 """Floors and ceiling: each has pictures for which its number is known."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from ldm.evaluation.baselines import (
     derangement,
     exchanged_captions,
     nearest_training_captions,
+    other_values,
 )
 
 
@@ -89,6 +91,18 @@ def test_a_derangement_gives_no_caption_another_one_of_its_own_picture() -> None
 def test_a_derangement_that_cannot_be_is_refused(own: list[int]) -> None:
     with pytest.raises(ValueError, match="at most half may"):
         derangement(np.array(own, np.int64))
+
+
+def test_other_values_are_others_and_any_of_them():
+    classes = [0] * 900 + [1] * 90 + [2] * 10
+    others = other_values(classes, seed=1)
+    assert all(own != other for own, other in zip(classes, others, strict=True))
+    assert others == other_values(classes, seed=1)
+    counts = Counter(others[:900])
+    assert counts.keys() == {1, 2}
+    assert abs(counts[1] - 450) < 4 * 15  # four standard deviations of a fair coin
+    with pytest.raises(ValueError, match="all 3 values are the same"):
+        other_values([5, 5, 5])
 
 
 def test_exchanged_captions_are_the_same_ones_and_none_is_anyones_own() -> None:

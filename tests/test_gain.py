@@ -12,7 +12,8 @@ from ldm.evaluation.gain import LEVELS, denoising_losses, losses_with_and_withou
 from ldm.models.scheduler import build_scheduler, schedule_of
 from ldm.objective import Objective
 from ldm.schedule import FlowSchedule, build_schedule
-from tests.tiny_pipeline import PIXELS, pipeline, seeds
+from pipelines.transformer import TransformerPipeline
+from tests.tiny_pipeline import PIXELS, pipeline, seeds, transformer
 
 SOUND = [
     ObjectiveConfig(path="flow", prediction_type="flow_prediction"),
@@ -74,6 +75,27 @@ def test_a_stock_pipeline_gives_the_same():
     np.testing.assert_allclose(
         denoising_losses(stock, pictures(), CAPTIONS, 0), denoising_losses(ours, pictures(), CAPTIONS, 0), rtol=1e-5
     )
+
+
+def test_a_transformer_is_told_what_it_is_told_in_training():
+    parts = pipeline(scheduler=build_scheduler(SOUND[0])).components
+    shared = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    pipe = TransformerPipeline(**shared, transformer=transformer())
+    found = denoising_losses(pipe, pictures(), CAPTIONS, seed=3)
+    seen = pipe.tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        x0 = pipe.vae.encode(pictures()).latent_dist.mode() * pipe.vae.config.scaling_factor
+        told = {
+            "encoder_hidden_states": pipe.text_encoder(seen.input_ids)[0],
+            "encoder_attention_mask": seen.attention_mask,
+        }
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in seeds(*range(3, 9))])
+
+        def predict(x_t, timesteps):
+            return pipe.transformer(x_t, timestep=timesteps, **told).sample
+
+        expected = [Objective(SOUND[0]).loss_at(predict, x0, noise, level).numpy() for level in LEVELS]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_captions_that_are_not_read_are_worth_nothing_and_those_that_are_change_the_loss(monkeypatch):

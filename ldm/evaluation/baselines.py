@@ -81,5 +81,18 @@ def exchanged_captions(captions: Sequence[T], seed: int = 0) -> list[T]:
     return [captions[row] for row in order]
 
 
+def other_values(values: Sequence[T], seed: int = 0) -> list[T]:
+    """Return for each value another of those that occur, each as likely as the others, fixed by the seed.
+
+    For values that repeat, as classes do, of which one may be most of them. Raises ValueError where all are the same.
+    """
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) < 2:
+        raise ValueError(f"all {len(values)} values are the same; expected two that differ")
+    number = {value: index for index, value in enumerate(distinct)}
+    ahead = np.random.default_rng(seed).integers(1, len(distinct), len(values))
+    return [distinct[(number[value] + int(step)) % len(distinct)] for value, step in zip(values, ahead, strict=True)]
+
+
 def _words(caption: str) -> set[str]:
     return set(_WORD.findall(caption.lower()))

@@ -6,7 +6,6 @@ They change nothing; what follows from them is said elsewhere: see `ldm.training
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.conditioners.text import TextConditioner
+from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.batches import Batch
-from ldm.evaluation.baselines import exchanged_captions
+from ldm.evaluation.baselines import exchanged_captions, other_values
 from ldm.training.steps import DiffusionStep
 
 COUNTED_CAPTIONS = 10_000
@@ -102,20 +102,23 @@ def conditional_gain(
 ) -> Gain | None:
     """Return the averaged model's gain from the captions of a batch, with fixed noise, at noise levels in (0, 1).
 
-    Of a model that is told classes instead, from those. losses: those with the right captions, as
-    `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a caption are left out. None if fewer
-    than two remain, or more than half of them have the same caption.
+    Of a model that is told classes instead, from those: each sample is told any other. losses: those with the right
+    captions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a caption or a class are
+    left out. None if more than half of the rest have the same caption, or all the same class.
     """
     values: list[Any] = []
     if step.told == "prompt":
         values = list(batch.captions)
     elif "label" in step.stage.model.conditioners:
         values = cast(Tensor, batch.class_labels).tolist()
-    told = [row for row, value in enumerate(values) if value != ""]
+    told = [row for row, value in enumerate(values) if value not in ("", UNKNOWN_CLASS)]
     own = [values[row] for row in told]
-    if not own or max(Counter(own).values()) * 2 > len(own):
+    exchanged_values = exchanged_captions if step.told == "prompt" else other_values
+    try:
+        others = exchanged_values(own)
+    except ValueError:
         return None
-    for row, other in zip(told, exchanged_captions(own), strict=True):
+    for row, other in zip(told, others, strict=True):
         values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
