@@ -1,7 +1,7 @@
 """Text to image with a transformer, in the layout of PixArt."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -51,3 +51,9 @@ class TransformerPipeline(
         )
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def stock_call(self) -> dict[str, Any]:
+        """What a call of the stock class has to be told besides, to draw the same."""
+        length = self.tokenizer.model_max_length
+        return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": length}

@@ -46,6 +46,7 @@ def test_a_saved_folder_is_read_by_both(tmp_path):
     own = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
     assert [type(pipe).__name__ for pipe in (stock, own)] == ["PixArtAlphaPipeline", "TransformerPipeline"]
     np.testing.assert_allclose(arrays(own), arrays(ours), atol=1e-6)
+    assert ours.stock_call == STOCK
     np.testing.assert_allclose(arrays(stock, **STOCK), arrays(ours), atol=1e-5)
 
 

@@ -200,7 +200,8 @@ def same_sample(config: StageConfig, validation: Validation, train: PositionData
         except Exception as error:  # libraries raise every kind
             return Finding(name, False, f"{kind.__name__} cannot load what was saved: {error}")
     loaded.set_progress_bar_config(disable=True)
-    one, other = sample(pipeline).astype(int), sample(loaded).astype(int)
+    more = {} if type(loaded) is type(pipeline) else getattr(pipeline, "stock_call", {})
+    one, other = sample(pipeline).astype(int), sample(loaded, **more).astype(int)
     levels = int(abs(one - other).max())
     how = "exactly the picture" if levels == 0 else f"within {levels} of 255 levels the picture"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
