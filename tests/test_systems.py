@@ -282,7 +282,8 @@ def test_the_doctor_finds_nothing_wrong_in_latents(latent, autoencoder, tmp_path
     more = ("--validation.num_inference_steps", "50", "--loop.max_train_steps", "200")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.doctor.overfit.MAX_STEPS", 2)
-        train(monkeypatch, told, autoencoder, tmp_path, "--doctor", *more)
+        with pytest.raises(SystemExit, match="1"):
+            train(monkeypatch, told, autoencoder, tmp_path, "--doctor", *more)
     findings = json.loads((tmp_path / "doctor" / "report.json").read_text())["findings"]
     assert [finding["name"] for finding in findings if not finding["ok"]] == ["autoencoder"], "a tiny one"
 
