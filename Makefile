@@ -7,7 +7,7 @@ DEMO := out/demo
 AUDIT := pypi
 OPTIONS :=
 # whole files of tests to as many processes as there are cores, eight at most
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: demo test reliability browser audit clean

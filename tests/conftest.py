@@ -20,6 +20,18 @@ def pytest_addoption(parser):
     parser.addoption("--reliability", type=Path, help="write the table of promises and tests to this file")
 
 
+SLOWEST_FIRST = (
+    *("test_systems", "test_doctor", "test_resume", "test_entry", "test_hub", "test_processes", "test_fuzz"),
+    *("test_devices", "test_evaluate", "test_alarms", "test_likelihood", "test_security"),
+)
+"""A slow file that is begun last would keep one process busy while all others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable
+
+
 def pytest_configure(config):
     if config.option.reliability is not None and not hasattr(config, "workerinput"):  # once, not in every process
         config.pluginmanager.register(Reliability(config.option.reliability.resolve()))
