@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
 from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import resolve, train_tokenizer
 from ldm.places import pinned
+from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
 """Of each kind."""
@@ -64,7 +64,7 @@ def validate(
     held = {"held_out": held_out or {}, "held_out_percent": held_out_percent}
     config = source_config(data, image_size=image_size, background=background, **columns, **held)
     source = build_source(config)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     report = inspect(source, config, _token_counter(tokenizer, max_length), max_length, workers)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

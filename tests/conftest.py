@@ -1,4 +1,4 @@
-"""One thread, no network, a cache folder of the tests' own."""
+"""One core to each process of tests, one thread, no network, a cache folder of the tests' own."""
 
 import os
 import threading
@@ -14,6 +14,14 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from .reliability import Reliability
+
+PINS = hasattr(os, "sched_setaffinity")  # macOS has none
+CORES = os.sched_getaffinity(0) if PINS else set(range(os.cpu_count() or 1))
+"""What the machine has for all processes of tests together."""
+if PINS and (worker := os.environ.get("PYTEST_XDIST_WORKER", "")):
+    # a training takes a thread for each core it sees; as many threads as cores in each of several processes would
+    # spend most of their time waiting for one another
+    os.sched_setaffinity(0, {sorted(CORES)[int(worker.removeprefix("gw")) % len(CORES)]})
 
 
 def pytest_addoption(parser):

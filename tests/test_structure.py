@@ -65,7 +65,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.stage",
         "ldm.training",
     },
-    "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places"},
+    "ldm.validate": {"ldm.config", "ldm.data", "ldm.evaluation", "ldm.models", "ldm.places", "ldm.provenance"},
     "ldm.training": {
         "ldm.config",
         "ldm.config_check",

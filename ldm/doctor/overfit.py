@@ -59,6 +59,7 @@ def overfit(
 ) -> Overfit:
     """Return how far training on `batch` alone brings down `measure`, in `MAX_STEPS` or `MAX_SECONDS`.
 
+    However slow the machine, no fewer than `WARM_UP` steps, before which the learning rate is not what is asked about.
     The loop, losses and optimiser of the run, at its peak learning rate after a warm-up of at most `WARM_UP` steps.
     The weights stay as they are then: see `restored`.
     """
@@ -67,7 +68,7 @@ def overfit(
     def batches(start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[list[Batch]]:
         nonlocal taken
         draws = drawn(batch)
-        while taken < MAX_STEPS and time.perf_counter() - began < MAX_SECONDS:
+        while taken < MAX_STEPS and (taken < WARM_UP or time.perf_counter() - began < MAX_SECONDS):
             yield [draws[taken % DRAWS]]
             taken += 1
 

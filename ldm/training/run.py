@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm.config import LoopConfig
 from ldm.hub import HubError
 from ldm.models.network import set_attention_and_memory
+from ldm.provenance import cores
 from ldm.training.lock import FolderLock
 from ldm.training.signals import Stopped, StopSignals
 from ldm.training.trackers import refuse_missing_trackers, show_picture, start_trackers
@@ -67,7 +68,7 @@ class Run:
         if self.device.type == "cpu":
             # accelerate launch leaves one thread to each process; share out the cores instead
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+            torch.set_num_threads(max(1, cores() // local))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder) if self.is_main else None
         self.stop = StopSignals()
