@@ -49,7 +49,6 @@ picture = pipe({asked}, num_inference_steps={steps}{guided}).images[0]
 picture.save("picture.png")
 ```
 """
-MASK = "encoder_attention_mask"
 PIXART = ", use_resolution_binning=False, max_sequence_length={}, clean_caption=False"
 STAGE = """\
 # {title}
@@ -231,20 +230,21 @@ def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> 
     words = _words(config)
     call = {
         "asked": words["asked"],
-        "steps": looked.num_inference_steps,
+        "steps": str(looked.num_inference_steps),
         "guided": "" if words is NOTHING else f", guidance_scale={looked.guidance_scale}",
+        "alone": "With diffusers alone",
     }
     own = STAGE_LOADING.format(name=name, **call, arguments="model, custom_pipeline=model, trust_remote_code=True")
     loading = f"With its own pipeline, `pipeline.py`, which checks what it is given:\n\n{own}"
     # the stock pipelines sample no learned variance and know no classes
     if config.objective.variational_weight is None and config.conditioners.label is None:
-        text = config.conditioners.text
-        if text is not None and MASK in text.keywords:  # PixArt's, which sizes pictures and prompts as it was trained
-            call["guided"] = f"{call['guided']}{PIXART.format(text.max_length)}"
+        if (text := config.conditioners.text) and "encoder_attention_mask" in text.keywords:  # PixArt, of its own ways
+            call["guided"] += PIXART.format(text.max_length)
+            call["alone"] += ", which reads captions in lower case"
         stock = STAGE_LOADING.format(name=name, **call, arguments="model")
-        loading = f"With diffusers alone:\n\n{stock}\n{loading}"
-    seen = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
-    shown = STAGE_PICTURE.format(**words, **seen, count=looked.num_images, seed=config.seed) if picture else ""
+        loading = f"{call['alone']}:\n\n{stock}\n{loading}"
+    seen = {"guidance": looked.guidance_scale, "count": looked.num_images, "seed": config.seed}
+    shown = STAGE_PICTURE.format(**seen, steps=call["steps"], **words) if picture else ""
     kind = "diffusion model of pixels" if _pixels(config) else "latent diffusion model"
     return STAGE.format(size=size, picture=shown, loading=loading, kind=kind, **words)
 

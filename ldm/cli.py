@@ -19,7 +19,7 @@ from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
-from ldm.models.pipeline import image_size, load_pipeline, starting_from, told_by
+from ldm.models.pipeline import image_size, load_pipeline, plain_call, starting_from, told_by
 from ldm.validate import validate
 
 
@@ -47,7 +47,7 @@ def sample(
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none.
         image: Picture to start from; transparent parts are white.
-        mask_image: Picture of its size, white where it is drawn anew.
+        mask_image: Picture of its size, white where it is drawn anew; transparent parts are black.
         strength: Share of the steps that the picture goes through; left out: 0.8, and with a mask all.
         trust_remote_code: Run the pipeline code that came with the model.
 
@@ -55,29 +55,46 @@ def sample(
     if not -(2**62) <= seed <= 2**62:
         raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    pipeline = load_pipeline(model, trust_remote_code)
-    pictures: dict[str, Image.Image] = {}
+    paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
     if image is not None:
-        pictures = started(image_size(pipeline), image=image, mask_image=mask_image)
-        settings["strength"] = strength or (0.8 if mask_image is None else 1.0)
-        pipeline = starting_from(pipeline, masked=mask_image is not None)
+        settings["strength"] = begun(strength, num_inference_steps, mask_image is not None)
+        refuse_overwriting(paths, image, mask_image)
     elif mask_image is not None or strength is not None:
         raise ValueError("mask_image, strength: say of which --image")
-    written = []
-    for number, prompt in enumerate(prompts):
+    pipeline, pictures = load_pipeline(model, trust_remote_code), {}
+    if image is not None:
+        pictures = started(image_size(pipeline), image=image, mask_image=mask_image)
+        pipeline = starting_from(pipeline, masked=mask_image is not None)
+    for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         draw = torch.Generator().manual_seed(seed + number)
-        call = asked(pipeline, prompt, negative_prompt)
+        call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
         picture = pipeline(**call, **pictures, generator=draw, **settings).images[0]
         text = PngInfo()
         described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
         for key, value in described.items():
             text.add_itxt(key, str(value))
-        path = Path(out) / f"{slug(prompt)}-{seed + number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, pnginfo=text)
         print(path)
-        written.append(path)
-    return written
+    return paths
+
+
+def begun(strength: float | None, num_inference_steps: int, masked: bool) -> float:
+    """Return the share of the steps that a picture goes through; ValueError if that is not one of them."""
+    share = (1.0 if masked else 0.8) if strength is None else strength
+    if not 0 < share <= 1 or int(share * num_inference_steps) < 1:
+        raise ValueError(
+            f"strength: got {share:g}; expected at most 1, and at least one of the {num_inference_steps} steps"
+        )
+    return share
+
+
+def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
+    """Raise ValueError if one of `paths`, to be written, is a file that is to be read."""
+    sources = {Path(file).resolve() for file in read if file is not None}
+    for path in paths:
+        if path.resolve() in sources:
+            raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
 
 
 def started(size: int, **files: str | None) -> dict[str, Image.Image]:
@@ -86,7 +103,9 @@ def started(size: int, **files: str | None) -> dict[str, Image.Image]:
     for name, file in files.items():
         if file is not None:
             try:
-                pictures[name] = to_rgb(decode(open_picture(file))).resize((size, size), Image.Resampling.LANCZOS)
+                behind = "black" if name == "mask_image" else "white"
+                picture = to_rgb(decode(open_picture(file)), behind)
+                pictures[name] = picture.resize((size, size), Image.Resampling.LANCZOS)
             except (OSError, PictureError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return pictures
@@ -96,7 +115,7 @@ def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
     """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
     told = told_by(pipeline)
     if told == "prompt":
-        return {"prompt": prompt, "negative_prompt": negative_prompt or None}
+        return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
     if told == "class_labels" and not negative_prompt and (not prompt or prompt.isdecimal()):
         return {"class_labels": [int(prompt) if prompt else None]}
     raise ValueError(f"prompts: got {prompt!r}; {type(pipeline).__name__} takes {told} and no text")

@@ -24,6 +24,8 @@ class Limits:
 
     factor: int
     """Pixels, height and width, that one latent stands for."""
+    patch: int
+    """Latents, height and width, that the denoiser takes as one."""
     default_size: tuple[int, int]
     """Height and width, pixels."""
     latent_channels: int
@@ -217,20 +219,23 @@ def _check_tensors(limits: Limits, tensors: Sequence[str]) -> None:
 def latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
     """Return height and width of the latents of a picture of that size, pixels; None: the default. ValueError."""
     size = [limits.default_size[0] if height is None else height, limits.default_size[1] if width is None else width]
-    factor = limits.factor
+    factor = limits.factor * limits.patch
+    whose = f"the autoencoder's factor {factor}"
+    if limits.patch > 1:
+        whose = f"{factor}, the autoencoder's factor times the denoiser's patch"
     for name, value in zip(("height", "width"), size, strict=True):
         whole_number(name, value, factor, None)
         if value % factor:
             below = value // factor * factor
             raise ValueError(
-                f"{name}: {shown(value)} pixels is not a multiple of the autoencoder's factor {factor}; "
+                f"{name}: {shown(value)} pixels is not a multiple of {whose}; "
                 f"{shown(below)} and {shown(below + factor)} are"
             )
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
             f"height * width: got {shown(size[0])} * {shown(size[1])} pixels; expected at most {MAX_PIXELS}"
         )
-    return size[0] // factor, size[1] // factor
+    return size[0] // limits.factor, size[1] // limits.factor
 
 
 def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | None, int | None, int | None]) -> None:

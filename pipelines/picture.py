@@ -48,41 +48,52 @@ def picture(
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
     image: Any,
     mask_image: Any,
-    strength: float,
+    noised: bool,
     size: tuple[int, int],
     shape: tuple[int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,
+    num_images_per_prompt: int = 1,
 ) -> Picture | None:
     """Return what `image` and `mask_image`, in pixels, are in a model's space; None without an image.
 
     encode: from pictures in [-1, 1], (N, 3, H, W), and a generator or one for each to x0, which may be drawn.
-    image, mask_image: PIL, a list of PIL, or a tensor in [0, 1], (N, 3, H, W) and (N, 1, H, W), resized to `size`
-    pixels, height and width; N divides the number of pictures in `shape`, the shape of the noise. Transparent parts
-    are seen on white. The mask is white, from a half on, where the image is drawn anew.
+    image, mask_image: PIL of 8 bits, a list of PIL, or a tensor in [0, 1], (N, 3, H, W) and (N, 1, H, W), resized to
+    `size` pixels, height and width; N is 1, one a prompt, or one a picture of `shape`, the shape of the noise.
+    Transparent parts of an image are white. The mask is white, from a half on, where the image is drawn anew; its
+    transparent parts are black. noised: begin with the image, not with noise alone.
     ValueError if one of them is unusable.
     """
-    if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise ValueError(f"strength: got {shown(strength)}; expected a number above 0, and at most 1")
     if image is None:
-        if mask_image is not None or strength != 1:
-            name = "strength" if mask_image is None else "mask_image"
-            raise ValueError(f"{name}: got no image that it could be about; give image too, or leave it out")
         return None
-    pixel_values = processor.preprocess(_checked("image", image, 3, shape[0]), *size).float()
+    counts = 1, shape[0] // num_images_per_prompt, shape[0]
+    pixel_values = processor.preprocess(_checked("image", image, 3, counts, "white"), *size).float()
     if isinstance(generator, list):
         pixel_values = pixel_values.repeat_interleave(shape[0] // len(pixel_values), 0)
     mask = None
     if mask_image is not None:
         grey = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True, vae_scale_factor=1)
-        mask = interpolate(grey.preprocess(_checked("mask_image", mask_image, 1, shape[0]), *size), size=shape[2:])
+        mask = grey.preprocess(_checked("mask_image", mask_image, 1, counts, "black"), *size)
+        mask = interpolate(mask, size=shape[2:])
         mask = mask.repeat_interleave(shape[0] // len(mask), 0)
     x0 = encode(pixel_values, generator).float()
     x0 = x0.repeat_interleave(shape[0] // len(x0), 0)
-    return Picture(x0, None if mask is None else mask.to(x0), noised=mask is None or strength < 1)
+    return Picture(x0, None if mask is None else mask.to(x0), noised)
 
 
-def _checked(name: str, image: Any, channels: int, pictures: int) -> Any:
-    """Return `image` as diffusers' image processors take it."""
+def checked_strength(strength: float | None, image: Any, mask_image: Any) -> float:
+    """Return the share of the steps that are taken: of the stock pipelines if None; ValueError if it cannot be one."""
+    if image is None and (mask_image is not None or strength is not None):
+        name = "strength" if mask_image is None else "mask_image"
+        raise ValueError(f"{name}: got no image that it could be about; give image too, or leave it out")
+    if strength is None:
+        return 0.8 if image is not None and mask_image is None else 1.0
+    if not isinstance(strength, Real) or not 0 < strength <= 1:
+        raise ValueError(f"strength: got {shown(strength)}; expected a number above 0, and at most 1")
+    return float(strength)
+
+
+def _checked(name: str, image: Any, channels: int, counts: tuple[int, int, int], background: str) -> Any:
+    """Return `image`, as many as one of `counts`, as diffusers' image processors take it."""
     images = [image] if isinstance(image, Image.Image) else image
     if torch.is_tensor(images):
         good = images.ndim == 4 and images.shape[1] == channels and images.is_floating_point() and images.numel()
@@ -91,12 +102,14 @@ def _checked(name: str, image: Any, channels: int, pictures: int) -> Any:
             raise ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape (N, {channels}, height, width)")
     elif not isinstance(images, list | tuple) or not all(isinstance(one, Image.Image) for one in images):
         raise ValueError(f"{name}: got {type(image).__name__}; expected a picture of PIL, a list of them, or a tensor")
-    if not len(images) or pictures % len(images):
-        raise ValueError(f"{name}: got {len(images)} for {pictures} pictures; expected one, or one a prompt")
-    return images if torch.is_tensor(images) else [_on_white(one) for one in images]
+    if len(images) not in counts:
+        raise ValueError(f"{name}: got {len(images)} for {counts[-1]} pictures; expected one, or one a prompt")
+    return images if torch.is_tensor(images) else [_opaque(name, one, background) for one in images]
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _opaque(name: str, image: Image.Image, background: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # what PIL makes of them is white, mostly
+        raise ValueError(f"{name}: got a picture of mode {image.mode}; expected 8 bits, such as RGB, RGBA or L")
     image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    behind = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(behind, image).convert("RGB")

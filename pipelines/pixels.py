@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from .inputs import MAX_PICTURES, check_callback, check_generators, check_guidance, check_output, whole_number
-from .picture import picture
+from .picture import checked_strength, picture
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
 from .source import Portable, single_file
@@ -58,7 +58,7 @@ class PixelPipeline(
         callback_on_step_end: StepCallback | None = None,
         image: Any = None,
         mask_image: Any = None,
-        strength: float = 1.0,
+        strength: float | None = None,
     ) -> Any:
         """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
 
@@ -68,7 +68,7 @@ class PixelPipeline(
         guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
         list makes picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
         noisy pictures, and returns others or nothing; it may set `_interrupt`. image: drawn anew in the last `strength`
-        of the steps, and only where `mask_image` is white (`picture`).
+        of the steps (0.8; with a mask 1), and only where `mask_image` is white (`picture`).
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
         self._interrupt = False
@@ -87,8 +87,10 @@ class PixelPipeline(
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
             return pixel_values.to(device)
 
-        start = picture(self.image_processor, encoded, image, mask_image, strength, shape[2:], shape, generators)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, strength)
+        share = checked_strength(strength, image, mask_image)
+        noised = mask_image is None or share < 1
+        start = picture(self.image_processor, encoded, image, mask_image, noised, shape[2:], shape, generators)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, share)
         noise = randn_tensor(shape, generators, device, torch.float32)
         kwargs, scale = self._told(labels, guidance_scale, device)
 

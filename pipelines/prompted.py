@@ -7,8 +7,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .inputs import MAX_PICTURES, Inputs, Limits, check_inputs, latent_size, texts, whole_number
-from .picture import Picture, picture
+from .inputs import MAX_PICTURES, Inputs, Limits, check_generators, check_inputs, texts, whole_number
+from .picture import Picture, checked_strength, picture
 from .prompts import encode
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
@@ -77,14 +77,15 @@ class Prompted:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Any = None,
         mask_image: Any = None,
-        strength: float = 1.0,
+        strength: float | None = None,
     ) -> Any:
         """Return ``.images``, `num_images_per_prompt` for each prompt in turn; ``(images,)`` if not `return_dict`.
 
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w), float32.
         guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
         picture i from generator i, whatever the batch. latents: unit noise. image: drawn anew in the last `strength`
-        of the steps, and only where `mask_image` is white (`picture`). The others are as in diffusers.
+        of the steps (0.8; with a mask 1), and only where `mask_image` is white (`picture`). Rows of zeros in prompt
+        embeddings are padding, for a denoiser that is to see none. The others are as in diffusers.
         ValueError for unusable inputs, FloatingPointError if the denoiser or decoder gives NaN or infinity.
         """
         check_scheduler(self.scheduler, self.denoiser.config.in_channels, self.denoiser.config.out_channels)
@@ -109,8 +110,9 @@ class Prompted:
             ),
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
-        start = self._start(inputs, image, mask_image, strength)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, self._device, strength)
+        share = checked_strength(strength, image, mask_image)
+        start = self._start(inputs, image, mask_image, noised=mask_image is None or share < 1)
+        timesteps = set_timesteps(self.scheduler, num_inference_steps, self._device, share)
         self._num_timesteps = len(timesteps)
         latents = self._denoise(inputs, timesteps, start, callback_on_step_end)
         images = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -122,18 +124,26 @@ class Prompted:
         """Return ``.images``, `num_images` of them, from what `first` draws to what `second` does.
 
         All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
-        else a call takes, one generator and `latents` (1, C, h, w) too. ValueError for fewer than two, and as a call.
+        else a call takes, one generator and `latents` (1, C, h, w) too. A denoiser that sees no padding sees the tokens
+        that only the longer prompt has in all but that end. ValueError for fewer than two, and as a call.
         """
         whole_number("num_images", num_images, 2, MAX_PICTURES)
         start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]
         share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
-        limits, latents = self._limits(), call.pop("latents", None)
-        if latents is None:
-            size = latent_size(limits, call.get("height"), call.get("width"))
-            shape = (1, limits.latent_channels, *size)
-            latents = randn_tensor(shape, call.get("generator"), self._device, torch.float32)
         prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
-        return self(prompt_embeds=prompt_embeds, latents=latents.expand(num_images, -1, -1, -1), **call)
+        if (latents := call.pop("latents", None)) is not None:
+            call["latents"] = latents.expand(num_images, -1, -1, -1)
+        given = check_generators(call.pop("generator", None), 1)
+        one = (
+            given[0]
+            if isinstance(given, list)
+            else given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        )
+        # each has its own of the same state: a sampler that draws noise, or an image, is one for all of them too
+        call["generator"] = [one.clone_state() for _ in range(num_images)]
+        drawn = self(prompt_embeds=prompt_embeds, **call)
+        one.set_state(call["generator"][0].get_state())
+        return drawn
 
     def encode_prompt(
         self,
@@ -191,6 +201,7 @@ class Prompted:
         fewest = 4 if self.scheduler.config.get("skip_prk_steps") is False else 1
         return Limits(
             factor=self.vae_scale_factor,
+            patch=denoiser.get("patch_size") or 1,
             default_size=(rows * self.vae_scale_factor, columns * self.vae_scale_factor),
             latent_channels=denoiser.in_channels,
             inference_steps=(fewest, self.scheduler.config.num_train_timesteps),
@@ -199,8 +210,10 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, image: Any, mask_image: Any, strength: float) -> Picture | None:
+    def _start(self, inputs: Inputs, image: Any, mask_image: Any, noised: bool) -> Picture | None:
         """Return what the latents start from besides noise; the posterior is drawn before the noise."""
+        if image is not None and self.vae is None:
+            raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from")
         rows, columns = inputs.latents_shape[2:]
 
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
@@ -209,7 +222,8 @@ class Prompted:
             return latents
 
         size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
-        return picture(self.image_processor, encoded, image, mask_image, strength, size, shape, inputs.generator)
+        copies = inputs.num_images_per_prompt
+        return picture(self.image_processor, encoded, image, mask_image, noised, size, shape, inputs.generator, copies)
 
     def _denoise(
         self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None

@@ -72,18 +72,25 @@ def set_timesteps(
 ) -> torch.Tensor:
     """Return the timesteps of the last `strength` of `num_inference_steps` steps, to which `scheduler` is set.
 
-    At least one a step, in whole steps, rounded down; ValueError if that is none.
+    At least one a step, in whole steps, rounded down. ValueError if that is none; if it is not all of them and the
+    scheduler always begins with noise.
     ValueError if any is outside of the model's. Trailing spacing rounds a few odd numbers of steps (61, 103, 121, ...)
     to one step too many, at timestep -1; leading spacing with steps_offset=1 starts some at num_train_timesteps.
     """
     scheduler.set_timesteps(num_inference_steps, device=device)
-    skipped = (num_inference_steps - int(num_inference_steps * strength)) * scheduler.order
-    timesteps: torch.Tensor = scheduler.timesteps[skipped:]
-    if not len(timesteps):
+    taken = int(num_inference_steps * strength)
+    if not taken:
         raise ValueError(
             f"strength: {strength:g} of {num_inference_steps} steps is less than one; use more num_inference_steps, or "
             "more strength"
         )
+    if taken < num_inference_steps and scheduler.config.get("skip_prk_steps") is False:
+        raise ValueError(
+            f"strength: {type(scheduler).__name__} takes its first steps at the highest noise whatever it starts from: "
+            "pass skip_prk_steps=True to from_config"
+        )
+    skipped = (num_inference_steps - taken) * scheduler.order
+    timesteps: torch.Tensor = scheduler.timesteps[skipped:]
     if hasattr(scheduler, "set_begin_index"):  # else the first timestep is looked up, and of equal ones the second
         scheduler.set_begin_index(skipped)
     low, high, last = timesteps.min().item(), timesteps.max().item(), scheduler.config.num_train_timesteps - 1

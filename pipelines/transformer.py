@@ -1,7 +1,7 @@
 """Text to image with a transformer, in the layout of PixArt."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline, PixArtTransformer2DModel, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -20,8 +20,9 @@ class TransformerPipeline(
     """Pictures from prompts, as `PixArtAlphaPipeline` makes them (Chen et al. 2023), with every input checked.
 
     The components are that class's, with a text encoder of any kind, and it reads a saved folder. Same components, same
-    noise: same pictures, if it is told ``use_resolution_binning=False`` and
-    ``max_sequence_length=pipe.tokenizer.model_max_length``, and no denoiser with micro-conditions is used.
+    noise: same pictures, if it is told ``use_resolution_binning=False, clean_caption=False`` and
+    ``max_sequence_length=pipe.tokenizer.model_max_length``, prompts are in lower case, which is how it reads all, and
+    no denoiser with micro-conditions is used.
 
     The transformer is told which tokens are padding; of prompt embeddings, that is rows of zeros.
     """
@@ -51,9 +52,3 @@ class TransformerPipeline(
         )
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @property
-    def stock_call(self) -> dict[str, Any]:
-        """What a call of the stock class has to be told besides, to draw the same."""
-        length = self.tokenizer.model_max_length
-        return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": length}

@@ -459,6 +459,11 @@ embeds = st.builds(
     st.sampled_from([1, 2, 3, tiny_pipeline.LENGTH, tiny_pipeline.LENGTH + 1, 40]),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
+pictures = st.builds(
+    Image.new,
+    st.sampled_from(["RGB", "RGBA", "L", "1", "P", "PA", "LA", "CMYK", "HSV", "I", "I;16", "F"]),
+    st.sampled_from([(16, 16), (1, 1), (5, 40), (0, 5)]),
+)
 prompts = st.sampled_from(["", "a", "\ud83d", "\0", "x" * 2000, b"cat", 5, None]) | st.text(max_size=8)
 sizes = st.sampled_from([0, -8, 1, 2, 3, 16, 18, 33.0, 10**9, 2**40, 10**30, 10**5000, "16", None, True])
 anything = junk | tensors | st.builds(np.ones, st.sampled_from([2, (1, 4, 8, 8)])) | st.builds(object)
@@ -476,6 +481,9 @@ ARGUMENTS = {
     "negative_prompt_embeds": tensors | embeds,
     "output_type": st.sampled_from(["pil", "np", "pt", "latent", "PIL", "", None, 5, ["pil"]]),
     "return_dict": st.booleans() | st.none(),
+    "image": pictures | tensors | st.lists(pictures | st.none(), max_size=3),
+    "mask_image": pictures | tensors | st.lists(pictures | tensors, max_size=2),
+    "strength": numbers | st.sampled_from([0.5, 1, 1.0, 0.4, True, "1", 1e-300, np.float32(0.5)]),
     "callback_on_step_end": st.sampled_from([None, 5, "f", [], lambda *_: {}, lambda *_: None]),
     "callback_on_step_end_tensor_inputs": st.sampled_from(
         [None, "latents", ["latents"], ("prompt_embeds",), [1], [[]], 5]
@@ -496,6 +504,13 @@ pipeline_cases = st.one_of(
     st.tuples(
         st.fixed_dictionaries({"prompt": st.none(), "prompt_embeds": embeds}),
         st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), max_size=2).map(dict),
+    ).map(lambda both: both[0] | both[1]),
+    # a picture, without which there is no mask and no strength
+    st.tuples(
+        st.fixed_dictionaries({"image": pictures | tensors}),
+        st.lists(st.sampled_from(["mask_image", "strength", *sorted(ARGUMENTS)]).flatmap(_argument), max_size=3).map(
+            dict
+        ),
     ).map(lambda both: both[0] | both[1]),
 )
 

@@ -171,7 +171,7 @@ def test_samples_carry_their_settings_and_repeat(model, tmp_path):
 @pytest.mark.parametrize("trust", [False, True])
 def test_samples_start_from_a_picture(model, tmp_path, trust):
     Image.new("RGBA", (50, 40), (200, 0, 0, 255)).save(tmp_path / "red.png")
-    Image.new("L", (50, 40), 0).save(tmp_path / "nothing.png")
+    Image.new("RGBA", (50, 40), (255, 255, 255, 0)).save(tmp_path / "nothing.png")
     more = {"num_inference_steps": 4, "guidance_scale": 1.0, "trust_remote_code": trust}
     start = {"image": str(tmp_path / "red.png"), "strength": 0.5}
     (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "out"), **start, **more)
@@ -181,14 +181,25 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
     start = {"image": str(tmp_path / "red.png"), "mask_image": str(tmp_path / "nothing.png")}
     (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "kept"), **start, **more)
     assert Image.open(path).text["strength"] == "1.0"
+    (path,) = cli.sample(["a dog"], str(model), str(tmp_path / "all"), image=str(tmp_path / "red.png"), **more)
+    assert Image.open(path).text["strength"] == "0.8"
+    (again,) = cli.sample(["a dog"], str(model), str(tmp_path / "more"), image=str(path), **more)
+    assert again.read_bytes() != path.read_bytes()
     for wrong, message in (
         ({"strength": 0.5}, "say of which --image"),
         ({"image": "none.png"}, "image: none.png: .*No such file"),
         ({"image": str(model / "model_index.json")}, "image: .*not a picture in"),
-        ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength"),
+        ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength: got 7; expected at most 1"),
+        (
+            {"image": str(tmp_path / "red.png"), "strength": 0.0},
+            "strength: got 0; expected at most 1",
+        ),
+        ({"image": str(tmp_path / "red.png"), "strength": 0.2}, "strength: got 0.2; .* at least one of the 4 steps"),
     ):
         with pytest.raises(ValueError, match=message):
             cli.sample(["a cat"], str(model), str(tmp_path), **wrong, **more)
+    with pytest.raises(ValueError, match=r"more/a-dog-0\.png would be written over itself: name another --out"):
+        cli.sample(["a dog"], str(model), str(again.parent), image=str(again), **more)
 
 
 def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):

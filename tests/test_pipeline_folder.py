@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 
-from ldm.models.pipeline import image_size, load_pipeline
+from ldm.models.pipeline import image_size, load_pipeline, starting_from
 from pipelines.text2img import TextToImagePipeline
+from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, unet
 
 
@@ -108,3 +109,13 @@ def test_the_size_of_what_is_drawn():
     for wrong in (Words(unet=network), Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
         with pytest.raises(ValueError, match="expected a pipeline that does"):
             image_size(wrong)
+
+
+def test_latents_that_diffusers_does_not_inpaint_are_for_our_pipeline():
+    parts = {"unet": unet(in_channels=16, out_channels=16), "scheduler": DPMSolverMultistepScheduler(**FLOW)}
+    stock = StableDiffusionPipeline(**tiny_pipeline.parts(**parts))
+    assert type(starting_from(stock, masked=False)).__name__ == "StableDiffusionImg2ImgPipeline"
+    with pytest.raises(ValueError, match=r"diffusers has no other pipeline of its parts .* --trust_remote_code true"):
+        starting_from(stock, masked=True)
+    stock = StableDiffusionPipeline(**tiny_pipeline.parts())
+    assert type(starting_from(stock, masked=True)).__name__ == "StableDiffusionInpaintPipeline"

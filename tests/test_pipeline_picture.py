@@ -132,6 +132,47 @@ def test_a_picture_is_resized_and_its_transparent_parts_are_white():
     assert arrays(pipe, image=white, strength=0.5, height=24, width=8).shape == (1, 24, 8, 3)
 
 
+def test_left_out_the_strength_is_the_stock_pipelines():
+    for more, strength in (({}, 0.8), ({"mask_image": half()}, 1.0)):
+        call = {"image": photograph(), "steps": 10, **more}
+        np.testing.assert_array_equal(arrays(pipeline(), **call), arrays(pipeline(), strength=strength, **call))
+    pipe, call = pixel_pipeline(), {"num_inference_steps": 10, "output_type": "pt", "image": photograph(size=8)}
+    drawn, expected = (pipe(generator=seeds(0)[0], **call, **more).images for more in ({}, {"strength": 0.8}))
+    assert torch.equal(drawn, expected)
+
+
+def test_a_mask_painted_on_transparency_is_white_where_it_is_painted():
+    painted = Image.new("RGBA", (PIXELS, PIXELS), (0, 0, 0, 0))
+    painted.paste("white", (0, 0, PIXELS // 2, PIXELS))
+    expected = arrays(pipeline(), image=photograph(), mask_image=half())
+    np.testing.assert_array_equal(arrays(pipeline(), image=photograph(), mask_image=painted), expected)
+
+
+@pytest.mark.parametrize("images", [1, 2, 4])
+def test_one_picture_for_all_for_a_prompt_or_for_a_picture(images):
+    sources = [photograph(seed) for seed in range(images)]
+    call = {"prompt": ["a cat", "two"], "num_images_per_prompt": 2, "image": sources, "strength": 0.5}
+    drawn = arrays(pipeline(), **call, generator=seeds(0, 1, 2, 3))
+    for number, prompt in enumerate(("a cat", "a cat", "two", "two")):
+        source = sources[number * images // 4]
+        alone = arrays(pipeline(), prompt, image=source, strength=0.5, generator=seeds(number))
+        np.testing.assert_allclose(drawn[number], alone[0], atol=1e-5)
+
+
+def test_a_picture_needs_an_autoencoder():
+    with pytest.raises(ValueError, match="image: the pipeline has no autoencoder"):
+        arrays(pipeline(vae=None), image=torch.zeros(1, 3, 64, 64), output_type="latent")
+
+
+def test_a_sampler_that_begins_at_the_highest_noise_starts_from_no_picture():
+    call = {"steps": 10, "image": photograph()}
+    with pytest.raises(ValueError, match=r"strength: PNDMScheduler takes its first steps .* skip_prk_steps=True"):
+        arrays(pipeline(scheduler=PNDMScheduler()), **call)
+    assert np.isfinite(arrays(pipeline(scheduler=PNDMScheduler()), **call, strength=1.0)).all()
+    with pytest.raises(ValueError, match="of 10 steps is less than one"):  # it has one timestep more than steps
+        arrays(pipeline(scheduler=PNDMScheduler(skip_prk_steps=True)), **call, strength=0.05)
+
+
 @pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
 def test_pixels_start_from_a_picture_too(classes):
     pipe = pixel_pipeline(**classes)
@@ -157,6 +198,10 @@ def test_pixels_start_from_a_picture_too(classes):
         ({"image": "cat.png"}, "image: got str; expected a picture of PIL, a list of them, or a tensor"),
         ({"image": []}, "image: got 0 for 1 pictures"),
         ({"image": [photograph()] * 2}, "image: got 2 for 1 pictures; expected one, or one a prompt"),
+        ({"image": [photograph()] * 2, "prompt": ["a"] * 3, "num_images_per_prompt": 2}, "image: got 2 for 6 pictures"),
+        ({"image": photograph().convert("I")}, "image: got a picture of mode I; expected 8 bits, such as RGB"),
+        ({"image": photograph(), "mask_image": half().convert("F")}, "mask_image: got a picture of mode F"),
+        ({"strength": 1.0}, "strength: got no image that it could be about"),
         (
             {"image": torch.zeros(1, 4, 16, 16)},
             r"image: got torch.float32 of shape \(1, 4, 16, 16\); expected",
@@ -186,3 +231,21 @@ def test_between_two_prompts():
     np.testing.assert_allclose(drawn[0], arrays(pipe)[0], atol=1e-5)
     with pytest.raises(ValueError, match="num_images: got 1; expected a whole number from 2 to"):
         pipe.interpolate("a cat", "two", 1)
+
+
+@pytest.mark.parametrize("scheduler", NOISY, ids=name)
+def test_between_two_prompts_all_is_drawn_of_one_noise_also_on_the_way_and_of_a_picture(scheduler):
+    pipe = pipeline(scheduler=scheduler)
+    call = {"num_inference_steps": 4, "output_type": "np", "image": photograph(), "strength": 0.5}
+    same = pipe.interpolate("a cat", "a cat", 3, **call).images  # of any noise
+    np.testing.assert_allclose(same, same[[0, 0, 0]], atol=1e-5)
+    for generator in (seeds(0)[0], seeds(0)):
+        first = pipe.interpolate("a cat", "two", 2, generator=generator, **call).images[0]
+        np.testing.assert_allclose(first, pipe("a cat", generator=seeds(0)[0], **call).images[0], atol=1e-5)
+    torch.manual_seed(5)
+    drawn = pipe.interpolate("a cat", "two", 2, **call).images
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(pipe.interpolate("a cat", "two", 2, **call).images, drawn)
+    generator = seeds(0)[0]
+    once, again = (pipe.interpolate("a cat", "two", 2, generator=generator, **call).images for _ in range(2))
+    assert not np.allclose(once, again, atol=1e-3)

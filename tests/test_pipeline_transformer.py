@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
+from ldm.models.pipeline import plain_call
 from pipelines.transformer import TransformerPipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, LENGTH, arrays, seeds, text_encoder, tokenizer, transformer
@@ -46,7 +47,8 @@ def test_a_saved_folder_is_read_by_both(tmp_path):
     own = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
     assert [type(pipe).__name__ for pipe in (stock, own)] == ["PixArtAlphaPipeline", "TransformerPipeline"]
     np.testing.assert_allclose(arrays(own), arrays(ours), atol=1e-6)
-    assert ours.stock_call == STOCK
+    assert plain_call(stock) == STOCK
+    assert plain_call(ours) == {}
     np.testing.assert_allclose(arrays(stock, **STOCK), arrays(ours), atol=1e-5)
 
 
@@ -60,6 +62,24 @@ def test_what_stands_at_padding_is_not_seen():
     cut = arrays(pipe, None, prompt_embeds=embeds[:, :tokens], guidance_scale=1.0)
     np.testing.assert_allclose(cut, arrays(pipe, guidance_scale=1.0), atol=1e-5)
     assert not np.allclose(cut, arrays(pipe, "a dog", guidance_scale=1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [{"height": 18}, {"width": 2}])
+def test_sizes_are_whole_patches(size):
+    pipe = pipeline(transformer=transformer(patch_size=2))
+    assert arrays(pipe, height=20, width=4).shape == (1, 20, 4, 3)
+    with pytest.raises(
+        ValueError, match=r"multiple of 4, the autoencoder's factor times the denoiser.s patch; 16|>= 4"
+    ):
+        arrays(pipe, **size)
+
+
+def test_between_two_prompts():
+    pipe = pipeline()
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np", "generator": seeds(0)[0]}
+    between = pipe.interpolate("a cat", "a longer one", 3, **call).images
+    np.testing.assert_allclose(between[0], arrays(pipe)[0], atol=1e-5)
+    np.testing.assert_allclose(between[2], arrays(pipe, "a longer one")[0], atol=1e-5)
 
 
 def test_a_transformer_that_wants_sizes_is_refused():

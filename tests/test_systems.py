@@ -146,6 +146,22 @@ def test_latents_killed_and_resumed_equals_uninterrupted(latent, autoencoder, tm
     killed_and_resumed_equals_uninterrupted(latent, autoencoder, tmp_path, monkeypatch)
 
 
+def losses_without_a_cache(trained, data, tmp_path, monkeypatch):
+    told, model = trained
+    again = train(monkeypatch, told, data, tmp_path / "again", "--data.cache", "false")
+    return ([row["loss/denoiser"] for row in metrics(folder) if "loss/denoiser" in row] for folder in (model, again))
+
+
+def test_the_cache_changes_nothing(trained, data, tmp_path, monkeypatch):
+    with_cache, without = losses_without_a_cache(trained, data, tmp_path, monkeypatch)
+    assert with_cache == without
+
+
+def test_the_cache_of_latents_changes_nothing(latent, autoencoder, tmp_path, monkeypatch):
+    with_cache, without = losses_without_a_cache(latent, autoencoder, tmp_path, monkeypatch)
+    assert with_cache == pytest.approx(without, rel=1e-3)  # encoded in other batches, rounded otherwise
+
+
 def test_training_helps_and_leaves_what_people_look_for(trained):
     told, model = trained
     losses = [row["loss/denoiser"] for row in metrics(model) if "loss/denoiser" in row]
@@ -325,5 +341,9 @@ def test_latents_are_pushed_and_drawn_by_the_shell(latent, tmp_path, monkeypatch
     call = {"num_inference_steps": 4, "trust_remote_code": True}
     (path,) = cli.sample(["a cat"], str(model), str(tmp_path), **call, **start)
     assert Image.open(path).size == (32, 32)
+    (plain,) = cli.sample(["a cat"], str(model), str(tmp_path / "plain"), num_inference_steps=4)
+    (own,) = cli.sample(["a cat"], str(model), str(tmp_path / "own"), **call)
+    levels = np.asarray(Image.open(plain)).astype(int) - np.asarray(Image.open(own))
+    assert np.abs(levels).max() <= 1, "drawn by the stock class as by ours"
     with pytest.raises(ValueError, match="PixArtAlphaPipeline starts from no picture, and diffusers has no other"):
         cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=4, **start)

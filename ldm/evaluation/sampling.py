@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,13 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ldm.evaluation.pictures import Images
+from ldm.models.pipeline import plain_call
 
 CHUNK = 50
 """Pictures that are drawn in one call of the pipeline."""
 
 
-def sample_pictures(
-    pipeline: Callable[..., Any], prompts: Sequence[Any], seed: int, told: str = "prompt", **call: Any
-) -> Images:
+def sample_pictures(pipeline: Any, prompts: Sequence[Any], seed: int, told: str = "prompt", **call: Any) -> Images:
     """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are.
 
     told: the pipeline's keyword that takes the prompts, which may be others than texts: ``class_labels``; or
@@ -29,14 +28,14 @@ def sample_pictures(
     their number; each returns all pictures. All of them must call it.
     """
     chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
-    state = PartialState()
+    state, plain = PartialState(), plain_call(pipeline)
     mine = chunks[state.process_index :: state.num_processes]
     drawn: list[tuple[int, Images]] = []
     quiet = len(mine) < 2 or not state.is_main_process
     for start, part in tqdm(mine, desc=f"drawing {len(prompts)} pictures", unit="call", disable=quiet, leave=False):
         draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
         asked = {told: len(part) if told == "batch_size" else part}
-        pictures = pipeline(**asked, generator=draws, output_type="np", **call).images
+        pictures = pipeline(**asked, **plain, generator=draws, output_type="np", **call).images
         drawn.append((start, (np.asarray(pictures) * 255).round().astype(np.uint8)))
     parts = dict(gather_object(drawn))
     return np.concatenate([parts[start] for start, _ in chunks])

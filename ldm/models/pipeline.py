@@ -51,13 +51,33 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
     if "image" in inspect.signature(pipeline.__call__).parameters:
         return pipeline
     kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
+    channels = pipeline.unet.config.in_channels if hasattr(pipeline, "unet") else None
     try:
+        if masked and channels not in (None, 4, 9):
+            raise ValueError(f"diffusers inpaints latents of 4 channels, these have {channels}")
         return kind.from_pipe(pipeline)
     except ValueError as error:
         raise ValueError(
             f"{type(pipeline).__name__} starts from no picture, and diffusers has no other pipeline of its parts that "
             "does; if the model is one of ours, load its own pipeline, --trust_remote_code true"
         ) from error
+
+
+MAX_TOKENS = 10_000
+"""Tokenizers that know no length say 1e30."""
+
+
+def plain_call(pipeline: Any) -> dict[str, Any]:
+    """Return what a call is told besides, to take captions and sizes as the model has learned them.
+
+    PixArt's stock pipeline would draw at sizes of its own list alone, and read captions another length.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    plain = {"use_resolution_binning": False, "clean_caption": False}
+    length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
+    if length is not None and length <= MAX_TOKENS and "use_resolution_binning" in takes:
+        plain["max_sequence_length"] = length
+    return {name: value for name, value in plain.items() if name in takes}
 
 
 TOLD = ("prompt", "class_labels", "batch_size")
