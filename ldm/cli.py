@@ -57,7 +57,7 @@ def sample(
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
     if image is not None:
-        settings["strength"] = begun(strength, num_inference_steps, mask_image is not None)
+        settings["strength"] = checked_strength(strength, num_inference_steps, mask_image is not None)
         refuse_overwriting(paths, image, mask_image)
     elif mask_image is not None or strength is not None:
         raise ValueError("mask_image, strength: say of which --image")
@@ -79,7 +79,7 @@ def sample(
     return paths
 
 
-def begun(strength: float | None, num_inference_steps: int, masked: bool) -> float:
+def checked_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:
     """Return the share of the steps that a picture goes through; ValueError if that is not one of them."""
     share = (1.0 if masked else 0.8) if strength is None else strength
     if not 0 < share <= 1 or int(share * num_inference_steps) < 1:

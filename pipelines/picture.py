@@ -48,7 +48,7 @@ def picture(
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
     image: Any,
     mask_image: Any,
-    noised: bool,
+    strength: float,
     size: tuple[int, int],
     shape: tuple[int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,
@@ -60,7 +60,7 @@ def picture(
     image, mask_image: PIL of 8 bits, a list of PIL, or a tensor in [0, 1], (N, 3, H, W) and (N, 1, H, W), resized to
     `size` pixels, height and width; N is 1, one a prompt, or one a picture of `shape`, the shape of the noise.
     Transparent parts of an image are white. The mask is white, from a half on, where the image is drawn anew; its
-    transparent parts are black. noised: begin with the image, not with noise alone.
+    transparent parts are black. strength: as `checked_strength` returns it; behind a mask, 1 begins with noise alone.
     ValueError if one of them is unusable.
     """
     if image is None:
@@ -77,7 +77,7 @@ def picture(
         mask = mask.repeat_interleave(shape[0] // len(mask), 0)
     x0 = encode(pixel_values, generator).float()
     x0 = x0.repeat_interleave(shape[0] // len(x0), 0)
-    return Picture(x0, None if mask is None else mask.to(x0), noised)
+    return Picture(x0, None if mask is None else mask.to(x0), noised=mask is None or strength < 1)
 
 
 def checked_strength(strength: float | None, image: Any, mask_image: Any) -> float:

@@ -88,8 +88,7 @@ class PixelPipeline(
             return pixel_values.to(device)
 
         share = checked_strength(strength, image, mask_image)
-        noised = mask_image is None or share < 1
-        start = picture(self.image_processor, encoded, image, mask_image, noised, shape[2:], shape, generators)
+        start = picture(self.image_processor, encoded, image, mask_image, share, shape[2:], shape, generators)
         timesteps = set_timesteps(self.scheduler, num_inference_steps, device, share)
         noise = randn_tensor(shape, generators, device, torch.float32)
         kwargs, scale = self._told(labels, guidance_scale, device)

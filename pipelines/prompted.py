@@ -111,7 +111,7 @@ class Prompted:
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
         share = checked_strength(strength, image, mask_image)
-        start = self._start(inputs, image, mask_image, noised=mask_image is None or share < 1)
+        start = self._start(inputs, image, mask_image, share)
         timesteps = set_timesteps(self.scheduler, num_inference_steps, self._device, share)
         self._num_timesteps = len(timesteps)
         latents = self._denoise(inputs, timesteps, start, callback_on_step_end)
@@ -125,20 +125,19 @@ class Prompted:
 
         All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
         else a call takes, one generator and `latents` (1, C, h, w) too. A denoiser that sees no padding sees the tokens
-        that only the longer prompt has in all but that end. ValueError for fewer than two, and as a call.
+        that only the longer prompt has in every picture but that of the shorter one.
+        ValueError for fewer than two, and as a call.
         """
         whole_number("num_images", num_images, 2, MAX_PICTURES)
         start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]
         share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
         prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
-        if (latents := call.pop("latents", None)) is not None:
+        latents = call.get("latents")
+        if torch.is_tensor(latents) and latents.ndim == 4 and len(latents) == 1:  # else the call says what is wrong
             call["latents"] = latents.expand(num_images, -1, -1, -1)
         given = check_generators(call.pop("generator", None), 1)
-        one = (
-            given[0]
-            if isinstance(given, list)
-            else given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        )
+        given = given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        one = given[0] if isinstance(given, list) else given
         # each has its own of the same state: a sampler that draws noise, or an image, is one for all of them too
         call["generator"] = [one.clone_state() for _ in range(num_images)]
         drawn = self(prompt_embeds=prompt_embeds, **call)
@@ -210,7 +209,7 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, image: Any, mask_image: Any, noised: bool) -> Picture | None:
+    def _start(self, inputs: Inputs, image: Any, mask_image: Any, strength: float) -> Picture | None:
         """Return what the latents start from besides noise; the posterior is drawn before the noise."""
         if image is not None and self.vae is None:
             raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from")
@@ -223,7 +222,9 @@ class Prompted:
 
         size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
         copies = inputs.num_images_per_prompt
-        return picture(self.image_processor, encoded, image, mask_image, noised, size, shape, inputs.generator, copies)
+        return picture(
+            self.image_processor, encoded, image, mask_image, strength, size, shape, inputs.generator, copies
+        )
 
     def _denoise(
         self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None

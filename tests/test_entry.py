@@ -190,10 +190,7 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
         ({"image": "none.png"}, "image: none.png: .*No such file"),
         ({"image": str(model / "model_index.json")}, "image: .*not a picture in"),
         ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength: got 7; expected at most 1"),
-        (
-            {"image": str(tmp_path / "red.png"), "strength": 0.0},
-            "strength: got 0; expected at most 1",
-        ),
+        ({"image": str(tmp_path / "red.png"), "strength": 0.0}, "strength: got 0; expected at most 1"),
         ({"image": str(tmp_path / "red.png"), "strength": 0.2}, "strength: got 0.2; .* at least one of the 4 steps"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -63,16 +63,15 @@ def both_draw(stock, scheduler, **call):
     pipes = TextToImagePipeline(**copy.copy(parts)), stock(**parts)
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
-    ours, theirs = (arrays(pipe, steps=7, **call) for pipe in pipes)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    return ours
+    return [arrays(pipe, steps=7, **call) for pipe in pipes]
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY, PNDMScheduler(skip_prk_steps=True)], ids=name)
 @pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_the_stock_pipelines(scheduler, strength):
     call = {"prompt": "a cat", "negative_prompt": "bad", "num_images_per_prompt": 2}
-    both_draw(StableDiffusionImg2ImgPipeline, scheduler, image=photograph(), strength=strength, **call)
+    ours, stock = both_draw(StableDiffusionImg2ImgPipeline, scheduler, image=photograph(), strength=strength, **call)
+    np.testing.assert_allclose(ours, stock, atol=1e-5)
 
 
 def test_a_generator_and_an_image_for_each_picture_is_the_stock_pipelines():
@@ -93,7 +92,8 @@ def test_a_generator_and_an_image_for_each_picture_is_the_stock_pipelines():
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_is_the_stock_pipelines(scheduler, strength):
     call = {"prompt": "a cat", "image": photograph(), "mask_image": half(), "strength": strength}
-    both_draw(StableDiffusionInpaintPipeline, scheduler, height=PIXELS, width=PIXELS, **call)
+    ours, stock = both_draw(StableDiffusionInpaintPipeline, scheduler, height=PIXELS, width=PIXELS, **call)
+    np.testing.assert_allclose(ours, stock, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY], ids=name)
@@ -231,6 +231,9 @@ def test_between_two_prompts():
     np.testing.assert_allclose(drawn[0], arrays(pipe)[0], atol=1e-5)
     with pytest.raises(ValueError, match="num_images: got 1; expected a whole number from 2 to"):
         pipe.interpolate("a cat", "two", 1)
+    for latents in (noise.expand(2, -1, -1, -1), noise[0], "noise"):
+        with pytest.raises(ValueError, match=r"latents: got .* expected a tensor of shape \(5, 4, 8, 8\)"):
+            pipe.interpolate("a cat", "two", 5, latents=latents, **call)
 
 
 @pytest.mark.parametrize("scheduler", NOISY, ids=name)

@@ -57,9 +57,10 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
             raise ValueError(f"diffusers inpaints latents of 4 channels, these have {channels}")
         return kind.from_pipe(pipeline)
     except ValueError as error:
+        name, how = type(pipeline).__name__, " with a mask" if masked else ""
         raise ValueError(
-            f"{type(pipeline).__name__} starts from no picture, and diffusers has no other pipeline of its parts that "
-            "does; if the model is one of ours, load its own pipeline, --trust_remote_code true"
+            f"{name} starts from no picture{how}, and diffusers has no other pipeline of its parts that does; if the "
+            "model is one of ours, load its own pipeline, --trust_remote_code true"
         ) from error
 
 
