@@ -4,6 +4,8 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -218,3 +220,22 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_
         named = str(error.value).partition("[")[2].partition("]")[0].split(", ")
         assert "7" in named
         assert len(named) <= 2, "one for each loader process"
+
+
+class Unserved(Shades):
+    """Pictures whose loader processes announce their batches and never hand them over."""
+
+    def image(self, index):
+        sharer = resource_sharer._resource_sharer
+        if not hasattr(sharer, "held"):
+            sharer._serve, sharer.held = partial(time.sleep, 600), True
+        return super().image(index)
+
+
+def test_r18_a_loader_process_that_stops_between_announcing_a_batch_and_handing_it_over_ends_the_run_in_time():
+    config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=2)
+    data = PositionDataset(CaptionedImages(Unserved(), config), "train", 0)
+    began = time.monotonic()
+    with pytest.raises(LoadingError, match=r"No batch came within 2 seconds.*were at the pictures"):
+        next(training_batches(data, 0))
+    assert time.monotonic() - began < 30

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import active_children, get_all_start_methods
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 import torch
@@ -68,23 +70,51 @@ def training_batches(
         batch_sampler=plan(),  # endless; the loop decides when to stop
         num_workers=config.workers,
         collate_fn=collate,
-        timeout=config.timeout_seconds if config.workers else 0,
         persistent_workers=False,
         worker_init_fn=_leave_process_group,
         multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
     )
-    micro_batches = iter(loader)
+    following: Callable[[], Batch] = partial(next, iter(loader))
     if config.workers:
         _name_what_died(watched)
+        following = partial(_from_processes, watched, config.timeout_seconds, following)
     while True:
+        yield [following() for _ in range(micro_steps)]
+
+
+def _from_processes(watched: _Watched, timeout_seconds: float, following: Callable[[], Batch]) -> Batch:
+    """Return the next batch of the loader processes; LoadingError if one fails."""
+    try:
+        return _within(timeout_seconds, following)
+    except LoadingError:
+        raise
+    except (RuntimeError, OSError, EOFError) as error:  # the latter two: it ended while handing a batch over
+        _kill_loaders()
+        raise watched.failed(error) from error
+
+
+def _within(seconds: float, following: Callable[[], Batch]) -> Batch:
+    """Return what `following` returns, or raise what it raises; TimeoutError if it does neither in time.
+
+    It is called in a thread, which is left behind then. DataLoader's own timeout waits for a batch to be announced; its
+    tensors are fetched from the process that made them, and one that has stopped by then is waited for forever.
+    """
+    answers: SimpleQueue[Batch | BaseException] = SimpleQueue()
+
+    def answer() -> None:
         try:
-            batches = [next(micro_batches) for _ in range(micro_steps)]
-        except LoadingError:
-            raise
-        except RuntimeError as error:
-            _kill_loaders()
-            raise watched.failed(error) from error
-        yield batches
+            answers.put(following())
+        except BaseException as error:
+            answers.put(error)
+
+    threading.Thread(target=answer, name="next batch", daemon=True).start()
+    try:
+        found = answers.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"No batch came within {seconds:g} seconds (data.timeout_seconds)") from None
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def _leave_process_group(worker: int) -> None:
