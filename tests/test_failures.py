@@ -1,6 +1,7 @@
 """What goes wrong while training: numbers that are not finite, loader processes that fail, precision that overflows."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -220,6 +221,32 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_
         named = str(error.value).partition("[")[2].partition("]")[0].split(", ")
         assert "7" in named
         assert len(named) <= 2, "one for each loader process"
+
+
+def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one_before_it():
+    config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2)
+    earlier, later = (PositionDataset(CaptionedImages(Shades(), config), "train", seed) for seed in (0, 1))
+    dead = []
+
+    def of_torch(number, frame):
+        if dead:
+            raise RuntimeError("a worker was killed")
+
+    before = signal.signal(signal.SIGCHLD, of_torch)
+    try:
+        streams = [training_batches(data, 0) for data in (earlier, later)]
+        for stream in streams:
+            next(stream)
+        dead.append(True)
+        with pytest.raises(LoadingError, match="a worker was killed") as error:
+            os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    pictures, positions = (
+        [int(number) for number in found.split(", ")] for found in re.findall(r"\[(.*?)\]", str(error.value))
+    )
+    assert pictures == [later.picture(position) for position in positions]
+    assert pictures != [earlier.picture(position) for position in positions]
 
 
 class Unserved(Shades):

@@ -83,14 +83,16 @@ def training_batches(
 
 
 def _from_processes(watched: _Watched, timeout_seconds: float, following: Callable[[], Batch]) -> Batch:
-    """Return the next batch of the loader processes; LoadingError if one fails."""
+    """Return the next batch; LoadingError if a loader process ends or hangs, the data's own error as it is."""
     try:
         return _within(timeout_seconds, following)
     except LoadingError:
         raise
-    except (RuntimeError, OSError, EOFError) as error:  # the latter two: it ended while handing a batch over
+    except Exception as error:
         _kill_loaders()
-        raise watched.failed(error) from error
+        if isinstance(error, RuntimeError | OSError | EOFError):  # the latter two: it ended while handing a batch over
+            raise watched.failed(error) from error
+        raise
 
 
 def _within(seconds: float, following: Callable[[], Batch]) -> Batch:
@@ -122,26 +124,31 @@ def _leave_process_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def _name_what_died(watched: _Watched) -> None:
-    """Let torch's handler, which raises when a loader process dies, say which pictures they were at."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return
+class _Death:
+    """Torch's handler of a loader process's death, which raises, made to say at which pictures of one stream it was."""
 
-    def named(number: int, frame: FrameType | None) -> None:
+    def __init__(self, handler: Callable[[int, FrameType | None], object], watched: _Watched):
+        self.handler, self.watched = handler, watched
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
-            handler(number, frame)
-        except LoadingError:
-            raise
+            self.handler(number, frame)
         except RuntimeError as error:
             _kill_loaders()
-            raise watched.failed(error) from error
+            raise self.watched.failed(error) from error
 
-    signal.signal(signal.SIGCHLD, named)
+
+def _name_what_died(watched: _Watched) -> None:
+    """Name the pictures of this stream from now on; those of an earlier one are no news."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if isinstance(handler, _Death):
+        handler = handler.handler
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(signal.SIGCHLD, _Death(handler, watched))
 
 
 def _kill_loaders() -> None:
-    """Kill this process's loaders: one that hangs would not end when asked to, and would be waited for."""
+    """Kill this process's loaders: one that hangs, and those beside one that failed, would be waited for."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are no news
     for process in active_children():
