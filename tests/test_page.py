@@ -194,12 +194,12 @@ def test_the_table_has_the_columns_of_its_baselines(words):
 
 
 def test_a_curve_is_a_table_of_all_its_places_in_markdown():
-    lines = {"a": [(1.0, around(0.5)), (4.0, around(0.25))], "b": [(2.0, around(0.75))]}
+    lines = {"a": [(1.0, around(0.5)), (4.0, around(0.25))], "b": [(2 + 1 / 49, around(0.75))]}
     text = markdown(Report("", "", {}, [Section("", curves=[Curve("Sweep", "steps", "R@1", lines)])]))
     half, quarter, most = (str(around(value)) for value in (0.5, 0.25, 0.75))
     expected = ["| steps | a | b |", "| --- | --- | --- |"]
     assert expected == text.splitlines()[-5:-3]
-    assert text.splitlines()[-3:] == [f"| 1 | {half} |  |", f"| 2 |  | {most} |", f"| 4 | {quarter} |  |"]
+    assert text.splitlines()[-3:] == [f"| 1 | {half} |  |", f"| 2.02 |  | {most} |", f"| 4 | {quarter} |  |"]
 
 
 @settings(deadline=None, max_examples=150)

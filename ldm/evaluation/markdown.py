@@ -69,7 +69,7 @@ def _curve(curve: Curve) -> list[str]:
     """Return the title and a table with a row for each x that any line has."""
     lines = {name: dict(points) for name, points in curve.lines.items()}
     places = sorted({x for points in lines.values() for x in points})
-    rows = [[f"{x:g}", *(str(points.get(x, "")) for points in lines.values())] for x in places]
+    rows = [[f"{round(x, 3):g}", *(str(points.get(x, "")) for points in lines.values())] for x in places]
     return [f"{plain(curve.title)}: {plain(curve.y_label)}", _table([curve.x_label, *lines], rows)]
 
 
