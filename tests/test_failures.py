@@ -6,7 +6,7 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_sharer
+from multiprocessing import active_children, resource_sharer
 
 import pytest
 import torch
@@ -211,12 +211,15 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_
     seconds = 5 if how in ("hangs", "stands still") else 200  # the others are to be noticed without it
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=seconds)
     data = PositionDataset(CaptionedImages(Failing(how), config), "train", 0)
-    began = time.monotonic()
+    before, began = set(active_children()), time.monotonic()
     stream = training_batches(data, 0)
     with pytest.raises((LoadingError, ValueError), match="7") as error:
         for _ in range(3):
             next(stream)
     assert time.monotonic() - began < 30
+    for process in set(active_children()) - before:
+        process.join(timeout=30)
+        assert process.exitcode is not None, "what is left would be waited for at the end"
     if how != "raises":
         assert isinstance(error.value, LoadingError)
         named = str(error.value).partition("[")[2].partition("]")[0].split(", ")
