@@ -1,19 +1,21 @@
 """What goes wrong while training: numbers that are not finite, loader processes that fail, precision that overflows."""
 
+import gc
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children, resource_sharer
+from multiprocessing import active_children, get_context, resource_sharer
 
 import pytest
 import torch
 
 from ldm.config import DataConfig, LoopConfig, OptimConfig
 from ldm.data.batches import CaptionedImages, PositionDataset
-from ldm.data.loader import LoadingError, training_batches
+from ldm.data.loader import LoadingError, _kill_loaders, training_batches
 from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
@@ -229,7 +231,8 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_
 
 def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one_before_it():
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2)
-    earlier, later = (PositionDataset(CaptionedImages(Shades(), config), "train", seed) for seed in (0, 1))
+    earlier, later = (PositionDataset(CaptionedImages(Shades(), config), "train", seed) for seed in (0, 23))
+    assert all(earlier.picture(position) != later.picture(position) for position in range(36))
     dead = []
 
     def of_torch(number, frame):
@@ -244,6 +247,8 @@ def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one
         dead.append(True)
         with pytest.raises(LoadingError, match="a worker was killed") as error:
             os.kill(os.getpid(), signal.SIGCHLD)
+        for process in active_children():
+            process.join(timeout=30)  # their deaths are not for the handler that is put back
     finally:
         signal.signal(signal.SIGCHLD, before)
     pictures, positions = (
@@ -251,6 +256,52 @@ def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one
     )
     assert pictures == [later.picture(position) for position in positions]
     assert pictures != [earlier.picture(position) for position in positions]
+
+
+class Locking(Shades):
+    """Pictures one of which ends its loader process with the lock of the event by which torch tells it to end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first_batch_is_here = get_context("fork").Event()
+
+    def image(self, index):
+        frame = sys._getframe()
+        while index == 7 and frame is not None:
+            if "done_event" in frame.f_locals:
+                self.first_batch_is_here.wait()
+                frame.f_locals["done_event"]._cond.acquire()
+                os.kill(os.getpid(), signal.SIGKILL)
+            frame = frame.f_back
+        return super().image(index)
+
+
+@pytest.mark.timeout(60)
+def test_r18_a_loader_process_that_dies_with_a_lock_holds_up_nobody():
+    config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2)
+    healthy, locking = (CaptionedImages(source, config) for source in (Shades(), Locking()))
+    next(training_batches(PositionDataset(healthy, "train", 0), 0))  # from here on torch sets no handler of its own
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        before = set(active_children())
+        stream = training_batches(PositionDataset(locking, "train", 0), 0)
+        next(stream)
+        locking.source.first_batch_is_here.set()
+        processes = set(active_children()) - before
+        end = time.monotonic() + 30
+        while all(process.exitcode is None for process in processes):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        _kill_loaders()
+        began = time.monotonic()
+        del stream
+        gc.collect()  # torch would wait for the lock here
+        assert time.monotonic() - began < 30
+        for process in processes:
+            process.join(timeout=30)
+            assert process.exitcode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class Unserved(Shades):

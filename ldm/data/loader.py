@@ -10,12 +10,19 @@ from functools import partial
 from multiprocessing import active_children, get_all_start_methods
 from queue import Empty, SimpleQueue
 from types import FrameType
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ldm.data.batches import Batch, PositionDataset, Sample, collate
 from ldm.data.positions import step_positions
+
+_LIVE: WeakSet[Iterator[Batch]] = WeakSet()
+"""What DataLoader iterates over in this process's loaders."""
+_ABANDONED: list[Iterator[Batch]] = []
+"""Those whose loaders were killed, kept until the process ends: a DataLoader that is let go sets an event whose lock a
+killed process may have held, and would wait for it forever; at the end of a process torch leaves that out."""
 
 
 class LoadingError(RuntimeError):
@@ -74,8 +81,10 @@ def training_batches(
         worker_init_fn=_leave_process_group,
         multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
     )
-    following: Callable[[], Batch] = partial(next, iter(loader))
+    micro_batches: Iterator[Batch] = iter(loader)
+    following: Callable[[], Batch] = partial(next, micro_batches)
     if config.workers:
+        _LIVE.add(micro_batches)
         _name_what_died(watched)
         following = partial(_from_processes, watched, config.timeout_seconds, following)
     while True:
@@ -151,5 +160,6 @@ def _kill_loaders() -> None:
     """Kill this process's loaders: one that hangs, and those beside one that failed, would be waited for."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are no news
+    _ABANDONED.extend(_LIVE)
     for process in active_children():
         process.kill()

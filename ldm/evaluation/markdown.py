@@ -66,7 +66,7 @@ def _cells(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def _curve(curve: Curve) -> list[str]:
-    """Return the title and a table with a row for each x that any line has."""
+    """Return the title and a table with a row for each x that any line has, to three places."""
     lines = {name: dict(points) for name, points in curve.lines.items()}
     places = sorted({x for points in lines.values() for x in points})
     rows = [[f"{round(x, 3):g}", *(str(points.get(x, "")) for points in lines.values())] for x in places]
