@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.average import average
+from ldm.cache import cache
 from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
@@ -152,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     averaging.add_argument("run", help="folder of a training with snapshot_every_steps, its output_dir")
     averaging.add_function_arguments(average, skip={"run"}, as_positional=False)
     commands.add_subcommand("average", averaging)
+    caching = ArgumentParser(description="List, or delete, what is kept between runs and can be computed again.")
+    caching.add_function_arguments(cache, as_positional=False)
+    commands.add_subcommand("cache", caching)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     try:
@@ -162,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 evaluate(**arguments)
             case "average":
                 average(**arguments)
+            case "cache":
+                cache(**arguments)
             case "push":
                 print(push(**arguments))
             case "validate" if validate(**arguments).stops:

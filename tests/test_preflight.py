@@ -302,17 +302,6 @@ def test_openmoji_passes_unseen(monkeypatch):
     assert isinstance(checked_source(DataConfig()), OpenMoji)
 
 
-def test_equal_fingerprints_mean_equal_pictures(clean):
-    folder, rows = clean
-    before = build_source(config(folder)).fingerprint
-    assert build_source(config(folder)).fingerprint == before
-    rows[0]["text"] = "another caption"
-    write_metadata(folder, rows)
-    assert build_source(config(folder)).fingerprint == before
-    os.utime(folder / "0000.png", ns=(0, 1))
-    assert build_source(config(folder)).fingerprint != before
-
-
 def test_leaving_out_another_row_is_another_set_of_pictures(clean):
     folder, rows = clean
 

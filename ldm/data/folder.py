@@ -10,10 +10,11 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from hashlib import blake2b
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ldm.data.content_hashes import content_hashes, images_fingerprint
 from ldm.data.headers import PictureError, inside
 from ldm.data.rows import IMAGE_COLUMNS, Problem, find_captions, find_column
 
@@ -66,7 +67,6 @@ class FolderRows:
         for path in map(self._relative, files):
             if path.lower().endswith(SUFFIXES) and path not in named:
                 self.problems.append(Problem(path, "unlisted", "no row of the metadata names it"))
-        self.fingerprint = f"folder-{self._digest()}"
 
     def _read(self, files: list[str], found: list[tuple[str, Row]]) -> Iterator[Problem]:
         """Append ``(metadata file and line, row)`` to `found`, yield what is no row."""
@@ -88,17 +88,16 @@ class FolderRows:
     def _relative(self, path: str) -> str:
         return os.path.relpath(path, self._root)
 
-    def _digest(self) -> str:
-        """Return a hash of each picture's path, size and time of change."""
-        digest = blake2b(digest_size=8)
-        for path in self._paths:
-            try:
-                state = os.stat(os.path.join(self._root, path))
-                text = f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n"
-            except OSError:
-                text = f"{path}\0\n"
-            digest.update(text.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name of the images' bytes, in the order of the rows; a file is read if it has changed since it was last."""
+        return images_fingerprint(content_hashes(self._root, [self._readable(row) for row in range(len(self))]))
+
+    def _readable(self, index: int) -> str | None:
+        try:
+            return self.file(index)
+        except PictureError:
+            return None
 
     def __len__(self) -> int:
         """Return the number of rows that name a file."""

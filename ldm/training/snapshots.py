@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.files import sync_folder
 from ldm.training.averages import Average
 from ldm.training.loop import Loop
-from ldm.training.manifest import sync_folder
 from ldm.training.run import Run
 from ldm.training.state import trained_state
 
