@@ -41,14 +41,15 @@ def test_an_interrupted_cache_build_goes_on_where_it_stopped():
     assert sorted(calls) == list(range(10))  # only for the new key
 
 
-def numbers(calls=None, key="numbers"):
+def compute_numbers(rows, calls):
+    calls.extend(rows)
+    return {"value": torch.tensor([float(row) for row in rows]), "square": torch.tensor([row**2 for row in rows])}
+
+
+def numbers(calls=None):
     """Ten rows in three shards that know their number; `calls` takes the rows that are computed."""
-
-    def compute(rows):
-        (calls if calls is not None else []).extend(rows)
-        return {"value": torch.tensor([float(row) for row in rows]), "square": torch.tensor([row**2 for row in rows])}
-
-    return CachedRows("test", key, 10, compute, rows_per_shard=4)
+    calls = [] if calls is None else calls
+    return CachedRows("test", "numbers", 10, lambda rows: compute_numbers(rows, calls), rows_per_shard=4)
 
 
 def shards(rows):
@@ -116,16 +117,25 @@ def test_what_is_kept_is_flushed_before_it_is_renamed(monkeypatch):
 
 
 def test_processes_that_start_together_share_the_work_on_what_is_missing_or_damaged(tmp_path):
-    path = shards(numbers())[2]
-    damage(path, "truncated")
-    shards(numbers([]))[0].unlink()
+    rows = numbers()
+    damage(shards(rows)[2], "truncated")
+    shards(rows)[0].unlink()
     context = multiprocessing.get_context("fork")
+    begun, written = context.Barrier(3), context.Barrier(3)
 
     def start(rank):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
         calls = []
-        values = numbers(calls).column("value").tolist()
-        (tmp_path / f"{rank}.txt").write_text(f"{values}")
+        put = cache.put_in_place
+
+        def computed(rows):
+            if not calls:
+                begun.wait(60)  # all have seen what is missing
+            return compute_numbers(rows, calls)
+
+        cache.put_in_place = lambda aside, path: (put(aside, path), written.wait(60))
+        values = CachedRows("test", "numbers", 10, computed, rows_per_shard=4).column("value").tolist()
+        (tmp_path / f"{rank}.txt").write_text(f"{values} {calls}")
 
     processes = [context.Process(target=start, args=(rank,)) for rank in range(3)]
     for process in processes:
@@ -133,10 +143,11 @@ def test_processes_that_start_together_share_the_work_on_what_is_missing_or_dama
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    for rank in range(3):
-        assert (tmp_path / f"{rank}.txt").read_text() == str([float(row) for row in range(10)])
-    assert len(shards(numbers())) == 3
-    assert not list(path.parent.glob("*.tmp"))
+    right = [float(row) for row in range(10)]
+    found = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    assert found == [f"{right} {shard}" for shard in ([0, 1, 2, 3], [0, 1, 2, 3], [8, 9])]
+    assert len(shards(rows)) == 3
+    assert not list(rows.folder.glob("*.tmp"))
 
 
 def test_shards_that_vanish_as_they_are_written_are_an_error(monkeypatch):

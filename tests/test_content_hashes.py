@@ -164,6 +164,16 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken_to_be_known(tmp_path,
     assert content_hashes("", [str(path)]) == [file_hash(path)]
 
 
+def test_a_file_whose_times_are_ahead_of_the_clock_is_read_each_time(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    waited = []
+    monkeypatch.setattr(module.time, "time_ns", lambda: 0)
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    content_hashes("", [str(tmp_path / "file")])
+    content_hashes("", [str(tmp_path / "file")])
+    assert waited == [2.0, 2.0]
+
+
 def test_what_cannot_be_read_is_no_error_and_told_from_what_can(tmp_path, rows):
     folder = tmp_path / "images"
     config = data("imagefolder", folder, rows)

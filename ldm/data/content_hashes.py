@@ -100,16 +100,16 @@ def _key(path: str, state: os.stat_result) -> bytes:
 
 
 def _read(files: dict[str, os.stat_result]) -> Iterator[tuple[str, bytes | None, bytes]]:
-    """Yield path, key and hash of each file that can be read; the key is None if it changes meanwhile."""
+    """Yield path, key and hash of each file that can be read; the key is None if another file may come to have it."""
     _let_settle(files.values())
 
     def read(path: str) -> tuple[str, bytes | None, bytes] | None:
         try:
-            before, value, after = os.stat(path), file_hash(path), os.stat(path)
+            state = os.stat(path)  # before its bytes: if they change meanwhile, that state will not come again
+            settled = _settled_at(state) < time.time_ns()
+            return path, _key(path, state) if settled else None, file_hash(path)
         except OSError:
             return None
-        key = _key(path, before)
-        return path, key if key == _key(path, after) and _settled_at(after) < time.time_ns() else None, value
 
     total, rest = sum(state.st_size for state in files.values()), iter(files)
     with (
