@@ -35,7 +35,7 @@ ROWS = {
     "r22": "Resumed with another config or other pictures: refused with both values, unless allowed",
     "r23": "One run in one folder",
     "r24": "Checkpoints of released versions are resumed",
-    "r25": "A resume notices whatever changed underneath: captions, images, tokenizer, frozen networks, precision, ranks",
+    "r25": "A resume notices whatever changed underneath: captions, images, networks, precision",
     "r26": "Splits, columns and files are read as the ecosystem reads them; a guess is said",
     "r27": "Ctrl-C: a checkpoint of the step reached, one line, exit code 130; a second one exits at once",
     "s01": "Nothing is unpickled: safetensors and JSON only",
