@@ -17,7 +17,7 @@ from ldm.training.alarms import Alarms
 from ldm.training.export import export
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
-from ldm.training.record import refuse_leaks, run_record
+from ldm.training.record import recorded_tokenizer, refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
@@ -42,7 +42,7 @@ def main() -> None:
         images = CaptionedImages(checked_source(config.data), config.data)
         refuse_leaks(pretrained_parts(config), images)
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)
-        stage = build_stage(config, images.captions("train"), pictures)
+        stage = build_stage(config, images.captions("train"), pictures, recorded_tokenizer(run.saved))
         tracked = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
         step = DiffusionStep(stage, run, config.optim.ema_decay, tracked)
         rehearse(step, images, config)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.models.text_encoder import tokenizer_from_json, tokenizer_hash, tokenizer_json
 from ldm.places import portable
 from ldm.provenance import (
     Provenance,
@@ -88,8 +89,8 @@ class RunRecord:
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     """As JSON: the config without folders of this machine, and hashes of all that it only names."""
-    tokenizer: Mapping[str, str] | None = None
-    """Its files; the weights of a text encoder belong to its token numbers."""
+    tokenizer: str | None = None
+    """As JSON, see `tokenizer_json`; the weights of a text encoder belong to its token numbers."""
     trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """Keys of the images that were trained on up to here, see `image_keys`."""
     held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -110,19 +111,25 @@ class RunRecord:
         before = saved.tensors.get(GROUP, {}).get("trained_images", self.trained_images[:0])
         leaks = len(in_both(before, self.held_out_images))
         changes = [f"images that were trained on and are held out now: {leaks}"] if leaks else []
-        refuse_changes(saved.state.get("record", self.facts), self.facts, allowed, changes)
+        facts = saved.state.get("record", self.facts)
+        if (tokenizer := recorded_tokenizer(saved.state)) is not None:  # another version may hash the same otherwise
+            facts = {**facts, "tokenizer": tokenizer_hash(tokenizer)}
+        refuse_changes(facts, self.facts, allowed, changes)
         return replace(self, trained_images=torch.unique(torch.cat([before, self.trained_images])))
 
 
+def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
+    """Return the tokenizer that a checkpoint's ``state.json`` holds, None if it holds none."""
+    if (text := state.get("tokenizer")) is None:
+        return None
+    return tokenizer_from_json(text, state["record"]["config"]["conditioners"]["text"]["max_length"])
+
+
 def run_record(
-    config: StageConfig | AutoencoderConfig,
-    images: CaptionedImages,
-    step: RecordedStep,
-    precision: str,
-    tokenizer: tuple[Mapping[str, str], str] | None = None,
+    config: StageConfig | AutoencoderConfig, images: CaptionedImages, step: RecordedStep, precision: str
 ) -> RunRecord:
-    """Return the record of a training of `step` on `images` in `precision`; `tokenizer`: its files and their hash."""
-    source, train = images.source, images.splits["train"]
+    """Return the record of a training of `step` on `images` in `precision`."""
+    source, train, tokenizer = images.source, images.splits["train"], step.tokenizer
     facts = {
         "config": portable(asdict(config)),
         "pictures": {"fingerprint": source.fingerprint, "held_out_hash": images.splits.held_out_hash},
@@ -130,11 +137,11 @@ def run_record(
         "classes": _digest(source.class_label(row) for row in train),
         "networks": dict(step.frozen),
         "precision": precision,
-        "tokenizer": tokenizer and tokenizer[1],
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
     return RunRecord(
         facts=json.loads(json.dumps(facts)),  # as it comes back from a checkpoint
-        tokenizer=tokenizer and tokenizer[0],
+        tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
         trained_images=image_keys(images.names("train")),
         held_out_images=image_keys(images.names("validation", "test")),
     )

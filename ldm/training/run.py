@@ -148,9 +148,11 @@ class Run:
         for path in (self.folder / "metrics.jsonl", self.folder / "alarms.jsonl"):
             if self.is_main and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
-                aside.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
-                aside.replace(path)
+                kept = [line for line in lines if _step_of(line) <= global_step]
+                if len(kept) < len(lines):
+                    aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
+                    aside.write_text("".join(kept), encoding="utf-8")
+                    aside.replace(path)
 
     def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
         """Write a picture to ``<name>/step-N.png`` and to the trackers."""
