@@ -124,9 +124,8 @@ def measure_cost(
     flops, operations, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loop: Loop[Batch] = Loop(
-        cast(Any, step), gentle, bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), run, epoch_steps=1
-    )
+    limits = bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS)
+    loop: Loop[Batch] = Loop(cast(Any, step), gentle, limits, run, epoch_steps=1, resumable=False)
     watch = Stopwatch()
     loop.fit(partial(watch.timed, partial(training_batches, train)))
     peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None

@@ -85,13 +85,15 @@ class Loop(Generic[B]):
         epoch_steps: float,
         record: Mapping[str, Any] | None = None,
         allow_changes: bool = False,
+        resumable: bool = True,
     ):
         """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
 
         `record` says what is trained, see `run_record`; a checkpoint of another one is refused unless `allow_changes`.
+        What is not `resumable` saves no checkpoint when it is stopped: a trial, of which nothing is kept.
         """
         self.step, self.optim, self.config, self.run = step, optim, config, run
-        self.record, self.allow_changes = record or {}, allow_changes
+        self.record, self.allow_changes, self.resumable = record or {}, allow_changes, resumable
         self.optimizers = {
             name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
@@ -132,10 +134,11 @@ class Loop(Generic[B]):
             try:
                 self._train(batches, events, bar)
             except Stopped as stopped:
-                if progress.global_step != self._saved_step:
-                    self.save()
-                step = f"{progress.global_step} of {progress.total_steps}"
-                log.warning("stopped by %s at step %s; the same command goes on from there", stopped.name, step)
+                if self.resumable:
+                    if progress.global_step != self._saved_step:
+                        self.save()
+                    step = f"{progress.global_step} of {progress.total_steps}"
+                    stopped.reached = f" at step {step}; the same command goes on from there"
                 raise
         self.store.wait()
         return progress

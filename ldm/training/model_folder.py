@@ -86,12 +86,13 @@ class ModelFolder:
             log.info("pushed to %s", push(self.folder, self.config.push_to_hub, self.config.push_private))
 
     def _write(self) -> None:
-        self.save(self.folder)
         config = self.config
         parts = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
-        record = provenance(self.loop.progress, self.train, self.networks, [part for part in parts if part])
-        record.save(self.folder)
-        write_card(self.folder, self.run.folder, self.config, record)
+        with self.run.stop.held():  # weights, record and card are of one step
+            self.save(self.folder)
+            record = provenance(self.loop.progress, self.train, self.networks, [part for part in parts if part])
+            record.save(self.folder)
+            write_card(self.folder, self.run.folder, self.config, record)
 
 
 def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
