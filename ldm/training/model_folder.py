@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
         for component, prefix in COMPONENTS.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             if own:  # a frozen text encoder has none
-                _replace_weights(temporary / component, own)
+                frozen = {name.removeprefix(prefix) for name in snapshots[0].frozen}
+                _replace_weights(temporary / component, own, frozen)
         step = max(one.global_step for one in snapshots)
         replace(record, global_step=step, sigma_rel=sigma_rel).save(temporary)
         tell_average(temporary, to.name, sigma_rel)
@@ -130,16 +131,22 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
     return to
 
 
-def _replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` in the place of those of the same names in the folder's files; ValueError unless they fit."""
+def _replace_weights(folder: Path, weights: Mapping[str, Tensor], frozen: Collection[str]) -> None:
+    """Put `weights` in the place of those of the same names in the folder's files; those that are `frozen` stay.
+
+    ValueError unless they fit.
+    """
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             about = file.metadata()
         tensors = load_file(path)
         for name, tensor in tensors.items():
+            if name in frozen:
+                continue
             if name not in weights or weights[name].shape != tensor.shape:
                 raise ValueError(
                     f"{folder.name}: the snapshots hold no {name} of shape {tuple(tensor.shape)}: they are of another "
                     "network than the model; name the output_dir that both were written into"
                 )
-        save_file({name: weights[name].to(tensor.dtype).contiguous() for name, tensor in tensors.items()}, path, about)
+            tensors[name] = weights[name].to(tensor.dtype).contiguous()
+        save_file(tensors, path, about)
