@@ -205,11 +205,13 @@ class Loop(Generic[B]):
                 group["lr"] = rate
         # of the means over processes: all of them take the step, or none does
         if all(math.isfinite(value) for value in metrics.values()):
-            before = weights(step.modules) if self._due(self.config.log_every_steps, progress.global_step + 1) else None
-            for optimizer in self.optimizers.values():
+            logged = self._due(self.config.log_every_steps, progress.global_step + 1)
+            for name, optimizer in self.optimizers.items():
+                before = weights(name, step.modules[name]) if logged else None
                 optimizer.step()
-            if before is not None:
-                metrics |= update_norms(step.modules, before)
+                if before is not None:
+                    metrics |= update_norms(name, step.modules[name], before)
+                    del before
             for average in step.averages.values():
                 average.update(progress.steps_taken)
             step.after_step()
