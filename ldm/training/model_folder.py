@@ -120,7 +120,7 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
         for component, prefix in COMPONENTS.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             if own:  # a frozen text encoder has none
-                frozen = {name.removeprefix(prefix) for name in snapshots[0].frozen}
+                frozen = {name.removeprefix(prefix) for name in snapshots[-1].frozen}
                 _replace_weights(temporary / component, own, frozen)
         step = max(one.global_step for one in snapshots)
         replace(record, global_step=step, sigma_rel=sigma_rel).save(temporary)
