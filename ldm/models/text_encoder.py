@@ -30,9 +30,10 @@ from transformers import (
 
 from ldm.config_check import ConfigError, explained
 from ldm.config_conditioners import TextConfig
+from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import PLAIN_NAME, pinned
+from ldm.places import PLAIN_NAME
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -207,24 +208,24 @@ def load_text_encoder(pretrained: str, max_length: int, tokenizer: Any | None = 
 
     On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run.
 
-    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. A `tokenizer` that is
-    given takes the place of the one found. All encoders but CLIP's
+    Of a pipeline they are ``text_encoder`` and ``tokenizer``. A `tokenizer` that is given takes the place of the one
+    found. All encoders but CLIP's
     get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline pass them the mask they need.
     """
-    name, revision = pinned(pretrained)
-    encoder_folder = tokenizer_folder = resolve(name)
-    if (Path(encoder_folder) / "text_encoder").is_dir():
-        encoder_folder, tokenizer_folder = f"{encoder_folder}/text_encoder", f"{tokenizer_folder}/tokenizer"
     where = "conditioners.text.pretrained"
-    options = {"trust_remote_code": False, **revision}  # not given: transformers asks at the terminal, and y runs it
     with explained(where), own_code_refused(where, pretrained):
-        refuse_strange_shards(encoder_folder)
-        found = AutoConfig.from_pretrained(encoder_folder, **options)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
+        place, keywords = find_component(resolve(pretrained), ("text_encoder",))
+        options = {
+            "trust_remote_code": False,
+            **keywords,
+        }  # not given: transformers asks at the terminal, and y runs it
+        refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
+        found = AutoConfig.from_pretrained(place, **options)
         clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
         kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
-        encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)
+        encoder = kind.from_pretrained(place, use_safetensors=True, **options)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
         raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")
@@ -232,6 +233,12 @@ def load_text_encoder(pretrained: str, max_length: int, tokenizer: Any | None = 
     if kind is AutoModelForTextEncoding:
         encoder.config.use_attention_mask = True
     return encoder, tokenizer
+
+
+def load_tokenizer(pretrained: str) -> Any:
+    """Return the tokenizer of a pipeline or in a folder of its own, named as in `load_text_encoder`."""
+    place, keywords = find_component(resolve(pretrained), ("tokenizer",))
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
 
 
 def _projects(config: Any) -> bool:
