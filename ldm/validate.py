@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer
 
 from ldm.config import DataConfig
 from ldm.config_conditioners import TextConfig
@@ -19,8 +18,7 @@ from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
 from ldm.models.foreign import own_code_refused
-from ldm.models.text_encoder import resolve, train_tokenizer
-from ldm.places import pinned
+from ldm.models.text_encoder import load_tokenizer, train_tokenizer
 from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
@@ -79,13 +77,8 @@ def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
         if tokenizer is None:
             chosen = train_tokenizer(captions, TextConfig.vocab_size, max_length)
         else:
-            name, revision = pinned(tokenizer)
-            folder = resolve(name)
-            below = f"{folder}/tokenizer"
             with own_code_refused("--tokenizer", tokenizer):
-                chosen = AutoTokenizer.from_pretrained(
-                    below if Path(below).is_dir() else folder, trust_remote_code=False, **revision
-                )
+                chosen = load_tokenizer(tokenizer)
         return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
 
     return count

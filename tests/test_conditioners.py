@@ -1,9 +1,10 @@
 """What each conditioner tells, against its definition; its null; and that a sample's draws are its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import (
     BertModel,
@@ -20,12 +21,14 @@ from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import nested
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config_conditioners import UNKNOWN_CLASS, TextConfig
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder
+from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import EmbeddingSpace
 from ldm.stage import ConditionedDenoiser
+from pipelines.text2img import TextToImagePipeline
 
 from . import tiny_pipeline
 
@@ -61,6 +64,26 @@ def text(**keywords):
     config = CLIPTextConfig(**sizes, **ids, projection_dim=6, max_position_embeddings=tiny_pipeline.LENGTH)
     encoder = CLIPTextModelWithProjection(config).eval()
     return TextConditioner(encoder, tiny_pipeline.tokenizer(), train=False, dropout=0.1, keywords=keywords or None)
+
+
+def test_a_clip_with_projection_tells_the_same_in_training_and_in_both_pipelines(tmp_path):
+    whole = text().text_encoder
+    whole.save_pretrained(tmp_path / "clip" / "text_encoder")
+    tiny_pipeline.tokenizer().save_pretrained(tmp_path / "clip" / "tokenizer")
+    config = TextConfig(pretrained=str(tmp_path / "clip"), max_length=tiny_pipeline.LENGTH)
+    one = TextConditioner(*build_text_encoder(config, []), train=False, dropout=0.1, keywords=config.keywords)
+    assert all(torch.equal(whole.text_model.state_dict()[name], t) for name, t in one.text_encoder.state_dict().items())
+    embeds = one.embed(["a cat", ""])["prompt_embeds"]
+    torch.testing.assert_close(embeds, whole(**one.tokenize(["a cat", ""])).last_hidden_state)
+    tiny_pipeline.pipeline(text_encoder=one.text_encoder, tokenizer=one.tokenizer).save_pretrained(tmp_path / "model")
+    for kind in (StableDiffusionPipeline, TextToImagePipeline):
+        pipe = kind.from_pretrained(tmp_path / "model")
+        found = pipe.encode_prompt(["a cat"], "cpu", 1, True, [""])
+        torch.testing.assert_close(torch.cat(found), embeds)
+
+    keywords = {"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
+    projected, _ = build_text_encoder(replace(config, keywords=keywords), [])
+    assert torch.equal(projected.text_projection.weight, whole.text_projection.weight)
 
 
 def test_dotted_keywords_gather_in_one_dictionary():

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ldm.config_check import ConfigError, explained
+from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
 from ldm.places import pinned
 
@@ -33,6 +34,11 @@ DENOISERS = (
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
 )
+COMPONENTS = {
+    **dict.fromkeys(("vae", "movq", "vqvae"), AUTOENCODERS),
+    **dict.fromkeys(("unet", "transformer", "prior"), DENOISERS),
+}
+"""Names that diffusers' pipelines give their networks, and the classes that these may have here."""
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
 """What those that denoise call theirs."""
 
@@ -43,20 +49,20 @@ def build_network(
     """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
 
     `network` holds ``_class_name``, one of `classes`, and arguments of that class's ``__init__``; or ``pretrained``
-    (folder or Hub name, ``user/name@revision`` too), optionally with ``revision`` and ``subfolder``, whose own config
-    names the class. Raises ConfigError, which names the config path `where`.
+    (folder or Hub name, ``user/name@revision`` too, of the network or of a pipeline with it), optionally with
+    ``revision`` and ``subfolder``, whose own config names the class. Raises ConfigError, which names the config path
+    `where`.
     """
     keys = dict(network)
     folder, name = keys.pop("pretrained", None), keys.pop("_class_name", None)
     if folder is not None:
         refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
-        folder, revision = pinned(str(folder))
-        if revision and "revision" in keys:
+        if "revision" in keys and pinned(str(folder))[1]:
             raise ConfigError(f"{where}.revision: given twice; leave it out, or the @ in {where}.pretrained")
-        keys |= revision
-        if name is None:
-            with explained(where):
-                name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
+        names = [component for component, kinds in COMPONENTS.items() if not set(kinds).isdisjoint(classes)]
+        with explained(where):
+            folder, keys = find_component(str(folder), names, **keys)
+            name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
     if name not in classes:
         raise ConfigError(f"{where}._class_name: got {name!r}; choose from {', '.join(classes)}")
     kind = getattr(diffusers, name)
