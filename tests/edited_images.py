@@ -30,6 +30,8 @@ class Sketch:
     ground: str
     parts: tuple[Part, ...]
     another: Callable[[np.random.Generator], Part]
+    key: object = None
+    """Of two that share it only one may be in a set."""
 
     def image(self) -> Image.Image:
         """Return the drawing, RGB of `SIZE` pixels on a side."""
@@ -114,7 +116,7 @@ def _stripe(place: float, end: float, upright: bool, colour: str) -> Part:
 
 
 def _emblem(rng: np.random.Generator, colour: str) -> Part:
-    radius, corners = SIDE * float(rng.choice([0.12, 0.18, 0.25])), int(rng.choice([0, 3, 4, 5]))
+    radius, corners = SIDE * float(rng.choice([0.08, 0.14, 0.22])), int(rng.choice([0, 3, 4, 5]))
     x, y = (float(SIDE * rng.choice([0.27, 0.5, 0.73])) for _ in range(2))
     turns = np.arange(2 * corners) * np.pi / max(corners, 1) - np.pi / 2
     radii = np.where(np.arange(2 * corners) % 2, radius * 0.5, radius)
@@ -124,8 +126,8 @@ def _emblem(rng: np.random.Generator, colour: str) -> Part:
 
 
 def flag(rng: np.random.Generator) -> Sketch:
-    """Return two to five stripes with an emblem of a colour that none of them has."""
-    count, upright = int(rng.integers(2, 6)), bool(rng.integers(2))
+    """Return three to six stripes with an emblem of a colour that none of them has."""
+    count, upright = int(rng.integers(3, 7)), bool(rng.integers(2))
     order = [str(colour) for colour in rng.permutation(FLAG_COLOURS)]
     stripes = [_stripe(n / count, (n + 1) / count, upright, order[n]) for n in range(count)]
     unused = order[count:]
@@ -134,7 +136,7 @@ def flag(rng: np.random.Generator) -> Sketch:
     def another(rng: np.random.Generator) -> Part:
         return _emblem(rng, unused[int(rng.integers(len(unused)))])
 
-    return Sketch("white", (*stripes, *emblems), another)
+    return Sketch("white", (*stripes, *emblems), another, (upright, *order[:count]))
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Noise:
     """Smooth random colours, from few to each side."""
 
     coarse: np.ndarray
+    key: object = None
 
     def image(self) -> Image.Image:
         """Return them, RGB of `SIZE` pixels on a side."""
@@ -198,9 +201,12 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
 
 def originals(kind: str, count: int, seed: int, siblings: float = 0.1) -> Iterator[Image.Image]:
     """Yield `count` images that are not alike, a share of them siblings of the one before."""
-    rng, made = np.random.default_rng([seed, list(KINDS).index(kind)]), 0
+    rng, made, keys = np.random.default_rng([seed, list(KINDS).index(kind)]), 0, set()
     while made < count:
         sketch = KINDS[kind](rng)
+        if sketch.key in keys and sketch.key is not None:
+            continue
+        keys.add(sketch.key)
         image = sketch.image()
         yield image
         made += 1
