@@ -23,6 +23,8 @@ from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
 """Of each kind."""
+SHEET_LIKE = 5
+"""Images that stand beside the one that repeats them or looks like them."""
 
 
 def validate(
@@ -92,9 +94,8 @@ def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.
     ]
     for kind in dict.fromkeys(problem.kind for problem in report.problems):
         for problem in [problem for problem in report.problems if problem.kind == kind][:SHEET_PROBLEMS]:
-            if problem.like is not None:
-                cells.append((problem.like, place(source, problem.like)))
             cells.append((problem.row, str(problem)))
+            cells += [(row, place(source, row)) for row in problem.like[:SHEET_LIKE]]
 
     def picture(row: int | None) -> NDArray[np.uint8]:
         try:

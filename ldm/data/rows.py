@@ -37,8 +37,8 @@ class Problem:
     reason: str
     row: int | None = None
     """Row of the source, if it got as far as being one."""
-    like: int | None = None
-    """Row that it repeats."""
+    like: tuple[int, ...] = ()
+    """Rows that it repeats or looks like."""
 
     @property
     def stops(self) -> bool:
