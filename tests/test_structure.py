@@ -16,6 +16,7 @@ PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.eval
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
     "ldm.places": set(),
+    "ldm.text_file": set(),
     "ldm.config_check": {"ldm.config"},
     "ldm.config_file": {"ldm.config", "ldm.config_check", "ldm.places"},
     "ldm.schedule": {"ldm.config"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.card": {"ldm.config", "ldm.config_file", "ldm.places", "ldm.provenance"},
     "ldm.hub": {"ldm.card", "ldm.places", "ldm.provenance"},
     "ldm.models": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.schedule"},
-    "ldm.data": {"ldm.config", "ldm.config_check", "ldm.places"},
+    "ldm.data": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.text_file"},
     "ldm.spaces": {"ldm.config", "ldm.models", "ldm.variational"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.objective",
         "ldm.models",
     },
-    "ldm.evaluation": {"ldm.card", "ldm.config", "ldm.models", "ldm.schedule", "ldm.variational"},
+    "ldm.evaluation": {"ldm.card", "ldm.config", "ldm.models", "ldm.schedule", "ldm.text_file", "ldm.variational"},
     "ldm.evaluate": {"ldm.evaluation", "ldm.measurement"},
     "ldm.measurement": {
         "ldm.config",
@@ -49,6 +50,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.models",
         "ldm.places",
         "ldm.provenance",
+        "ldm.text_file",
         "ldm.training",
     },
     "ldm.average": {"ldm.evaluate", "ldm.measurement", "ldm.training"},

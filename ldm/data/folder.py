@@ -68,8 +68,8 @@ class FolderRows:
                 self._paths.append(path)
                 self._captions.append(row.get(self.caption_column) if self.caption_column is not None else None)
                 self._labels.append(row.get(class_column) if class_column else None)
-        if not self._paths and not self.problems:
-            raise ValueError(f"data.split: no row of the metadata in {self._root} is in split {split!r}")
+        if not self._paths and not any(problem.stops for problem in self.problems):
+            raise ValueError(f"data.split: no row of the metadata in {self._root} is of a picture in {split!r}")
         unlisted = members.difference(named)
         for path in images:
             if path in unlisted:

@@ -79,10 +79,10 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     number of tokens that a caption may have.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: there are no rows, and nothing says why.
 
     """
-    if not len(source):
+    if not len(source) and not (isinstance(source, RowSource) and source.problems):
         raise ValueError("the data has no rows")
     problems = list(quick_problems(source, config)) if isinstance(source, RowSource) else []
     unread = {problem.row for problem in problems if problem.stops and problem.kind != "bad caption"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import DatasetCard
 
+log = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
@@ -72,10 +74,17 @@ def image_files(folder: str, names: Sequence[str]) -> Splits:
     test-tube.png among a thousand other images is no split. And metadata outside the splits, such as in the folder
     itself above train/ and test/, is not left out by it: its rows belong to the splits of their images.
     """
+    found = by_card(folder, names) or by_folder(names)
+    if found:
+        return found
     images = [name for name in names if os.path.basename(name) not in METADATA]
-    by_name = by_file_name(images)
-    complete = {name for files in by_name.values() for name in files} == set(images)
-    return by_card(folder, names) or by_folder(names) or (by_name if complete else {}) or {"train": list(names)}
+    found = by_file_name(images)
+    without = set(images).difference(*found.values())
+    if found and without:
+        one, other = next(iter(found.values()))[0], min(without)
+        log.warning("%s looks like split %s by its name, %s like none: all are train", one, next(iter(found)), other)
+        return {"train": list(names)}
+    return found or {"train": list(names)}
 
 
 def by_card(folder: str, names: Sequence[str]) -> Splits:

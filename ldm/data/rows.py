@@ -224,8 +224,11 @@ def _with_pictures(table: Any, column: str, feature: Any) -> Any:
     """
     import datasets
 
-    if not _is_bytes(feature) and getattr(feature, "dtype", None) not in PATHS:
+    kind = getattr(feature, "dtype", "")
+    if not _is_bytes(feature) and kind not in PATHS:
         raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
+    if kind.endswith("_view"):  # that of polars, which casts to nothing else
+        table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())
 
 
