@@ -12,13 +12,12 @@ from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_stage, examined
-from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.alarms import Alarms
 from ldm.training.export import export
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
-from ldm.training.record import run_record
+from ldm.training.record import recorded_tokenizer, refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
@@ -41,10 +40,9 @@ def main() -> None:
     with finishing(Run(config.output_dir, config.seed, config.loop)) as run:
         check_push(config, run)
         images = CaptionedImages(checked_source(config.data), config.data)
-        for part in pretrained_parts(config):
-            refuse_leak(part, images.splits.held_out_hash)
+        refuse_leaks(pretrained_parts(config), images)
         pictures = partial(images.first_pictures, "train", STATISTICS_PICTURES)
-        stage = build_stage(config, images.captions("train"), pictures)
+        stage = build_stage(config, images.captions("train"), pictures, recorded_tokenizer(run.saved))
         tracked = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
         step = DiffusionStep(stage, run, config.optim.ema_decay, tracked)
         rehearse(step, images, config)
@@ -60,9 +58,11 @@ def main() -> None:
         if config.doctor:
             return examine_stage(config, step, train, validation)
 
-        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        record = run_record(config, images, step, run.precision)
+        epoch_steps = len(train) / config.data.batch_size
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
-        save_config(config, run.folder / "config.yaml")
+        if not loop.done:
+            save_config(config, run.folder / "config.yaml")
         model = ModelFolder(config, run, loop, train, pipeline.save_pretrained, step.networks)
         alarms = Alarms(run, loop.progress, config.optim, len(train), step.not_finite_at)
         alarms.before_training(config, validation, train)

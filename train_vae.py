@@ -15,11 +15,10 @@ from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_autoencoder, examined
 from ldm.models.network import build_network
-from ldm.provenance import refuse_leak
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
-from ldm.training.record import run_record
+from ldm.training.record import refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
@@ -38,8 +37,7 @@ def main() -> None:
         check_push(config, run)
         torch.manual_seed(config.seed)
         images = CaptionedImages(checked_source(config.data), config.data)
-        if "pretrained" in config.autoencoder:
-            refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
+        refuse_leaks([config.autoencoder.get("pretrained")], images)
         train = PositionDataset(images, "train", config.seed)
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
@@ -54,9 +52,11 @@ def main() -> None:
 
         if config.doctor:
             return examine_autoencoder(config, step, train, validate)
-        record, epoch_steps = run_record(config, images), len(train) / config.data.batch_size
+        record = run_record(config, images, step, run.precision)
+        epoch_steps = len(train) / config.data.batch_size
         loop = Loop(step, config.optim, config.loop, run, epoch_steps, record, config.allow_config_change)
-        save_config(config, run.folder / "config.yaml")
+        if not loop.done:
+            save_config(config, run.folder / "config.yaml")
         save = partial(save_at_unit_scale, step.averaged, train, getattr(torch, config.save_dtype))
         model = ModelFolder(config, run, loop, train, save, step.networks)
         loop.fit(

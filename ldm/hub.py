@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ldm.card import CARD, with_name
 from ldm.places import PLAIN_NAME
 from ldm.provenance import FILE as RECORD
-from ldm.provenance import read_provenance
+from ldm.provenance import TRAINED_IMAGES, read_provenance
 
 FILES = (
     "model_index.json",
@@ -37,6 +37,7 @@ FILES = (
     "pipeline.py",
     "samples.png",
     RECORD,
+    TRAINED_IMAGES,
     CARD,
 )
 """What a model is made of. A list of what goes up, not of what does not: what else is in the folder stays private."""

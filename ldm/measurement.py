@@ -34,9 +34,10 @@ from ldm.evaluation.subject import Subject
 from ldm.models.pipeline import image_size, load_pipeline, told_by
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 from ldm.places import portable
-from ldm.provenance import hardware, read_provenance, refuse_leak, refuse_teacher, versions
+from ldm.provenance import hardware, read_provenance, refuse_teacher, versions
 from ldm.text_file import read_lines
 from ldm.training.autoencoding import reconstruct
+from ldm.training.record import refuse_leaks
 
 
 class Evaluation:
@@ -75,7 +76,7 @@ class Evaluation:
             on_bad_data="skip",
         )
         self.images = CaptionedImages(checked_source(config), config)
-        refuse_leak(model, self.images.splits.held_out_hash)
+        refuse_leaks([model], self.images)
         self.network: FeatureNetwork = build_feature_network(network)
         refuse_teacher(model, self.network.name, self.network.sha256)
         self.gallery, self.place = self.images.gallery()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,16 +75,21 @@ class Stage:
     objective: Objective
 
 
-def build_stage(config: StageConfig, captions: Sequence[str], pictures: Callable[[], Tensor] | None = None) -> Stage:
+def build_stage(
+    config: StageConfig,
+    captions: Sequence[str],
+    pictures: Callable[[], Tensor] | None = None,
+    tokenizer: Any | None = None,
+) -> Stage:
     """Return the stage that `config` describes.
 
     Weights are drawn from the global generator, seeded by ``config.seed`` here. `captions` are those of the training
-    split, for the tokenizer; `pictures` returns pictures of it, (N, 3, H, W), for the statistics of a space that needs
-    them (an embedding space).
+    split, for the tokenizer unless one is given; `pictures` returns pictures of it, (N, 3, H, W), for the statistics of
+    a space that needs them (an embedding space).
     """
     torch.manual_seed(config.seed)
     space = build_space(config.space, pictures)
-    conditioners = build_conditioners(config.conditioners, captions)
+    conditioners = build_conditioners(config.conditioners, captions, tokenizer)
     denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
     if space.statistics is not None:
@@ -92,13 +97,18 @@ def build_stage(config: StageConfig, captions: Sequence[str], pictures: Callable
     return Stage(space, ConditionedDenoiser(denoiser, conditioners), Objective(config.objective, space.grid_step))
 
 
-def build_conditioners(config: ConditionersConfig, captions: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the conditioners that `config` names; `captions` are those of the training split."""
+def build_conditioners(
+    config: ConditionersConfig, captions: Sequence[str], tokenizer: Any | None = None
+) -> dict[str, nn.Module]:
+    """Return the conditioners that `config` names; `captions` are those of the training split.
+
+    A `tokenizer` that is given takes the place of a new or a pretrained one.
+    """
     conditioners: dict[str, nn.Module] = {}
     if (text := config.text) is not None:
         if not captions:
             raise ConfigError("conditioners.text: no training picture has a caption; name them in data.caption_column")
-        encoder, tokenizer = build_text_encoder(text, captions)
+        encoder, tokenizer = build_text_encoder(text, captions, tokenizer)
         conditioners["text"] = TextConditioner(
             encoder, tokenizer, train=text.train, dropout=text.dropout, keywords=text.keywords
         )

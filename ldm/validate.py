@@ -25,8 +25,6 @@ from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
 """Of each kind."""
-LEARNED_FROM = 2000
-"""Captions that the tokenizer of `validate` is learned from at most: its counts are an estimate."""
 
 
 def validate(
@@ -79,8 +77,7 @@ def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
 
     def count(captions: Sequence[str]) -> list[int]:
         if tokenizer is None:
-            some = captions[:: 1 + len(captions) // LEARNED_FROM]
-            chosen = train_tokenizer(some, TextConfig.vocab_size, max_length)
+            chosen = train_tokenizer(captions, TextConfig.vocab_size, max_length)
         else:
             name, revision = pinned(tokenizer)
             folder = resolve(name)

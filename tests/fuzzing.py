@@ -44,12 +44,11 @@ from ldm.evaluation.pictures import contact_sheet
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.text_encoder import train_tokenizer
-from ldm.provenance import refuse_leak
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.export import export
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import planned_steps
-from ldm.training.record import run_record
+from ldm.training.record import refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep
@@ -365,13 +364,11 @@ def prepare(config, bench, name):
     assert images.splits["train"]
     run = OneProcess(config)
     if isinstance(config, AutoencoderConfig):
-        if "pretrained" in config.autoencoder:
-            refuse_leak(config.autoencoder["pretrained"], images.splits.held_out_hash)
+        refuse_leaks([config.autoencoder.get("pretrained")], images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
     else:
-        for part in pretrained_parts(config):
-            refuse_leak(part, images.splits.held_out_hash)
+        refuse_leaks(pretrained_parts(config), images)
         stage = build_stage(config, images.captions("train"), lambda: images.first_pictures("train", 40))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
     rehearse(step, images, config)
@@ -379,7 +376,7 @@ def prepare(config, bench, name):
         pipeline = export(step, config, PIPELINES)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
         Validation(config_, images, step, pipeline, run).rehearse()
-    json.dumps(run_record(config, images))
+    json.dumps(run_record(config, images, step, "no").state())
     save_config(config, bench.folder / "saved.yaml")
     total = planned_steps(config.loop, 10.0)
     learning_rate(0, total or sys.maxsize, config.optim)

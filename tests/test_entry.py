@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import ldm.training.loop as loop_module
 import train_text2img
 import train_vae
 from ldm import cli
-from ldm.provenance import read_provenance
+from ldm.provenance import TRAINED_IMAGES, read_provenance
 
 from .conftest import CORES
 
@@ -118,32 +119,40 @@ def test_a_run_leaves_what_people_look_for(model, vae):
     assert json.loads((vae / "config.json").read_text())["scaling_factor"] == 1.0
 
 
-def test_an_autoencoder_with_other_pictures_held_out_is_refused(vae, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="other pictures held out"):
-        train_model(monkeypatch, tmp_path, vae, "--data.held_out", "{validation: configs/openmoji/validation.txt}")
+OTHERS = ("--data.held_out", "{}", "--data.held_out_percent", 30)
+"""Other images held out than the lists of the tiny configs hold out."""
+
+
+def refused(message, train, monkeypatch, capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        train(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_autoencoder_that_was_trained_on_held_out_pictures_is_refused(vae, tmp_path, monkeypatch, capsys):
+    message = r"was trained on \d+ of the \d+ pictures that are held out here"
+    refused(message, train_model, monkeypatch, capsys, tmp_path / "stage", vae, *OTHERS)
+    further = ("--autoencoder", f"{{pretrained: {vae}}}")
+    refused(message, train_autoencoder, monkeypatch, capsys, tmp_path / "vae", *further, *OTHERS)
 
 
 @pytest.mark.parametrize("part", ["denoiser", "text", "vae of a pipeline"])
-def test_any_pretrained_part_with_other_pictures_held_out_is_refused(part, model, tmp_path, monkeypatch):
+def test_any_pretrained_part_of_an_earlier_version_with_other_pictures_held_out_is_refused(
+    part, model, tmp_path, monkeypatch, capsys
+):
     other = tmp_path / "other"
     shutil.copytree(model, other)
     record = json.loads((other / "training.json").read_text())
     (other / "training.json").write_text(json.dumps(record | {"held_out_hash": "0" * 32}))
+    (other / TRAINED_IMAGES).unlink()
     more = {
         "denoiser": ["--denoiser", f"{{_class_name: UNet2DConditionModel, pretrained: {other}, subfolder: unet}}"],
         "text": ["--conditioners.text.pretrained", other, "--conditioners.text.encoder", "{}"],
         "vae of a pipeline": [],
     }
     vae = other / "vae" if part == "vae of a pipeline" else model / "vae"
-    with pytest.raises(ValueError, match="other pictures held out"):
-        train_model(monkeypatch, tmp_path / "out", vae, *more[part])
-
-
-def test_an_autoencoder_that_is_trained_further_keeps_its_held_out_pictures(vae, tmp_path, monkeypatch):
-    further = ["--autoencoder", f"{{pretrained: {vae}}}"]
-    other = ["--data.held_out", "{validation: configs/openmoji/validation.txt}"]
-    with pytest.raises(ValueError, match="other pictures held out"):
-        train_autoencoder(monkeypatch, tmp_path, *further, *other)
+    refused("other pictures held out", train_model, monkeypatch, capsys, tmp_path / "out", vae, *more[part])
 
 
 def test_a_learned_variance_trains_and_samples(vae, tmp_path, monkeypatch):

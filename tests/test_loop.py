@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from ldm.config import LoopConfig, OptimConfig
-from ldm.training import run as run_module
 from ldm.training.averages import Average, exponential
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
 from ldm.training.progress import planned_steps
-from ldm.training.run import Run, finishing, native_precision
+from ldm.training.run import Run, finishing
 
 
 @dataclass
@@ -186,14 +185,3 @@ def test_exactly_one_limit_is_required(limits):
 
 def test_epochs_become_steps():
     assert planned_steps(LoopConfig(max_train_epochs=2.5), 10.5) == 27
-
-
-def test_precision_is_native_or_float32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert native_precision("auto") == "no"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    for speed, expected in ((1.5, "bf16"), (0.6, "no")):
-        monkeypatch.setattr(run_module, "bf16_speed", lambda speed=speed: speed)
-        assert native_precision("auto") == expected
-    assert native_precision("fp16") == "fp16"

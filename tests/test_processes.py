@@ -1,6 +1,7 @@
 """Several processes train as one: the same samples, the same losses, and none outlives the others."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,24 @@ def test_r19_one_process_that_fails_ends_the_training_and_leaves_it_resumable(wh
     assert saved_step(tmp_path / "run") == 3
     run("train_vae.py", ("--output_dir", tmp_path / "run", *VAE), tmp_path / "log-again")
     assert saved_step(tmp_path / "run") == STEPS
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [(4, None, "process 1 has none"), (None, 4, "process 1 has step-4"), (4, 3, "process 1 has step-3")],
+)
+def test_r25_processes_that_see_different_checkpoints_end_with_the_reason(first, second, message, tmp_path):
+    quick = (*VAE, "--loop.max_train_steps", 4, "--optim.warmup_steps", 1, "--loop.process_timeout_seconds", 60)
+    run("train_vae.py", (*quick, "--output_dir", tmp_path / "whole"), tmp_path / "log-whole")
+    for name, newest in (("first", first), ("second", second)):
+        if newest is not None:
+            shutil.copytree(tmp_path / "whole", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{7 - newest}")
+    own = [("--output_dir", tmp_path / name) for name in ("first", "second")]
+    pair = start_several(2, "train_vae.py", (*quick, "--loop.max_train_steps", 6), tmp_path / "log", own=own)
+    assert 0 not in codes(pair)
+    for rank in (0, 1):
+        assert message in Path(f"{tmp_path / 'log'}-{rank}").read_text()
 
 
 def test_r21_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):

@@ -1,6 +1,7 @@
 """Which networks taught a model, and that none of them measures it."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
@@ -15,9 +16,18 @@ from ldm.models.clip import load_image_encoder
 from ldm.models.features import EFFICIENTNETS, PerceptualDistance, VGGFeatures
 from ldm.models.network import weights_sha256
 from ldm.models.vision import build_feature_network
-from ldm.provenance import Provenance, read_provenance, refuse_teacher, trained_through
+from ldm.provenance import (
+    Provenance,
+    image_keys,
+    read_provenance,
+    read_trained_images,
+    refuse_leak,
+    refuse_teacher,
+    save_trained_images,
+    trained_through,
+)
 from ldm.spaces import EmbeddingSpace
-from ldm.training.record import provenance
+from ldm.training.record import all_trained_images, provenance
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from tests.test_entry import train_autoencoder, train_model
 
@@ -56,6 +66,38 @@ def test_a_part_has_the_teachers_of_its_pipeline(tmp_path):
     (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError, match="vae was trained through"):
         refuse_teacher(tmp_path / "vae", "efficientnet_lite2", TEACHER)
+
+
+@pytest.mark.parametrize(
+    ("trained", "hash_", "held_out", "leaks"),
+    [
+        ("abcd", "same", "ef", None),
+        ("abcd", "other", "ef", None),  # a grown set: nobody trained on what is held out beside
+        ("abcd", "other", "", None),
+        ("abcd", "other", "aef", "trained on 1 of the 3 pictures"),
+        ("abcd", "same", "ab", "trained on 2 of the 2 pictures"),  # the images count, not the hash
+        (None, "same", "ab", None),
+        (None, "other", "ef", "of an earlier version"),
+    ],
+)
+def test_r25_a_model_is_refused_for_the_images_it_was_trained_on_and_for_nothing_else(
+    trained, hash_, held_out, leaks, tmp_path
+):
+    model = saved(tmp_path / "model", replace(RECORD, held_out_hash="same"))
+    (model / "vae").mkdir()
+    if trained is not None:
+        save_trained_images(model, image_keys(trained))
+        assert read_trained_images(model / "vae").tolist() == sorted(read_trained_images(model).tolist())
+    for name in (model, model / "vae"):
+        with pytest.raises(ValueError, match=leaks) if leaks else nullcontext():
+            refuse_leak(name, hash_, image_keys(held_out))
+    refuse_leak(tmp_path / "foreign", hash_, image_keys(held_out))
+
+
+def test_a_model_was_trained_on_what_its_parts_were_trained_on(tmp_path):
+    save_trained_images(saved(tmp_path / "vae"), image_keys("abc"))
+    parts = [str(tmp_path / "vae"), str(tmp_path / "foreign")]
+    assert torch.equal(all_trained_images(image_keys("bcd"), parts), image_keys("abcd"))
 
 
 def named(kind, **attributes):

@@ -3,15 +3,18 @@
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, StageConfig, ValidationConfig
 from ldm.config_check import ConfigError
 from ldm.config_doctor import DoctorConfig
 from ldm.data.batches import CaptionedImages
 from ldm.places import portable
-from ldm.training.record import refuse_changes, run_record
+from ldm.training.checkpoint import Checkpoint
+from ldm.training.record import RunRecord, refuse_changes, run_record
 
 from .test_batches import Shades
 
@@ -20,10 +23,19 @@ CONFIG = AutoencoderConfig(
 )
 
 
-def record(config=CONFIG, count=12):
+STEP = SimpleNamespace(frozen={"space": "latent-1"}, tokenizer=None)
+
+
+def whole_record(config=CONFIG, count=12, captions=None, step=STEP, precision="no"):
     source = Shades(count)
-    source.fingerprint = f"shades-{count}"
-    return run_record(config, CaptionedImages(source, config.data))
+    source.fingerprint = f"images-{count}"
+    if captions is not None:
+        source.captions = captions
+    return run_record(config, CaptionedImages(source, config.data), step, precision)
+
+
+def record(*arguments, **more):
+    return whole_record(*arguments, **more).facts
 
 
 def test_the_same_run_is_resumed_silently(caplog):
@@ -40,7 +52,6 @@ def test_the_same_run_is_resumed_silently(caplog):
         ({"data": DataConfig(image_size=16)}, "data.image_size: 8 -> 16"),
         ({"data": DataConfig(image_size=8, batch_size=3)}, "data.batch_size: 64 -> 3"),
         ({"autoencoder": {"_class_name": "AutoencoderKL"}}, "autoencoder.block_out_channels: [8] -> not set"),
-        ({"loop": LoopConfig(mixed_precision="bf16")}, "loop.mixed_precision: 'auto' -> 'bf16'"),
     ],
 )
 def test_r22_what_decides_the_result_is_refused_with_both_values_unless_allowed(changed, line, caplog):
@@ -54,8 +65,71 @@ def test_r22_what_decides_the_result_is_refused_with_both_values_unless_allowed(
 
 
 def test_r22_other_pictures_are_refused():
-    with pytest.raises(ValueError, match=r"pictures\.fingerprint: 'shades-12' -> 'shades-13'"):
+    with pytest.raises(ValueError, match=r"pictures\.fingerprint: 'images-12' -> 'images-13'"):
         refuse_changes(record(), record(count=13), allowed=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"captions": lambda row: ["mended"]}, "captions: '"),
+        ({"step": SimpleNamespace(frozen={"space": "latent-2"}, tokenizer=None)}, "networks.space: 'latent-1' -> '"),
+        ({"step": SimpleNamespace(frozen={}, tokenizer=None)}, "networks.space: 'latent-1' -> not set"),
+        ({"precision": "bf16"}, "precision: 'no' -> 'bf16'"),
+    ],
+)
+def test_r25_what_changed_underneath_an_unchanged_config_is_refused_with_both_values_unless_allowed(
+    changed, line, caplog
+):
+    with pytest.raises(ConfigError, match="started with other values") as refused:
+        refuse_changes(record(), record(**changed), allowed=False)
+    assert line in str(refused.value)
+    refuse_changes(record(), record(**changed), allowed=True)
+    assert line in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data": DataConfig(image_size=8, source="imagefolder", path="elsewhere", image_column="image")},
+        {"loop": LoopConfig(mixed_precision="no")},
+    ],
+)
+def test_r25_the_same_data_and_precision_by_other_names_are_the_same(changed, caplog):
+    refuse_changes(record(), record(replace(CONFIG, **changed)), allowed=False)
+    old = {name: value for name, value in record().items() if name in ("config", "pictures")}
+    with pytest.raises(ConfigError, match="started with other values"):
+        refuse_changes(old, record(replace(CONFIG, **changed)), allowed=False)
+
+
+def test_r24_r25_a_record_of_an_earlier_version_is_compared_as_far_as_it_goes_and_one_line_says_so(caplog):
+    now = record()
+    pictures = {**now["pictures"], "fingerprint": "folder-of-paths-and-times"}
+    old = {"config": now["config"], "pictures": pictures}
+    refuse_changes(old, now, allowed=False)
+    (line,) = caplog.messages
+    assert "does not say: captions, classes, networks, precision, tokenizer, content of the images" in line
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        refuse_changes(old, record(replace(CONFIG, seed=1)), allowed=False)
+    with pytest.raises(ConfigError, match=r"pictures\.held_out_hash"):
+        refuse_changes(old, record(count=40), allowed=False)
+
+
+def test_r25_images_that_were_trained_on_and_are_held_out_now_are_refused_and_stay_on_record_where_allowed(caplog):
+    now = whole_record(count=40)
+    assert len(now.held_out_images)
+    before = Checkpoint(1, {"record": {"trained_images": now.held_out_images}}, {"record": now.facts})
+    with pytest.raises(ConfigError, match=f"held out now: {len(now.held_out_images)}"):
+        now.going_on_from(before, allowed=False)
+    both = now.going_on_from(before, allowed=True).trained_images
+    assert set(both.tolist()) == {*now.held_out_images.tolist(), *now.trained_images.tolist()}
+    assert "held out now" in caplog.text
+    old = Checkpoint(1, {}, {"record": now.facts})
+    assert torch.equal(now.going_on_from(old, allowed=False).trained_images, now.trained_images)
+
+
+def test_a_training_without_a_record_is_resumed():
+    assert RunRecord().going_on_from(Checkpoint(1, {}, {}), allowed=False).tensors() == {}
 
 
 def test_r22_what_does_not_decide_it_is_taken_over_and_logged(caplog):

@@ -80,12 +80,26 @@ def start(script: str, arguments: Sequence[object], log: Path, faults: Sequence[
     return process
 
 
-def start_several(world: int, script: str, arguments: Sequence[object], log: Path, faults: Sequence[Fault] = ()):
-    """Start a training of `world` processes, as torchrun would but without torchrun."""
+def start_several(
+    world: int,
+    script: str,
+    arguments: Sequence[object],
+    log: Path,
+    faults: Sequence[Fault] = (),
+    own: Sequence[Sequence[object]] = ((), ()),
+):
+    """Start a training of `world` processes, as torchrun would but without torchrun; `own`: arguments of each."""
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         start(
-            script, arguments, Path(f"{log}-{rank}"), faults, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU=1, **shared
+            script,
+            (*arguments, *own[rank]),
+            Path(f"{log}-{rank}"),
+            faults,
+            RANK=rank,
+            LOCAL_RANK=rank,
+            ACCELERATE_USE_CPU=1,
+            **shared,
         )
         for rank in range(world)
     ]

@@ -131,6 +131,10 @@ class CaptionedImages:
         """Return every caption of a split's pictures."""
         return [caption for picture in self.splits[split] for caption in self.source.captions(picture)]
 
+    def names(self, *splits: str) -> set[str]:
+        """Return the names, as in `hashes`, of the images of some splits."""
+        return {self.hashes[picture] for split in splits for picture in self.splits[split]}
+
     def first_pictures(self, split: str, count: int) -> Tensor:
         """Return up to `count` pictures of a split, (N, 3, H, W), in the order of their hashes: as good as random."""
         pictures = sorted(self.splits[split], key=lambda picture: self.hashes[picture])[:count]

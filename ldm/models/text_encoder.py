@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import pre_tokenizers
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForTextEncoding,
@@ -26,9 +32,10 @@ from ldm.config_check import ConfigError, explained
 from ldm.config_conditioners import TextConfig
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import pinned
+from ldm.places import PLAIN_NAME, pinned
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -43,11 +50,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     if vocab_size < len(base) + 2:
         raise ValueError(f"vocab_size {vocab_size}: at least {len(base) + 2} are needed, for every byte")
     learner = CLIPTokenizer(vocab={BEGIN: 0, END: 1}, merges=[]).backend_tokenizer
-    words: Counter[tuple[str, ...]] = Counter()
-    for caption in sorted(set(captions)):
+    words: Counter[str] = Counter()
+    for caption in set(captions):
         pieces = learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(caption))
-        words.update((*piece[:-1], piece[-1] + WORD_END) for piece, _ in pieces)
-    merges = learn_merges(words, vocab_size - len(base) - 2)
+        words.update(piece for piece, _ in pieces)
+    spelled = {(*word[:-1], word[-1] + WORD_END): occurrences for word, occurrences in words.items()}
+    merges = learn_merges(spelled, vocab_size - len(base) - 2)
     tokens = dict.fromkeys(base + [left + right for left, right in merges] + [BEGIN, END])
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
@@ -57,42 +65,126 @@ def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple
     """Return up to `count` byte-pair merges of `words`, symbols with how often they occur (Sennrich et al. 2016).
 
     The most frequent pair first, the first in alphabetical order of equals: the same captions always give the same
-    tokenizer, which a resumed run needs (the trainer of `tokenizers` breaks ties differently in every call).
+    tokenizer, on every machine and in every version of this project, so that weights trained with one still fit.
+    (The trainer of `tokenizers` 0.23 numbers the symbols in the order of a hash map with random seeds, and the numbers
+    decide between equals: two calls give two vocabularies, and none of them that of older checkpoints.)
+
+    A merge visits the words that its pair occurs in, and the heap has every count that a pair ever had: those that are
+    no longer true are skipped. So it takes time in proportion to the letters of all words.
     """
-    left_words, merges = dict(words), list[tuple[str, str]]()
-    while len(merges) < count:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for symbols, occurrences in left_words.items():
-            for pair in pairwise(symbols):
-                pairs[pair] += occurrences
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        left_words = {_merged(symbols, best): occurrences for symbols, occurrences in left_words.items()}
+    spellings, occurrences = [list(word) for word in words], list(words.values())
+    counts: Counter[tuple[str, str]] = Counter()
+    occurs_in: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for number, symbols in enumerate(spellings):
+        for pair in pairwise(symbols):
+            counts[pair] += occurrences[number]
+            occurs_in[pair].add(number)
+    heap = [(-occurring, pair) for pair, occurring in counts.items()]
+    heapify(heap)
+    merges: list[tuple[str, str]] = []
+    with tqdm(total=count, desc="learning the tokenizer", unit="merge", delay=2, leave=False) as bar:
+        while heap and len(merges) < count:
+            occurring, best = heappop(heap)
+            if -occurring != counts[best]:
+                continue
+            merges.append(best)
+            bar.update()
+            changed: Counter[tuple[str, str]] = Counter()
+            for number in occurs_in.pop(best):
+                lost, gained = _merge(spellings[number], best)
+                for pair in lost:
+                    changed[pair] -= occurrences[number]
+                for pair in gained:
+                    changed[pair] += occurrences[number]
+                    occurs_in[pair].add(number)
+            for pair, change in changed.items():
+                counts[pair] += change
+                if change and counts[pair]:
+                    heappush(heap, (-counts[pair], pair))
     return merges
 
 
-def _merged(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    if pair[0] not in symbols:
-        return symbols
-    result: list[str] = []
-    for symbol in symbols:
-        if result and (result[-1], symbol) == pair:
-            result[-1] += symbol
-        else:
-            result.append(symbol)
-    return tuple(result)
+def _merge(symbols: list[str], pair: tuple[str, str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Merge `pair` wherever it occurs in `symbols`, in place; return the pairs that are gone and those that are new."""
+    lost: list[tuple[str, str]] = []
+    gained: list[tuple[str, str]] = []
+    left, right = pair
+    merged: list[str] = []
+    done = place = 0
+    with suppress(ValueError):  # no more of them
+        while True:
+            place = symbols.index(left, place, -1)
+            if symbols[place + 1] != right:
+                place += 1
+                continue
+            merged += symbols[done:place]
+            before, after = merged[-1:], symbols[place + 2 : place + 3]
+            lost += pairwise([*before, left, right, *after])
+            gained += pairwise([*before, left + right, *after])
+            merged.append(left + right)
+            done = place = place + 2
+    symbols[:] = merged + symbols[done:]
+    return lost, gained
 
 
-def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.Module, Any]:
+def tokenizer_json(tokenizer: Any) -> str:
+    """Return a tokenizer as JSON, ``{file name: text}`` of the files that it saves; `tokenizer_from_json` reads it.
+
+    How a call has padded or truncated leaves no trace in it.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes().decode() for path in sorted(Path(folder).iterdir())}
+    if WHOLE_FILE in files:
+        files[WHOLE_FILE] = json.dumps(json.loads(files[WHOLE_FILE]) | {"padding": None, "truncation": None})
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}  # not always saved
+    files[CONFIG_FILE] = json.dumps(json.loads(files[CONFIG_FILE]) | sides)
+    return json.dumps(files)
+
+
+def tokenizer_from_json(text: str, max_length: int) -> Any:
+    """Return the tokenizer that `tokenizer_json` wrote, which gives the same ids, at most `max_length` of them.
+
+    Raises:
+        ValueError: a file is to be written elsewhere, or code of its own is to be run.
+
+    """
+    files = json.loads(text)
+    with TemporaryDirectory() as folder:
+        for name, content in files.items():
+            if not PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"tokenizer: a file of it is called {name!r}; expected a plain name")
+            Path(folder, name).write_bytes(content.encode())
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return 32 hexadecimal digits: equal if two tokenizers give equal ids, padding and truncation included.
+
+    Compare those of one process: another version of transformers may write the same tokenizer with other fields.
+    """
+    files = json.loads(tokenizer_json(tokenizer))
+    files.pop(CONFIG_FILE)
+    settings = [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length]
+    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items()}
+    whole = json.dumps([files, settings, special], sort_keys=True)
+    return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
+
+
+def build_text_encoder(
+    config: TextConfig, captions: Iterable[str], tokenizer: Any | None = None
+) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)``, from scratch or pretrained as `config` says.
 
-    From scratch the tokenizer is learned from `captions`, which must be those of the training split only.
+    `tokenizer` takes the place of the pretrained one's; from scratch, of one that is learned from `captions`, which
+    must be those of the training split only.
     """
     if config.pretrained is not None:
-        return load_text_encoder(config.pretrained, config.max_length)
-    tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+        return load_text_encoder(config.pretrained, config.max_length, tokenizer)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     keys = dict(config.encoder)
     name = keys.pop("_class_name", "CLIPTextModel")
     where = "conditioners.text.encoder"
@@ -110,12 +202,13 @@ def build_text_encoder(config: TextConfig, captions: Iterable[str]) -> tuple[nn.
     return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
 
 
-def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]:
+def load_text_encoder(pretrained: str, max_length: int, tokenizer: Any | None = None) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
     On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run.
 
-    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. All encoders but CLIP's
+    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. A `tokenizer` that is
+    given takes the place of the one found. All encoders but CLIP's
     get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline pass them the mask they need.
     """
     name, revision = pinned(pretrained)
@@ -127,7 +220,8 @@ def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]
     with explained(where), own_code_refused(where, pretrained):
         refuse_strange_shards(encoder_folder)
         found = AutoConfig.from_pretrained(encoder_folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
         clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
         kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
         encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)

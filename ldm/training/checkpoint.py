@@ -144,7 +144,7 @@ class CheckpointStore:
         Each newer one that does not verify is logged as a warning that names the bad file. None after such
         warnings means that every checkpoint is bad, not that there was none.
         """
-        for _, path in self._found():
+        for _, path in found(self.folder):
             try:
                 for name, entry in read_manifest(path)["files"].items():
                     read_verified(path / name, entry)
@@ -153,6 +153,22 @@ class CheckpointStore:
             else:
                 return path
         return None
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint, whether or not it verifies, None without any."""
+        return next((path for _, path in found(self.folder)), None)
+
+    @staticmethod
+    def newest_state(folder: Path) -> dict[str, Any]:
+        """Return ``state.json`` of the newest checkpoint in `folder` whose state verifies, {} without any."""
+        for _, path in found(folder):
+            try:
+                entry = read_manifest(path)["files"]["state.json"]
+                state: dict[str, Any] = json.loads(read_verified(path / "state.json", entry))
+            except (CheckpointError, KeyError, ValueError):
+                continue  # `latest` says what is wrong with it
+            return state
+        return {}
 
     @staticmethod
     def load(path: Path) -> Checkpoint:
@@ -176,15 +192,9 @@ class CheckpointStore:
                 raise bad_file(path / name, f"is as it was written, but cannot be read: {error}") from error
         return Checkpoint(manifest["global_step"], tensors, state)
 
-    def _found(self) -> list[tuple[int, Path]]:
-        """Return ``(global_step, path)``, newest first, a plain folder before what it replaced."""
-        matches = [(_FOLDER.fullmatch(path.name), path) for path in self.folder.glob("step-*") if path.is_dir()]
-        found = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
-        return [(step, path) for step, _, path in sorted(found, reverse=True)]
-
     def _prune(self, global_step: int) -> None:
         kept: set[int] = set()
-        for step, path in self._found():
+        for step, path in found(self.folder):
             if step > global_step:
                 aside = _set_aside(path, "rolled-back")
                 logger.warning(
@@ -204,6 +214,13 @@ class CheckpointStore:
         self.wait()
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def found(folder: Path) -> list[tuple[int, Path]]:
+    """Return ``(global_step, path)`` of checkpoints in `folder`: newest first, a plain one before what it replaced."""
+    matches = [(_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir()]
+    ranked = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
+    return [(step, path) for step, _, path in sorted(ranked, reverse=True)]
 
 
 def _check_arguments(global_step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

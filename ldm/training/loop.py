@@ -18,12 +18,15 @@ from tqdm.auto import tqdm
 
 from ldm.config import LoopConfig, OptimConfig
 from ldm.data.positions import draw_key
+from ldm.models.network import weights_hash
 from ldm.training.averages import Average
-from ldm.training.checkpoint import CheckpointError, CheckpointStore
+from ldm.training.checkpoint import CheckpointStore
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
+from ldm.training.processes import refuse_apart
 from ldm.training.progress import Progress, planned_steps
-from ldm.training.record import refuse_changes
-from ldm.training.run import Run
+from ldm.training.record import RunRecord
+from ldm.training.resume import agreed_checkpoint
+from ldm.training.run import CHECKPOINTS, Run
 from ldm.training.signals import Stopped
 from ldm.training.state import not_finite, restore_training, training_state
 from ldm.training.updates import update_norms, weights
@@ -83,7 +86,7 @@ class Loop(Generic[B]):
         config: LoopConfig,
         run: Run,
         epoch_steps: float,
-        record: Mapping[str, Any] | None = None,
+        record: RunRecord | None = None,
         allow_changes: bool = False,
     ):
         """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
@@ -91,16 +94,16 @@ class Loop(Generic[B]):
         `record` says what is trained, see `run_record`; a checkpoint of another one is refused unless `allow_changes`.
         """
         self.step, self.optim, self.config, self.run = step, optim, config, run
-        self.record, self.allow_changes = record or {}, allow_changes
+        self.record, self.allow_changes = record or RunRecord(), allow_changes
         self.optimizers = {
             name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
         }
         self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
         self._step_seconds: list[float] = []
-        self.store = CheckpointStore(run.folder / "checkpoints", config.keep_checkpoints)
+        self.store = CheckpointStore(run.folder / CHECKPOINTS, config.keep_checkpoints)
         self._resume()
-        self._saved_step = self.progress.global_step
+        self._saved_step = self.start_step = self.progress.global_step
 
     @property
     def done(self) -> bool:
@@ -275,25 +278,23 @@ class Loop(Generic[B]):
                 f"step {self.progress.global_step}: {bad} is not finite, so nothing was saved; lower "
                 "optim.learning_rate; the run resumes from its newest checkpoint"
             )
-        state |= {"progress": asdict(self.progress), "record": self.record}
+        tensors |= self.record.tensors()
+        state |= {"progress": asdict(self.progress), **self.record.state()}
         with self.run.stop.held():
             self.store.save(self.progress.global_step, tensors, state)
 
     def _resume(self) -> None:
-        path = self.store.latest()
+        path = agreed_checkpoint(self.store)
         if path is None:
-            if damaged := sorted(self.store.folder.glob("step-*")):
-                raise CheckpointError(
-                    f"none of the {len(damaged)} checkpoints in {self.store.folder} verifies (see the warnings above); "
-                    "move that folder away to start anew"
-                )
             return
         saved = self.store.load(path)
-        refuse_changes(saved.state.get("record", self.record), self.record, self.allow_changes)
+        self.record = self.record.going_on_from(saved, self.allow_changes)
         planned = self.progress.total_steps
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:
             self.progress.total_steps = planned
         restore_training(saved, *self._trained)
+        if self.run.accelerator.num_processes > 1:
+            refuse_apart("weights", {name: weights_hash(module) for name, module in self.step.modules.items()})
         self.run.forget_metrics_after(self.progress.global_step)
         log.info("resumed %s at step %d", path.name, self.progress.global_step)

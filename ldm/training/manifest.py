@@ -20,7 +20,7 @@ Chunk: TypeAlias = bytes | memoryview
 
 FORMAT = 1
 """Version of the checkpoint layout; a reader refuses every other."""
-
+MANIFEST = "manifest.json"
 
 BYTES_AHEAD = 2**30
 """Most bytes, copied from a GPU perhaps, that are kept in memory until they are hashed."""
@@ -44,7 +44,7 @@ def write_folder(folder: Path, global_step: int, files: Mapping[str, Iterable[Ch
             entries[name] = {"size": size, "sha256": digest.result()}
         content: dict[str, JSON] = {"format": FORMAT, "global_step": global_step, "files": entries}
         manifest = json.dumps({**content, "sha256": _digest_of(content)}, indent=1)
-        file = stack.enter_context((folder / "manifest.json").open("xb", buffering=0))
+        file = stack.enter_context((folder / MANIFEST).open("xb", buffering=0))
         _write(file, [manifest.encode()], hashing)
         os.fsync(file.fileno())
     sync_folder(folder)
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, changed or of another format, or names a file that is not in the folder.
 
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest = json.loads(_read(path))
     except ValueError as error:

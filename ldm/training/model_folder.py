@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.card import tell_average, write_card
+from ldm.card import CARD, tell_average, write_card
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.hub import HubError, check, push
-from ldm.provenance import read_provenance
+from ldm.provenance import read_provenance, save_trained_images
 from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.posthoc import reconstruct
-from ldm.training.record import provenance
+from ldm.training.record import all_trained_images, provenance
 from ldm.training.run import Run
 from ldm.training.snapshots import read_snapshots
 
@@ -78,19 +78,34 @@ class ModelFolder:
             log.warning("step %d: %s", global_step, error)
 
     def finish(self) -> None:
-        """Write the finished model and push it; raises HubError if that fails, with everything written."""
+        """Write the finished model and push it; raises HubError if that fails, with everything written.
+
+        A folder that an earlier start has finished stays as it is, whatever this one was told.
+        """
         if not self.run.is_main:
             return
-        self._write()
+        if self._is_finished():
+            log.info("%s is finished and stays as it is; delete it to have it written again", self.folder)
+        else:
+            self._write()
         if self.config.push_to_hub is not None:
             log.info("pushed to %s", push(self.folder, self.config.push_to_hub, self.config.push_private))
 
+    def _is_finished(self) -> bool:
+        """Return whether nothing was trained since the folder was written, its card last."""
+        step, record = self.loop.progress.global_step, read_provenance(self.folder)
+        done = record is not None and record.global_step == step == self.loop.start_step
+        return done and (self.folder / CARD).is_file()
+
     def _write(self) -> None:
+        (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
         self.save(self.folder)
         config = self.config
-        parts = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
-        record = provenance(self.loop.progress, self.train, self.networks, [part for part in parts if part])
+        named = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
+        parts = [part for part in named if part]
+        record = provenance(self.loop.progress, self.train, self.networks, parts)
         record.save(self.folder)
+        save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, parts))
         write_card(self.folder, self.run.folder, self.config, record)
 
 

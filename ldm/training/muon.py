@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from ldm.training.run import native_precision
+from ldm.training.precision import native_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic whose iterates take every singular value in (0, 1] to about 1 (0.7 to 1.2), found by Jordan et al. 2024."""
@@ -56,9 +56,9 @@ class Muon(Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "orthogonal": False,
+            "iterate_in": native_precision(),  # a setting, so that a resumed run keeps what was measured at its start
         }
         super().__init__(params, defaults)
-        self._dtype = torch.bfloat16 if native_precision("auto") == "bf16" else torch.float32
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -82,7 +82,8 @@ class Muon(Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
             matrices = torch.stack([update.flatten(1) for update in nesterov])
-            updates = orthogonalized(matrices, dtype=self._dtype).unbind()
+            dtype = torch.bfloat16 if group["iterate_in"] == "bf16" else torch.float32
+            updates = orthogonalized(matrices, dtype=dtype).unbind()
             torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
             views = [update.reshape_as(parameter) for update, parameter in zip(updates, alike, strict=True)]
             torch._foreach_add_(alike, views, alpha=-group["lr"] * RMS * max(shape) ** 0.5)

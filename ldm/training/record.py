@@ -1,73 +1,200 @@
-"""What is recorded of a training: in its checkpoints, to go on with the same; with its model, for others."""
+"""The record of a training: in its checkpoints, to go on with the same; with its model, for others."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.models.text_encoder import tokenizer_from_json, tokenizer_hash, tokenizer_json
 from ldm.places import portable
-from ldm.provenance import Provenance, hardware, read_provenance, versions
+from ldm.provenance import (
+    Provenance,
+    hardware,
+    image_keys,
+    in_both,
+    read_provenance,
+    read_trained_images,
+    refuse_leak,
+    versions,
+)
+from ldm.training.checkpoint import Checkpoint
 from ldm.training.progress import Progress
 
 log = logging.getLogger(__name__)
 MAY_CHANGE = (
-    "output_dir",
-    "doctor",
-    "allow_config_change",
-    "push_",
-    "save_dtype",
-    "snapshot_",  # a checkpoint without these averages is refused: they begin with the training
-    "data.path",  # the fingerprint tells whether the pictures are the same
-    "data.licence",
-    "data.workers",
-    "data.timeout_seconds",
-    "data.cache",
-    "loop.max_train_",
-    "loop.gradient_accumulation_steps",
-    "loop.gradient_checkpointing",
-    "loop.xformers",
-    "loop.log_every_steps",
-    "loop.save_every_steps",
-    "loop.keep_checkpoints",
-    "loop.process_timeout_seconds",
-    "loop.validate_every_steps",
-    "loop.trackers",
-    "validation.",
-    "sampler",
+    "config.output_dir",
+    "config.doctor",
+    "config.allow_config_change",
+    "config.push_",
+    "config.save_dtype",
+    "config.snapshot_",  # a checkpoint without these averages is refused: they begin with the training
+    "config.data.path",
+    "config.data.licence",
+    "config.data.workers",
+    "config.data.timeout_seconds",
+    "config.data.cache",
+    "config.loop.max_train_",
+    "config.loop.gradient_accumulation_steps",
+    "config.loop.gradient_checkpointing",
+    "config.loop.xformers",
+    "config.loop.log_every_steps",
+    "config.loop.save_every_steps",
+    "config.loop.keep_checkpoints",
+    "config.loop.process_timeout_seconds",
+    "config.loop.validate_every_steps",
+    "config.loop.trackers",
+    "config.validation.",
+    "config.sampler",
 )
-"""What a run can be resumed with other values of: the weights it arrives at do not depend on it, or it is their end."""
+"""Fields that a run can be resumed with other values of: the weights it arrives at do not depend on them."""
+DECIDED_BY = {
+    "captions": ("config.data.source", "config.data.split", "config.data.image_column", "config.data.caption_column"),
+    "classes": ("config.data.class_column",),
+    "networks": ("config.space.autoencoder", "config.space.image_encoder", "config.conditioners.image.pretrained"),
+    "precision": ("config.loop.mixed_precision",),
+    "tokenizer": ("config.conditioners.text.pretrained",),
+}
+"""Values that only say where something is: facts of these names say whether it is the same."""
+GROUP = "record"
+"""Of a checkpoint's tensors."""
 
 
-def run_record(config: StageConfig | AutoencoderConfig, images: CaptionedImages) -> dict[str, Any]:
-    """Return what decides where a training arrives: its config, without folders of this machine, and its pictures."""
-    record = {
+class RecordedStep(Protocol):
+    """A training step, as a record sees it."""
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Return a hash of each network that the training looks through and does not change."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the trained weights belong to, None without one."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that decides where a training arrives, besides its weights; a part of every checkpoint."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """As JSON: the config without folders of this machine, and hashes of all that it only names."""
+    tokenizer: str | None = None
+    """As JSON, see `tokenizer_json`; the weights of a text encoder belong to its token numbers."""
+    trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """Keys of the images that were trained on up to here, see `image_keys`."""
+    held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint's ``state.json`` holds of it."""
+        return {"record": self.facts, "tokenizer": self.tokenizer}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint's tensors hold of it."""
+        return {GROUP: {"trained_images": self.trained_images}} if len(self.trained_images) else {}
+
+    def going_on_from(self, saved: Checkpoint, allowed: bool) -> RunRecord:
+        """Return the record of a training that goes on from `saved`: the images of both are those trained on.
+
+        Logs what differs; ConfigError for what may not, unless it is `allowed`.
+        """
+        before = saved.tensors.get(GROUP, {}).get("trained_images", self.trained_images[:0])
+        leaks = len(in_both(before, self.held_out_images))
+        changes = [f"images that were trained on and are held out now: {leaks}"] if leaks else []
+        facts = saved.state.get("record", self.facts)
+        if (tokenizer := recorded_tokenizer(saved.state)) is not None:  # another version may hash the same otherwise
+            facts = {**facts, "tokenizer": tokenizer_hash(tokenizer)}
+        refuse_changes(facts, self.facts, allowed, changes)
+        return replace(self, trained_images=torch.unique(torch.cat([before, self.trained_images])))
+
+
+def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
+    """Return the tokenizer that a checkpoint's ``state.json`` holds, None if it holds none."""
+    if (text := state.get("tokenizer")) is None:
+        return None
+    return tokenizer_from_json(text, state["record"]["config"]["conditioners"]["text"]["max_length"])
+
+
+def run_record(
+    config: StageConfig | AutoencoderConfig, images: CaptionedImages, step: RecordedStep, precision: str
+) -> RunRecord:
+    """Return the record of a training of `step` on `images` in `precision`."""
+    source, train, tokenizer = images.source, images.splits["train"], step.tokenizer
+    facts = {
         "config": portable(asdict(config)),
-        "pictures": {"fingerprint": images.source.fingerprint, "held_out_hash": images.splits.held_out_hash},
+        "pictures": {"fingerprint": source.fingerprint, "held_out_hash": images.splits.held_out_hash},
+        "captions": _digest(source.captions(row) for row in train),
+        "classes": _digest(source.class_label(row) for row in train),
+        "networks": dict(step.frozen),
+        "precision": precision,
+        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
     }
-    again: dict[str, Any] = json.loads(json.dumps(record))  # as it comes back from a checkpoint
-    return again
+    return RunRecord(
+        facts=json.loads(json.dumps(facts)),  # as it comes back from a checkpoint
+        tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
+        trained_images=image_keys(images.names("train")),
+        held_out_images=image_keys(images.names("validation", "test")),
+    )
 
 
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], allowed: bool) -> None:
-    """Log what differs between two records; raise ConfigError for what may not, unless it is `allowed`."""
-    changes = list(tree_differences(before.get("config", {}), now.get("config", {})))
-    changes += tree_differences(before.get("pictures", {}), now.get("pictures", {}), "pictures")
-    refused = [change for change in changes if not change.startswith(MAY_CHANGE)]
+def _digest(rows: Iterable[Any]) -> str:
+    """Return a hash of JSON values, in their order."""
+    digest = blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def refuse_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], allowed: bool, changes: Sequence[str] = ()
+) -> None:
+    """Log what differs between the facts of two records; raise ConfigError for what may not, unless it is `allowed`.
+
+    changes: others, which may not. A fact that the earlier record does not hold, because an earlier version wrote it,
+    is not compared, and one line says so.
+    """
+    unknown = sorted(now.keys() - before.keys())
+    if "captions" in unknown:  # it named images by their paths and times
+        before = {**before, "pictures": {**before.get("pictures", {}), "fingerprint": now["pictures"]["fingerprint"]}}
+        unknown.append("content of the images")
+    if unknown and before:
+        log.warning("the checkpoint is of an earlier version and does not say: %s; not compared", ", ".join(unknown))
+    may_change = MAY_CHANGE + tuple(chain.from_iterable(DECIDED_BY[fact] for fact in DECIDED_BY if fact in before))
+    found = [change for change in tree_differences(before, now) if re.split("[.:]", change)[0] not in unknown]
+    refused = [*changes, *(change for change in found if not change.startswith(may_change))]
     if refused and not allowed:
         raise ConfigError(
             "output_dir holds a training that was started with other values, and the result would be neither's:\n  "
-            + "\n  ".join(refused)
+            + "\n  ".join(map(_plain, refused))
             + "\nSet them back, choose another output_dir, or go on with the new ones: --allow_config_change true"
         )
-    for change in changes:
-        log.warning("resumed with another value: %s", change)
+    for change in (*changes, *found):
+        log.warning("resumed with another value: %s", _plain(change))
+
+
+def _plain(change: str) -> str:
+    """Return a line on a field of the config as the config names it."""
+    return change.removeprefix("config.")
+
+
+def refuse_leaks(parts: Sequence[str | None], images: CaptionedImages) -> None:
+    """Raise ConfigError if one of `parts`, folders or Hub names, was trained on images that are held out here."""
+    held_out = image_keys(images.names("validation", "test"))
+    for part in filter(None, parts):
+        try:
+            refuse_leak(part, images.splits.held_out_hash, held_out)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def provenance(progress: Progress, train: PositionDataset, networks: Sequence[str], parts: Sequence[str]) -> Provenance:
@@ -88,3 +215,10 @@ def provenance(progress: Progress, train: PositionDataset, networks: Sequence[st
         versions=versions(),
         networks=sorted({*networks, *chain.from_iterable(inherited)}),
     )
+
+
+def all_trained_images(own: Tensor, parts: Sequence[str]) -> Tensor:
+    """Return the keys of the images that a model was trained on, itself (`own`) or in one of its pretrained `parts`."""
+    inherited = (found for part in parts if (found := read_trained_images(part)) is not None)
+    keys: Tensor = torch.unique(torch.cat([own, *inherited]))
+    return keys

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,13 +23,19 @@ from ldm.config import LoopConfig
 from ldm.hub import HubError
 from ldm.models.network import set_attention_and_memory
 from ldm.provenance import cores
+from ldm.training.launcher import check_launcher
 from ldm.training.lock import FolderLock
+from ldm.training.precision import chosen_precision
+from ldm.training.processes import join_processes, same_everywhere
+from ldm.training.resume import saved_state
 from ldm.training.signals import Stopped, StopSignals
 from ldm.training.trackers import refuse_missing_trackers, show_picture, start_trackers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
+CHECKPOINTS = "checkpoints"
+"""Folder in a run's folder."""
 
 
 class Run:
@@ -50,8 +52,11 @@ class Run:
         self.folder = Path(output_dir)
         refuse_missing_trackers(config.trackers)
         join_processes(config.process_timeout_seconds)
+        self.saved = saved_state(self.folder / CHECKPOINTS)
+        """``state.json`` of the checkpoint that the run goes on from, {} for a new run."""
+        recorded = self.saved.get("record", {}).get("precision")
         self.accelerator = Accelerator(
-            mixed_precision=same_everywhere(native_precision(config.mixed_precision)),
+            mixed_precision=same_everywhere(chosen_precision(config.mixed_precision, recorded)),
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(self.folder / "logs")),
         )
@@ -61,6 +66,7 @@ class Run:
                 f"{launched} processes were launched but each sees {self.accelerator.num_processes}: on CPU use "
                 "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N"
             )
+        check_launcher(config, launched)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         if not self.is_main:
@@ -82,6 +88,11 @@ class Run:
             torch.get_num_threads(),
             {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
         )
+
+    @property
+    def precision(self) -> str:
+        """Return what is computed in: no (float32), bf16 or fp16."""
+        return str(self.accelerator.mixed_precision)
 
     def stop_if_asked(self) -> None:
         """Raise `Stopped` in every process if a signal has asked any of them to stop."""
@@ -137,9 +148,11 @@ class Run:
         for path in (self.folder / "metrics.jsonl", self.folder / "alarms.jsonl"):
             if self.is_main and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
-                aside.write_text("".join(line for line in lines if _step_of(line) <= global_step), encoding="utf-8")
-                aside.replace(path)
+                kept = [line for line in lines if _step_of(line) <= global_step]
+                if len(kept) < len(lines):
+                    aside = path.with_suffix(".tmp")  # a kill must leave the old lines or the new ones, not none
+                    aside.write_text("".join(kept), encoding="utf-8")
+                    aside.replace(path)
 
     def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
         """Write a picture to ``<name>/step-N.png`` and to the trackers."""
@@ -150,44 +163,6 @@ class Run:
         picture.save(path)
         for tracker in self.accelerator.trackers:
             show_picture(tracker, name, picture, global_step)
-
-
-def join_processes(timeout_seconds: float) -> None:
-    """Start the process group if there are several processes; one that waits longer than this for another ends."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
-
-
-def same_everywhere(value: V) -> V:
-    """Return the first process's value in every process."""
-    return cast(V, broadcast_object_list([value])[0])
-
-
-def native_precision(wanted: str) -> str:
-    """Return `wanted`, or for "auto" bf16 where the device computes faster with it, else "no" (float32).
-
-    A processor is asked and not believed: with AVX2 alone convolutions in bf16 ran ten times slower than in float32,
-    with AVX512-BF16 on one maker's at 1.5 times the speed and on another's at 0.65.
-    """
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if (able.get("avx512_bf16") or able.get("amx_bf16")) and bf16_speed() > 1.2 else "no"
-
-
-@functools.cache
-def bf16_speed() -> float:
-    """Return how many times faster this processor multiplies matrices in bf16 than in float32, measured once."""
-    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    for _ in range(7):  # in turn, and the best of each: other processes slow down some of them
-        for dtype in seconds:
-            matrix = torch.ones(1024, 1024, dtype=dtype)
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - began)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 @contextlib.contextmanager

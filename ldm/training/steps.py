@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,7 +17,7 @@ from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generator, generators
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
-from ldm.models.network import weights_sha256
+from ldm.models.network import weights_hash, weights_sha256
 from ldm.models.vision import tower
 from ldm.provenance import trained_through
 from ldm.reconstruction import (
@@ -67,6 +67,22 @@ class DiffusionStep:
         parts = (self.stage.space, *self.stage.model.conditioners.values())
         encoders = [encoder for part in parts if (encoder := getattr(part, "image_encoder", None)) is not None]
         return [trained_through("CLIP", weights_sha256(tower(encoder.network))) for encoder in encoders]
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Hashes of the space, its networks included, and of the conditioners' networks that are not trained."""
+        model = self.stage.model
+        found = {"space": self.stage.space.key}
+        for name in model.conditioners:
+            conditioner = model.conditioner(name)
+            if conditioner.frozen and conditioner.networks:
+                found[f"conditioners.{name}"] = "-".join(map(weights_hash, conditioner.networks))
+        return found
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the captions, None without captions."""
+        return getattr(dict(self.stage.model.conditioners.items()).get("text"), "tokenizer", None)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and std of x0 given pictures, (B, 3, H, W): what the cache keeps."""
@@ -218,6 +234,13 @@ class AutoencoderStep:
             return []
         sha256 = EFFICIENTNETS[name] if name in EFFICIENTNETS else weights_sha256(self.distance.features)
         return [trained_through(name, sha256)]
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """The perceptual network, if there is one, with its hash."""
+        return {f"reconstruction.{self.config.perceptual}": name for name in self.networks}
+
+    tokenizer = None
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""
