@@ -1,4 +1,4 @@
-"""Whether wrong configs, arguments and captions, thousands of them, break a contract: python -m benchmarks.fuzz."""
+"""Thousands of wrong configs, arguments, captions and data, and what breaks a contract: python -m benchmarks.fuzz."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from typing import Any
 
 SHARES = {
     "config files": 0.1,
-    "configs": 0.3,
-    "trainings": 0.3,
-    "pipeline arguments": 0.15,
-    "captions": 0.1,
+    "configs": 0.25,
+    "trainings": 0.2,
+    "pipeline arguments": 0.12,
+    "captions": 0.08,
     "ldm sample": 0.05,
+    "metadata": 0.08,
+    "tables": 0.04,
+    "picture files": 0.08,
 }
 """Of all examples."""
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "jsonargparse", "pyyaml", "pillow", "hypothesis")

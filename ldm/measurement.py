@@ -18,7 +18,6 @@ from ldm.data.cache import CachedRows
 from ldm.data.pixels import to_uint8
 from ldm.data.preflight import checked_source
 from ldm.data.sources import source_config
-from ldm.data.splits import read_captions
 from ldm.evaluation import sections
 from ldm.evaluation.baselines import nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
@@ -36,6 +35,7 @@ from ldm.models.pipeline import image_size, load_pipeline, told_by
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 from ldm.places import portable
 from ldm.provenance import hardware, read_provenance, refuse_teacher, versions
+from ldm.text_file import read_lines
 from ldm.training.autoencoding import reconstruct
 from ldm.training.record import refuse_leaks
 
@@ -86,7 +86,7 @@ class Evaluation:
     def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
         """Return what is measured on, captions and their pictures' rows."""
         if captions is not None:
-            wanted = read_captions(captions)
+            wanted = read_lines(captions)
             return wanted, self.images.pictures_of(wanted)
         source, rows = self.images.source, self.images.splits["test"]
         known = [(next(iter(source.captions(row)), ""), row) for row in rows]
@@ -254,7 +254,7 @@ class Evaluation:
 
     def headline(self, captions_file: str, seed: int, **call: Any) -> tuple[Measure, Measure]:
         """Return R@1 in pixels and KID of one picture of each caption in a file."""
-        captions = read_captions(captions_file)
+        captions = read_lines(captions_file)
         own = self._places(self.images.pictures_of(captions))
         drawn = sample_pictures(self.pipeline, captions, seed, **call)
         hits = retrieval_ranks(drawn, self.gallery, own) == 0

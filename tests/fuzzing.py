@@ -5,11 +5,14 @@ broken: whatever is wrong is refused by an error of our own that names it, and w
 """
 
 import copy
+import csv
 import inspect as inspect_module
+import io
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import traceback
 from contextlib import nullcontext
@@ -18,12 +21,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import datasets
 import diffusers
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from ldm import cli
 from ldm.conditioners.text import TextConditioner
@@ -32,7 +38,7 @@ from ldm.config_file import ConfigError, load_config, save_config
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
 from ldm.data.preflight import caption_fault, checked_source
-from ldm.data.rows import texts
+from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, texts
 from ldm.data.sources import build_source, source_config
 from ldm.evaluation.pictures import contact_sheet
 from ldm.models import network
@@ -50,7 +56,7 @@ from ldm.training.validation import Validation
 from pipelines import PIPELINES, inputs
 
 from . import tiny_pipeline
-from .picture_folders import noise_picture, write_metadata
+from .picture_folders import encoded, noise_picture, write_metadata
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
 ROOT = Path(__file__).parents[1]
@@ -184,10 +190,20 @@ class Bench:
         self.pipeline = tiny_pipeline.pipeline()
         self.usual = tiny_pipeline.arrays(self.pipeline, steps=2)
         self.tokenizer = train_tokenizer(CAPTIONS, 560, 12)
+        self.files = odd_files()
         self.pictures = self.folder / "pictures"
         self.pictures.mkdir()
         for number in range(4):
             noise_picture(np.random.default_rng(number), 16).save(self.pictures / f"{number}.png")
+
+    def odd_folder(self, more=()):
+        """A folder with three pictures, some of them also elsewhere in it, and no metadata."""
+        folder = self.folder / "odd"
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("0.png", "1.png", "2.png", *more):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.pictures / Path(name).name, folder / name)
+        return folder
 
 
 def kind_of(tree):
@@ -710,6 +726,207 @@ def check_sample(bench, case):
     assert np.array_equal(tiny_pipeline.arrays(bench.pipeline, steps=2), bench.usual)
 
 
+# ---- data ----
+
+KEYS = (*IMAGE_COLUMNS, *CAPTION_COLUMNS, "file_name", "image_file_name", "text_file_name", "file_names", "", "a,b")
+NAMES = (
+    "0.png",
+    "1.png",
+    "2.png",
+    "train/0.png",
+    "test/1.png",
+    "missing.png",
+    "..",
+    "/etc/passwd",
+    "2.PNG",
+    "a\\0.png",
+)
+keys = st.lists(st.sampled_from(KEYS) | odd_texts, min_size=1, max_size=4, unique=True)
+cells = st.sampled_from(NAMES) | st.sampled_from(NAMES) | caption_values | junk
+mutations = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=3)), max_size=2)
+metadata_cases = st.tuples(
+    st.sampled_from(["metadata.jsonl", "metadata.csv", "train/metadata.jsonl", "test/metadata.csv"]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"]),
+    st.sampled_from(["\n", "\r\n", "\r", "\n\n"]),
+    st.sampled_from([True, True, False]),
+    st.booleans(),
+    keys.flatmap(lambda names: st.lists(st.tuples(*[cells] * len(names)), max_size=4).map(lambda rows: (names, rows))),
+    mutations,
+)
+
+
+def mutated(data, changes):
+    """The bytes with some of them, at shares of their length, replaced or cut off (no bytes)."""
+    for share, new in changes:
+        at = int(share * len(data))
+        data = data[:at] + new + data[at + len(new) :] if new else data[:at]
+    return data
+
+
+def check_metadata(bench, case):
+    """Metadata of any keys, values, encodings and bytes is read alike by validate and train, or refused by both."""
+    name, encoding, end, marked, in_splits, (names, rows), changes = case
+    names = ["file_name", *names] if marked else names
+    rows = [(NAMES[number % 3], *row) if marked else row for number, row in enumerate(rows)]
+    if name.endswith(".csv"):
+        file = io.StringIO(newline="")
+        csv.writer(file, lineterminator=end).writerows([names, *rows])
+        text = file.getvalue()
+    else:
+        text = end.join(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
+    folder = bench.odd_folder(("train/0.png", "test/1.png") if in_splits or "/" in name else ())
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(mutated(text.encode(encoding, "backslashreplace"), changes))
+    check_data(bench, source_config(str(folder), image_size=PIXELS, held_out_percent=20.0))
+
+
+TYPES = [
+    *(("text", kind) for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())),
+    ("text", pyarrow.dictionary(pyarrow.int8(), pyarrow.string())),
+    *(("bytes", kind) for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view())),
+    *(
+        ("file", pyarrow.struct({"bytes": kind, "path": pyarrow.string()}))
+        for kind in (pyarrow.binary(), pyarrow.null())
+    ),
+    ("texts", pyarrow.list_(pyarrow.string())),
+    ("numbers", pyarrow.int64()),
+    ("numbers", pyarrow.date32()),
+    ("shares", pyarrow.float32()),
+    ("truths", pyarrow.bool_()),
+    ("nothing", pyarrow.null()),
+    ("lists", pyarrow.list_(pyarrow.uint8())),
+    ("maps", pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    ("structs", pyarrow.struct({"a": pyarrow.int8()})),
+]
+"""What a column holds, and how."""
+table_cases = st.tuples(
+    st.lists(
+        st.tuples(st.sampled_from(KEYS) | odd_texts, st.sampled_from(TYPES), st.integers(0, 4)),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda column: column[0],
+    ),
+    st.sampled_from(["a.parquet", "train/a.parquet", "test.parquet", "saved", "saved with a format"]),
+    st.sampled_from([None, "image", "text"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=3)), max_size=1),
+)
+
+
+def check_table(bench, case):
+    """Tables of any columns are read alike by validate and train, or refused by both."""
+    columns, place, wanted, changes = case
+    table = pyarrow.table({_writable(name): _column(bench, *kind, seed) for name, kind, seed in columns})
+    folder = bench.odd_folder()
+    if place.endswith(".parquet"):
+        (folder / place).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, folder / place)
+        (folder / place).write_bytes(mutated((folder / place).read_bytes(), changes))
+    else:
+        try:
+            saved = datasets.Dataset(table).with_format("numpy" if "format" in place else None)
+            saved.save_to_disk(folder / "saved")
+        except Exception:  # a column that `datasets` does not write, nor the format
+            return
+        folder = folder / "saved"
+    check_data(bench, source_config(str(folder), image_size=PIXELS, held_out_percent=20.0, image_column=wanted))
+
+
+def _writable(name):
+    return name.encode(errors="replace").decode()
+
+
+def _column(bench, holds, kind, seed):
+    """A column of three values, one of them null where `seed` is 3."""
+    files = [bench.files[seed % len(bench.files)], bench.files[0], b"no image"]
+    names = [NAMES[seed % len(NAMES)], "a text", ""]
+    column = {
+        "text": names,
+        "texts": [[name] for name in names],
+        "bytes": files,
+        "file": [{"bytes": None if "null" in str(kind) else data, "path": names[0]} for data in files],
+        "numbers": [seed, 1, 2],
+        "shares": [0.5, 1.0, math.nan],
+        "truths": [True, False, True],
+        "nothing": [None] * 3,
+        "lists": [list(data[:9]) for data in files],
+        "maps": [{"a": "b"}] * 3,
+        "structs": [{"a": 1}] * 3,
+    }[holds]
+    column = [None if seed == 3 and row == 1 else value for row, value in enumerate(column)]
+    return (
+        pyarrow.array(column, pyarrow.int32()).cast(kind)
+        if pyarrow.types.is_date(kind)
+        else pyarrow.array(column, kind)
+    )
+
+
+file_cases = st.tuples(
+    st.integers(0, 11), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=8)), max_size=3)
+) | st.tuples(st.integers(0, 11), st.lists(st.tuples(st.floats(0, 0.2), st.binary(min_size=1, max_size=2)), max_size=3))
+
+
+def check_picture_file(bench, case):
+    """A file of a picture with any bytes changed is read alike by validate and train, or refused by both."""
+    number, changes = case
+    folder = bench.odd_folder()
+    data = mutated(bench.files[number % len(bench.files)], changes)
+    (folder / "0.png").write_bytes(data)
+    write_metadata(folder, [{"file_name": name, "text": "a picture"} for name in ("0.png", "1.png", "2.png")])
+    check_data(bench, source_config(str(folder), image_size=PIXELS, held_out_percent=20.0))
+
+
+def odd_files():
+    """Pictures of every format that is read, with a profile, EXIF, XMP and texts where the format has them."""
+    picture = noise_picture(np.random.default_rng(7), 16)
+    exif, texts_ = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 6
+    texts_.add_text("parameters", "a cat", zip=True)
+    texts_.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    more = {"exif": exif, "icc_profile": profile}
+    return [
+        *(encoded(picture, kind, **more) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
+        *(encoded(picture, kind) for kind in ("GIF", "BMP")),
+        encoded(picture, "PNG", pnginfo=texts_),
+        encoded(picture.convert("P"), "PNG", transparency=3),
+        encoded(picture.convert("CMYK"), "JPEG", **more),
+        encoded(picture.convert("LA"), "PNG", **more),
+        encoded(picture.convert("RGBA"), "WEBP", lossless=True, **more),
+        encoded(picture.convert("I;16"), "PNG"),
+    ]
+
+
+def check_data(bench, config):
+    """`ldm validate` and a training refuse the same data, with errors of our own, and read the rest alike."""
+    try:
+        source = build_source(config)
+    except (ValueError, OSError) as error:
+        _check_refusal(error)
+        return
+    report = inspect(source, config, lambda some: [1] * len(some), 12)
+    json.dumps(report.as_json())
+    report.text().encode()
+    for skip in (False, True):
+        try:
+            read = checked_source(replace(config, on_bad_data="skip" if skip else "error"))
+            images = CaptionedImages(read, config)
+            images.splits.filled("validation")
+        except ValueError as error:
+            _check_refusal(error)
+            assert report.stops, f"validate sees nothing in what a training refuses: {error}"
+        else:
+            assert skip or not report.stops, f"validate refuses what is trained on: {report.text()}"
+            assert skip or len(read) == report.statistics["rows"]
+            for row in range(len(read)):
+                assert images.pixel_values(row).isfinite().all()
+                assert all(is_text(caption) and caption == caption.strip() != "" for caption in read.captions(row))
+
+
+def _check_refusal(error):
+    assert is_ours(error), f"{path_of(error)}: {type(error).__name__}: {error}"
+    str(error).encode("utf-8", "backslashreplace")
+
+
 AREAS = {
     "config files": (text_configs, check_text_config),
     "configs": (lambda bench: config_cases(bench.trees), check_config),
@@ -717,6 +934,9 @@ AREAS = {
     "pipeline arguments": (pipeline_cases, check_call),
     "captions": (caption_cases, check_captions),
     "ldm sample": (sample_cases, check_sample),
+    "metadata": (metadata_cases, check_metadata),
+    "tables": (table_cases, check_table),
+    "picture files": (file_cases, check_picture_file),
 }
 """Strategy, or what makes it for a `Bench`, and check of each area."""
 

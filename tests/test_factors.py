@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.data.openmoji import OpenMoji
-from ldm.data.splits import read_captions
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families, read_factors
+from ldm.text_file import read_lines
 
 TONES = ["light skin tone", "medium-light skin tone", "dark skin tone"]
 CAPTIONS = [
@@ -51,7 +51,7 @@ def test_accuracy_asks_for_the_nearest_of_the_family_and_ties_are_misses():
 def test_openmoji_composes():
     source = OpenMoji(64)
     captions = [source.captions(index)[0] for index in range(len(source))]
-    validation = read_captions("configs/openmoji/validation.txt")
+    validation = read_lines("configs/openmoji/validation.txt")
     factors = read_factors("configs/openmoji/factors.json")
     counts = {factor: covered(families(captions, words, validation)) for factor, words in factors.items()}
     assert counts == {"skin tone": 200, "gender": 138, "profession": 27, "hair": 10}

@@ -14,6 +14,9 @@ EXAMPLES = {
     "pipeline arguments": 250,
     "captions": 100,
     "ldm sample": 80,
+    "metadata": 60,
+    "tables": 40,
+    "picture files": 60,
 }
 
 

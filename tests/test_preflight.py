@@ -53,7 +53,7 @@ def found(report):
 
 
 def report_of(folder, workers=0, **more):
-    chosen = config(folder, **more)
+    chosen = config(folder, **{"held_out_percent": 2.0, **more})
     return inspect(build_source(chosen), chosen, words, 77, workers)
 
 
@@ -146,7 +146,8 @@ def test_near_duplicates_across_the_split_are_told_from_those_within(clean, tmp_
     rows.append({"file_name": "same.bmp", "text": "the same"})
     write_metadata(folder, rows)
     (tmp_path / "test.txt").write_text("picture number 0\ncopy 1\n")
-    report = report_of(folder, held_out={"test": str(tmp_path / "test.txt")})
+    (tmp_path / "validation.txt").write_text("picture number 9\n")
+    report = report_of(folder, held_out={name: str(tmp_path / f"{name}.txt") for name in ("test", "validation")})
     assert report.near_duplicates == [
         {"train": ["copy-0.jpg"], "test": ["0000.png", "copy-1.jpg"]},
         {"train": ["0006.png", "copy-2.jpg"]},
@@ -278,7 +279,8 @@ def test_a_split_folder_is_read_alone(tmp_path):
     source = build_source(config(tmp_path))
     assert (len(source), source.where(0)) == (12, os.path.join("train", "0000.png"))
     assert len(build_source(config(tmp_path, split="test"))) == 6
-    assert len(build_source(config(tmp_path, split="nowhere"))) == 18
+    with pytest.raises(ValueError, match=r"data\.split: no split 'nowhere'; there are: train, test"):
+        build_source(config(tmp_path, split="nowhere"))
     with pytest.raises(ValueError, match=r"no metadata\.jsonl"):
         build_source(config(empty))
 
@@ -294,7 +296,7 @@ def table_of(tmp_path, cells):
     pictures = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = {"image": cells, "text": [f"row {index}" for index in range(len(cells))]}
     datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "table.parquet")
-    return DataConfig(source="parquet", path=str(tmp_path), held_out_percent=0.0)
+    return DataConfig(source="parquet", path=str(tmp_path))
 
 
 def test_r11_r15_rows_of_a_table_are_checked_as_well(tmp_path):
@@ -362,6 +364,7 @@ def test_r13_a_bomb_costs_no_memory(tmp_path):
     write_metadata(tmp_path, [{"file_name": "bomb.png", "text": "boom"}] * 2)
     code = (
         "from pathlib import Path\n"
+        "import datasets\n"
         "from ldm.config import DataConfig\n"
         "from ldm.data.inspection import inspect\n"
         "from ldm.data.sources import build_source\n"
@@ -405,7 +408,7 @@ def test_kinds_of_data_are_told_apart(tmp_path, clean):
 def test_the_command_writes_its_report_and_a_sheet(spoiled, tmp_path, capsys):
     folder, expected = spoiled
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["validate", str(folder), "--out", str(tmp_path), "--held_out_percent", "0", "--workers", "0"])
+        cli.main(["validate", str(folder), "--out", str(tmp_path), "--workers", "0"])
     assert stopped.value.code == 1
     written = json.loads((tmp_path / "validation.json").read_text())
     assert {kind: {row["where"] for row in rows} for kind, rows in written["problems"].items()} == expected
@@ -445,6 +448,7 @@ def test_a_file_name_of_any_bytes_can_be_read_and_reported(clean, tmp_path):
 def test_held_out_lists_reach_the_command(clean, tmp_path):
     folder, _ = clean
     (tmp_path / "test.txt").write_text("picture number 3\n")
-    held_out = json.dumps({"test": str(tmp_path / "test.txt")})
+    (tmp_path / "validation.txt").write_text("picture number 4\n")
+    held_out = json.dumps({name: str(tmp_path / f"{name}.txt") for name in ("test", "validation")})
     cli.main(["validate", str(folder), "--out", str(tmp_path), "--held_out", held_out, "--workers", "0"])
-    assert json.loads((tmp_path / "validation.json").read_text())["splits"] == {"train": 29, "validation": 0, "test": 1}
+    assert json.loads((tmp_path / "validation.json").read_text())["splits"] == {"train": 28, "validation": 1, "test": 1}

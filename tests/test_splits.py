@@ -67,7 +67,60 @@ def test_the_hash_names_what_is_held_out(tmp_path):
     assert split(tmp_path, test=["dog"]).held_out_hash != first
 
 
-def test_a_list_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "test").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"data\.held_out\.test: .*: not text in UTF-8 at byte 3"):
-        split_pictures(HASHES, CAPTIONS.__getitem__, {"test": str(tmp_path / "test")}, 2.0)
+def test_a_list_that_is_no_text_is_named(tmp_path):
+    for data, why in ((b"caf\xe9\n", "not text in UTF-8 at byte 3"), (b"c\0a\0t", "not text in UTF-16-LE at byte 4")):
+        (tmp_path / "test").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"data\.held_out\.test: .*: {why}"):
+            split_pictures(HASHES, CAPTIONS.__getitem__, {"test": str(tmp_path / "test")}, 2.0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_r26_lists_of_every_editor_are_read(encoding, end, tmp_path):
+    captions = ["cat", "größe", "日本\u2028two lines"]  # U+2028 is a character of its caption and ends no line
+    (tmp_path / "test").write_bytes(end.join([f" {captions[0]} ", "", *captions[1:]]).encode(encoding))
+    of = [*((caption,) for caption in captions), ("dog",)]
+    splits = split_pictures("abcd", of.__getitem__, {"test": str(tmp_path / "test")}, 0)
+    assert splits["test"] == (0, 1, 2)
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_r26_tiny_sets_have_a_validation_picture_and_growing_never_holds_out_what_was_trained_on(count, caplog):
+    hashes = [str(number) for number in range(count)]
+    small, large = (split_pictures(some, lambda _: (), {}, 2.0) for some in (hashes, [*hashes, "another"]))
+    assert small.filled("train")
+    assert small.filled("validation")
+    moved = set(small["train"]) & {*large["validation"], *large["test"]}
+    assert not moved
+    if freed := set(small["validation"]) & set(large["train"]):
+        assert len(freed) == 1
+        assert "one is taken from training" in caplog.text
+        assert small.held_out_hash != large.held_out_hash
+
+
+def test_r26_too_few_pictures_are_told_apart_from_enough():
+    for hashes, percent in (["a"], 2.0), (["a", "a"], 2.0), (["a", "b", "c"], 0.0):
+        splits = split_pictures(hashes, lambda _: (), {}, percent)
+        with pytest.raises(
+            ValueError, match=rf"validation split has no pictures, of {len(hashes)} in all; .* two or more"
+        ):
+            splits.filled("validation")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_r26_a_limit_keeps_the_first_pictures_by_hash_of_the_whole_set(held_out, tmp_path):
+    hashes = [str(number) for number in range(4000)]
+    (tmp_path / "test").write_text("\n".join(hashes[:400]))
+    lists = {"test": str(tmp_path / "test")} if held_out else {}
+
+    def splits_of(rows, limit=None):
+        return split_pictures([hashes[row] for row in rows], lambda i: (hashes[rows[i]],), lists, 10.0, limit)
+
+    whole, kept = splits_of(range(4000)), splits_of(range(4000), 1000)
+    assert sum(len(kept[name]) for name in kept.indices) == 1000
+    assert all(set(kept[name]) <= set(whole[name]) for name in whole.indices)
+    assert abs(len(kept["test"]) - 100) < 4 * 9.5  # four standard errors of a binomial(1000, 0.1)
+    assert kept.held_out_hash == whole.held_out_hash
+    assert set(kept["train"]) > set(splits_of(range(4000), 300)["train"])
+    backwards = splits_of(range(3999, -1, -1), 1000)
+    assert {3999 - row for row in backwards["train"]} == set(kept["train"]), "whatever the order of the rows"

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ldm.config import DataConfig
 from ldm.data.cache import CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
-from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb
+from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index
 from ldm.data.sources import Source
 from ldm.data.splits import Splits, split_pictures
@@ -104,13 +104,8 @@ class CaptionedImages:
     @cached_property
     def splits(self) -> Splits:
         """Train, validation and test pictures; see `split_pictures`."""
-        splits = split_pictures(
-            self.hashes, self.source.all_captions, self.config.held_out, self.config.held_out_percent
-        )
-        if self.config.limit is None:
-            return splits
-        kept = {name: tuple(rows[: self.config.limit]) for name, rows in splits.indices.items()}
-        return Splits(kept, splits.held_out_hash)
+        held_out, percent, limit = self.config.held_out, self.config.held_out_percent, self.config.limit
+        return split_pictures(self.hashes, self.source.all_captions, held_out, percent, limit)
 
     def gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
         """Return the distinct pictures, (M, S, S, 3), and for each picture of the source its place among them."""
@@ -148,7 +143,7 @@ class CaptionedImages:
     @property
     def key(self) -> str:
         """Name of what the pictures look like: equal keys, equal pictures."""
-        return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}"
+        return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
     def encoded(self, key: str, encode: Encode) -> CachedRows:
         """Return the moments that `encode` gives of every picture (and, with flips, of its mirror image), cached.
@@ -184,9 +179,7 @@ class PositionDataset(Dataset[Sample]):
         """Read moments from `encoded` if it is given, the pictures if it is not or if `with_pixels` asks for both."""
         self.images, self.seed, self.encoded = images, seed, encoded
         self.with_pixels = with_pixels or encoded is None
-        self.pictures = images.splits[split]
-        if not self.pictures:
-            raise ValueError(f"the {split} split has no pictures; see data.held_out and data.held_out_percent")
+        self.pictures = images.splits.filled(split)
         without = sum(not images.source.captions(picture) for picture in self.pictures)
         if without:
             log.warning("%d of %d pictures have no caption; they train unconditionally", without, len(self.pictures))

@@ -6,27 +6,23 @@ training comes to it, and leaves out silently what no row names.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from ldm.data.content_hashes import content_hashes, images_fingerprint
 from ldm.data.headers import PictureError, inside
-from ldm.data.rows import IMAGE_COLUMNS, Problem, find_captions, find_column
+from ldm.data.layout import METADATA, files_below, image_files
+from ldm.data.metadata import Row, image_key, read_rows
+from ldm.data.rows import Problem, choose_column, find_captions
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-Row = dict[str, Any]
 
 
 class FolderRows:
-    """The pictures that the metadata files of a folder name, in their order.
+    """The pictures of a split that the metadata files of a folder name, in their order.
 
-    Bad lines, and pictures that no line names, are among the `problems`.
+    Bad lines, rows of pictures in no split, and pictures that no row names, are among the `problems`.
     """
 
     def __init__(
@@ -37,56 +33,81 @@ class FolderRows:
         caption_column: str | None = None,
         class_column: str | None = None,
     ):
-        """Read ``folder/split`` alone if it is a folder and there is no metadata file beside it."""
+        """Read the rows of `split`, one of those that `image_files` finds in the folder: "train" if it finds none."""
         self._root = os.path.realpath(folder)
-        below = os.path.join(self._root, split)
-        beside = any(os.path.isfile(os.path.join(self._root, name)) for name in METADATA)
-        files = list(_files(below if os.path.isdir(below) and not beside else self._root))
-        found: list[tuple[str, Row]] = []
-        self.problems = list(self._read([path for path in files if os.path.basename(path) in METADATA], found))
-        if not found:
-            why = f", such as {self.problems[0]}" if self.problems else ""
+        files = list(files_below(self._root))
+        metadata = [file for file in files if os.path.basename(file) in METADATA]
+        images = [file for file in files if file.lower().endswith(SUFFIXES)]
+        rows, bad = self._read(metadata)
+        columns = list(dict.fromkeys(key for _, _, row in rows for key in row))
+        if not rows:
+            why = f", such as {bad[0][1]}" if bad else ""
             raise ValueError(f"data.path: the metadata in {self._root} has no rows{why}")
-        columns = list(dict.fromkeys(key for _, row in found for key in row))
-        image_column = find_column("data.image_column", image_column, columns, IMAGE_COLUMNS)
-        caption_column = find_captions(caption_column, columns)
+        self.image_column = image_key(image_column, columns)
+        self.caption_column = find_captions(caption_column, columns, self.image_column)
         if class_column:
-            find_column("data.class_column", class_column, columns, ())
+            choose_column("data.class_column", class_column, columns)
+        named = [self._path(file, row.get(self.image_column)) for file, _, row in rows]
+        splits = image_files(self._root, list(dict.fromkeys([*metadata, *images, *(path for path in named if path)])))
+        if split not in splits:
+            raise ValueError(f"data.split: no split {split!r}; there are: {', '.join(splits)}")
+        members = set(splits[split])
+        others = {file for found in splits.values() for file in found} - members
+        self.problems = [problem for file, problem in bad if file not in others]
         self._paths: list[str] = []
         self._captions: list[object] = []
         self._labels: list[object] = []
-        for place, row in found:
-            name = row.get(image_column)
-            if not _names_a_file(name):
-                self.problems.append(Problem(place, "bad row", "it names no file"))
+        for (file, number, row), path in zip(rows, named, strict=True):
+            decides = file if file in members or file in others else path
+            if decides in others:
                 continue
-            self._paths.append(os.path.normpath(os.path.join(os.path.dirname(place), str(name))))
-            self._captions.append(row.get(caption_column) if caption_column is not None else None)
-            self._labels.append(row.get(class_column) if class_column else None)
-        named = set(self._paths)
-        for path in map(self._relative, files):
-            if path.lower().endswith(SUFFIXES) and path not in named:
+            if path is None:
+                self.problems.append(Problem(f"{file} line {number}", "bad row", "it names no file"))
+            elif decides not in members:
+                self.problems.append(Problem(path, "in no split", f"it is in none of the splits {', '.join(splits)}"))
+            else:
+                self._paths.append(path)
+                self._captions.append(row.get(self.caption_column) if self.caption_column is not None else None)
+                self._labels.append(row.get(class_column) if class_column else None)
+        if not self._paths and not any(problem.stops for problem in self.problems):
+            raise ValueError(f"data.split: no row of the metadata in {self._root} is of a picture in {split!r}")
+        unlisted = members.difference(named)
+        for path in images:
+            if path in unlisted:
                 self.problems.append(Problem(path, "unlisted", "no row of the metadata names it"))
 
-    def _read(self, files: list[str], found: list[tuple[str, Row]]) -> Iterator[Problem]:
-        """Append ``(metadata file and line, row)`` to `found`, yield what is no row."""
-        if not files:
+    def _read(self, metadata: list[str]) -> tuple[list[tuple[str, int, Row]], list[tuple[str, Problem]]]:
+        """Return each row with its file and line, and each problem with its file."""
+        if not metadata:
             raise ValueError(f"data.path: no metadata.jsonl and no metadata.csv in {self._root}; see the README")
-        for file in files:
+        rows, bad = [], []
+        for file in metadata:
             try:
-                inside(self._root, file)
+                path = inside(self._root, file)
             except PictureError as error:
-                yield Problem(self._relative(file), error.kind, str(error))
+                bad.append((file, Problem(file, error.kind, str(error))))
                 continue
-            for number, row in _rows(file):
-                place = f"{self._relative(file)} line {number}"
+            for number, row in read_rows(path):
                 if isinstance(row, str):
-                    yield Problem(place, "bad row", row)
+                    bad.append((file, Problem(f"{file} line {number}", "bad row", row)))
                 else:
-                    found.append((place, {_column_of(key): value for key, value in row.items() if key}))
+                    rows.append((file, number, row))
+        return rows, bad
 
-    def _relative(self, path: str) -> str:
-        return os.path.relpath(path, self._root)
+    def _path(self, metadata: str, name: object) -> str | None:
+        """Return the path, relative to the folder, of a file that `metadata` names; None if it is no name of a file.
+
+        Paths that lead out of the folder stay what they are, and are found when they are opened. Separators of Windows
+        are taken for ours, as `datasets` does.
+        """
+        if not _names_a_file(name):
+            return None
+        name = str(name).replace("\\", "/")
+        if os.path.isabs(name):
+            name = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+            below = name.startswith(os.path.join(self._root, ""))
+            return os.path.relpath(name, self._root) if below else name
+        return os.path.normpath(os.path.join(os.path.dirname(metadata), name))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -125,51 +146,8 @@ class FolderRows:
         return int(label) if isinstance(label, str) and label.isdecimal() else label
 
 
-def _files(folder: str) -> Iterator[str]:
-    """Yield the paths of the files in a tree, hidden ones left out, in an order that does not change."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))
-
-
 def _names_a_file(name: object) -> bool:
     try:
         return isinstance(name, str) and name != "" and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         return False
-
-
-def _column_of(key: str) -> str:
-    """Return the name of a column without the ``file_name`` that marks pictures, as `datasets` has it."""
-    return "image" if key == "file_name" else key.removesuffix("_file_name")
-
-
-def _rows(file: str) -> Iterator[tuple[int, Row | str]]:
-    """Yield the number of each line and its row, or what is wrong with it; empty lines are left out.
-
-    Bytes that are not UTF-8 become lone surrogates, so that they are found in the one caption that has them.
-    """
-    if file.endswith(".parquet"):
-        import datasets
-
-        yield from enumerate(datasets.load_dataset("parquet", data_files=file, split="train"), 1)
-        return
-    with Path(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        if file.endswith(".csv"):
-            table = csv.DictReader(lines)
-            try:
-                yield from ((table.line_num, row) for row in table)
-            except csv.Error as error:
-                raise ValueError(f"{file} line {table.line_num}: {error}") from error
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _json_row(line)
-
-
-def _json_row(line: str) -> Row | str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return row if isinstance(row, dict) else f"a {type(row).__name__}; expected an object with file_name and caption"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.data.cache import CachedRows
 from ldm.data.headers import PictureError, explained
-from ldm.data.pixels import to_rgb
+from ldm.data.pixels import READING, to_rgb
 from ldm.data.sources import Source
 
 DIGEST_SIZE = 16
@@ -40,7 +40,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
             return bytes(DIGEST_SIZE)
 
     ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every picture
-    cached = CachedRows("picture-hashes", f"{source.fingerprint}/{background}", len(source), compute)
+    cached = CachedRows("picture-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
     digests = (row.tobytes() for row in cached.column("hash").numpy())
     return [value.hex() if any(value) else None for value in digests]
 

@@ -10,10 +10,15 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm.data.pixels import MAX_PIXELS
+from ldm.data.pixels import MAX_PIXELS, orientation
+from ldm.data.png import without_odd_chunks
+from ldm.data.profiles import profile_fault
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are read; the others of PIL are rare, and their readers are where its holes are found."""
+
+LEFT_OUT = "left out"
+"""Entry of `Image.info`: chunks of a PNG that were not given to its reader."""
 
 
 class PictureError(ValueError):
@@ -35,7 +40,8 @@ def open_picture(file: str | BinaryIO) -> Image.Image:
     try:
         with explained(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image: Image.Image = Image.open(file, formats=FORMATS)
+            sound, left_out = without_odd_chunks(file)
+            image: Image.Image = Image.open(sound, formats=FORMATS)
     except PictureError as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
@@ -45,7 +51,19 @@ def open_picture(file: str | BinaryIO) -> Image.Image:
         size = f"{image.width}x{image.height}"
         image.close()
         raise PictureError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
+    image.info |= {LEFT_OUT: left_out} if left_out else {}
     return image
+
+
+def metadata_fault(image: Image.Image) -> str | None:
+    """Return what of the metadata of a picture, not decoded yet, cannot be read and is ignored; None if all can."""
+    if left_out := image.info.get(LEFT_OUT):
+        return f"chunks that are damaged or too long: {', '.join(left_out)}"
+    try:
+        orientation(image)
+    except Exception as error:  # nearly anything, from struct.error to IndexError
+        return f"EXIF or XMP: {type(error).__name__}: {error}"
+    return profile_fault(image.info.get("icc_profile"), image.mode)
 
 
 def decode(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from ldm.data.hashes import lasting_names, pixel_digest
 from ldm.data.headers import PictureError, decode, explained
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
+from ldm.data.profiles import profile_name
 from ldm.data.rows import Problem, RowSource
 from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, split_pictures
@@ -37,6 +38,7 @@ class Facts:
     size: tuple[int, int]
     mode: str
     format: str
+    profile: str
     digest: bytes
     look: Look
 
@@ -83,10 +85,10 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     number of tokens that a caption may have.
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: there are no rows, and nothing says why.
 
     """
-    if not len(source):
+    if not len(source) and not (isinstance(source, RowSource) and source.problems):
         raise ValueError("the data has no rows")
     problems = list(quick_problems(source, config)) if isinstance(source, RowSource) else []
     unread = {problem.row for problem in problems if problem.stops and problem.kind != "bad caption"}
@@ -104,6 +106,7 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     statistics = {
         "rows": len(source),
         "good rows": len(good),
+        **_columns(source),
         "problem kinds": dict(Counter(problem.kind for problem in problems).most_common()),
         "splits": {name: list(owner.values()).count(name) for name in SPLITS},
         **_picture_statistics(good, config.image_size),
@@ -145,8 +148,9 @@ class _Decoding(Dataset[Facts | Problem]):
             with explained():
                 image = source.header(row) if isinstance(source, RowSource) else source.image(row)
                 mode, kind = image.mode, image.format or "none"
+                profile = profile_name(image.info.get("icc_profile"), mode)
                 rgb = to_rgb(decode(image), self.background)
-                return Facts(row, rgb.size, mode, kind, pixel_digest(rgb), look(rgb))
+                return Facts(row, rgb.size, mode, kind, profile, pixel_digest(rgb), look(rgb))
         except PictureError as error:
             return Problem(where, error.kind, str(error), row)
         except OSError as error:
@@ -172,13 +176,15 @@ def _splits(
         return {}, []
     names = None if source.names is None else [source.names[row] for row in rows]
     hashes = lasting_names([fact.digest.hex() for fact in facts if fact.row not in bad], names)
+    captions, percent = (lambda index: source.all_captions(rows[index])), config.held_out_percent
+    owner: dict[int, str] = {}
     try:
-        splits = split_pictures(
-            hashes, lambda index: source.all_captions(rows[index]), config.held_out, config.held_out_percent
-        )
-    except ValueError as error:
-        return {}, [Problem("data.held_out", "bad split", str(error))]
-    return {rows[index]: name for name, members in splits.indices.items() for index in members}, []
+        splits = split_pictures(hashes, captions, config.held_out, percent, config.limit)
+        owner = {rows[index]: name for name, members in splits.indices.items() for index in members}
+        splits.filled("validation")
+    except (ValueError, OSError) as error:
+        return owner, [Problem("data.held_out", "bad split", str(error))]
+    return owner, []
 
 
 def _exact_duplicates(source: Source, facts: Sequence[Facts]) -> Iterator[Problem]:
@@ -222,6 +228,13 @@ def _names(source: Source, rows: Sequence[int]) -> str:
     return names if len(rows) <= NAMED else f"{names} and {len(rows) - NAMED} more"
 
 
+def _columns(source: Source) -> dict[str, Any]:
+    """Return the columns that images and captions are read from."""
+    if not isinstance(source, RowSource):
+        return {}
+    return {"columns": {"images": source.rows.image_column, "captions": source.rows.caption_column or "none"}}
+
+
 def _picture_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, Any]:
     """Return sizes, modes and formats; `aspect` is width over height."""
     if not facts:
@@ -235,6 +248,7 @@ def _picture_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, An
         f"share smaller than {image_size} px": round(small / len(facts), 4),
         "modes": dict(Counter(fact.mode for fact in facts).most_common()),
         "formats": dict(Counter(fact.format for fact in facts).most_common()),
+        "colour profiles": dict(Counter(fact.profile for fact in facts).most_common()),
     }
 
 

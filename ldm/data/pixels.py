@@ -4,31 +4,69 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from ldm.data.profiles import to_srgb
+
 MAX_PIXELS = 64_000_000
+READING = 2
+"""Counted up when a file becomes other pixels than before; in the names of what is kept of them."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation (EXIF 2.32, table 6); 1 is upright."""
+ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Entries of `Image.info` that may say how a picture is turned."""
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Return the picture upright, in RGB, over `background` where it is transparent.
+    """Return the picture upright, in sRGB, over `background` where it is transparent.
 
     16-bit and float greys are scaled (PIL's own conversion clips them), the EXIF orientation is applied once and
-    its tag dropped, palette and key transparency become alpha before they are composited.
+    its tag dropped, palette and key transparency become alpha before they are composited, a colour profile is
+    applied. Metadata that cannot be read changes nothing.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"picture of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    image = _upright(image)
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
         image = _grey_to_8bit(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
+        rgba, is_grey = image.convert("RGBA"), image.mode in ("1", "L", "LA", "La")
+        colours = to_srgb(rgba.getchannel("R") if is_grey else rgba.convert("RGB"), profile)
         canvas = Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255))
-        canvas.alpha_composite(image)
+        canvas.alpha_composite(Image.merge("RGBA", (*colours.split(), rgba.getchannel("A"))))
         return canvas.convert("RGB")
-    return image.convert("RGB")
+    return to_srgb(image.convert("L") if image.mode == "1" else image, profile)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of a picture, decoded or not; raises nearly anything if it is damaged."""
+    if isinstance(image, TiffImageFile) or image._exif is not None or any(entry in image.info for entry in ORIENTED):
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of PngImageFile would decode
+        return found if found in TURNS else 1
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a copy of the picture as it is to be looked at, which says nothing more of how to turn it."""
+    try:
+        turn = TURNS.get(orientation(image))
+    except Exception:  # the pixels are sound: metadata is not worth losing them
+        turn = None
+    upright = image.copy() if turn is None else image.transpose(turn)
+    upright.info = {key: value for key, value in upright.info.items() if key not in ORIENTED}
+    return upright
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:

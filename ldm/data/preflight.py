@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
-from ldm.data.headers import PictureError, decode, explained
+from ldm.data.headers import PictureError, decode, explained, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
@@ -18,6 +18,12 @@ log = logging.getLogger(__name__)
 
 LISTED = 20
 """Problems of a kind that a message lists one by one."""
+SAID = {
+    "unlisted": "%d pictures of the folder are in no row, such as %s",
+    "in no split": "%d rows are of pictures in no split and left out, such as %s",
+    "ignored metadata": "%d pictures have metadata that cannot be read and is ignored, such as %s",
+}
+"""What a training says of kinds of problems that do not stop it: how many, and one of them."""
 
 
 def checked_source(config: DataConfig) -> Source:
@@ -36,9 +42,9 @@ def checked_source(config: DataConfig) -> Source:
     began = time.perf_counter()
     found = list(quick_problems(source, config))
     log.info("looked at %d pictures and captions in %.1f s", len(source), time.perf_counter() - began)
-    unlisted = [problem for problem in found if problem.kind == "unlisted"]
-    if unlisted:
-        log.warning("%d pictures of the folder are in no row, such as %s", len(unlisted), unlisted[0].where)
+    for kind, words in SAID.items():
+        if of := [problem for problem in found if problem.kind == kind]:
+            log.warning(words, len(of), of[0].where)
     stopping = [problem for problem in found if problem.stops]
     good = _good_rows(source, stopping, config)
     hashes = pixel_hashes(Subset(source, good) if len(good) < len(source) else source, config.background)
@@ -62,7 +68,9 @@ def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
     for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
         try:
-            source.header(row).close()
+            with source.header(row) as image:
+                if ignored := metadata_fault(image):
+                    yield Problem(where, "ignored metadata", ignored, row)
         except PictureError as error:
             yield Problem(where, error.kind, str(error), row)
         except OSError as error:

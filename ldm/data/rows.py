@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
 from ldm.data.headers import PictureError, decode, inside, open_picture
 
+log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")
-FILE_TYPES = ("binary", "large_binary", "string", "large_string")
-"""Of a column that holds the bytes or the paths of image files."""
+BYTES = ("binary", "large_binary", "binary_view")
+"""Types of a column that holds image files."""
+PATHS = ("string", "large_string", "string_view")
+"""Types of a column that holds the paths of image files."""
 
 STOPPING = frozenset(
     {"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
@@ -52,6 +56,9 @@ class Problem:
 
 class Rows(Protocol):
     """Where pictures and captions stand, as they stand there."""
+
+    image_column: str
+    caption_column: str | None
 
     @property
     def fingerprint(self) -> str:
@@ -138,19 +145,26 @@ class TableRows:
         caption_column: str | None,
         class_column: str | None = None,
         root: str | None = None,
+        beside: str = "",
     ):
-        """Pictures that are files must lie in folder `root`, a real path; None: where the Hub's libraries put files."""
+        """Images that are files must lie in folder `root`, a real path; None: where the Hub's libraries put files.
+
+        Their paths are relative to the folder `beside`, itself relative to `root`. Any format that was set on the table
+        is left out.
+        """
         import datasets
 
+        if table.format["type"] is not None or table.format["columns"] != table.column_names:
+            table = table.with_format(None)  # who saved it may have set one, such as "torch"
         columns = table.column_names
-        self.image_column = find_column("data.image_column", image_column, columns, IMAGE_COLUMNS)
-        self.caption_column = find_captions(caption_column, columns)
+        self.image_column = _images_of(table.features, image_column)
+        self.caption_column = find_captions(caption_column, columns, self.image_column)
         if not isinstance(feature := table.features[self.image_column], datasets.Image):
             table = _with_pictures(table, self.image_column, feature)
-        self.root = root
+        self.root, self.beside = root, beside
         self._pictures = table.select_columns([self.image_column]).with_format("arrow")
         self._captions = table[self.caption_column] if self.caption_column is not None else [None] * len(table)
-        self._labels = table[find_column("data.class_column", class_column, columns, ())] if class_column else None
+        self._labels = table[choose_column("data.class_column", class_column, columns)] if class_column else None
         self._table = table
 
     def __len__(self) -> int:
@@ -207,7 +221,7 @@ class TableRows:
         path: str | None = cell["path"].as_py() if cell.is_valid else None
         if path is None:
             raise PictureError("the row has no picture", "missing")
-        return inside(self.root, path) if self.root is not None else _downloaded(path)
+        return _downloaded(path) if self.root is None else inside(self.root, os.path.join(self.beside, path))
 
     def caption_values(self) -> Iterator[object]:
         """Yield the captions of each row."""
@@ -233,6 +247,23 @@ def _downloaded(path: str) -> str:
     return inside(next((root for root in roots if real.startswith(os.path.join(root, ""))), roots[0]), path)
 
 
+def _images_of(features: Any, wanted: str | None) -> str:
+    """Return the column `wanted`, else the one of images, else the one of a usual name, of bytes rather than paths."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    usual = [name for name in IMAGE_COLUMNS if name in features]
+    groups = [name for name in usual if name in images], images, [name for name in usual if _is_bytes(features[name])]
+    return choose_column("data.image_column", wanted, list(features), *groups, IMAGE_COLUMNS)
+
+
+def _is_bytes(feature: Any) -> bool:
+    """Whether a column holds bytes, or a struct of bytes and path."""
+    if isinstance(feature, dict):
+        return bool(feature.keys() & {"bytes", "path"})
+    return getattr(feature, "dtype", None) in BYTES
+
+
 def _with_pictures(table: Any, column: str, feature: Any) -> Any:
     """Return the table with pictures in `column`; raises ValueError if it holds neither pictures nor image files.
 
@@ -240,9 +271,11 @@ def _with_pictures(table: Any, column: str, feature: Any) -> Any:
     """
     import datasets
 
-    is_struct = isinstance(feature, dict) and bool(feature.keys() & {"bytes", "path"})
-    if not is_struct and getattr(feature, "dtype", None) not in FILE_TYPES:
+    kind = getattr(feature, "dtype", "")
+    if not _is_bytes(feature) and kind not in PATHS:
         raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
+    if kind.endswith("_view"):  # that of polars, which casts to nothing else
+        table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())
 
 
@@ -259,19 +292,28 @@ def texts(value: object) -> tuple[str, ...]:
     return tuple(str(text).strip() for text in several if text is not None and str(text).strip())
 
 
-def find_captions(wanted: str | None, columns: Sequence[str]) -> str | None:
-    """Return the caption column; None, pictures without captions, if none is `wanted` and none has a usual name."""
-    if wanted is None and not set(columns) & set(CAPTION_COLUMNS):
+def find_captions(wanted: str | None, columns: Sequence[str], images: str) -> str | None:
+    """Return the caption column, which is not that of the `images`; None if none is `wanted` and has a usual name."""
+    usual = [name for name in CAPTION_COLUMNS if name != images]
+    if wanted is None and not set(columns) & set(usual):
         return None
-    return find_column("data.caption_column", wanted, columns, CAPTION_COLUMNS)
+    return choose_column("data.caption_column", wanted, columns, usual)
 
 
-def find_column(key: str, wanted: str | None, columns: Sequence[str], usual: Sequence[str]) -> str:
-    """Return the column `wanted`, else the first of the `usual` names; raises ValueError if there is none."""
-    if wanted is not None and wanted in columns:
+def choose_column(key: str, wanted: str | None, columns: Sequence[str], *usual: Sequence[str]) -> str:
+    """Return the column `wanted`, else the one of the first of the `usual` groups that has any; that one is logged.
+
+    Raises:
+        ValueError: there is none, or none is wanted and several are as good.
+
+    """
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{key}: no column {wanted!r} among the columns {', '.join(columns)}; name the right one")
         return wanted
-    found = None if wanted else next((name for name in usual if name in columns), None)
-    if found is None:
-        what = f"no column {wanted!r}" if wanted else f"none of the usual names {', '.join(usual)}"
-        raise ValueError(f"{key}: {what} among the columns {', '.join(columns)}; name the right one")
-    return found
+    found = next((some for group in usual if (some := [name for name in group if name in columns])), [])
+    if len(found) == 1:
+        log.info("%s: %r, by its name", key, found[0])
+        return found[0]
+    what = f"any of {', '.join(found)} may be it" if found else f"none of the usual names {', '.join(usual[-1])}"
+    raise ValueError(f"{key}: {what} among the columns {', '.join(columns)}; name the right one")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.config_check import explained
-from ldm.data.folder import METADATA, FolderRows
+from ldm.data import layout
+from ldm.data.folder import FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
 from ldm.places import pinned
@@ -86,20 +87,35 @@ def build_source(config: DataConfig) -> Source:
         if not Path(config.path).is_dir():
             raise FileNotFoundError(f"data.path: no folder at {config.path}")
         return RowSource(FolderRows(config.path, config.split, *columns))
+    with explained("data.path, data.split"):
+        table, places = _table(config.source, config.path, config.split)
+    return RowSource(TableRows(table, *columns, **places))
+
+
+def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
+    """Return a split of a table, and where the images may be that it names: the `root` and `beside` of `TableRows`.
+
+    Raises:
+        ValueError: there is no such split; the message lists those that there are.
+
+    """
     import datasets
 
-    root: str | None = os.path.realpath(config.path)  # pictures that are files beside the table must lie in it
-    with explained("data.path, data.split"):
-        if config.source == "parquet":
-            files = sorted(map(str, Path(config.path).glob("*.parquet"))) if Path(config.path).is_dir() else config.path
-            table = datasets.load_dataset("parquet", data_files=files, split=config.split)
-        elif Path(config.path).is_dir():
-            table = datasets.load_from_disk(config.path)
-            table = table[config.split] if isinstance(table, datasets.DatasetDict) else table
-        else:
-            name, revision = pinned(config.path)
-            table, root = datasets.load_dataset(name, split=config.split, **revision), None
-    return RowSource(TableRows(table, *columns, root=root))
+    if source == "parquet":
+        files = layout.tables(path)
+        chosen = {name: files[name] for name in layout.chosen_splits(files, split)}
+        table = datasets.load_dataset("parquet", data_files=chosen, split=split)
+        root = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        beside = os.path.commonpath([os.path.dirname(file) for several in chosen.values() for file in several])
+        return table, {"root": os.path.realpath(root), "beside": os.path.realpath(beside)}
+    if not os.path.isdir(path):
+        name, revision = pinned(path)
+        return datasets.load_dataset(name, split=split, **revision), {"root": None}
+    saved = datasets.load_from_disk(path)
+    if not isinstance(saved, datasets.DatasetDict):
+        saved = {"train": saved, str(saved.split or "train"): saved}  # one table is "train", whatever it was
+    layout.chosen_splits(saved, split)
+    return saved[split], {"root": os.path.realpath(path)}
 
 
 def source_config(data: str, **more: Any) -> DataConfig:
@@ -108,12 +124,6 @@ def source_config(data: str, **more: Any) -> DataConfig:
     That is "openmoji", a folder of pictures with a metadata file, a Parquet file or a folder of them, a folder that
     `datasets` saved, or else the name of a data set.
     """
-    path = Path(data)
     if data == "openmoji":
         return DataConfig(**more)
-    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return DataConfig(source="dataset", path=data, **more)
-    tables = {file.name for file in path.glob("*.parquet")} if path.is_dir() else set()
-    if path.suffix == ".parquet" or (tables and not tables & set(METADATA)):
-        return DataConfig(source="parquet", path=data, **more)
-    return DataConfig(source="imagefolder" if path.is_dir() else "dataset", path=data, **more)
+    return DataConfig(source=layout.kind_of(data), path=data, **more)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
+from ldm.text_file import read_lines
+
+log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 
 
@@ -21,29 +24,50 @@ class Splits:
         """Return the indices of split `name`, in the source's order."""
         return self.indices[name]
 
+    def filled(self, name: str) -> tuple[int, ...]:
+        """Return the indices of split `name`; raises ValueError if it has none, which a training cannot do without."""
+        if not self[name]:
+            count = sum(map(len, self.indices.values()))
+            raise ValueError(
+                f"the {name} split has no pictures, of {count} in all; a training needs two or more that differ, one "
+                "of them for validation: by data.held_out_percent above 0, or by captions in data.held_out; data.limit "
+                "may leave too few"
+            )
+        return self[name]
+
 
 def split_pictures(
     hashes: Sequence[str],
     all_captions: Callable[[int], Sequence[str]],
     held_out: Mapping[str, str],
     held_out_percent: float,
+    limit: int | None = None,
 ) -> Splits:
     """Return the splits of pictures with these pixel `hashes`; pictures of equal pixels always share a split.
 
     `held_out` maps "validation" and "test" to files of captions, a line each: every picture that has one of them, in
     any language, and every picture equal to such a one, goes there. Without it, `held_out_percent` of the pictures
     go to each of the two by their hash, so that a growing data set never moves a picture.
+
+    Of sets so small that this leaves no picture for validation, one is taken from two or more for training, and this is
+    logged: the one nearest to validation by its hash. It is the only picture that may be trained on when the set grows,
+    and then `held_out_hash` is another. No picture that was trained on is ever held out by it.
+
+    With a `limit`, that many pictures are kept, the first by another hash, which favours no split.
     """
     unknown = sorted(set(held_out) - {"validation", "test"})
     if unknown:
         raise ValueError(f"data.held_out: no split {unknown[0]!r}; name 'validation' and 'test'")
+    kept = _kept(hashes, limit)
     if held_out:
         owner = _by_caption(hashes, all_captions, held_out)
     else:
         owner = {value: _by_hash(value, held_out_percent) for value in set(hashes)}
+        if held_out_percent > 0:
+            _hold_one_out(owner, {hashes[index] for index in kept}, held_out_percent)
     members: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for index, value in enumerate(hashes):
-        members[owner.get(value, "train")].append(index)
+    for index in kept:
+        members[owner.get(hashes[index], "train")].append(index)
     if not members["train"]:
         raise ValueError("every picture is held out; nothing is left to train on")
     held = sorted(value for value in set(hashes) if owner.get(value, "train") != "train")
@@ -51,20 +75,29 @@ def split_pictures(
     return Splits({name: tuple(rows) for name, rows in members.items()}, digest)
 
 
-def read_captions(path: str | Path) -> list[str]:
-    """Return the captions in a file, a line each, empty lines left out; ValueError if it is not UTF-8."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file of captions at {file}; paths are relative to where the command is run")
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not text in UTF-8 at byte {error.start}") from None
+def _kept(hashes: Sequence[str], limit: int | None) -> Sequence[int]:
+    """Return the indices of the first `limit` pictures by a hash of their hashes, in order; None: of all."""
+    if limit is None:
+        return range(len(hashes))
+    return sorted(sorted(range(len(hashes)), key=lambda index: _place(hashes[index], b"limit"))[:limit])
+
+
+def _hold_one_out(owner: dict[str, str], kept: Collection[str], percent: float) -> None:
+    """Give one of the `kept` pictures to validation if it has none and training has two or more."""
+    train = [value for value in kept if owner[value] == "train"]
+    if len(train) < 2 or any(owner[value] == "validation" for value in kept):
+        return
+    owner[min(train, key=_place)] = "validation"
+    log.warning(
+        "data.held_out_percent %g of %d pictures leaves none for validation: one is taken from training, and goes back "
+        "to it when the set grows; raise it, or name captions in data.held_out, to hold pictures out for good",
+        percent, len(kept),
+    )  # fmt: skip
 
 
 def _listed(split: str, path: str) -> list[str]:
     try:
-        return read_captions(path)
+        return read_lines(path)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"data.held_out.{split}: {error}") from None
 
@@ -90,7 +123,12 @@ def _by_caption(
 
 
 def _by_hash(value: str, percent: float) -> str:
-    place = int(blake2b(value.encode(), digest_size=8).hexdigest(), 16) / 2**64 * 100
+    place = 100 * _place(value)
     if place < percent:
         return "validation"
     return "test" if place < 2 * percent else "train"
+
+
+def _place(value: str, use: bytes = b"") -> float:
+    """Return a number from 0 to below 1 that is as good as random, another for each `use`."""
+    return int(blake2b(value.encode(), digest_size=8, person=use).hexdigest(), 16) / 2**64

@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from ldm.evaluation.measure import Indices, Measure, mean_of
+from ldm.text_file import read_text
 
 Families = Sequence[Indices | None]
 """Of each caption the captions (or the places of their pictures) that differ from it in one factor alone, its own
@@ -25,7 +26,7 @@ def read_factors(path: str | Path) -> dict[str, list[str]]:
         ValueError: the file holds something else; FileNotFoundError: there is none.
 
     """
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    found = yaml.safe_load(read_text(path))
     good = isinstance(found, dict) and all(
         isinstance(of, list) and len(of) > 1 and all(isinstance(word, str) and word.strip() for word in of)
         for of in found.values()

@@ -1,0 +1,92 @@
+"""Metadata files of image folders: the rows in JSON Lines, CSV or Parquet, and the column that names the images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
+from ldm.text_file import open_text
+
+MARK = "file_name"
+"""Ends the names of columns of files, by `datasets`: "file_name" is the column "image", "mask_file_name" is "mask"."""
+Row = dict[str, Any]
+
+
+def read_rows(file: str) -> Iterator[tuple[int, Row | str]]:
+    """Yield the number of each line and its row, or what is wrong with it; empty lines are left out.
+
+    Bytes that are not text become lone surrogates in UTF-8, so that they are found in the one caption that has them.
+    """
+    if file.endswith(".parquet"):
+        yield from _parquet_rows(file)
+        return
+    number = 0
+    with open_text(file, errors="surrogateescape", newline="") as lines:
+        try:
+            for number, row in _csv_rows(lines) if file.endswith(".csv") else _json_rows(lines):
+                yield number, row
+        except UnicodeError:
+            yield number + 1, f"not text in {lines.encoding.upper()}; the rest is not read"
+
+
+def image_key(wanted: str | None, keys: Sequence[str]) -> str:
+    """Return the key that names the images: `wanted`, by its own name or without the mark, else that of `datasets`.
+
+    Without a mark a usual name will do. Raises ValueError if there is none, or several that are as good.
+    """
+    if wanted is not None:
+        marked = MARK if wanted == "image" else f"{wanted}_{MARK}"
+        return choose_column("data.image_column", marked if wanted not in keys and marked in keys else wanted, keys)
+    first = MARK, f"image_{MARK}"
+    usual = [f"{name}_{MARK}" for name in IMAGE_COLUMNS if f"{name}_{MARK}" not in first]
+    texts = {f"{name}_{MARK}" for name in CAPTION_COLUMNS}  # files too, but no images
+    others = [key for key in keys if key.endswith(f"_{MARK}") and key not in texts]
+    return choose_column("data.image_column", None, keys, first, usual, [*IMAGE_COLUMNS, *others])
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Row | str]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, _json_row(line)
+
+
+def _json_row(line: str) -> Row | str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else f"a {type(row).__name__}; expected an object with file_name and caption"
+
+
+def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, Row | str]]:
+    table = csv.DictReader(lines, strict=True)
+    try:
+        columns = list(table.fieldnames or [])
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            yield 1, f"several columns are called {twice[0]!r}; the rest is not read"
+            return
+        for row in table:
+            if None in row:
+                yield table.line_num, f"more fields than the {len(columns)} columns; quote texts that have commas"
+            else:
+                yield table.line_num, {key: value for key, value in row.items() if key}
+    except csv.Error as error:
+        yield table.line_num, f"not CSV: {error}; the rest is not read"
+
+
+def _parquet_rows(file: str) -> Iterator[tuple[int, Row | str]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        yield number + 1, f"not Parquet: {error}; the rest is not read"
