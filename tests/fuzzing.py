@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import unicodedata
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm import cli
+from ldm import sample as sample_module
 from ldm.conditioners.text import TextConditioner
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config_file import ConfigError, load_config, save_config
@@ -39,6 +41,7 @@ from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.text_encoder import train_tokenizer
 from ldm.provenance import refuse_leak
+from ldm.sample import sample, slug
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.export import export
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
@@ -654,10 +657,17 @@ def _check_tokens(bench, read, learn):
         assert sheet.height < 2000 * len(read)
 
 
+def check_name(name):
+    """A part of a file name is one on every file system, and says nothing that cannot be seen."""
+    assert 1 <= len(name.encode()) <= 200
+    assert name == unicodedata.normalize("NFC", name) == name.lower().strip("-. ")
+    assert not set(name) & set('<>:"/\\|?*.')
+    kinds = {unicodedata.category(letter)[0] for letter in name}
+    assert not kinds & {"C", "Z"}, "control, bidirectional, unassigned, space"
+
+
 def _check_prompt(bench, text):
-    slug = cli.slug(text)
-    assert re.fullmatch(r"[a-z0-9._-]{1,80}", slug)
-    assert slug not in (".", "..")
+    check_name(slug(text))
     if not is_text(text):
         try:
             inputs.texts("prompt", text)
@@ -666,8 +676,8 @@ def _check_prompt(bench, text):
             str(error).encode()
             return
         raise AssertionError("a lone surrogate was taken as a prompt")
-    with patch.object(cli, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
-        (path,) = cli.sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
+    with patch.object(sample_module, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
+        (path,) = sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
     assert path.parent == bench.folder / "out"
     with Image.open(path) as picture:
         assert picture.text["prompt"] == text
@@ -699,7 +709,7 @@ def check_sample(bench, case):
     command = ["sample", "--model", "model", "--out", str(out), "--num_inference_steps=1"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with (
-        patch.object(cli, "load_pipeline", lambda *_: bench.pipeline),
+        patch.object(sample_module, "load_pipeline", lambda *_: bench.pipeline),
         open(os.devnull, "w", errors="backslashreplace") as sink,
         patch.object(sys, "stdout", sink),
         patch.object(sys, "stderr", sink),

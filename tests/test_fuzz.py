@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from ldm import cli
+from ldm import sample as sample_module
 
 from .fuzzing import AREAS, Bench, area
 
@@ -57,7 +58,7 @@ def test_nothing_that_was_drawn_breaks_the_contract(name, bench):
     ],
 )
 def test_ldm_sample_refuses_with_a_line_and_no_traceback(words, message, bench, monkeypatch):
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: bench.pipeline)
+    monkeypatch.setattr(sample_module, "load_pipeline", lambda *_: bench.pipeline)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["sample", "--model", "model", "--out", str(bench.folder), *words])
     assert str(stopped.value.code).startswith(message)

@@ -6,7 +6,8 @@ from ldm.config_conditioners import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
-from ldm.models.text_encoder import build_text_encoder, resolve, train_tokenizer
+from ldm.models.text_encoder import build_text_encoder, train_tokenizer
+from ldm.places import resolve
 
 from .tiny_stages import stages
 

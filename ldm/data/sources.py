@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ldm.config import DataConfig
+from ldm.config import DataConfig, SourceName
 from ldm.config_check import explained
 from ldm.data.folder import METADATA, FolderRows
 from ldm.data.openmoji import OpenMoji
@@ -101,13 +101,15 @@ def build_source(config: DataConfig) -> Source:
     return RowSource(TableRows(table, *columns, root=root))
 
 
-def source_config(data: str, **more: Any) -> DataConfig:
-    """Return the config, with values `more`, of what `data` names.
+def source_config(data: str, source: SourceName | None = None, **more: Any) -> DataConfig:
+    """Return the config, with values `more`, of what `data` names, read as `source` if that is given.
 
     That is "openmoji", a folder of pictures with a metadata file, a Parquet file or a folder of them, a folder that
     `datasets` saved, or else the name of a data set.
     """
     path = Path(data)
+    if source is not None:
+        return DataConfig(source=source, path=None if source == "openmoji" else data, **more)
     if data == "openmoji":
         return DataConfig(**more)
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):

@@ -25,7 +25,10 @@ def read_factors(path: str | Path) -> dict[str, list[str]]:
         ValueError: the file holds something else; FileNotFoundError: there is none.
 
     """
-    found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from None
     good = isinstance(found, dict) and all(
         isinstance(of, list) and len(of) > 1 and all(isinstance(word, str) and word.strip() for word in of)
         for of in found.values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from ldm.config_check import ConfigError, explained
 from ldm.config_conditioners import TextConfig
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import pinned
+from ldm.places import pinned, resolve
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
@@ -142,26 +141,3 @@ def load_text_encoder(pretrained: str, max_length: int) -> tuple[nn.Module, Any]
 
 def _projects(config: Any) -> bool:
     return "CLIPTextModelWithProjection" in (config.architectures or ())
-
-
-def resolve(pretrained: str) -> str:
-    """Return the folder that ``package:NAME/FOLDER`` names; any other name unchanged. No code of the package is run.
-
-    Raises:
-        ImportError: there is no installed package NAME.
-        FileNotFoundError: it has no such folder.
-
-    """
-    if not pretrained.startswith("package:"):
-        return pretrained
-    package, _, folder = pretrained.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"conditioners.text.pretrained: no package {package!r} is installed; pip install the distribution that "
-            f"holds it (often {package.replace('_', '-')}), or name a folder"
-        )
-    path = Path(spec.submodule_search_locations[0]) / folder
-    if not path.is_dir():
-        raise FileNotFoundError(f"conditioners.text.pretrained: the package {package} has no folder {folder!r}")
-    return str(path)

@@ -18,6 +18,7 @@ from ldm.card import tell_average, write_card
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.hub import HubError, check, push
+from ldm.places import pretrained_place
 from ldm.provenance import read_provenance
 from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
@@ -88,7 +89,7 @@ class ModelFolder:
     def _write(self) -> None:
         self.save(self.folder)
         config = self.config
-        parts = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
+        parts = pretrained_parts(config) if isinstance(config, StageConfig) else [pretrained_place(config.autoencoder)]
         record = provenance(self.loop.progress, self.train, self.networks, [part for part in parts if part])
         record.save(self.folder)
         write_card(self.folder, self.run.folder, self.config, record)

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
-from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config import AutoencoderConfig, DataConfig, DataOptions, StageConfig
 from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.places import portable
@@ -87,4 +87,11 @@ def provenance(progress: Progress, train: PositionDataset, networks: Sequence[st
         hardware=hardware(),
         versions=versions(),
         networks=sorted({*networks, *chain.from_iterable(inherited)}),
+        data_options=data_options(train.images.config),
     )
+
+
+def data_options(config: DataConfig) -> DataOptions:
+    """Return how the data are read, without folders of this machine."""
+    read: dict[str, Any] = {name: getattr(config, name) for name in DataOptions.__annotations__}
+    return cast(DataOptions, read | {"held_out": portable(config.held_out)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -104,7 +105,11 @@ def _read(path: Path) -> Snapshot:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-        return Snapshot(path, int(about["global_step"]), int(about["steps_taken"]), float(about["sigma_rel"]))
+        steps, taken = int(about["global_step"]), int(about["steps_taken"])
+        sigma_rel = float(about["sigma_rel"])
+        if not (0 < taken <= steps and 0 < sigma_rel < math.inf):
+            raise ValueError(f"steps {steps}, {taken} of them taken, length {sigma_rel}")
+        return Snapshot(path, steps, taken, sigma_rel)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise _bad(path, error) from error
 
