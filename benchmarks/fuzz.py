@@ -23,8 +23,9 @@ SHARES = {
     "configs": 0.3,
     "trainings": 0.3,
     "pipeline arguments": 0.15,
-    "captions": 0.1,
+    "captions": 0.05,
     "ldm sample": 0.05,
+    "command lines": 0.05,
 }
 """Of all examples."""
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "jsonargparse", "pyyaml", "pillow", "hypothesis")

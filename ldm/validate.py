@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from ldm.config import DataConfig, DataOptions
-from ldm.config_check import checked
+from ldm.config_check import checked, explained
 from ldm.config_conditioners import TextConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
@@ -55,7 +55,7 @@ def validate(
     config = checked(source_config(data, image_size=image_size, **options), "data")
     source = build_source(config)
     workers = cores() if workers is None else workers
-    report = inspect(source, config, _token_counter(tokenizer, max_length), max_length, workers)
+    report = inspect(source, config, token_counter(tokenizer, max_length), max_length, workers)
     folder = made_folder(out)
     (folder / "validation.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     _problem_sheet(report, source, config).save(folder / "contact_sheet.png")
@@ -63,7 +63,7 @@ def validate(
     return report
 
 
-def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
+def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
     """Return what counts the tokens of captions, with the tokenizer in a folder or one learned from them."""
 
     def count(captions: Sequence[str]) -> list[int]:
@@ -74,7 +74,7 @@ def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
             name, revision = pinned(tokenizer)
             folder = resolve(name)
             below = f"{folder}/tokenizer"
-            with own_code_refused("--tokenizer", tokenizer):
+            with explained(f"--tokenizer {tokenizer}"), own_code_refused("--tokenizer", tokenizer):
                 chosen = AutoTokenizer.from_pretrained(
                     below if Path(below).is_dir() else folder, trust_remote_code=False, **revision
                 )

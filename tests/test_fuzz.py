@@ -15,6 +15,7 @@ EXAMPLES = {
     "pipeline arguments": 250,
     "captions": 100,
     "ldm sample": 80,
+    "command lines": 40,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 
-from ldm.config_check import shown
+from ldm.config_check import explained, shown
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 
@@ -30,9 +30,10 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
         name, revision = checked_pipeline(model, trust_remote_code)
         if trust_remote_code:
             own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own
-        )
+        with explained(model):
+            pipeline = DiffusionPipeline.from_pretrained(
+                name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own
+            )
     except OSError as error:
         if (Path(model) / "model_index.json").exists():
             raise
