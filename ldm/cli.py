@@ -87,6 +87,13 @@ def overview() -> str:
     )
 
 
+def __getattr__(name: str) -> Any:
+    """Return the function of a subcommand, as ``ldm.cli.sample``; its module is imported now."""
+    if name in COMMANDS:
+        return getattr(import_module(COMMANDS[name].module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
     """Return the arguments that `words` give for the function of a subcommand; SystemExit for help and for errors."""
     from jsonargparse import ArgumentParser
@@ -118,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("ldm").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files are shown, whatever their script
-    function = getattr(import_module(COMMANDS[name].module), name)
+    function = __getattr__(name)
     from ldm.hub import HubError
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,8 @@ class Evaluation:
             self._judge(classes)
         elif classes is not None:
             raise ValueError("classes: the data has none; name their column in class_column")
+        if None in self.asked() and "batch_size" not in inspect.signature(self.pipeline.__call__).parameters:
+            raise ValueError(f"class_column: {type(self.pipeline).__name__} draws classes; name the column of them")
         if timesteps:
             check_bound(self.pipeline, timesteps)
         if sweeps:

@@ -57,6 +57,9 @@ def sample(
     """
     if not -(2**62) <= seed <= 2**62:
         raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
+    for name, text in [("negative_prompt", negative_prompt), *(("prompts", prompt) for prompt in prompts)]:
+        if not _is_unicode(text):
+            raise ValueError(f"{name}: got {text!r:.80}, which is not valid Unicode")
     paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
     started_at: dict[str, Any] = {}
     if image is not None:
@@ -80,6 +83,10 @@ def sample(
         written.append(write_image(drawn, path, described, overwrite))
         print(written[-1])
     return written
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def checked_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:

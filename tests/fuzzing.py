@@ -16,7 +16,6 @@ import traceback
 import unicodedata
 from contextlib import chdir, nullcontext
 from dataclasses import asdict, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -221,7 +220,7 @@ class Bench:
 
 def _options_of(name):
     """The options of a command."""
-    function = getattr(import_module(cli.COMMANDS[name].module), name)
+    function = getattr(cli, name)
     own = inspect_module.signature(function).parameters.keys() - cli.COMMANDS[name].positional.keys()
     return (own - {"options"}) | (DataOptions.__annotations__.keys() if "options" in own else set())
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiTPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -22,6 +24,7 @@ from ldm.measurement import Evaluation, read_as_trained
 from ldm.models.vision import build_feature_network
 from ldm.provenance import Provenance, trained_through
 from ldm.training.record import data_options
+from tests.test_sample import STOCK
 from tests.tiny_evaluation import COUNT, words, write_place
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +244,35 @@ def test_data_are_read_as_the_model_was_trained_on_them_which_is_said(place, tmp
         cli.main([*command, *few, "--caption_column=name"])
     with pytest.raises(SystemExit, match="other pictures held out"):
         cli.main([*command, *few, "--held_out_percent=10"])
+
+
+def test_a_model_of_classes_that_needs_them_asks_for_their_column(place, tmp_path):
+    torch.manual_seed(0)
+    DiTPipeline(*STOCK["DiTPipeline"]()).save_pretrained(tmp_path / "model")
+    more = {"network": str(place / "clip"), "num_inference_steps": 1}
+    with pytest.raises(ValueError, match="class_column: DiTPipeline draws classes; name the column of them"):
+        evaluate(str(tmp_path / "model"), *arguments(place, tmp_path)[1:], **more)
+
+
+def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "stock", tmp_path / "run" / "model")
+    lists = {"test": str(place / "heldout.txt"), "validation": str(place / "validation.txt")}
+    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out=lists, image_size=16)
+    held_out_hash = CaptionedImages(build_source(config), config).splits.held_out_hash
+    options = {"held_out": {"test": "heldout.txt", "validation": "validation.txt"}}
+    Provenance("x", held_out_hash, 1, 1, 1.0, 1.0, "", {}, data_options=options).save(tmp_path / "run" / "model")
+    monkeypatch.setattr("ldm.average.averaged_model", lambda run, length, to: Path(shutil.copytree(run / "model", to)))
+    command = ["average", str(tmp_path / "run"), "--sigma_rel", "0.1", "--data", str(place / "pictures")]
+    command += ["--network", str(place / "clip"), "--num_inference_steps", "1"]
+    with pytest.raises(
+        SystemExit, match=r"captions in heldout\.txt, and there is no such file here; name it, --captions"
+    ):
+        cli.main([*command, "--to", str(tmp_path / "one")])
+    monkeypatch.chdir(place)
+    cli.main([*command, "--to", str(tmp_path / "two")])
+    found = json.loads((tmp_path / "run" / "averages.json").read_text())
+    assert [row["model"] for row in found["lengths"]] == ["model", "two"]
+    assert found["lengths"][0]["r_at_1"]["n"] == len((place / "validation.txt").read_text().splitlines())
 
 
 LISTS = {"test": "lists/t.txt", "validation": "lists/v.txt"}

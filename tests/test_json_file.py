@@ -97,13 +97,13 @@ def signed(content):
         {"format": 1, "global_step": 1, "files": {"state.json": {"size": 2}}},
     ],
 )
-def test_r03_a_manifest_that_is_signed_and_says_too_little_is_refused(manifest, tmp_path):
+def test_a_manifest_that_is_signed_and_says_too_little_is_refused(manifest, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(signed(manifest)))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(tmp_path)
 
 
-def test_r03_a_state_that_is_signed_and_no_object_is_refused(tmp_path):
+def test_a_state_that_is_signed_and_no_object_is_refused(tmp_path):
     step = CheckpointStore(tmp_path, 1).save(1, {"a": {"w": torch.ones(2)}}, [])
     with pytest.raises(CheckpointError, match=r"state\.json .*a list; expected an object"):
         CheckpointStore.load(step)
