@@ -15,6 +15,7 @@ from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_autoencoder, examined
 from ldm.models.network import build_network
+from ldm.places import pretrained_place
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
 from ldm.training.loop import Loop
 from ldm.training.model_folder import ModelFolder, check_push
@@ -39,7 +40,7 @@ def main() -> None:
         check_push(config, run)
         torch.manual_seed(config.seed)
         images = CaptionedImages(checked_source(config.data), config.data)
-        refuse_leaks([config.autoencoder.get("pretrained")], images)
+        refuse_leaks([pretrained_place(config.autoencoder)], images)
         train = PositionDataset(images, "train", config.seed)
         held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))

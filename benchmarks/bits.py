@@ -10,6 +10,7 @@ import json
 
 import torch
 
+from ldm.config import DataOptions
 from ldm.evaluation.likelihood import variational_bound
 from ldm.evaluation.measure import mean_of
 from ldm.evaluation.pictures import pixel_values
@@ -22,10 +23,11 @@ def main() -> None:
     parser.add_argument("--held_out_percent", type=float, default=5.0)
     parser.add_argument("--timesteps", type=int, default=50)
     known = parser.parse_args()
+    options = DataOptions(held_out_percent=known.held_out_percent)
     totals = {}
     for name in known.models:
         folder, _, variance_type = name.partition(":")
-        measuring = Evaluation(folder, "openmoji", None, None, known.held_out_percent, "efficientnet_lite0", True)
+        measuring = Evaluation(folder, "openmoji", options, {}, "efficientnet_lite0", True)
         if variance_type:
             measuring.pipeline.scheduler.register_to_config(variance_type=variance_type)
         true = pixel_values(measuring.gallery[[measuring.place[row] for row in measuring.rows]])

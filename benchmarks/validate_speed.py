@@ -9,10 +9,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from ldm import cli
 from ldm.config import DataConfig
 from ldm.data.preflight import quick_problems
 from ldm.data.sources import build_source
+from ldm.validate import validate
 from tests.picture_folders import write_folder
 
 PICTURES = 10_000
@@ -29,7 +29,7 @@ def main() -> None:
             print(f"quick, {attempt}: {time.perf_counter() - began:.2f} s, {len(problems)} problems", file=sys.stderr)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
-        report = cli.validate(name, out=f"{name}/out")
+        report = validate(name, out=f"{name}/out")
         seconds = time.perf_counter() - began
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

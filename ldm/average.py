@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from ldm.evaluate import numbers
+from ldm.config import DataOptions
+from ldm.evaluate import named_captions, numbers
 from ldm.measurement import Evaluation
 from ldm.training.model_folder import averaged_model
 
@@ -23,43 +24,46 @@ def average(
     validation_captions: str | None = None,
     seed: int = 0,
     num_inference_steps: int = 25,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     network: str = "efficientnet_lite0",
+    **options: Unpack[DataOptions],
 ) -> list[Path]:
     """Write ``RUN/model-LENGTH`` for each length of the average and return these folders; nothing is trained.
 
-    With `data` and both files of captions, validation captions are drawn with each, and ``RUN/averages.json`` says
-    which has the best R@1. The held-out captions are only named: evaluate them with the one that is chosen.
+    With `data`, the validation captions are drawn with each, and ``RUN/averages.json`` says which has the best R@1. The
+    data are read and held out as the training did it, by its ``training.json``, unless `options` say otherwise. The
+    held-out captions are only named: evaluate them with the one that is chosen.
 
     Args:
         run: Folder of a training with snapshots, its output_dir.
         sigma_rel: Lengths, shares of the training, separated by commas, such as 0.02,0.05,0.1.
         to: Folder to write, for one length; none: RUN/model-LENGTH.
         data: What `evaluate` takes.
-        captions: File of the held-out captions.
-        validation_captions: File of the captions that are drawn to choose.
+        captions: File of the held-out captions: held_out.test.
+        validation_captions: File of the captions that are drawn to choose: held_out.validation.
         seed: Seed of the first picture; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none.
+        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
         network: What measures the KID, as in `evaluate`.
+        options: As the fields of data of a training.
 
     """
-    named = (data, captions, validation_captions)
-    if any(named) and not all(named):
-        raise ValueError("to choose a length, name all of --data, --captions and --validation_captions")
+    named = named_captions(captions, validation_captions)
+    if data is None and (named or options):
+        raise ValueError("to choose a length on captions, name --data too")
     lengths = numbers("sigma_rel", sigma_rel)
     if to is not None and len(lengths) > 1:
         raise ValueError(f"to: names one folder, for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
     folders = {length: averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")) for length in lengths}
     for folder in folders.values():
         print(folder)
-    if data and captions and validation_captions:
-        call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    if data is not None:
         rows: list[dict[str, Any]] = []
         for length, folder in [(None, Path(run) / "model"), *folders.items()]:
-            measuring = Evaluation(str(folder), data, captions, validation_captions, 0, network, False)
-            measuring.refuse_untold("lengths")
-            r_at_1, distance = measuring.headline(validation_captions, seed, **call)
+            measuring = Evaluation(str(folder), data, options, named, network)
+            measuring.refuse_unchosen("lengths")
+            call = measuring.call(num_inference_steps, guidance_scale)
+            r_at_1, distance = measuring.headline(measuring.validation, seed, **call)
             rows.append({"sigma_rel": length, "model": folder.name, "r_at_1": asdict(r_at_1), "kid": asdict(distance)})
             print(f"{folder.name}: R@1 {r_at_1}, KID {distance}")
         best = max(rows, key=lambda row: row["r_at_1"]["value"])

@@ -280,7 +280,11 @@ def _measured(config: StageConfig | AutoencoderConfig, step: int, metrics: dict[
 def _newest_metrics(file: Path) -> tuple[int, dict[str, float]]:
     """Return the step of the last validation and its values by their names, (0, {}) if there was none."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    for row in map(json.loads, reversed(lines)):
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
         values = {key: float(value) for key, value in row.items() if key.startswith("validation/")}
         if values:
             return int(row["step"]), {key.removeprefix("validation/"): value for key, value in values.items()}

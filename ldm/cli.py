@@ -1,180 +1,144 @@
-"""The ``ldm`` command: acts on model folders and data."""
+"""The ``ldm`` command: acts on model folders and data.
+
+The module of a subcommand is imported when it is chosen, so that ``ldm --help`` answers at once.
+"""
 
 from __future__ import annotations
 
-import re
+import difflib
+import io
+import logging
 import sys
-import unicodedata
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-from ldm.average import average
-from ldm.cache import cache
-from ldm.data.headers import PictureError, decode, open_picture
-from ldm.data.pixels import to_rgb
-from ldm.evaluate import evaluate
-from ldm.hub import HubError, push
-from ldm.models.pipeline import image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.places import expanded
 from ldm.training.signals import exit_on_interrupt
-from ldm.validate import validate
 
 
-def sample(
-    prompts: Sequence[str],
-    model: str,
-    out: str = ".",
-    negative_prompt: str = "",
-    seed: int = 0,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 3.0,
-    image: str | None = None,
-    mask_image: str | None = None,
-    strength: float | None = None,
-    trust_remote_code: bool = False,
-) -> list[Path]:
-    """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the function of its name in a module, of which it has the arguments."""
 
-    Args:
-        prompts: What to draw, one picture each: texts; numbers of classes; or "" of a model that is told nothing.
-        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
-        out: Folder for the pictures.
-        negative_prompt: What to steer away from.
-        seed: Seed of the first picture; the next ones count up.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none.
-        image: Picture to start from; transparent parts are white.
-        mask_image: Picture of its size, white where it is drawn anew; transparent parts are black.
-        strength: Share of the steps that the picture goes through; left out: 0.8, and with a mask all.
-        trust_remote_code: Run the pipeline code that came with the model.
-
-    """
-    if not -(2**62) <= seed <= 2**62:
-        raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
-    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
-    if image is not None:
-        settings["strength"] = checked_strength(strength, num_inference_steps, mask_image is not None)
-        refuse_overwriting(paths, image, mask_image)
-    elif mask_image is not None or strength is not None:
-        raise ValueError("mask_image, strength: say of which --image")
-    pipeline, pictures = load_pipeline(model, trust_remote_code), {}
-    if image is not None:
-        pictures = started(image_size(pipeline), image=image, mask_image=mask_image)
-        pipeline = starting_from(pipeline, masked=mask_image is not None)
-    for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        draw = torch.Generator().manual_seed(seed + number)
-        call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
-        picture = pipeline(**call, **pictures, generator=draw, **settings).images[0]
-        text = PngInfo()
-        described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
-        for key, value in described.items():
-            text.add_itxt(key, str(value))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=text)
-        print(path)
-    return paths
+    module: str
+    help: str
+    example: str
+    positional: dict[str, str]
+    """Arguments that are given without their names, and what they are."""
+    after: Callable[[Any], object] = lambda result: None
+    """What is done with what the function returns."""
 
 
-def checked_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:
-    """Return the share of the steps that a picture goes through; ValueError if that is not one of them."""
-    share = (1.0 if masked else 0.8) if strength is None else strength
-    if not 0 < share <= 1 or int(share * num_inference_steps) < 1:
-        raise ValueError(
-            f"strength: got {share:g}; expected at most 1, and at least one of the {num_inference_steps} steps"
-        )
-    return share
+A_PIPELINE = "folder or Hub name of a pipeline, user/name or user/name@revision"
+COMMANDS = {
+    "validate": Command(
+        "ldm.validate",
+        "Look at every image and caption of a data set; exit code 1: a training would stop.",
+        "ldm validate my_images --out out/my/validation",
+        {"data": "a folder of images, Parquet, a data set, or openmoji"},
+        lambda report: sys.exit(1) if report.stops else None,
+    ),
+    "sample": Command(
+        "ldm.sample",
+        "Draw images from prompts.",
+        'ldm sample --model out/demo/model --guidance_scale 1.25 "woman astronaut medium-dark skin tone"',
+        {"prompts": "what to draw, one image each"},
+    ),
+    "evaluate": Command(
+        "ldm.evaluate",
+        "Measure a model on images that it has not seen, and write a report.",
+        "ldm evaluate out/my/text2img/model --data my_images --out out/my/evaluation",
+        {"model": A_PIPELINE},
+    ),
+    "average": Command(
+        "ldm.average",
+        "Make an average of another length of a training that is over.",
+        "ldm average out/my/text2img --sigma_rel 0.02,0.05,0.1",
+        {"run": "folder of a training with snapshot_every_steps, its output_dir"},
+    ),
+    "push": Command(
+        "ldm.hub",
+        "Push a model folder to the Hugging Face Hub.",
+        "ldm push out/my/text2img/model me/my-model",
+        {
+            "folder": "folder of a pipeline or an autoencoder, such as a training's OUTPUT_DIR/model",
+            "repo_id": "repository, user/name",
+        },
+        print,
+    ),
+    "cache": Command(
+        "ldm.cache",
+        "List what is kept between runs and can be computed again, or delete it.",
+        "ldm cache --clear latents",
+        {},
+    ),
+}
+PLACES = (
+    *("model", "data", "out", "captions", "validation_captions", "held_out", "factors", "network", "clip", "image"),
+    *("mask_image", "run", "to", "tokenizer", "folder"),
+)
+"""Arguments that name files, in which ``~`` and ``$NAME`` are replaced."""
 
 
-def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
-    """Raise ValueError if one of `paths`, to be written, is a file that is to be read."""
-    sources = {Path(file).resolve() for file in read if file is not None}
-    for path in paths:
-        if path.resolve() in sources:
-            raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
+def overview() -> str:
+    """Return what ``ldm --help`` says."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            *("usage: ldm COMMAND ...", "", "Acts on model folders and data.", "", "commands:", *lines, ""),
+            "ldm COMMAND --help lists the options of a command.",
+        ]
+    )
 
 
-def started(size: int, **files: str | None) -> dict[str, Image.Image]:
-    """Return the pictures in `files`, those that are named, at `size` pixels height and width; ValueError if none."""
-    pictures = {}
-    for name, file in files.items():
-        if file is not None:
-            try:
-                behind = "black" if name == "mask_image" else "white"
-                picture = to_rgb(decode(open_picture(file)), behind)
-                pictures[name] = picture.resize((size, size), Image.Resampling.LANCZOS)
-            except (OSError, PictureError) as error:
-                raise ValueError(f"{name}: {file}: {error}") from error
-    return pictures
+def __getattr__(name: str) -> Any:
+    """Return the function of a subcommand, as ``ldm.cli.sample``; its module is imported now."""
+    if name in COMMANDS:
+        return getattr(import_module(COMMANDS[name].module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
-    """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
-    told = told_by(pipeline)
-    if told == "prompt":
-        return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
-    if told == "class_labels" and not negative_prompt and (not prompt or prompt.isdecimal()):
-        return {"class_labels": [int(prompt) if prompt else None]}
-    raise ValueError(f"prompts: got {prompt!r}; {type(pipeline).__name__} takes {told} and no text")
+def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that `words` give for the function of a subcommand; SystemExit for help and for errors."""
+    from jsonargparse import ArgumentParser
 
+    import ldm.config_file  # noqa: F401 (it says how words are read)
 
-def slug(text: str) -> str:
-    """Return a file name of at most 80 characters of ``a-z0-9._-`` that reminds of the text."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-.")[:80] or "picture"
+    command = COMMANDS[name]
+    epilog = f"Example: {command.example}"
+    parser = ArgumentParser(prog=f"ldm {name}", description=command.help, epilog=epilog, parser_mode="words")
+    for argument, about in command.positional.items():
+        parser.add_argument(argument, help=about, nargs="+" if argument == "prompts" else None)
+    parser.add_function_arguments(function, skip={*command.positional}, as_positional=False)
+    given: dict[str, Any] = parser.parse_args(words).as_dict()
+    return {key: expanded(value, key) if key in PLACES else value for key, value in given.items()}
 
 
 @exit_on_interrupt()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = ArgumentParser(prog="ldm", description=__doc__)
-    commands = parser.add_subcommands(required=True)
-    sampling = ArgumentParser(description="Draw pictures from prompts.")
-    sampling.add_argument("prompts", nargs="+", help="what to draw, one picture each")
-    sampling.add_function_arguments(sample, skip={"prompts"}, as_positional=False)
-    commands.add_subcommand("sample", sampling)
-    evaluating = ArgumentParser(description="Measure a model on held-out captions.")
-    evaluating.add_argument("model", help="folder or Hub name of a pipeline, user/name or user/name@revision")
-    evaluating.add_function_arguments(evaluate, skip={"model"}, as_positional=False)
-    commands.add_subcommand("evaluate", evaluating)
-    pushing = ArgumentParser(description="Push a model folder to the Hugging Face Hub.")
-    pushing.add_argument("folder", help="folder of a pipeline or an autoencoder, such as a training's OUTPUT_DIR/model")
-    pushing.add_argument("repo_id", help="repository, user/name")
-    pushing.add_function_arguments(push, skip={"folder", "repo_id"}, as_positional=False)
-    commands.add_subcommand("push", pushing)
-    validating = ArgumentParser(description="Look at every picture and caption; exit code 1: a training would stop.")
-    validating.add_argument("data", help="a folder of pictures, Parquet, a data set, or openmoji")
-    validating.add_function_arguments(validate, skip={"data"}, as_positional=False)
-    commands.add_subcommand("validate", validating)
-    averaging = ArgumentParser(description="Make an average of another length of a training that is over.")
-    averaging.add_argument("run", help="folder of a training with snapshot_every_steps, its output_dir")
-    averaging.add_function_arguments(average, skip={"run"}, as_positional=False)
-    commands.add_subcommand("average", averaging)
-    caching = ArgumentParser(description="List, or delete, what is kept between runs and can be computed again.")
-    caching.add_function_arguments(cache, as_positional=False)
-    commands.add_subcommand("cache", caching)
-    chosen = parser.parse_args(argv)
-    arguments = chosen[chosen.subcommand].as_dict()
+    name, *words = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        meant = difflib.get_close_matches(name, COMMANDS, n=1)
+        wrong = f"ldm: no command {name!r}" if name else "ldm: name a command"
+        print(f"{overview()}\n\n{wrong}{f'; did you mean {meant[0]}?' if meant else ''}", file=sys.stderr)
+        sys.exit(2)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ldm").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are shown, whatever their script
+    function = __getattr__(name)
+    from ldm.hub import HubError
+
     try:
-        match chosen.subcommand:
-            case "sample":
-                sample(**arguments)
-            case "evaluate":
-                evaluate(**arguments)
-            case "average":
-                average(**arguments)
-            case "cache":
-                cache(**arguments)
-            case "push":
-                print(push(**arguments))
-            case "validate" if validate(**arguments).stops:
-                sys.exit(1)
-    except (HubError, ValueError) as error:
+        COMMANDS[name].after(function(**read_arguments(name, function, words)))
+    except (HubError, ValueError, OSError, ImportError, FloatingPointError) as error:
         sys.exit(str(error))
 
 

@@ -6,20 +6,46 @@ Nothing here computes. `ldm.config_file` reads and checks them; each part is bui
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from ldm.config_conditioners import ConditionersConfig, Network
 from ldm.config_doctor import DoctorConfig
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
+SourceName = Literal["openmoji", "imagefolder", "parquet", "dataset"]
+
+
+class DataOptions(TypedDict, total=False):
+    """The fields of `DataConfig` that decide how data are read: said to a command, or recorded with a model."""
+
+    source: SourceName
+    """As data.source of a training; left out: seen from what lies there."""
+    split: str
+    """Split of a `datasets` data set."""
+    image_column: str | None
+    """Column of the images; null: found by its usual names."""
+    caption_column: str | None
+    """Column of the captions; null: found by its usual names."""
+    class_column: str | None
+    """Column of class numbers, for a model of classes; of openmoji: group."""
+    background: str
+    """Colour under transparent pixels."""
+    languages: tuple[str, ...]
+    """Caption languages of openmoji."""
+    limit: int | None
+    """How many images are kept; null: all."""
+    held_out: dict[str, str]
+    """Files of held-out captions, as {"validation": FILE, "test": FILE}; {}: held out by hash."""
+    held_out_percent: float
+    """Without held_out: percent of the images for validation, and as many for test, by hash."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Captioned pictures and how they become batches."""
 
-    source: Literal["openmoji", "imagefolder", "parquet", "dataset"] = "openmoji"
+    source: SourceName = "openmoji"
     path: str | None = None
     """Folder, Parquet file or data set name; not used by openmoji."""
     split: str = "train"

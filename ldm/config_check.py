@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import ImageColor
 
@@ -24,6 +24,8 @@ from ldm.config import (
 )
 from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config_doctor import DoctorConfig
+
+C = TypeVar("C")
 
 
 class ConfigError(ValueError):
@@ -168,6 +170,13 @@ def faults(config: Any, path: str = "") -> Iterator[str]:
                     break
             yield from _text_faults(value, at, field.name in FILES)
     yield from _contradictions(config, path)
+
+
+def checked(config: C, path: str = "") -> C:
+    """Return the config, of which a run can be made; raises ConfigError, with all `faults`, if none can."""
+    if problems := list(faults(config, path)):
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def _contradictions(config: Any, path: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -22,9 +22,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
-from .config_check import ConfigError, faults, shown
+from .config_check import FILES, NETWORKS, ConfigError, checked, shown
 from .config_conditioners import Network
-from .places import portable
+from .places import expanded, portable
 
 __all__ = [
     "ConfigError",
@@ -70,7 +70,14 @@ def _load_yaml(text: str, place: str = "value") -> Any:
         raise ConfigError(f"{place}{line}: not valid YAML{f': {problem}' if problem else ''}") from None
 
 
+def _load_word(text: str) -> Any:
+    """Return what a word of a command line says: YAML, but of all that YAML takes for null only "null" is."""
+    value = _load_yaml(text)
+    return text if value is None and text != "null" else value
+
+
 set_loader("yaml_1_2", _load_yaml, exceptions=(ConfigError,))
+set_loader("words", _load_word, exceptions=(ConfigError,))
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -90,8 +97,8 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     ``argv`` defaults to the command line; of several values for an option the last counts. A value is YAML, but
     a text field takes it as it stands. ``--path.to.field`` alone means true; of an optional part true is its defaults
     (with what else is set of it) and false null. An override inside a mapping, or inside an optional part that is null,
-    adds what is missing; an override of a whole part or mapping replaces it. ``--help`` lists every field and
-    exits.
+    adds what is missing; an override of a whole part or mapping replaces it. ``~`` and ``$NAME`` in paths are replaced.
+    ``--help`` lists every field and exits.
 
     Raises:
         ConfigError: with all problems. Values under unknown keys are left out, they may be secrets.
@@ -103,9 +110,11 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
         sys.exit(0)
     problems: list[str] = []
     config = _build(kind, _read_tree(kind, words), "", problems)
-    if config is None or (problems := list(faults(config))):
+    if config is not None:
+        config = _with_places(config, "", problems)
+    if config is None or problems:
         raise ConfigError("\n".join(problems))
-    return config
+    return checked(config)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -215,6 +224,10 @@ def _read_tree(kind: type[Any], words: list[str]) -> Tree:
 def _read_file(file: str) -> Tree:
     """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
+        file = expanded(file, "--config")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
         tree = _load_yaml(Path(file).read_text(encoding="utf-8"), file)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
@@ -272,6 +285,25 @@ def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) 
         name = re.findall('Parser key "(.+?)"', message)[0]
         problems.append(f"{_join(path, name)}: {_complaint(hints[name], leaves[name])}")
         del asked[name]
+
+
+def _with_places(config: T, path: str, problems: list[str]) -> T:
+    """Return the config with `expanded` paths; a problem is noted."""
+    changes: Tree = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        value, at = getattr(config, field.name), _join(path, field.name)
+        if is_dataclass(value):
+            changes[field.name] = _with_places(value, at, problems)
+            continue
+        try:
+            if (type(config), field.name) in NETWORKS:
+                place = {"pretrained": value["pretrained"]} if "pretrained" in value else {}
+                changes[field.name] = value | expanded(place, at)
+            elif field.name in FILES:
+                changes[field.name] = expanded(value, at)
+        except ValueError as error:
+            problems.append(str(error))
+    return replace(config, **changes)  # type: ignore[type-var]
 
 
 def _complaint(hint: Any, value: Any) -> str:

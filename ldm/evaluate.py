@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Unpack
 
 from accelerate import PartialState
 
+from ldm.config import DataOptions
 from ldm.evaluation.card import merge_into_card
 from ldm.evaluation.markdown import markdown
 from ldm.evaluation.page import html
 from ldm.evaluation.report import Report
 from ldm.measurement import Evaluation
+from ldm.places import made_folder
 
 VARIETY_SEED = 2**20
 """Above the seeds of the captions."""
@@ -19,16 +22,14 @@ VARIETY_SEED = 2**20
 
 def evaluate(
     model: str,
-    data: str,
-    out: str,
+    data: str | None = None,
+    out: str = "out/evaluation",
     captions: str | None = None,
     validation_captions: str | None = None,
-    held_out_percent: float = 2.0,
-    class_column: str | None = None,
     classes: str | None = None,
     seed: int = 0,
     num_inference_steps: int = 25,
-    guidance_scale: float = 3.0,
+    guidance_scale: float | None = None,
     network: str = "efficientnet_lite0",
     clip: str | None = None,
     factors: str | None = None,
@@ -39,21 +40,24 @@ def evaluate(
     bound_timesteps: int = 0,
     card: bool = True,
     trust_remote_code: bool = False,
+    **options: Unpack[DataOptions],
 ) -> Report:
     """Draw what is held out, measure, write ``report.json``, ``report.md``, ``report.html`` and ``samples.png``.
 
+    The data are read as the model's training read them, by its ``training.json``, unless `options` say otherwise.
+
     Args:
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
-        data: What `validate` takes; what cannot be read is left out.
+        data: What `validate` takes; what cannot be read is left out. None: openmoji, if the model was trained on that.
         out: Folder for the results.
-        captions: File of captions, a line each, whose pictures the model has not seen; none: the test split by hash.
-        validation_captions: File of the validation captions, which the model was not trained on either.
-        held_out_percent: Without captions, that of the training, whose test split it is.
-        class_column: Column of class numbers, for a model that is told classes; of openmoji: group.
+        captions: File of captions, a line each, whose images the model has not seen: held_out.test. None: as its
+            training held them out, by a file or by hash.
+        validation_captions: File of the validation captions, which the model was not trained on either:
+            held_out.validation.
         classes: Those to draw and tell apart, such as 0,3,5; none: all of class_column.
         seed: Seed of the first picture; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none.
+        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
         network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
         factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.
@@ -64,13 +68,15 @@ def evaluate(
         bound_timesteps: Of a model of pixels, timesteps of the bound of each picture, for bits per dimension; 0: none.
         card: Put the results into the model's README.md, if the model is a folder that has one.
         trust_remote_code: Run the pipeline code that came with the model.
+        options: As the fields of data of a training.
 
     """
-    sweeps = _sweeps(guidance_sweep, steps_sweep, validation_captions)
-    held = (captions, validation_captions, held_out_percent)
-    measuring = Evaluation(model, data, *held, network, trust_remote_code, class_column)
+    sweeps = _sweeps(guidance_sweep, steps_sweep)
+    named = named_captions(captions, validation_captions)
+    measuring = Evaluation(model, data, options, named, network, trust_remote_code)
     chosen = None if classes is None else [int(number) for number in numbers("classes", classes)]
     measuring.check(variety_prompts, chosen, num_images_per_prompt, bound_timesteps, sweeps)
+    made_folder(out)
     call = measuring.call(num_inference_steps, guidance_scale)
     parts = measuring.sections(seed, clip, factors, **call)
     parts += measuring.repeated(variety_prompts, chosen, num_images_per_prompt, seed + VARIETY_SEED, **call)
@@ -79,13 +85,15 @@ def evaluate(
     return write(measuring.report(parts, seed, call), Path(out), Path(model) if card else None)
 
 
-def _sweeps(guidance: str | None, steps: str | None, validation: str | None) -> dict[str, list[float]]:
+def _sweeps(guidance: str | None, steps: str | None) -> dict[str, list[float]]:
     """Return the values of each setting that is swept."""
     texts = {"guidance_scale": guidance, "num_inference_steps": steps}
-    found = {setting: numbers(setting, text) for setting, text in texts.items() if text is not None}
-    if found and validation is None:
-        raise ValueError(f"{next(iter(found))} is chosen on the validation captions: name --validation_captions")
-    return found
+    return {setting: numbers(setting, text) for setting, text in texts.items() if text is not None}
+
+
+def named_captions(test: str | None, validation: str | None) -> dict[str, str]:
+    """Return the files of captions that are named, by split."""
+    return {split: file for split, file in {"test": test, "validation": validation}.items() if file is not None}
 
 
 def numbers(where: str, text: str) -> list[float]:
@@ -101,7 +109,6 @@ def write(report: Report, folder: Path, model: Path | None) -> Report:
     """Write a report into `folder` and, where `model` is the folder of a model with a card, into that; return it."""
     if not PartialState().is_main_process:
         return report
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     (folder / "report.html").write_text(html(report), encoding="utf-8")

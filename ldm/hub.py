@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ldm.card import CARD, with_name
+from ldm.json_file import read_object
 from ldm.places import PLAIN_NAME
 from ldm.provenance import FILE as RECORD
 from ldm.provenance import TRAINED_IMAGES, read_provenance
@@ -100,7 +100,7 @@ def model_files(folder: Path) -> list[str]:
             f"{folder} is not the folder of a model: it has neither model_index.json nor config.json; "
             "training writes one to OUTPUT_DIR/model"
         )
-    components = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    components = read_object(index) if index.is_file() else {}
     names = [name for name, value in components.items() if isinstance(value, list)]
     if odd := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
         raise ValueError(f"{index} names the component {odd[0]!r}; expected the name of a folder beside it")

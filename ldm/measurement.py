@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.config import DataConfig, DataOptions
+from ldm.config_check import checked
 from ldm.config_conditioners import UNKNOWN_CLASS
 from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedRows
@@ -31,13 +36,61 @@ from ldm.evaluation.report import Report, Section
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
 from ldm.evaluation.subject import Subject
-from ldm.models.pipeline import image_size, load_pipeline, told_by
+from ldm.models.pipeline import call_settings, image_size, load_pipeline, told_by
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 from ldm.places import portable
-from ldm.provenance import hardware, read_provenance, refuse_teacher, versions
+from ldm.provenance import Provenance, hardware, read_provenance, refuse_teacher, versions
 from ldm.text_file import read_lines
 from ldm.training.autoencoding import reconstruct
 from ldm.training.record import refuse_leaks
+
+log = logging.getLogger(__name__)
+
+
+def read_as_trained(
+    record: Provenance | None, data: str | None, options: DataOptions, captions: Mapping[str, str], **more: Any
+) -> DataConfig:
+    """Return how the data of an evaluation are read: as `options` say, else as the `record` of the model does.
+
+    What is taken from the record is said. captions: files of held-out captions that are named for themselves, by split;
+    with held_out or held_out_percent among the options, no others count. more: other fields of the config.
+
+    Raises:
+        ValueError: no data are named and the model was not trained on openmoji; a file of captions that its training
+            held out is not here; or, ConfigError, an option is out of its range.
+
+    """
+    trained = {} if record is None else dict(record.data_options)
+    source = trained.pop("source", None)
+    if data is None and source != "openmoji":
+        raise ValueError("data: name the images to measure on, --data")
+    said = {"held_out", "held_out_percent"} & options.keys()
+    listed: dict[str, str] = portable(trained.pop("held_out", {})) if not said else {}
+    for split, file in listed.items():
+        if split not in captions and not Path(file).is_file():
+            option = "--captions" if split == "test" else "--validation_captions"
+            raise ValueError(
+                f"the model's training held out the captions in {file}, and there is no such file here; name it, "
+                f"{option}, or say --held_out {{}} for a split by hash"
+            )
+    taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
+    files = {**options.get("held_out", listed), **captions}
+    values: dict[str, Any] = {**more, **taken, **options, "held_out": files}
+    config = source_config(data or "openmoji", **values)
+    usual = DataConfig()
+    if read := [f"{name} {value}" for name, value in taken.items() if value != getattr(usual, name)]:
+        _say(f"read as the model's training read its data, where no option says otherwise: {', '.join(read)}")
+    if source is not None and source != config.source and "source" not in options:
+        _say(f"read as {config.source}; the model's training read its data as {source} (--source)")
+    if "test" not in files and files:
+        raise ValueError("validation_captions: without captions pictures are held out by hash; name both")
+    return checked(config, "data")
+
+
+@cache
+def _say(message: str) -> None:
+    """Log what was not asked for, once."""
+    log.info(message)
 
 
 class Evaluation:
@@ -46,42 +99,36 @@ class Evaluation:
     def __init__(
         self,
         model: str,
-        data: str,
-        captions: str | None,
-        validation: str | None,
-        held_out_percent: float,
+        data: str | None,
+        options: DataOptions,
+        captions: Mapping[str, str],
         network: str,
-        trust_remote_code: bool,
-        class_column: str | None = None,
+        trust_remote_code: bool = False,
     ):
-        """Measure on the pictures of a file of captions, or of the test split by hash, `held_out_percent` of them.
+        """Measure on the images of held-out captions, or of the test split by hash; see `read_as_trained`.
 
         ValueError if the model, a part of it included, has seen what it is measured on or by.
         """
-        self.model, self.validation = model, validation
-        self.pipeline = load_pipeline(model, trust_remote_code)
-        self.told = told_by(self.pipeline)
-        files = {"test": captions, "validation": validation}
-        held_out = {split: file for split, file in files.items() if file is not None}
-        if captions is None and validation is not None:
-            raise ValueError("validation_captions: without captions pictures are held out by hash; name both")
-        if class_column is not None and self.told != "class_labels":
-            raise ValueError(f"class_column: {self.model_name} is told no classes; leave it out")
-        config = source_config(
-            data,
-            image_size=image_size(self.pipeline),
-            held_out=held_out,
-            held_out_percent=held_out_percent,
-            class_column=class_column,
-            on_bad_data="skip",
-        )
+        self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
+        self.told, self.record = told_by(self.pipeline), read_provenance(model)
+        if self.told != "class_labels":
+            if options.get("class_column") is not None:
+                raise ValueError(f"class_column: {self.model_name} is told no classes; leave it out")
+            options = {**options, "class_column": None}
+        more = {"image_size": image_size(self.pipeline), "on_bad_data": "skip"}
+        config = read_as_trained(self.record, data, options, captions, **more)
         self.images = CaptionedImages(checked_source(config), config)
         refuse_leaks([model], self.images)
         self.network: FeatureNetwork = build_feature_network(network)
         refuse_teacher(model, self.network.name, self.network.sha256)
         self.gallery, self.place = self.images.gallery()
         self.gallery_features = self._gallery_features()
-        self.captions, self.rows = self._held_out(captions)
+        self.captions, self.rows = self._held_out(config.held_out.get("test"))
+
+    @property
+    def validation(self) -> str:
+        """The file of the validation captions."""
+        return self.images.config.held_out["validation"]
 
     def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
         """Return what is measured on, captions and their pictures' rows."""
@@ -91,14 +138,20 @@ class Evaluation:
         source, rows = self.images.source, self.images.splits["test"]
         known = [(next(iter(source.captions(row)), ""), row) for row in rows]
         found = [(caption, row) for caption, row in known if caption or self.told != "prompt"]
-        if not found:
+        if not rows:
             raise ValueError("the test split by hash has no pictures to measure on; raise held_out_percent")
+        if not found:
+            raise ValueError(
+                f"none of the {len(rows)} pictures of the test split has a caption; name their column in caption_column"
+            )
         return [caption for caption, _ in found], [row for _, row in found]
 
-    def refuse_untold(self, what: str) -> None:
-        """Raise ValueError, which says that `what` needs captions, if the model is told none."""
+    def refuse_unchosen(self, what: str) -> None:
+        """Raise ValueError, which names `what`, if it cannot be chosen on validation captions: there are none."""
         if self.told != "prompt":
             raise ValueError(f"{what} are measured on captions, and {self.model_name} is told none; leave them out")
+        if "validation" not in self.images.config.held_out:
+            raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
 
     def check(
         self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
@@ -110,10 +163,16 @@ class Evaluation:
             self._judge(classes)
         elif classes is not None:
             raise ValueError("classes: the data has none; name their column in class_column")
+        if None in self.asked() and "batch_size" not in inspect.signature(self.pipeline.__call__).parameters:
+            raise ValueError(f"class_column: {type(self.pipeline).__name__} draws classes; name the column of them")
         if timesteps:
             check_bound(self.pipeline, timesteps)
         if sweeps:
-            self.refuse_untold("sweeps")
+            self.refuse_unchosen("sweeps")
+            for name, values in sweeps.items():
+                for value in values:
+                    if name not in self.call(**{"num_inference_steps": 1, "guidance_scale": None, name: value}):
+                        raise ValueError(f"{name}: {type(self.pipeline).__name__} has none to sweep")
 
     @property
     def model_name(self) -> str:
@@ -147,10 +206,9 @@ class Evaluation:
             found.append(sections.autoencoder(subject, subject.rebuilt, name))
         return [*found, sections.memorisation(subject, name)]
 
-    def call(self, num_inference_steps: int, guidance_scale: float) -> dict[str, Any]:
-        """Return the settings of sampling that the pipeline takes."""
-        guided = {} if self.told == "batch_size" else {"guidance_scale": guidance_scale}
-        return {"num_inference_steps": num_inference_steps} | guided
+    def call(self, num_inference_steps: int, guidance_scale: float | None) -> dict[str, Any]:
+        """Return the settings of sampling that the pipeline takes; ValueError as `call_settings`."""
+        return call_settings(self.pipeline, num_inference_steps, guidance_scale)
 
     def repeated(
         self, prompts: int, classes: Sequence[int] | None, several: int, seed: int, **call: Any
@@ -262,9 +320,9 @@ class Evaluation:
 
     def sweeps(self, values: Mapping[str, Sequence[float]], seed: int, **call: Any) -> list[Section]:
         """Return R@1 and KID of the validation captions at each value of each setting of sampling."""
-        captions, found = cast(str, self.validation), []
+        found = []
         for name, several in values.items():
-            points = {value: self.headline(captions, seed, **call | {name: value}) for value in several}
+            points = {value: self.headline(self.validation, seed, **call | {name: value}) for value in several}
             found.append(sections.sweep(name, points, self.network.name, log_x=name == "num_inference_steps"))
         return found
 
@@ -274,7 +332,7 @@ class Evaluation:
 
     def settings(self, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the numbers depend on."""
-        record = read_provenance(self.model)
+        record = self.record
         training = None if record is None else {
             "steps": record.global_step,
             "seconds": record.train_seconds,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,47 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\")
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _HOMES = ("home", "users")
 """Folders whose folders are called after their users."""
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+
+
+def expanded(tree: Any, where: str) -> Any:
+    """Return a path, or a mapping's paths, with ``~``, ``~USER``, ``$NAME`` and ``${NAME}`` replaced, as a shell does.
+
+    Addresses, and everything that is no text, stay as they are. What came of a variable is a path, never a name on the
+    Hub: nobody is asked for it.
+
+    Raises:
+        ValueError: there is no such variable or user, or the variable may be a secret; it begins with `where`.
+
+    """
+    if isinstance(tree, Mapping):
+        return {key: expanded(value, f"{where}.{key}") for key, value in tree.items()}
+    if not isinstance(tree, str) or _ADDRESS.match(tree):
+        return tree
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2] or ""
+        if _SECRET.search(name):
+            raise ValueError(f"{where}: {match[0]} may be a secret, which a path would tell; name another variable")
+        if name not in os.environ:
+            raise ValueError(f"{where}: got {tree!r}; the environment variable {name} is not set")
+        return os.environ[name]
+
+    home = os.path.expanduser(tree)
+    if home.startswith("~"):
+        raise ValueError(f"{where}: got {tree!r}; there is no such user; for a folder of that name, write ./{tree}")
+    path = _VARIABLE.sub(value, home)
+    return os.path.join(".", path) if path != home and on_hub(path) else path
+
+
+def made_folder(name: str) -> Path:
+    """Return the folder that results go to, made if there is none; raises ValueError if that cannot be."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: {name} cannot be made a folder: {error.strerror}") from error
+    return Path(name)
 
 
 def portable(tree: Any) -> Any:
@@ -53,6 +95,39 @@ def pinned(name: str) -> tuple[str, dict[str, str]]:
     if not revision:
         raise ValueError(f"{name}: a commit, branch or tag must follow the @")
     return repository, {"revision": revision}
+
+
+def pretrained_place(network: Mapping[str, Any]) -> str | None:
+    """Return the folder or ``user/name@revision`` that a network's config names, None if it names none."""
+    name, revision, subfolder = (network.get(key) for key in ("pretrained", "revision", "subfolder"))
+    if not isinstance(name, str):
+        return None
+    if isinstance(subfolder, str) and os.path.isdir(name):
+        return os.path.join(name, subfolder)
+    return f"{name}@{revision}" if isinstance(revision, str) and "@" not in name and on_hub(name) else name
+
+
+def resolve(name: str) -> str:
+    """Return the folder that ``package:NAME/FOLDER`` names; any other name unchanged. No code of the package is run.
+
+    Raises:
+        ImportError: there is no installed package NAME.
+        FileNotFoundError: it has no such folder.
+
+    """
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"{name}: no package {package!r} is installed; pip install the distribution that holds it (often "
+            f"{package.replace('_', '-')}), or name a folder"
+        )
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"{name}: the package {package} has no folder {folder!r}")
+    return str(path)
 
 
 def _portable_path(text: str) -> str:

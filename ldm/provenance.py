@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm import __version__
+from ldm.config import DataOptions
+from ldm.json_file import read_object
+from ldm.places import on_hub, pinned, resolve
 
+log = logging.getLogger(__name__)
 FILE = "training.json"
 TRAINED_IMAGES = "trained_images.safetensors"
 HASH_DIGITS = 16
@@ -41,18 +52,101 @@ class Provenance:
     they see has been trained for, so that they must not measure it."""
     sigma_rel: float | None = None
     """Length of the power-function average that the weights are; None: they are the training's own average."""
+    data_options: DataOptions = field(default_factory=DataOptions)
+    """How the data were read, for whoever measures the model; empty of models from before this was recorded."""
 
     def save(self, folder: str | Path) -> None:
         """Write ``training.json`` into the model's folder."""
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def read_provenance(folder: str | Path) -> Provenance | None:
-    """Return what the model in `folder` says of its training, None if it says nothing (a foreign model)."""
-    for path in (Path(folder) / FILE, Path(folder).parent / FILE):  # a component's record is its pipeline's
-        if path.is_file():
-            return Provenance(**json.loads(path.read_text(encoding="utf-8")))
-    return None
+def read_provenance(name: str | Path) -> Provenance | None:
+    """Return what a model says of its training; None if it says nothing that we can read: a model of others.
+
+    `name` is all that a config or a command can name: a folder, ``package:NAME/FOLDER``, ``user/name`` or
+    ``user/name@revision`` on the Hub. A record that is not ours, or of which a part is not known here, is said, and so
+    is one that could not be asked for; nothing is raised.
+    """
+    path = _file_of(str(name), FILE)
+    if path is None:
+        return None
+    try:
+        known, others = _known_values(read_object(path), Provenance)
+        if missing := [one.name for one in fields(Provenance) if one.name not in known and _is_required(one)]:
+            raise ValueError(f"{path}: it has no {missing[0]} as we write it")
+    except (ValueError, OSError) as error:
+        _say(f"no record of ours, and not read: {error}")
+        return None
+    if others:
+        _say(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
+    return Provenance(**known)
+
+
+@cache
+def _say(message: str) -> None:
+    """Log a warning, once: a record is read several times."""
+    log.warning(message)
+
+
+def _file_of(name: str, file: str) -> Path | None:
+    """Return where a `file` beside a model lies on this machine, fetched from the Hub if need be; None: nowhere."""
+    try:
+        folder = Path(resolve(name))
+        for path in (folder / file, folder.parent / file):  # a component's record is its pipeline's
+            if path.is_file():
+                return path
+    except (ImportError, OSError, ValueError):  # no such package, no such path: loading the model says it
+        return None
+    if not on_hub(name):
+        return None
+    try:
+        repository, revision = pinned(name)
+        return Path(hf_hub_download(repository, file, revision=revision.get("revision")))
+    except Exception as error:  # of the client, of its HTTP library, of the disk
+        if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+            _say(f"{name}: whether it has a {file}, which says what it has seen, was not checked: {_line(error)}")
+        return None
+
+
+def _line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def _known_values(found: dict[str, Any], kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that `kind`, a record or its options, has fields for, and the names of the others."""
+    known: dict[str, Any] = {}
+    others: list[str] = []
+    hints = get_type_hints(kind)
+    for key, value in found.items():
+        hint = hints.get(key)
+        if is_typeddict(hint) and isinstance(value, dict):
+            known[key], inside = _known_values(value, hint)
+            others += inside
+        elif key in hints and _is_a(value, hint):
+            known[key] = tuple(value) if get_origin(hint) is tuple else value
+        else:
+            others.append(repr(key)[:40])
+    return known, others
+
+
+def _is_required(one: Any) -> bool:
+    return one.default is MISSING and one.default_factory is MISSING
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Return whether a value from JSON is what a field's annotation says."""
+    kind, arms = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(_is_a(value, arm) for arm in arms)
+    if kind is Literal:
+        return value in arms
+    if kind in (list, tuple):
+        return isinstance(value, list) and all(_is_a(entry, arms[0]) for entry in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_a(entry, arms[1]) for entry in value.values())
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def image_keys(names: Iterable[str]) -> Tensor:
@@ -75,12 +169,17 @@ def save_trained_images(folder: str | Path, keys: Tensor) -> None:
     save_file({"keys": keys}, Path(folder) / TRAINED_IMAGES)
 
 
-def read_trained_images(folder: str | Path) -> Tensor | None:
-    """Return the keys of the images that the model in `folder` was trained on, None if it does not say."""
-    for path in (Path(folder) / TRAINED_IMAGES, Path(folder).parent / TRAINED_IMAGES):
-        if path.is_file():
-            return next(iter(load_file(path).values()), None)
-    return None
+def read_trained_images(name: str | Path) -> Tensor | None:
+    """Return the keys of the images that a model, named as in `read_provenance`, was trained on; None: it says none."""
+    path = _file_of(str(name), TRAINED_IMAGES)
+    if path is None:
+        return None
+    try:
+        keys = load_file(path)["keys"]
+    except (SafetensorError, OSError, KeyError) as error:
+        _say(f"{path}: no record of ours, and not read: {_line(error)}")
+        return None
+    return keys
 
 
 def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> None:
@@ -91,20 +190,19 @@ def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> Non
     held out: only the images count. A model of before they were recorded must have held out just the same ones; one
     that says nothing of its training passes.
     """
-    trained, name = read_trained_images(folder), Path(folder).name
-    if trained is not None:
-        if leaks := len(in_both(trained, held_out)):
-            raise ValueError(
-                f"{name} was trained on {leaks} of the {len(held_out)} pictures that are held out here, which it would "
-                "be measured on. Train it with the same data.held_out and data.held_out_percent, or hold out others"
-            )
+    found, name = read_provenance(folder), Path(folder).name
+    if found is None:
         return
-    found = read_provenance(folder)
-    if found is not None and found.held_out_hash != held_out_hash:
+    if (trained := read_trained_images(folder)) is None and found.held_out_hash != held_out_hash:
         raise ValueError(
             f"{name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
             f"{held_out_hash[:8]}), and its record, of an earlier version, does not say on which it was trained: it "
             "may have seen what is to be measured. Train it with the same data.held_out and data.held_out_percent"
+        )
+    if trained is not None and (leaks := len(in_both(trained, held_out))):
+        raise ValueError(
+            f"{name} was trained on {leaks} of the {len(held_out)} pictures that are held out here, which it would be "
+            "measured on. Train it with the same data.held_out and data.held_out_percent, or hold out others"
         )
 
 

@@ -23,6 +23,7 @@ from ldm.models.clip import load_image_encoder
 from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objective import Objective
+from ldm.places import pretrained_place
 from ldm.spaces import Space, build_space
 
 
@@ -131,7 +132,7 @@ def pretrained_parts(config: StageConfig) -> list[str]:
     named = [
         config.space.autoencoder,
         config.space.image_encoder,
-        config.denoiser.get("pretrained"),
+        pretrained_place(config.denoiser),
         text.pretrained if text else None,
         image.pretrained if image else None,
     ]

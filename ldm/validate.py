@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldm.config import DataConfig
+from ldm.config import DataConfig, DataOptions
+from ldm.config_check import checked, explained
 from ldm.config_conditioners import TextConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
@@ -19,6 +20,7 @@ from ldm.data.sources import Source, build_source, source_config
 from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
 from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import load_tokenizer, train_tokenizer
+from ldm.places import made_folder
 from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
@@ -30,56 +32,43 @@ SHEET_LIKE = 5
 def validate(
     data: str,
     out: str = "out/validation",
-    split: str = "train",
-    image_column: str | None = None,
-    caption_column: str | None = None,
     image_size: int = 64,
-    background: str = "white",
-    held_out: dict[str, str] | None = None,
-    held_out_percent: float = 2.0,
     tokenizer: str | None = None,
     max_length: int = 77,
     workers: int | None = None,
+    **options: Unpack[DataOptions],
 ) -> Report:
     """Look at every picture and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
 
     Args:
         data: A folder of pictures with a metadata file, Parquet, a saved or named data set, or "openmoji".
         out: Folder for the results.
-        split: As data.split of a training.
-        image_column: As data.image_column.
-        caption_column: As data.caption_column.
         image_size: Pictures of fewer pixels on a side are counted.
-        background: As data.background.
-        held_out: As data.held_out.
-        held_out_percent: As data.held_out_percent.
         tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.
         max_length: Tokens a caption may have, as conditioners.text.max_length.
         workers: Processes that decode; none: one a core.
+        options: As the fields of data of a training.
 
     """
-    columns = {"split": split, "image_column": image_column, "caption_column": caption_column}
-    held = {"held_out": held_out or {}, "held_out_percent": held_out_percent}
-    config = source_config(data, image_size=image_size, background=background, **columns, **held)
+    config = checked(source_config(data, image_size=image_size, **options), "data")
     source = build_source(config)
     workers = cores() if workers is None else workers
-    report = inspect(source, config, _token_counter(tokenizer, max_length), max_length, workers)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    report = inspect(source, config, token_counter(tokenizer, max_length), max_length, workers)
+    folder = made_folder(out)
     (folder / "validation.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     _problem_sheet(report, source, config).save(folder / "contact_sheet.png")
     print(report.text())
     return report
 
 
-def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
+def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
     """Return what counts the tokens of captions, with the tokenizer in a folder or one learned from them."""
 
     def count(captions: Sequence[str]) -> list[int]:
         if tokenizer is None:
             chosen = train_tokenizer(captions, TextConfig.vocab_size, max_length)
         else:
-            with own_code_refused("--tokenizer", tokenizer):
+            with explained(f"--tokenizer {tokenizer}"), own_code_refused("--tokenizer", tokenizer):
                 chosen = load_tokenizer(tokenizer)
         return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
 

@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import traceback
-from contextlib import nullcontext
+import unicodedata
+from contextlib import chdir, nullcontext
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +31,12 @@ import torch
 import yaml
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
+from safetensors.torch import load_file, save_file
 
 from ldm import cli
+from ldm import sample as sample_module
 from ldm.conditioners.text import TextConditioner
-from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config import AutoencoderConfig, DataOptions, StageConfig
 from ldm.config_file import ConfigError, load_config, save_config
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
@@ -44,6 +47,8 @@ from ldm.evaluation.pictures import contact_sheet
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.text_encoder import train_tokenizer
+from ldm.provenance import Provenance
+from ldm.sample import sample, slug
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.export import export
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
@@ -57,6 +62,7 @@ from pipelines import PIPELINES, inputs
 
 from . import tiny_pipeline
 from .picture_folders import encoded, noise_picture, write_metadata
+from .tiny_evaluation import write_place
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +210,34 @@ class Bench:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.pictures / Path(name).name, folder / name)
         return folder
+
+    def write_place(self):
+        """Write what commands work on, once: models, data to measure them on, a training to average."""
+        folder = self.folder / "lines" / "place"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (self.folder / "home").mkdir()
+            write_place(folder)
+            for file in ("heldout.txt", "validation.txt"):
+                (folder / file).write_text("\n".join((folder / file).read_text().splitlines()[:3]))
+            run = self.folder / "lines" / "run"
+            shutil.copytree(folder / "stock", run / "model")
+            (run / "model" / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# Mine\n")
+            Provenance("data", "0" * 32, 1, 40, 1.0, 1.0, "none", {}).save(run / "model")
+            (run / "snapshots").mkdir()
+            (weights,) = (run / "model" / "unet").glob("*.safetensors")
+            tensors = {f"denoiser.{key}": tensor for key, tensor in load_file(weights).items()}
+            for step in range(5, 45, 5):
+                for length in (0.05, 0.1):
+                    about = {"global_step": str(step), "steps_taken": str(step), "sigma_rel": str(length)}
+                    save_file(tensors, run / "snapshots" / f"step-{step:07d}-{length}.safetensors", about)
+
+
+def _options_of(name):
+    """The options of a command."""
+    function = getattr(cli, name)
+    own = inspect_module.signature(function).parameters.keys() - cli.COMMANDS[name].positional.keys()
+    return (own - {"options"}) | (DataOptions.__annotations__.keys() if "options" in own else set())
 
 
 def kind_of(tree):
@@ -667,10 +701,17 @@ def _check_tokens(bench, read, learn):
         assert sheet.height < 2000 * len(read)
 
 
+def check_name(name):
+    """A part of a file name is one on every file system, and says nothing that cannot be seen."""
+    assert 1 <= len(name.encode()) <= 200
+    assert name == unicodedata.normalize("NFC", name) == name.lower().strip("-. ")
+    assert not set(name) & set('<>:"/\\|?*.')
+    kinds = {unicodedata.category(letter)[0] for letter in name}
+    assert not kinds & {"C", "Z"}, "control, bidirectional, unassigned, space"
+
+
 def _check_prompt(bench, text):
-    slug = cli.slug(text)
-    assert re.fullmatch(r"[a-z0-9._-]{1,80}", slug)
-    assert slug not in (".", "..")
+    check_name(slug(text))
     if not is_text(text):
         try:
             inputs.texts("prompt", text)
@@ -679,8 +720,8 @@ def _check_prompt(bench, text):
             str(error).encode()
             return
         raise AssertionError("a lone surrogate was taken as a prompt")
-    with patch.object(cli, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
-        (path,) = cli.sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
+    with patch.object(sample_module, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
+        (path,) = sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
     assert path.parent == bench.folder / "out"
     with Image.open(path) as picture:
         assert picture.text["prompt"] == text
@@ -712,7 +753,7 @@ def check_sample(bench, case):
     command = ["sample", "--model", "model", "--out", str(out), "--num_inference_steps=1"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with (
-        patch.object(cli, "load_pipeline", lambda *_: bench.pipeline),
+        patch.object(sample_module, "load_pipeline", lambda *_: bench.pipeline),
         open(os.devnull, "w", errors="backslashreplace") as sink,
         patch.object(sys, "stdout", sink),
         patch.object(sys, "stderr", sink),
@@ -927,6 +968,63 @@ def _check_refusal(error):
     str(error).encode("utf-8", "backslashreplace")
 
 
+# ---- the other commands ----
+
+OPTIONS = {name: sorted(_options_of(name)) for name in cli.COMMANDS}
+PLACES = (
+    *("place/model", "place/stock", "place/pixels", "place/clip", "place/pictures", "place/heldout.txt", "run"),
+    *("place/validation.txt", "place/factors.yaml", "run/model", "nowhere/at/all", "user/name@v1", "openmoji"),
+    *("~/x", "~", "$HOME/y", "$NOWHERE", "${", "a*b", "package:ldm/x", "new/folder"),
+)
+texts_of_lines = (
+    words.filter(lambda word: word not in ("1001", "9" * 30))
+    | st.sampled_from([*PLACES, "1e30", "2,x", "0.05", "0.05,0.1", "{}", '{"test": "place/heldout.txt"}', "[en, de]"])
+    | st.text(st.characters(exclude_characters="\0/"), max_size=6)
+)
+"""But for those that are right and take long: a thousand steps or processes."""
+command_lines = st.sampled_from(sorted(cli.COMMANDS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name),
+        st.sampled_from(PLACES) | texts_of_lines,
+        st.dictionaries(st.sampled_from([*OPTIONS[name], "modle"]), texts_of_lines, max_size=3),
+    )
+)
+USUAL = {
+    "validate": {"workers": "0"},
+    "sample": {"model": "place/model", "num_inference_steps": "1"},
+    "evaluate": {
+        **{"data": "place/pictures", "captions": "place/heldout.txt", "validation_captions": "place/validation.txt"},
+        **{"network": "place/clip", "num_inference_steps": "1", "variety_prompts": "0", "num_images_per_prompt": "2"},
+    },
+    "average": {"sigma_rel": "0.05", "network": "place/clip", "num_inference_steps": "1"},
+    "push": {},
+}
+RIGHT = {"validate": "place/pictures", "evaluate": "place/model", "average": "run", "push": "place/model"}
+"""What a command line says unless something else was drawn."""
+
+
+def check_line(bench, case):
+    """A command does what it is told, or exits with a message or jsonargparse's code 2; never with a traceback."""
+    name, first, options = case
+    positional = [first] if len(first) % 3 else [RIGHT.get(name, first)]
+    positional += ["me/model"] if name == "push" else []
+    line = [f"--{option}={text}" for option, text in {**USUAL[name], **options}.items()]
+    bench.write_place()
+    with (
+        chdir(bench.folder / "lines"),
+        patch.dict(os.environ, {"HOME": str(bench.folder / "home")}),
+        open(os.devnull, "w", errors="backslashreplace") as sink,
+        patch.object(sys, "stdout", sink),
+        patch.object(sys, "stderr", sink),
+    ):
+        try:
+            cli.main([name, *line, "--", *positional])
+        except SystemExit as stopped:
+            assert stopped.code in (0, 1, 2) or (isinstance(stopped.code, str) and stopped.code)
+        for folder in Path("run").glob("model-*"):
+            shutil.rmtree(folder)
+
+
 AREAS = {
     "config files": (text_configs, check_text_config),
     "configs": (lambda bench: config_cases(bench.trees), check_config),
@@ -937,6 +1035,7 @@ AREAS = {
     "metadata": (metadata_cases, check_metadata),
     "tables": (table_cases, check_table),
     "picture files": (file_cases, check_picture_file),
+    "command lines": (command_lines, check_line),
 }
 """Strategy, or what makes it for a `Bench`, and check of each area."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm.config import AutoencoderConfig, OptimConfig, StageConfig
+from ldm.config_check import FILES
 from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config_doctor import DoctorConfig
 from ldm.config_file import ConfigError, exit_on_config_error, load_config, save_config, tree_differences
-from ldm.places import portable
+from ldm.places import expanded, portable
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 STAGE = """
@@ -358,6 +360,59 @@ def test_saved_configs_read_back_equal(tmp_path):
     assert load_config(StageConfig, ["--config", str(tmp_path / "saved.yaml")]) == config
     assert "languages:\n  - 'no'\n  - en" in (tmp_path / "saved.yaml").read_text()
     assert set(yaml.safe_load((tmp_path / "saved.yaml").read_text())) == {f.name for f in fields(StageConfig)}
+
+
+PLACES = [path for path in leaves(StageConfig) if path.split(".")[-1] in FILES and path != "objective.path"]
+
+
+def test_every_path_of_a_config_is_expanded_and_none_of_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/zaphod")
+    monkeypatch.setenv("DISK", "/mnt/disk")
+    every = ConditionersConfig(TextConfig(), image=ImageConfig("x"))
+    whole = asdict(StageConfig("x", {"pretrained": "$DISK/~/pretrained"}, conditioners=every))
+    for path in PLACES:
+        *parents, name = path.split(".")
+        part = reduce(dict.__getitem__, parents, whole)
+        part[name] = {"test": "~/t.txt", "validation": "${DISK}/v.txt"} if name == "held_out" else f"$DISK/~/{name}"
+    file = tmp_path / "whole.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(whole))))
+    read = asdict(load_config(StageConfig, [f"--config={file}", "--space.autoencoder=~/vae"]))
+    assert read["space"]["autoencoder"] == "/home/zaphod/vae"
+    assert read["data"]["held_out"] == {"test": "/home/zaphod/t.txt", "validation": "/mnt/disk/v.txt"}
+    assert read["denoiser"]["pretrained"] == "/mnt/disk/~/pretrained", "~ is a home at the beginning alone"
+    assert "$" not in str(read)
+    save_config(load_config(StageConfig, ["--config", str(file)]), tmp_path / "saved.yaml")
+    saved = (tmp_path / "saved.yaml").read_text()
+    assert not [word for word in ("zaphod", "/mnt", "$") if word in saved]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output_dir", "$NOWHERE/x"], "output_dir: got '$NOWHERE/x'; the environment variable NOWHERE is not set"),
+        (["--output_dir", "${}"], "output_dir: got '${}'; the environment variable  is not set"),
+        (["--data.path", "~nobody-here/x"], "data.path: got '~nobody-here/x'; there is no such user; for a folder of"),
+        (["--data.held_out.test", "$NOWHERE"], "data.held_out.test: got '$NOWHERE'; the environment variable"),
+        (["--denoiser.pretrained", "$NOWHERE"], "denoiser.pretrained: got '$NOWHERE'; the environment variable"),
+        (["--output_dir", "out/${HF_TOKEN}"], "output_dir: ${HF_TOKEN} may be a secret, which a path would tell"),
+        (["--config", "$NOWHERE/x.yaml"], "--config: got '$NOWHERE/x.yaml'; the environment variable NOWHERE"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_named(words, message, tmp_path):
+    assert problems(StageConfig, STAGE, tmp_path, *words)[0].startswith(message)
+
+
+def test_what_a_variable_says_is_a_path_and_nobody_on_the_hub_is_asked_for_it(monkeypatch):
+    monkeypatch.setenv("OWNER", "somebody")
+    for text, path in {
+        "$OWNER/x": "./somebody/x",
+        "/a/$OWNER": "/a/somebody",
+        "me/model@v1": "me/model@v1",
+        "https://x/$OWNER": "https://x/$OWNER",
+        "US$ 5": "US$ 5",
+        "./~x": "./~x",
+    }.items():
+        assert expanded(text, "data.path") == path
 
 
 ODD = ["1e-4", "no", "null", "~", "<<", "=", "#1", "0x1", "12:30", "a: #b", "a\x85b", "\u2028", "\ufeff", " a "]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import ldm.training.loop as loop_module
 import train_text2img
 import train_vae
-from ldm import cli
 from ldm.provenance import TRAINED_IMAGES, read_provenance
+from ldm.sample import sample
 
 from .conftest import CORES
 
@@ -161,13 +161,13 @@ def test_a_learned_variance_trains_and_samples(vae, tmp_path, monkeypatch):
     model = train_model(monkeypatch, tmp_path, vae, *more)
     (last_layer,) = (load_file(path)["conv_out.weight"] for path in (model / "unet").glob("*.safetensors"))
     assert (last_layer.flatten(1).abs().amax(1) > 0).tolist() == [True] * 8, "zeros at first: mean and variance learn"
-    (path,) = cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
+    (path,) = sample(["a cat"], str(model), str(tmp_path), num_inference_steps=2, trust_remote_code=True)
     assert Image.open(path).size == (32, 32)
 
 
 def test_samples_carry_their_settings_and_repeat(model, tmp_path):
     for folder in ("a", "b"):
-        paths = cli.sample(["a red / cat"], str(model), str(tmp_path / folder), num_inference_steps=2, seed=5)
+        paths = sample(["a red / cat"], str(model), str(tmp_path / folder), num_inference_steps=2, seed=5)
     one, two = (Image.open(tmp_path / folder / paths[0].name) for folder in ("a", "b"))
     assert paths[0].name == "a-red-cat-5.png"
     assert one.text == {
@@ -183,16 +183,16 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
     Image.new("RGBA", (50, 40), (255, 255, 255, 0)).save(tmp_path / "nothing.png")
     more = {"num_inference_steps": 4, "guidance_scale": 1.0, "trust_remote_code": trust}
     start = {"image": str(tmp_path / "red.png"), "strength": 0.5}
-    (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "out"), **start, **more)
+    (path,) = sample(["a cat"], str(model), str(tmp_path / "out"), **start, **more)
     drawn = Image.open(path)
     assert (drawn.size, drawn.text["strength"]) == ((32, 32), "0.5")
     assert str(tmp_path) not in str(drawn.text)
     start = {"image": str(tmp_path / "red.png"), "mask_image": str(tmp_path / "nothing.png")}
-    (path,) = cli.sample(["a cat"], str(model), str(tmp_path / "kept"), **start, **more)
+    (path,) = sample(["a cat"], str(model), str(tmp_path / "kept"), **start, **more)
     assert Image.open(path).text["strength"] == "1.0"
-    (path,) = cli.sample(["a dog"], str(model), str(tmp_path / "all"), image=str(tmp_path / "red.png"), **more)
+    (path,) = sample(["a dog"], str(model), str(tmp_path / "all"), image=str(tmp_path / "red.png"), **more)
     assert Image.open(path).text["strength"] == "0.8"
-    (again,) = cli.sample(["a dog"], str(model), str(tmp_path / "more"), image=str(path), **more)
+    (again,) = sample(["a dog"], str(model), str(tmp_path / "more"), image=str(path), **more)
     assert again.read_bytes() != path.read_bytes()
     for wrong, message in (
         ({"strength": 0.5}, "say of which --image"),
@@ -203,9 +203,10 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
         ({"image": str(tmp_path / "red.png"), "strength": 0.2}, "strength: got 0.2; .* at least one of the 4 steps"),
     ):
         with pytest.raises(ValueError, match=message):
-            cli.sample(["a cat"], str(model), str(tmp_path), **wrong, **more)
+            sample(["a cat"], str(model), str(tmp_path), **wrong, **more)
+    over = {"image": str(again), "overwrite": True}
     with pytest.raises(ValueError, match=r"more/a-dog-0\.png would be written over itself: name another --out"):
-        cli.sample(["a dog"], str(model), str(again.parent), image=str(again), **more)
+        sample(["a dog"], str(model), str(again.parent), **over, **more)
 
 
 def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):

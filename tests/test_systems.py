@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_text2img
 from ldm import cli
+from ldm.sample import sample
 
 from . import coloured_shapes
 from .fake_hub import FakeHub
@@ -278,15 +279,15 @@ def test_it_is_pushed(trained, tmp_path, monkeypatch):
 def test_the_shell_draws_it(trained, tmp_path):
     told, model = trained
     call = {"num_inference_steps": 2, "trust_remote_code": True}
-    (path,) = cli.sample([""], str(model), str(tmp_path), **call)
+    (path,) = sample([""], str(model), str(tmp_path), **call)
     assert Image.open(path).size == (16, 16)
     with pytest.raises(ValueError, match="takes class_labels and no text"):
-        cli.sample(["a cat"], str(model), str(tmp_path), **call)
+        sample(["a cat"], str(model), str(tmp_path), **call)
     if told == "classes":
-        (path,) = cli.sample(["3"], str(model), str(tmp_path), **call)
+        (path,) = sample(["3"], str(model), str(tmp_path), **call)
         assert Image.open(path).text["prompt"] == "3"
         with pytest.raises(ValueError, match="--trust_remote_code true"):
-            cli.sample([""], str(model), str(tmp_path), num_inference_steps=2)
+            sample([""], str(model), str(tmp_path), num_inference_steps=2)
 
 
 def test_training_in_latents_helps(latent):
@@ -344,11 +345,11 @@ def test_latents_are_pushed_and_drawn_by_the_shell(latent, tmp_path, monkeypatch
     assert {"pipeline.py", "README.md", f"transformer/{weights}", f"vae/{weights}"} <= pushed.keys()
     start = {"image": str(model / "samples.png"), "strength": 0.5}
     call = {"num_inference_steps": 4, "trust_remote_code": True}
-    (path,) = cli.sample(["a cat"], str(model), str(tmp_path), **call, **start)
+    (path,) = sample(["a cat"], str(model), str(tmp_path), **call, **start)
     assert Image.open(path).size == (32, 32)
-    (plain,) = cli.sample(["a cat"], str(model), str(tmp_path / "plain"), num_inference_steps=4)
-    (own,) = cli.sample(["a cat"], str(model), str(tmp_path / "own"), **call)
+    (plain,) = sample(["a cat"], str(model), str(tmp_path / "plain"), num_inference_steps=4)
+    (own,) = sample(["a cat"], str(model), str(tmp_path / "own"), **call)
     levels = np.asarray(Image.open(plain)).astype(int) - np.asarray(Image.open(own))
     assert np.abs(levels).max() <= 1, "drawn by the stock class as by ours"
     with pytest.raises(ValueError, match="PixArtAlphaPipeline starts from no picture, and diffusers has no other"):
-        cli.sample(["a cat"], str(model), str(tmp_path), num_inference_steps=4, **start)
+        sample(["a cat"], str(model), str(tmp_path), num_inference_steps=4, **start)

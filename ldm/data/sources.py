@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ldm.config import DataConfig
+from ldm.config import DataConfig, SourceName
 from ldm.config_check import explained
 from ldm.data import layout
 from ldm.data.folder import FolderRows
@@ -118,12 +118,14 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
     return saved[split], {"root": os.path.realpath(path)}
 
 
-def source_config(data: str, **more: Any) -> DataConfig:
-    """Return the config, with values `more`, of what `data` names.
+def source_config(data: str, source: SourceName | None = None, **more: Any) -> DataConfig:
+    """Return the config, with values `more`, of what `data` names, read as `source` if that is given.
 
     That is "openmoji", a folder of pictures with a metadata file, a Parquet file or a folder of them, a folder that
     `datasets` saved, or else the name of a data set.
     """
+    if source is not None:
+        return DataConfig(source=source, path=None if source == "openmoji" else data, **more)
     if data == "openmoji":
         return DataConfig(**more)
     return DataConfig(source=layout.kind_of(data), path=data, **more)

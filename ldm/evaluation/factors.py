@@ -26,7 +26,10 @@ def read_factors(path: str | Path) -> dict[str, list[str]]:
         ValueError: the file holds something else; FileNotFoundError: there is none.
 
     """
-    found = yaml.safe_load(read_text(path))
+    try:
+        found = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: neither YAML nor JSON: {' '.join(str(error).split())[:300]}") from None
     good = isinstance(found, dict) and all(
         isinstance(of, list) and len(of) > 1 and all(isinstance(word, str) and word.strip() for word in of)
         for of in found.values()

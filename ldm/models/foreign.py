@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ldm.json_file import read_object
 from ldm.places import PLAIN_NAME, pinned
 
 LIBRARIES = ("diffusers", "transformers")
@@ -27,6 +27,8 @@ def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str
 
     """
     name, revision = pinned(model)
+    if (file := Path(name) / "model_index.json").is_file():
+        read_object(file)
     index, _, commit = DiffusionPipeline.load_config(
         name, return_unused_kwargs=True, return_commit_hash=True, **revision
     )
@@ -46,8 +48,9 @@ def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str
 def refuse_strange_shards(folder: str | Path) -> None:
     """Raise ValueError if an index of weights in `folder` names what is no safetensors file of that folder."""
     for index in sorted(Path(folder).glob("*.safetensors.index.json")):
-        for shard in set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()):
-            if not PLAIN_NAME.fullmatch(shard) or not shard.endswith(".safetensors"):
+        shards = read_object(index).get("weight_map", {})
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not (isinstance(shard, str) and PLAIN_NAME.fullmatch(shard) and shard.endswith(".safetensors")):
                 raise ValueError(
                     f"{index} names {shard!r}; weights are read from safetensors files beside it and nothing else"
                 )

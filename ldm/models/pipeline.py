@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from ldm.config_check import explained, shown
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 
@@ -28,9 +30,10 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
         name, revision = checked_pipeline(model, trust_remote_code)
         if trust_remote_code:
             own = {"custom_pipeline": name, "trust_remote_code": True, "custom_revision": revision.get("revision")}
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own
-        )
+        with explained(model):
+            pipeline = DiffusionPipeline.from_pretrained(
+                name, use_safetensors=True, low_cpu_mem_usage=False, **revision, **own
+            )
     except OSError as error:
         if (Path(model) / "model_index.json").exists():
             raise
@@ -84,6 +87,30 @@ def plain_call(pipeline: Any) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name in takes}
 
 
+DEFAULT_GUIDANCE = 3.0
+
+
+def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float | None) -> dict[str, Any]:
+    """Return the settings of sampling that a pipeline's call takes; `DEFAULT_GUIDANCE` if None is given.
+
+    Raises:
+        ValueError: they are out of range; or there is to be guidance, which the pipeline does not have.
+
+    """
+    most = pipeline.scheduler.config.num_train_timesteps
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= most:
+        raise ValueError(
+            f"num_inference_steps: got {shown(num_inference_steps)}; expected a whole number from 1 to {most}"
+        )
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale: got {shown(guidance_scale)}; expected a finite number, 0 or more")
+    guided = "guidance_scale" in inspect.signature(pipeline.__call__).parameters
+    if not guided and guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale: got {guidance_scale}; {type(pipeline).__name__} has none; leave it out")
+    scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
+    return {"num_inference_steps": num_inference_steps} | ({"guidance_scale": scale} if guided else {})
+
+
 TOLD = ("prompt", "class_labels", "batch_size")
 """Keywords of diffusers' pipelines that say what to draw, the one that says most first."""
 
@@ -125,4 +152,5 @@ def image_size(pipeline: Any) -> int:
             "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]
-    return pixels if parts.get("vae") is None else pixels * downsampling_factor(parts["vae"])
+    autoencoder = parts.get("vae") or parts.get("vqvae")
+    return pixels if autoencoder is None else pixels * downsampling_factor(autoencoder)

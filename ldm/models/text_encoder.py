@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 from collections import Counter, defaultdict
@@ -33,7 +32,7 @@ from ldm.config_conditioners import TextConfig
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import PLAIN_NAME
+from ldm.places import PLAIN_NAME, resolve
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -242,26 +241,3 @@ def load_tokenizer(pretrained: str) -> Any:
     """Return the tokenizer of a pipeline or in a folder of its own, named as in `load_text_encoder`."""
     place, keywords = find_component(resolve(pretrained), ("tokenizer",))
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
-
-
-def resolve(pretrained: str) -> str:
-    """Return the folder that ``package:NAME/FOLDER`` names; any other name unchanged. No code of the package is run.
-
-    Raises:
-        ImportError: there is no installed package NAME.
-        FileNotFoundError: it has no such folder.
-
-    """
-    if not pretrained.startswith("package:"):
-        return pretrained
-    package, _, folder = pretrained.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"conditioners.text.pretrained: no package {package!r} is installed; pip install the distribution that "
-            f"holds it (often {package.replace('_', '-')}), or name a folder"
-        )
-    path = Path(spec.submodule_search_locations[0]) / folder
-    if not path.is_dir():
-        raise FileNotFoundError(f"conditioners.text.pretrained: the package {package} has no folder {folder!r}")
-    return str(path)

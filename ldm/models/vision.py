@@ -29,6 +29,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from ldm.config_check import explained
 from ldm.models.features import EFFICIENTNETS, efficientnet
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import weights_sha256
@@ -98,7 +99,7 @@ class ClipScore:
         network = _load(name, ("clip",))
         self.network, self.images = network.network, network.features
         place, revision = pinned(name)
-        with own_code_refused("the tokenizer", name):
+        with explained(name), own_code_refused("the tokenizer", name):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **revision)
 
     @torch.no_grad()
@@ -172,6 +173,11 @@ class _Loaded:
 
 
 def _load(name: str, kinds: Sequence[str]) -> _Loaded:
+    with explained(name):
+        return _read(name, kinds)
+
+
+def _read(name: str, kinds: Sequence[str]) -> _Loaded:
     place, revision = pinned(name)
     with own_code_refused("a feature network", name):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **revision)

@@ -186,9 +186,11 @@ class CheckpointStore:
             try:
                 if name == "state.json":
                     state = json.loads(data)
+                    if not isinstance(state, dict):
+                        raise ValueError(f"a {type(state).__name__}; expected an object")
                 else:
                     tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
-            except (ValueError, SafetensorError) as error:
+            except (ValueError, RecursionError, SafetensorError) as error:
                 raise bad_file(path / name, f"is as it was written, but cannot be read: {error}") from error
         return Checkpoint(manifest["global_step"], tensors, state)
 

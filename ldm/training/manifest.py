@@ -63,17 +63,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_file(path, f"is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest_of(manifest):
         raise bad_file(path, "does not have the sha256 that it says it has: it was changed")
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, expected {FORMAT}: use the version of ldm that wrote it"
+            f"{path} has format {manifest.get('format')}, expected {FORMAT}: use the version of ldm that wrote it"
         )
-    for name in manifest["files"]:  # its own sha256 tells of accidents; anybody can write one that is right
+    files = manifest.get("files")  # its own sha256 tells of accidents; anybody can write one that is right
+    if not isinstance(files, dict) or not isinstance(manifest.get("global_step"), int):
+        raise bad_file(path, "has no global_step or no files")
+    for name, entry in files.items():
         if not PLAIN_NAME.fullmatch(name):
             raise bad_file(path, f"names {name!r}, which is no file of its folder")
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise bad_file(path, f"says neither size nor sha256 of {name}")
     return manifest
 
 

@@ -18,6 +18,7 @@ from ldm.card import CARD, tell_average, write_card
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.hub import HubError, check, push
+from ldm.places import pretrained_place
 from ldm.provenance import read_provenance, save_trained_images
 from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
@@ -99,7 +100,7 @@ class ModelFolder:
 
     def _write(self) -> None:
         config = self.config
-        named = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
+        named = pretrained_parts(config) if isinstance(config, StageConfig) else [pretrained_place(config.autoencoder)]
         parts = [part for part in named if part]
         with self.run.stop.held():  # weights, record and card are of one step
             (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config import AutoencoderConfig, DataConfig, DataOptions, StageConfig
 from ldm.config_file import ConfigError, tree_differences
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.models.text_encoder import tokenizer_from_json, tokenizer_hash, tokenizer_json
@@ -214,6 +214,7 @@ def provenance(progress: Progress, train: PositionDataset, networks: Sequence[st
         hardware=hardware(),
         versions=versions(),
         networks=sorted({*networks, *chain.from_iterable(inherited)}),
+        data_options=data_options(train.images.config),
     )
 
 
@@ -222,3 +223,9 @@ def all_trained_images(own: Tensor, parts: Sequence[str]) -> Tensor:
     inherited = (found for part in parts if (found := read_trained_images(part)) is not None)
     keys: Tensor = torch.unique(torch.cat([own, *inherited]))
     return keys
+
+
+def data_options(config: DataConfig) -> DataOptions:
+    """Return how the data are read, without folders of this machine."""
+    read: dict[str, Any] = {name: getattr(config, name) for name in DataOptions.__annotations__}
+    return cast(DataOptions, read | {"held_out": portable(config.held_out)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -109,8 +110,12 @@ def _read(path: Path) -> Snapshot:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
+        steps, taken = int(about["global_step"]), int(about["steps_taken"])
+        sigma_rel = float(about["sigma_rel"])
+        if not (0 < taken <= steps and 0 < sigma_rel < math.inf):
+            raise ValueError(f"steps {steps}, {taken} of them taken, length {sigma_rel}")
         frozen = tuple(json.loads(about.get("frozen", "[]")))  # version 0.1.0 trained whole networks
-        return Snapshot(path, int(about["global_step"]), int(about["steps_taken"]), float(about["sigma_rel"]), frozen)
+        return Snapshot(path, steps, taken, sigma_rel, frozen)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise _bad(path, error) from error
 

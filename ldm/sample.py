@@ -1,0 +1,182 @@
+"""``ldm sample``: images of prompts from any pipeline, as files that say how they were made."""
+
+from __future__ import annotations
+
+import inspect
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.data.headers import PictureError, decode, open_picture
+from ldm.data.pixels import to_rgb
+from ldm.models.pipeline import call_settings, image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.places import made_folder
+
+NAME_LETTERS, NAME_BYTES = 80, 200
+"""Of a prompt in a file name: file systems take 255 bytes, and seed, number and suffix follow."""
+
+
+def sample(
+    prompts: Sequence[str],
+    model: str,
+    out: str = ".",
+    negative_prompt: str = "",
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float | None = None,
+    image: str | None = None,
+    mask_image: str | None = None,
+    strength: float | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> list[Path]:
+    """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
+
+    Args:
+        prompts: What to draw, one image each: texts; numbers of classes; or "" of a model that takes neither.
+        model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
+        out: Folder for the images.
+        negative_prompt: What to steer away from.
+        seed: Seed of the first image; the next ones count up.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
+        image: Image to start from; transparent parts are white.
+        mask_image: Image of its size, white where it is drawn anew; transparent parts are black.
+        strength: Share of the steps that the image goes through; left out: 0.8, and with a mask all.
+        overwrite: Write over files of the same name; left out, the next free name is taken (a-cat-0-2.png).
+        trust_remote_code: Run the pipeline code that came with the model.
+
+    """
+    if not -(2**62) <= seed <= 2**62:
+        raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
+    for name, text in [("negative_prompt", negative_prompt), *(("prompts", prompt) for prompt in prompts)]:
+        if not _is_unicode(text):
+            raise ValueError(f"{name}: got {text!r:.80}, which is not valid Unicode")
+    paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
+    started_at: dict[str, Any] = {}
+    if image is not None:
+        started_at["strength"] = checked_strength(strength, num_inference_steps, mask_image is not None)
+        if overwrite:
+            refuse_overwriting(paths, image, mask_image)
+    elif mask_image is not None or strength is not None:
+        raise ValueError("mask_image, strength: say of which --image")
+    pipeline, images = load_pipeline(model, trust_remote_code), {}
+    settings = call_settings(pipeline, num_inference_steps, guidance_scale) | started_at
+    if image is not None:
+        images = started(image_size(pipeline), image=image, mask_image=mask_image)
+        pipeline = starting_from(pipeline, masked=mask_image is not None)
+    made_folder(out)
+    written = []
+    for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        draw = torch.Generator().manual_seed(seed + number)
+        call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
+        drawn = pipeline(**call, **images, generator=draw, **settings).images[0]
+        described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
+        written.append(write_image(drawn, path, described, overwrite))
+        print(written[-1])
+    return written
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def checked_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:
+    """Return the share of the steps that an image goes through; ValueError if that is not one of them."""
+    share = (1.0 if masked else 0.8) if strength is None else strength
+    if not 0 < share <= 1 or int(share * num_inference_steps) < 1:
+        raise ValueError(
+            f"strength: got {share:g}; expected at most 1, and at least one of the {num_inference_steps} steps"
+        )
+    return share
+
+
+def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
+    """Raise ValueError if one of `paths`, to be written, is a file that is to be read."""
+    sources = {Path(file).resolve() for file in read if file is not None}
+    for path in paths:
+        if path.resolve() in sources:
+            raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
+
+
+def started(size: int, **files: str | None) -> dict[str, Image.Image]:
+    """Return the images in `files`, those that are named, at `size` pixels height and width; ValueError if none."""
+    images = {}
+    for name, file in files.items():
+        if file is not None:
+            try:
+                behind = "black" if name == "mask_image" else "white"
+                image = to_rgb(decode(open_picture(file)), behind)
+                images[name] = image.resize((size, size), Image.Resampling.LANCZOS)
+            except (OSError, PictureError) as error:
+                raise ValueError(f"{name}: {file}: {error}") from error
+    return images
+
+
+def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
+    """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
+    told, takes = told_by(pipeline), inspect.signature(pipeline.__call__).parameters
+    name = type(pipeline).__name__
+    if negative_prompt and (told != "prompt" or "negative_prompt" not in takes):
+        raise ValueError(f"negative_prompt: {name} takes none; leave it out")
+    if told == "prompt":
+        return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
+    if not prompt and takes[told].default is not inspect.Parameter.empty:
+        return {}
+    if told == "class_labels" and prompt.isdecimal():
+        return {"class_labels": [int(prompt)]}
+    if not prompt:
+        raise ValueError(f"prompts: got {prompt!r}; name a class of {name} by its number")
+    raise ValueError(f"prompts: got {prompt!r}; {name} takes {told} and no text")
+
+
+def slug(text: str) -> str:
+    """Return a part of a file name that reminds of a text, in at most `NAME_LETTERS` letters and `NAME_BYTES` bytes.
+
+    Letters, digits and marks of every script, and emoji, in lower case and normalised (NFC); a "-" stands for
+    everything else: separators, punctuation, control, invisible and bidirectional characters. Where nothing is left, it
+    is a hash of the text, or "image" of an empty one.
+    """
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+    words = "".join(letter if _is_name(letter) else " " for letter in plain).split()
+    name = "-".join(words)[:NAME_LETTERS].encode()[:NAME_BYTES].decode(errors="ignore").strip("-")
+    digest = blake2b(text.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    return name or (digest if text.strip() else "image")
+
+
+def _is_name(letter: str) -> bool:
+    kind = unicodedata.category(letter)
+    is_skin_tone = "\U0001f3fb" <= letter <= "\U0001f3ff"
+    return letter == "_" or kind[0] in "LN" or kind in ("Mn", "Mc", "So") or is_skin_tone
+
+
+def write_image(image: Image.Image, path: Path, described: Mapping[str, object], overwrite: bool = False) -> Path:
+    """Return where an image is now, as PNG with the texts `described`: `path`, or the next name that is free.
+
+    A file that is there is written over only if `overwrite`.
+    """
+    text, data = PngInfo(), BytesIO()
+    for key, value in described.items():
+        text.add_itxt(key, str(value))
+    image.save(data, "PNG", pnginfo=text)
+    for free in _names(path):
+        try:
+            with free.open("wb" if overwrite else "xb") as file:
+                file.write(data.getbuffer())
+        except FileExistsError:
+            continue
+        return free
+    raise AssertionError("there is always a next name")
+
+
+def _names(path: Path) -> Iterator[Path]:
+    yield path
+    yield from (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
