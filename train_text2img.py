@@ -21,6 +21,7 @@ from ldm.training.record import recorded_tokenizer, refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
+from ldm.training.signals import exit_on_interrupt
 from ldm.training.snapshots import Snapshots
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
@@ -29,6 +30,7 @@ from pipelines import PIPELINES
 STATISTICS_PICTURES = 4096
 
 
+@exit_on_interrupt()
 @exit_on_config_error()
 def main() -> None:
     """Train, validate, save the pipeline folder, push it if asked to."""

@@ -22,9 +22,11 @@ from ldm.training.record import refuse_leaks, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing
+from ldm.training.signals import exit_on_interrupt
 from ldm.training.steps import AutoencoderStep
 
 
+@exit_on_interrupt()
 @exit_on_config_error()
 def main() -> None:
     """Train, validate, bring the latents to unit scale, save, push if asked to."""

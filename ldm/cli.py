@@ -15,11 +15,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.average import average
+from ldm.cache import cache
 from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
 from ldm.models.pipeline import image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.training.signals import exit_on_interrupt
 from ldm.validate import validate
 
 
@@ -127,6 +129,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-.")[:80] or "picture"
 
 
+@exit_on_interrupt()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="ldm", description=__doc__)
@@ -152,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     averaging.add_argument("run", help="folder of a training with snapshot_every_steps, its output_dir")
     averaging.add_function_arguments(average, skip={"run"}, as_positional=False)
     commands.add_subcommand("average", averaging)
+    caching = ArgumentParser(description="List, or delete, what is kept between runs and can be computed again.")
+    caching.add_function_arguments(cache, as_positional=False)
+    commands.add_subcommand("cache", caching)
     chosen = parser.parse_args(argv)
     arguments = chosen[chosen.subcommand].as_dict()
     try:
@@ -162,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 evaluate(**arguments)
             case "average":
                 average(**arguments)
+            case "cache":
+                cache(**arguments)
             case "push":
                 print(push(**arguments))
             case "validate" if validate(**arguments).stops:

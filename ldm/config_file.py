@@ -28,7 +28,6 @@ from .places import portable
 
 __all__ = [
     "ConfigError",
-    "config_differences",
     "config_text",
     "exit_on_config_error",
     "load_config",
@@ -121,11 +120,6 @@ def config_text(tree: Mapping[str, Any]) -> str:
     """Return the fields of a config as the YAML that `load_config` reads."""
     text: str = yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)
     return text
-
-
-def config_differences(a: Any, b: Any) -> list[str]:
-    """Return a line ``path: old -> new`` for each leaf in which two configs of one kind differ."""
-    return list(tree_differences(asdict(a), asdict(b)))
 
 
 def tree_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:

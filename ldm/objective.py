@@ -75,11 +75,6 @@ class Objective:
         """The noise levels that training draws; alone of all here it can learn, see `Density.observe`."""
         return build_density(self.config)
 
-    def loss(self, predict: Predict, x0: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return `loss_at` random noise and levels, by the weight of the density, shape (B,)."""
-        noise, levels = self.draw(x0, generators)
-        return self.density.weight(levels).to(x0.device) * self.loss_at(predict, x0, noise, levels)
-
     def draw(self, x0: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return noise, shaped like `x0` and on its device, and noise levels from the density, (B,).
 

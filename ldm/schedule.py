@@ -111,17 +111,6 @@ class FlowSchedule:
         return 1 - t, t
 
 
-def terminal_kl(schedule: Schedule, data_rms: float = 1.0) -> float:
-    """Return KL(q(x_T | x0) || N(0, I)) in bits per dimension, averaged over x0 of the given RMS.
-
-    L_T of Ho et al. 2020, eq. 5: how far the noise that sampling starts from is from what training ended in.
-    It is (alpha^2 x0^2 + sigma^2 - 1 - ln sigma^2) / 2 nats, and 0 at zero terminal SNR.
-    """
-    alpha, sigma = schedule.alpha_sigma(schedule.timesteps(torch.ones(())), dtype=torch.float64)
-    nats = ((data_rms * alpha).square() + sigma.square() - 1 - sigma.square().log()) / 2
-    return float(nats) / math.log(2)
-
-
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Return betas whose last alpha is exactly 0 and first alpha unchanged (Lin et al. 2024, algorithm 1)."""
     alpha = (1 - betas).cumprod(0).sqrt()

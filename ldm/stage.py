@@ -17,7 +17,7 @@ from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
 from ldm.config import StageConfig
-from ldm.config_check import ConfigError
+from ldm.config_check import ConfigError, explained
 from ldm.config_conditioners import ConditionersConfig
 from ldm.models.clip import load_image_encoder
 from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
@@ -109,9 +109,10 @@ def build_conditioners(
         if not captions:
             raise ConfigError("conditioners.text: no training picture has a caption; name them in data.caption_column")
         encoder, tokenizer = build_text_encoder(text, captions, tokenizer)
-        conditioners["text"] = TextConditioner(
-            encoder, tokenizer, train=text.train, dropout=text.dropout, keywords=text.keywords
-        )
+        with explained("conditioners.text"):
+            conditioners["text"] = TextConditioner(
+                encoder, tokenizer, train=text.train, dropout=text.dropout, keywords=text.keywords
+            )
     if (label := config.label) is not None:
         conditioners["label"] = LabelConditioner(label.num_classes, label.dropout)
     if (image := config.image) is not None:

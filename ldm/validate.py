@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoTokenizer
 
 from ldm.config import DataConfig
 from ldm.config_conditioners import TextConfig
@@ -19,12 +18,13 @@ from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
 from ldm.models.foreign import own_code_refused
-from ldm.models.text_encoder import resolve, train_tokenizer
-from ldm.places import pinned
+from ldm.models.text_encoder import load_tokenizer, train_tokenizer
 from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
 """Of each kind."""
+SHEET_LIKE = 5
+"""Images that stand beside the one that repeats them or looks like them."""
 
 
 def validate(
@@ -79,13 +79,8 @@ def _token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
         if tokenizer is None:
             chosen = train_tokenizer(captions, TextConfig.vocab_size, max_length)
         else:
-            name, revision = pinned(tokenizer)
-            folder = resolve(name)
-            below = f"{folder}/tokenizer"
             with own_code_refused("--tokenizer", tokenizer):
-                chosen = AutoTokenizer.from_pretrained(
-                    below if Path(below).is_dir() else folder, trust_remote_code=False, **revision
-                )
+                chosen = load_tokenizer(tokenizer)
         return [len(tokens) for tokens in chosen(list(captions), verbose=False)["input_ids"]]
 
     return count
@@ -99,9 +94,8 @@ def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.
     ]
     for kind in dict.fromkeys(problem.kind for problem in report.problems):
         for problem in [problem for problem in report.problems if problem.kind == kind][:SHEET_PROBLEMS]:
-            if problem.like is not None:
-                cells.append((problem.like, place(source, problem.like)))
             cells.append((problem.row, str(problem)))
+            cells += [(row, place(source, row)) for row in problem.like[:SHEET_LIKE]]
 
     def picture(row: int | None) -> NDArray[np.uint8]:
         try:

@@ -319,10 +319,11 @@ def test_the_relative_update_of_each_part_is_that_of_its_weights():
     module = nn.ModuleDict(
         {"moved": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False), "plain": nn.ReLU()}
     )
-    modules = {"one": module, "other": nn.Linear(1, 1, bias=False)}
-    before = weights(modules)
-    with torch.no_grad():
-        for parameter in modules["one"].parameters():
-            parameter.mul_(1.25)
-    norms = {name: float(value) for name, value in update_norms(modules, before).items()}
+    norms = {}
+    for name, one in {"one": module, "other": nn.Linear(1, 1, bias=False)}.items():
+        before = weights(name, one)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.25)
+        norms |= {part: float(value) for part, value in update_norms(name, one, before).items()}
     assert norms == pytest.approx({"update_norm/one.moved": 0.25, "update_norm/one.frozen": 0, "update_norm/other": 0})

@@ -7,7 +7,6 @@ from PIL import Image
 
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
-from ldm.data.cache import CachedRows
 from ldm.data.loader import training_batches
 
 
@@ -131,27 +130,6 @@ def test_first_pictures_are_of_their_split_whatever_its_order():
     levels = {round(float(value)) for value in (few[:, 0, 4, 4] + 1) * 12.75}
     assert levels != set(range(5)), "the first by hash, not by row"
     assert len(split.first_pictures("train", 100)) == 12
-
-
-def test_an_interrupted_cache_build_goes_on_where_it_stopped():
-    calls = []
-
-    def compute(rows, fail_at=None):
-        calls.extend(rows)
-        if fail_at in rows:
-            raise KeyboardInterrupt
-        return {"value": torch.tensor([float(row) for row in rows])}
-
-    with pytest.raises(KeyboardInterrupt):
-        CachedRows("test", "interrupted", 10, lambda rows: compute(rows, fail_at=7), rows_per_shard=4)
-    calls.clear()
-    rows = CachedRows("test", "interrupted", 10, compute, rows_per_shard=4)
-    assert sorted(calls) == list(range(4, 10))  # the first shard was kept
-    assert [float(rows[row]["value"]) for row in range(10)] == list(range(10))
-    calls.clear()
-    CachedRows("test", "interrupted", 10, compute, rows_per_shard=4)
-    CachedRows("test", "another key", 10, compute, rows_per_shard=4)
-    assert sorted(calls) == list(range(10))  # only for the new key
 
 
 def test_pictures_of_equal_pixels_share_a_place_in_the_gallery():

@@ -1,11 +1,13 @@
 """What each conditioner tells, against its definition; its null; and that a sample's draws are its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import (
+    BertModel,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -19,12 +21,14 @@ from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
 from ldm.conditioners.text import TextConditioner
 from ldm.conditioning import nested
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config_conditioners import UNKNOWN_CLASS, TextConfig
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder
+from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import EmbeddingSpace
 from ldm.stage import ConditionedDenoiser
+from pipelines.text2img import TextToImagePipeline
 
 from . import tiny_pipeline
 
@@ -62,6 +66,26 @@ def text(**keywords):
     return TextConditioner(encoder, tiny_pipeline.tokenizer(), train=False, dropout=0.1, keywords=keywords or None)
 
 
+def test_a_clip_with_projection_tells_the_same_in_training_and_in_both_pipelines(tmp_path):
+    whole = text().text_encoder
+    whole.save_pretrained(tmp_path / "clip" / "text_encoder")
+    tiny_pipeline.tokenizer().save_pretrained(tmp_path / "clip" / "tokenizer")
+    config = TextConfig(pretrained=str(tmp_path / "clip"), max_length=tiny_pipeline.LENGTH)
+    one = TextConditioner(*build_text_encoder(config, []), train=False, dropout=0.1, keywords=config.keywords)
+    assert all(torch.equal(whole.text_model.state_dict()[name], t) for name, t in one.text_encoder.state_dict().items())
+    embeds = one.embed(["a cat", ""])["prompt_embeds"]
+    torch.testing.assert_close(embeds, whole(**one.tokenize(["a cat", ""])).last_hidden_state)
+    tiny_pipeline.pipeline(text_encoder=one.text_encoder, tokenizer=one.tokenizer).save_pretrained(tmp_path / "model")
+    for kind in (StableDiffusionPipeline, TextToImagePipeline):
+        pipe = kind.from_pretrained(tmp_path / "model")
+        found = pipe.encode_prompt(["a cat"], "cpu", 1, True, [""])
+        torch.testing.assert_close(torch.cat(found), embeds)
+
+    keywords = {"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
+    projected, _ = build_text_encoder(replace(config, keywords=keywords), [])
+    assert torch.equal(projected.text_projection.weight, whole.text_projection.weight)
+
+
 def test_dotted_keywords_gather_in_one_dictionary():
     assert nested({"a": 1, "b.c": 2, "b.d": 3}) == {"a": 1, "b": {"c": 2, "d": 3}}
 
@@ -96,6 +120,25 @@ def test_an_output_that_the_encoder_lacks_is_named():
     )
     with pytest.raises(ValueError, match="T5EncoderModel has no pooled_prompt_embeds"):
         tell(t5, Some(["a cat"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "frozen"),
+    [
+        (BertModel, "prompt_embeds", {"pooler.dense.weight", "pooler.dense.bias"}),
+        (BertModel, "pooled_prompt_embeds", set()),
+        (CLIPTextModelWithProjection, "prompt_embeds", {"text_projection.weight"}),
+        (CLIPTextModelWithProjection, "pooled_prompt_embeds", set()),
+    ],
+)
+def test_what_no_keyword_uses_of_a_trained_encoder_is_frozen_and_everything_else_gets_a_gradient(kind, output, frozen):
+    encoder = kind(tiny_pipeline.text_encoder("bert" if kind is BertModel else "clip").config)
+    for weight in encoder.parameters():
+        torch.nn.init.zeros_(weight)  # a gradient that is zero is one
+    one = TextConditioner(encoder, tiny_pipeline.tokenizer(), train=True, dropout=0, keywords={"x": output})
+    assert {name for name, weight in encoder.named_parameters() if not weight.requires_grad} == frozen
+    one(**one.tokenize(["a cat"])).kwargs["x"].sum().backward()
+    assert {name for name, weight in encoder.named_parameters() if weight.grad is None} == frozen
 
 
 def test_captions_on_disk_are_those_of_the_encoder_and_spare_it(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import train_text2img
 import train_vae
@@ -21,7 +23,7 @@ from ldm.doctor import cost as cost_module
 from ldm.doctor import examination
 from ldm.doctor import overfit as overfit_module
 from ldm.doctor.agreement import agreement, gaussian_std
-from ldm.doctor.cost import GIB, Cost, Memory, Stopwatch, kept_for_backward
+from ldm.doctor.cost import GIB, Cost, Memory, Stopwatch, kept_for_backward, kept_memory
 from ldm.doctor.examination import examined, overfit_finding
 from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
@@ -32,6 +34,8 @@ from ldm.objective import Objective
 from ldm.training import export as export_module
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
+from ldm.training.loop import Loop
+from ldm.training.run import Run, finishing
 from pipelines.text2img import TextToImagePipeline
 
 from .test_objective import SOUND
@@ -270,7 +274,7 @@ def test_the_half_life_is_that_of_the_averages(decay, steps):
 
 # ---- the cost: closed forms ----
 
-MEMORY = Memory(weights=4 * GIB, gradients=3 * GIB, averages=2 * GIB, optimizer=6 * GIB, activations=1 * GIB)
+MEMORY = Memory(4 * GIB, gradients=3 * GIB, averages=2 * GIB, optimizer=6 * GIB, activations=1 * GIB, update=1)
 COST = Cost(2.0, 0.5, 30.0, 10.0, step_flops=4 * 10**12, step_operations=5000, memory=MEMORY, peak_bytes=None)
 
 
@@ -316,8 +320,8 @@ def test_memory_that_this_machine_lacks_is_a_fault(monkeypatch):
 class Layers:
     """A step of two linear layers, 8 -> 16 -> 4."""
 
-    def __init__(self):
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    def __init__(self, net=None):
+        self.net = net or nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
         self.modules = {"net": self.net}
         self.x = torch.randn(10, 8)
 
@@ -336,6 +340,30 @@ def test_flops_and_activations_of_a_known_network():
     assert flops == 2 * 10 * (2 * 8 * 16 + 3 * 16 * 4)
     assert kept == 4 * 10 * (8 + 16 + 4)
     assert all(parameter.grad is None for parameter in step.net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_is_what_a_logged_step_holds_at_its_peak(optimizer, tmp_path):
+    """As torch's profiler counts what is allocated; two modules, a text encoder's frozen half and a small batch."""
+    with finishing(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
+        frozen = nn.Linear(64, 256).requires_grad_(False)
+        step = Layers(nn.Sequential(nn.Linear(8, 64), frozen, nn.Linear(256, 128), nn.Linear(128, 256)))
+        step.modules["other"] = other = nn.Linear(8, 512)
+        step.losses = lambda batch, global_step: {
+            name: module(step.x).square().mean() for name, module in step.modules.items()
+        }
+        step.averages = {"net": Average(step.net, exponential(0.9)), "other": Average(other, exponential(0.9))}
+        step.forwards, step.memory, step.after_step = step.modules, {}, lambda: None
+        loop = Loop(step, OptimConfig(optimizer=optimizer), run.config, run, 1.0)
+        loop._take_step([[0]])
+        optimizers = {name: one.optimizer for name, one in loop.optimizers.items()}
+        memory = kept_memory(step, optimizers, activations=0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loop._take_step([[0]])
+        events = profiler.profiler.kineto_results.events()
+        peak = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    kept = memory.weights + memory.averages + memory.optimizer
+    assert memory.total == pytest.approx(kept + peak, rel=0.03)  # a few activations are left
 
 
 def test_weights_are_not_counted_as_kept():

@@ -42,6 +42,12 @@ def posterior_variance(config, u):
     return numerator * S**2 / (alpha**2 * S**2 + sigma**2)
 
 
+def loss(objective, predict, x0, draws):
+    """As training: random noise and levels, by the weight of the density."""
+    noise, levels = objective.draw(x0, draws)
+    return objective.density.weight(levels) * objective.loss_at(predict, x0, noise, levels)
+
+
 def generators(count, first_seed=0):
     return [torch.Generator().manual_seed(first_seed + i) for i in range(count)]
 
@@ -73,8 +79,8 @@ def test_mean_loss_at_optimum_is_the_posterior_variance_under_the_density(config
     expected = posterior_variance(config, grid.float()).mean()
 
     x0 = S * torch.randn(2000, 64, generator=torch.Generator().manual_seed(1))
-    loss = Objective(config).loss(best_predictor(config), x0, generators(2000, first_seed=100))
-    assert abs(loss.mean() - expected) < 4 * loss.std() / 2000**0.5  # 4 standard errors
+    losses = loss(Objective(config), best_predictor(config), x0, generators(2000, first_seed=100))
+    assert abs(losses.mean() - expected) < 4 * losses.std() / 2000**0.5  # 4 standard errors
 
 
 def test_the_logit_of_the_time_is_normal():
@@ -85,7 +91,7 @@ def test_the_logit_of_the_time_is_normal():
         times.append(timesteps / 1000)
         return x_t
 
-    Objective(config).loss(predict, torch.zeros(4000, 1), generators(4000))
+    loss(Objective(config), predict, torch.zeros(4000, 1), generators(4000))
     logit = times[0].logit()
     assert abs(logit.mean() - 0.5) < 4 * 0.8 / 4000**0.5  # 4 standard errors of a mean and of a deviation
     assert abs(logit.std() - 0.8) < 4 * 0.8 / 8000**0.5
@@ -98,7 +104,7 @@ def test_each_sample_draws_its_time_and_then_its_noise_from_its_own_generator():
     drawn = [(torch.rand((), generator=g), torch.randn(2, 4, generator=g)) for g in again]
     u, noise = (torch.stack(column) for column in zip(*drawn, strict=True))
     expected = objective.loss_at(lambda x_t, timesteps: x_t, x0, noise, u)
-    assert torch.equal(objective.loss(lambda x_t, timesteps: x_t, x0, generators(3)), expected)
+    assert torch.equal(loss(objective, lambda x_t, timesteps: x_t, x0, generators(3)), expected)
 
 
 def test_loss_of_a_sample_does_not_depend_on_its_batch_mates():
@@ -109,7 +115,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch_mates():
         return x_t * (timesteps / 1000)[:, None, None]
 
     def losses(indices):
-        return objective.loss(predict, x0[indices], [generators(6)[i] for i in indices])
+        return loss(objective, predict, x0[indices], [generators(6)[i] for i in indices])
 
     whole = losses([0, 1, 2, 3, 4, 5])
     assert torch.equal(torch.cat([losses([0, 1]), losses([2, 3, 4, 5])]), whole)
@@ -132,7 +138,7 @@ def test_bf16_latents_and_outputs_give_a_float32_loss_of_float32_noise():
     x0 = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def losses(x0, output_dtype):
-        return objective.loss(lambda x_t, timesteps: torch.zeros_like(x_t, dtype=output_dtype), x0, generators(4))
+        return loss(objective, lambda x_t, timesteps: torch.zeros_like(x_t, dtype=output_dtype), x0, generators(4))
 
     low = losses(x0, torch.bfloat16)
     assert low.dtype == torch.float32
@@ -217,9 +223,9 @@ def test_meaningless_settings_are_refused_with_reason_and_remedy(changes, reason
 def test_wrong_inputs_are_named():
     objective, x0 = Objective(ObjectiveConfig()), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="1 generators for 2 samples"):
-        objective.loss(lambda x_t, timesteps: x_t, x0, generators(1))
+        loss(objective, lambda x_t, timesteps: x_t, x0, generators(1))
     with pytest.raises(ValueError, match=r"returned \(2, 6\), expected \(2, 3\)"):
-        objective.loss(lambda x_t, timesteps: torch.zeros(2, 6), x0, generators(2))
+        loss(objective, lambda x_t, timesteps: torch.zeros(2, 6), x0, generators(2))
     with pytest.raises(ValueError, match=r"u = 500: must be in \[0, 1\]; it is not a timestep"):
         objective.loss_at(lambda x_t, timesteps: x_t, x0, x0, 500)
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ldm.config import OptimConfig
-from ldm.training.checkpoint import CheckpointError, CheckpointStore
+from ldm.training.averages import Average, exponential
+from ldm.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from ldm.training.optim import build_optimizer, flatten_optimizer, learning_rate, restore_optimizer
+from ldm.training.state import load_trained, restore_training, training_state
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +259,31 @@ def test_another_models_state_is_refused_and_changes_nothing():
     with pytest.raises(CheckpointError, match="settings that AdamW does not: dampening, momentum, nesterov"):
         restore_optimizer(optimizer, *flatten_optimizer(sgd))
     assert_same(state_of(optimizer), before)
+
+
+def test_r24_a_training_goes_on_without_the_parameters_that_never_had_a_gradient():
+    """Version 0.1.0 kept them in modules and optimisers; they are frozen now."""
+    torch.manual_seed(0)
+    old = nn.ModuleDict({"idle": nn.Linear(3, 3), "used": nn.Linear(2, 2), "last": nn.Linear(2, 1)})
+    new = copy.deepcopy(old)
+    new["idle"].requires_grad_(False)
+
+    def step(module: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+        module["last"](module["used"](torch.ones(4, 2))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    before, after = (build_optimizer(module.parameters(), OptimConfig(weight_decay=0.1)) for module in (old, new))
+    step(old, before)
+    tensors, state = training_state({"m": old}, {"m": Average(old, exponential(0.9))}, {"m": before})
+    average = Average(new, exponential(0.9))
+    restore_training(Checkpoint(1, copy.deepcopy(tensors), state), {"m": new}, {"m": average}, {"m": after})
+    step(old, before)
+    step(new, after)
+    assert_same(dict(new.state_dict()), dict(old.state_dict()))
+    idle = nn.ModuleDict({"used": nn.Linear(2, 2), "last": nn.Linear(2, 1)})  # another model, not a frozen part
+    with pytest.raises(CheckpointError, match=r"only the checkpoint has idle\.bias \(2 names differ\)"):
+        load_trained(idle, idle, tensors["m-weights"])
 
 
 def test_an_optimiser_whose_state_is_no_tensors_is_refused():

@@ -6,15 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
+from transformers import BertModel
 
+from ldm.config import StageConfig
+from ldm.config_check import ConfigError
+from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import differences
 
 from . import trainers
 from .test_resume import GAN, STAGE, VAE, parts, space  # noqa: F401 (parts: a fixture)
+from .tiny_pipeline import LENGTH, WIDTH, text_encoder, tokenizer
 from .trainers import KILLED, ROOT, STEPS, Fault, ended, ledger, metrics, run, saved_step, start_several, wait_for
 
 TIMEOUT_SECONDS = 5
@@ -60,6 +69,35 @@ def test_r04_two_processes_train_the_autoencoder_with_discriminator_as_one_does(
     assert ledger(tmp_path / "one") == ledger(tmp_path / "two")
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def test_a_bert_that_is_trained_along_and_has_a_pooler_is_trained_by_two_processes(parts, tmp_path):  # noqa: F811
+    BertModel(text_encoder("bert").config).save_pretrained(tmp_path / "bert" / "text_encoder")
+    tokenizer().save_pretrained(tmp_path / "bert" / "tokenizer")
+    text = f"{{pretrained: {tmp_path / 'bert'}, max_length: {LENGTH}}}"
+    arguments = (*STAGE, *space(parts), "--conditioners.text", text, "--denoiser.cross_attention_dim", WIDTH)
+    arguments = (*arguments, "--loop.max_train_steps", 3, "--output_dir", tmp_path / "run")
+    assert codes(start_several(2, "train_text2img.py", arguments, tmp_path / "log")) == [0, 0]
+    assert "no keyword uses pooler.dense.weight, pooler.dense.bias: frozen" in (tmp_path / "log-0").read_text()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parameters_that_the_loss_does_not_depend_on_are_found_before_several_processes_wait_for_them(world, caplog):
+    model = nn.ModuleDict({"used": nn.Linear(48, 1), "idle": nn.Linear(2, 2)})
+    step = SimpleNamespace(
+        modules={"denoiser": model},
+        forwards={},
+        run=SimpleNamespace(attention=nullcontext, accelerator=SimpleNamespace(num_processes=world)),
+        losses=lambda batch, global_step: {"denoiser": model["used"](batch.pixel_values.flatten(1)).mean()},
+    )
+    source = SimpleNamespace(captions=lambda row: [], class_label=lambda row: 0)
+    images = SimpleNamespace(splits={"train": [0]}, source=source, pixel_values=lambda row: torch.zeros(3, 4, 4))
+    refused = pytest.raises(ConfigError, match="several processes cannot train them: leave them out, or use one")
+    with caplog.at_level("INFO"), refused if world > 1 else nullcontext() as error:
+        rehearse(step, images, StageConfig("", denoiser={}))
+    said = str(error.value) if world > 1 else caplog.text
+    assert "the loss does not depend on 2 parameters, such as denoiser.idle.weight" in said
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_processes_that_measure_time_plan_the_same_number_of_steps(tmp_path):
@@ -114,27 +152,33 @@ def test_r25_processes_that_see_different_checkpoints_end_with_the_reason(first,
         assert message in Path(f"{tmp_path / 'log'}-{rank}").read_text()
 
 
-def test_r21_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+@pytest.mark.parametrize(
+    ("do", "ranks", "code"), [(trainers.asked_to_stop, [1], 143), (trainers.interrupted, [0, 1], 130)]
+)
+def test_r21_r27_a_signal_to_one_process_or_all_stops_both_at_the_same_step(do, ranks, code, tmp_path):
     arguments = (*VAE, "--data.workers", 1, "--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run")
-    pair = start_several(2, "train_vae.py", arguments, tmp_path / "log", [Fault(trainers.asked_to_stop, 3, rank=1)])
-    assert codes(pair) == [143, 143]
+    faults = [Fault(do, 3, rank=rank) for rank in ranks]
+    assert codes(start_several(2, "train_vae.py", arguments, tmp_path / "log", faults)) == [code, code]
     assert saved_step(tmp_path / "run") == 4
+    said = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 1)]
+    assert [text.count("stopped by") for text in said] == [1, 0]
+    assert not any("Traceback" in text for text in said)
 
 
-def test_r21_r19_under_torchrun_a_signal_saves_and_a_failure_ends_all(tmp_path):
+def test_r21_r27_r19_under_torchrun_a_signal_saves_and_a_failure_ends_all(tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     launch = [torchrun, "--nproc_per_node", 2, "--master_port", trainers.free_port(), "train_vae.py"]
     words = [*VAE, "--data.workers", 1, "--loop.max_train_steps", 10**6, "--loop.validate_every_steps", 10**6]
     words += ["--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):
         before = saved_step(tmp_path / "run")
         with (tmp_path / "log").open("w") as log:
             launcher = subprocess.Popen([*map(str, launch + words)], cwd=ROOT, env=environment, stdout=log, stderr=log)
         wait_for(tmp_path / "run" / "metrics.jsonl", f'"step": {before + 3},', 120)
         pair = children(launcher.pid)
         assert len(pair) == 2
-        if number == signal.SIGTERM:
+        if number == signal.SIGINT:
             launcher.send_signal(number)
         else:
             os.kill(pair[1], number)
@@ -143,7 +187,7 @@ def test_r21_r19_under_torchrun_a_signal_saves_and_a_failure_ends_all(tmp_path):
         while any(alive(pid) for pid in pair):
             assert time.monotonic() < end, "a process outlives its launcher"
             time.sleep(0.1)
-        if number == signal.SIGTERM:
+        if number == signal.SIGINT:
             assert saved_step(tmp_path / "run") >= 3, (tmp_path / "log").read_text()[-2000:]
 
 

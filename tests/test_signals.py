@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 
+import train_text2img
+import train_vae
+from ldm import cli
+from ldm.training import signals
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.lock import FolderLock
 from ldm.training.loop import Loop
 
+from . import trainers
 from .test_loop import lines, train, weights
+from .test_processes import alive, children
+from .test_resume import VAE
 
 ROOT = Path(__file__).parent.parent
 FOREVER = 10**9
@@ -55,6 +62,13 @@ def exit_code(child, seconds=60):
     raise TimeoutError(f"the run did not stop in {seconds} s")
 
 
+def wait_until_gone(process, seconds=30):
+    end = time.monotonic() + seconds
+    while alive(process):
+        assert time.monotonic() < end, f"process {process} is still there"
+        time.sleep(0.02)
+
+
 def last_step(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
@@ -76,8 +90,8 @@ def saves_take(monkeypatch, marker, seconds, after_step=0):
     monkeypatch.setattr(CheckpointStore, "save", slow)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_r21_a_signal_during_training_saves_the_step_reached_and_resuming_goes_on_exactly(number, code, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_r21_r27_a_signal_during_training_saves_the_step_reached_and_resuming_goes_on_exactly(number, code, tmp_path):
     settings = {"save_every_steps": FOREVER}
 
     def until_stopped():
@@ -91,52 +105,124 @@ def test_r21_a_signal_during_training_saves_the_step_reached_and_resuming_goes_o
     assert step == last_step(tmp_path / "stopped") >= 5
 
 
-def test_r21_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_r21_r27_a_stopped_and_resumed_run_equals_an_uninterrupted_one(number, code, tmp_path):
     def stop_at_4(step):
         if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     whole, _, _ = train(tmp_path / "whole", 9)
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path / "stopped", 9, events=[(2, stop_at_4)])
-    assert stopped.value.code == 143
+    assert stopped.value.code == code
     assert saved_step(tmp_path / "stopped") == 4
     again, _, _ = train(tmp_path / "stopped", 9)
     assert (weights(again) == weights(whole)).all()
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
-def test_r21_a_signal_interrupts_a_validation(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_r21_r27_a_signal_interrupts_a_validation(number, code, tmp_path):
     def validate(step):
         (tmp_path / "validating").write_text("now")
         time.sleep(600)
 
     child = forked(lambda: train(tmp_path, 100, events=[(5, validate)], save_every_steps=1000))
     wait_for(tmp_path / "validating", "now")
-    os.kill(child, signal.SIGTERM)
-    assert exit_code(child, 30) == 143
+    os.kill(child, number)
+    assert exit_code(child, 30) == code
     assert saved_step(tmp_path) == 5
 
 
-def test_r21_a_signal_during_a_save_waits_for_its_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_r21_r27_a_signal_during_a_save_waits_for_its_end_and_its_repeats_belong_to_it(
+    number, code, tmp_path, monkeypatch
+):
     saves_take(monkeypatch, tmp_path / "saving", 0.5)
     child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=7))
     wait_for(tmp_path / "saving", "now")
-    os.kill(child, signal.SIGTERM)
-    assert exit_code(child) == 143
+    for _ in range(2):  # as `timeout` does: to the process and to its group
+        os.kill(child, number)
+        time.sleep(0.02)
+    assert exit_code(child) == code
     assert saved_step(tmp_path) == 7
 
 
-def test_r21_a_second_signal_ends_the_run_at_once_and_harms_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_r21_r27_a_second_signal_ends_the_run_at_once_and_harms_nothing(number, code, tmp_path, monkeypatch):
     saves_take(monkeypatch, tmp_path / "stuck", 600, after_step=3)
     child = forked(lambda: train(tmp_path, FOREVER, save_every_steps=3))
     wait_for(tmp_path / "stuck", "now")
-    os.kill(child, signal.SIGTERM)
+    os.kill(child, number)
     time.sleep(0.3)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "the first signal waits for the save"
-    os.kill(child, signal.SIGTERM)
-    assert exit_code(child, 10) == 143
+    os.kill(child, number)
+    assert exit_code(child, 10) == code
     assert saved_step(tmp_path) == 3
+
+
+@pytest.mark.parametrize("sent", ["to the launcher", "to its process group"])
+def test_r21_r27_the_end_of_the_launcher_cuts_no_save_short(sent, tmp_path, monkeypatch):
+    """Ctrl-C ends the launcher at once and asks the trainer to stop; the launcher's end does not ask again."""
+    saves_take(monkeypatch, tmp_path / "saving", 0.5)
+    monkeypatch.setattr(signals, "LAUNCHERS", (Path("/proc/self/cmdline").read_bytes(),))  # forks look alike
+
+    def launch():
+        os.setpgid(0, 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        trainer = forked(lambda: train(tmp_path, FOREVER, save_every_steps=7))
+        (tmp_path / "trainer").write_text(str(trainer))
+        os.waitpid(trainer, 0)
+
+    launcher = forked(launch)
+    wait_for(tmp_path / "saving", "now")
+    if sent == "to the launcher":
+        os.kill(launcher, signal.SIGTERM)
+    else:
+        os.killpg(launcher, signal.SIGINT)
+    os.waitpid(launcher, 0)
+    wait_until_gone(int((tmp_path / "trainer").read_text()))
+    assert saved_step(tmp_path) == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "when", "line"),
+    [
+        ((), "1 process(es)", "stopped by SIGINT"),
+        (("--doctor",), "learning 8 pictures by heart", "stopped by SIGINT"),
+        (("--data.workers", 2), '"step": 3', "stopped by SIGINT at step"),
+    ],
+    ids=["before the loop", "in the doctor", "beside loaders"],
+)
+def test_r27_ctrl_c_is_one_line_and_leaves_no_process_and_nothing_half_written(more, when, line, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = (*VAE, *more, "--loop.max_train_steps", FOREVER, "--output_dir", run)
+    process = trainers.start("train_vae.py", arguments, log)
+    wait_for(run / "metrics.jsonl" if "step" in when else log, when)
+    loaders = children(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    assert trainers.ended(process) == 130
+    said = log.read_text()
+    assert said.count("stopped by") == said.count(line) == 1
+    assert "Traceback" not in said
+    for loader in loaders:
+        wait_until_gone(loader)
+    saved = list(run.rglob("step-*/manifest.json"))
+    assert bool(saved) == ("goes on from there" in said)
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("module", [train_vae, train_text2img, cli])
+def test_r27_ctrl_c_outside_of_a_run_is_one_line_and_130(module, monkeypatch, capsys):
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_config" if module is not cli else "ArgumentParser", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_a_checkpoint(tmp_path, monkeypatch):
@@ -176,10 +262,7 @@ def test_r21_a_signal_to_the_launcher_reaches_the_trainer_and_leaves_no_orphan(t
     assert trainer != launcher.pid
     launcher.send_signal(signal.SIGTERM)
     launcher.wait(60)
-    end = time.monotonic() + 30
-    while Path(f"/proc/{trainer}").exists() and "Z" not in Path(f"/proc/{trainer}/stat").read_text().split()[2]:
-        assert time.monotonic() < end, "the trainer outlives its launcher"
-        time.sleep(0.05)
+    wait_until_gone(trainer)
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run")
 
 

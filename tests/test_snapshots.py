@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertModel
 
 from ldm import cli
 from ldm.card import CARD, write_card
@@ -33,6 +34,7 @@ from tests.test_loop import Points
 from tests.tiny_pipeline import pipeline, text_encoder, tokenizer, unet
 
 STORED = (0.05, 0.1)
+POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 class Regression:
@@ -268,6 +270,20 @@ def test_a_frozen_text_encoder_stays_what_it_is(run):
     before = weights_of(run / "model")
     assert all(torch.equal(tensor, before["text_encoder"][name]) for name, tensor in after["text_encoder"].items())
     assert not torch.equal(flat(after["unet"]), flat(before["unet"]))
+
+
+def test_what_no_keyword_uses_of_a_trained_text_encoder_stays_what_it_is(run, monkeypatch):
+    bert = BertModel(text_encoder("bert").config)  # with the pooler
+    bert.save_pretrained(run / "model" / "text_encoder")
+    before = weights_of(run / "model")["text_encoder"]
+    monkeypatch.setitem(globals(), "text_encoder", lambda: bert)
+    wander(run)
+    oldest = read_snapshots(run)[0].path  # as version 0.1.0 would have written it
+    old = load_file(oldest) | {f"conditioners.text.text_encoder.{name}": before[name] for name in POOLER}
+    save_file(old, oldest, {"global_step": "5", "steps_taken": "5", "sigma_rel": "0.05"})
+    after = weights_of(averaged_model(run, 0.1, run / "other"))["text_encoder"]
+    assert after.keys() == before.keys()
+    assert {name for name in after if torch.equal(after[name], before[name])} == POOLER
 
 
 def test_record_and_card_say_which_weights_these_are(run):

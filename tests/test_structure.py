@@ -16,6 +16,7 @@ PARTS = ("ldm.conditioners", "ldm.data", "ldm.models", "ldm.training", "ldm.eval
 MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.config": set(),
     "ldm.places": set(),
+    "ldm.files": set(),
     "ldm.text_file": set(),
     "ldm.config_check": {"ldm.config"},
     "ldm.config_file": {"ldm.config", "ldm.config_check", "ldm.places"},
@@ -28,8 +29,8 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.card": {"ldm.config", "ldm.config_file", "ldm.places", "ldm.provenance"},
     "ldm.hub": {"ldm.card", "ldm.places", "ldm.provenance"},
     "ldm.models": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.schedule"},
-    "ldm.data": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.text_file"},
-    "ldm.spaces": {"ldm.config", "ldm.models", "ldm.variational"},
+    "ldm.data": {"ldm.config", "ldm.config_check", "ldm.files", "ldm.places", "ldm.text_file"},
+    "ldm.spaces": {"ldm.config", "ldm.config_check", "ldm.models", "ldm.variational"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
     "ldm.stage": {
@@ -53,6 +54,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.text_file",
         "ldm.training",
     },
+    "ldm.cache": {"ldm.data"},
     "ldm.average": {"ldm.evaluate", "ldm.measurement", "ldm.training"},
     "ldm.doctor": {
         "ldm.config",
@@ -83,6 +85,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
         "ldm.evaluation",
         "ldm.provenance",
         "ldm.card",
+        "ldm.files",
         "ldm.hub",
         "ldm.models",
         "ldm.places",

@@ -8,7 +8,7 @@ from ldm.config import LoopConfig, StageConfig
 from ldm.config_file import load_config
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
-from ldm.models.network import build_network
+from ldm.models.network import build_network, unreached
 from ldm.models.scheduler import build_scheduler
 from ldm.stage import build_stage
 from ldm.training.run import Run
@@ -33,9 +33,6 @@ NAMES = [
     "dit",
     "pixart",
 ]
-UNUSED = {  # parameters that a stock class has and never reads: its own fault
-    "pixart": ("scale_shift_table",),
-}
 
 
 def pictures(positions):
@@ -113,12 +110,13 @@ def test_the_prior_undoes_the_statistics_of_its_space(stage):
 
 
 def test_every_trained_parameter_gets_a_gradient(stage, step):
-    name, made, _ = stage
-    loss = sum(step.losses(batch(range(first, first + 4)), 0)["denoiser"] for first in (0, 4, 8, 12))
+    """In every step: otherwise several processes could not train it."""
+    _, made, _ = stage
+    loss = step.losses(batch(range(2)), 0)["denoiser"]
+    assert unreached(made.model, [loss]) == []
     assert loss.isfinite()
     loss.backward()
-    without = {key for key, p in made.model.named_parameters() if p.requires_grad and p.grad is None}
-    assert not {key for key in without if not key.endswith(UNUSED.get(name, ()))}
+    assert all(p.grad is not None for p in made.model.parameters() if p.requires_grad)
 
 
 def test_a_loss_does_not_depend_on_how_the_batch_is_cut(step):

@@ -52,6 +52,10 @@ def asked_to_stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def broken() -> None:
     raise ValueError("broken on purpose")
 

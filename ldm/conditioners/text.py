@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
-from ldm.models.network import weights_hash
+from ldm.models.network import freeze_unused, weights_hash
+
+log = logging.getLogger(__name__)
 
 KEYWORDS = {"encoder_hidden_states": "prompt_embeds"}
 """What Stable Diffusion's U-Net is told."""
@@ -30,7 +33,11 @@ class TextConditioner(nn.Module):
         dropout: float,
         keywords: Mapping[str, str] | None = None,
     ):
-        """Set each of the denoiser's `keywords` to the output it names; see `TextConfig.keywords`."""
+        """Set each of the denoiser's `keywords` to the output it names; see `TextConfig.keywords`.
+
+        Of a trained encoder, what no keyword uses (BERT's pooler) is frozen. ValueError if a keyword names an output
+        that it does not have.
+        """
         super().__init__()
         self.frozen = not train
         self.dropout = checked_share("conditioners.text", dropout)
@@ -39,6 +46,11 @@ class TextConditioner(nn.Module):
         self.text_encoder = text_encoder.requires_grad_(train)
         if self.frozen:
             self.text_encoder.eval()
+        else:
+            tokens = torch.zeros(1, 2, dtype=torch.int64)
+            unused = freeze_unused(text_encoder, lambda: self.encode(tokens, torch.ones_like(tokens)).values())
+            if unused:
+                log.info("%s: no keyword uses %s: frozen", type(text_encoder).__name__, ", ".join(unused))
         self._kept: dict[str, Inputs] = {}
         self._shelf: Mapping[str, Inputs] = {}
 

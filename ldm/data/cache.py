@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,77 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ldm.data.cache_folder import entry_folder
+from ldm.data.content_hashes import content_hashes, file_hash
+from ldm.files import locked, put_in_place, written_aside
+
+log = logging.getLogger(__name__)
+
 ROWS_PER_SHARD = 1024
+_SHARD = re.compile(r"(\d{9})-([0-9a-f]{32})\.safetensors")
+"""Its first row and the hash of its bytes."""
 Compute = Callable[[range], dict[str, Tensor]]
-
-
-def cache_folder() -> Path:
-    """Return the folder of everything that can be computed again: ``$LDM_CACHE``, else ``~/.cache/ldm``."""
-    chosen = os.environ.get("LDM_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "ldm"
 
 
 class CachedRows:
     """``count`` rows of named tensors in safetensors shards, memory-mapped: memory stays flat as the set grows.
 
-    `key` must name everything the rows depend on (data, transform, network). Shards that are missing are computed,
-    one after another, so that an interrupted build goes on where it stopped.
+    `key` must name everything the rows depend on (data, transform, network). Shards that are missing or damaged are
+    computed, one after another, so that an interrupted build goes on where it stopped. The name of a shard has the
+    hash of its bytes; they are read again when the file has changed since they had it.
     """
 
     def __init__(self, kind: str, key: str, count: int, compute: Compute, rows_per_shard: int = ROWS_PER_SHARD):
-        digest = blake2b(f"{key}/{count}/{rows_per_shard}".encode(), digest_size=12).hexdigest()
-        self.folder = cache_folder() / kind / digest
-        self.rows_per_shard = rows_per_shard
+        self.folder = entry_folder(kind, f"{key}/{count}/{rows_per_shard}")
+        self.kind, self.rows_per_shard = kind, rows_per_shard
         starts = range(0, count, rows_per_shard)
-        self._paths = [self.folder / f"{start:09d}.safetensors" for start in starts]
-        missing = [(start, path) for start, path in zip(starts, self._paths, strict=True) if not path.exists()]
-        if missing:
-            self._build(kind, missing, count, compute)
-        self._shards: list[Any] = [safe_open(path, framework="pt") for path in self._paths]
-        self._names: list[str] = list(self._shards[0].keys())
+        found = self._sound_shards()
+        if missing := [start for start in starts if start not in found]:
+            found |= self._build(missing, count, compute)
+        if len(found) < len(starts):
+            found |= self._sound_shards()  # of other processes of the run
+        if len(found) < len(starts):
+            raise OSError(f"{self.folder}: shards that were just written are gone or damaged")
+        self._shards: list[Any] = [safe_open(found[start], framework="pt") for start in starts]
+        self._names: list[str] = list(self._shards[0].keys()) if self._shards else []
 
-    def _build(self, kind: str, missing: list[tuple[int, Path]], count: int, compute: Compute) -> None:
+    def _sound_shards(self) -> dict[int, Path]:
+        """Return the file of each shard that has the bytes that its name says; the others are named and deleted."""
+        sound = {}
+        with locked(self.folder):
+            shards = [shard for name in sorted(_names_in(self.folder)) if (shard := _SHARD.fullmatch(name))]
+            paths = [self.folder / shard[0] for shard in shards]
+            hashes = content_hashes(os.path.realpath(self.folder), [os.path.realpath(path) for path in paths])
+            for shard, path, value in zip(shards, paths, hashes, strict=True):
+                if value is not None and value.hex() == shard[2]:
+                    sound[int(shard[1])] = path
+                else:
+                    log.warning("%s is damaged: its bytes are not those of its name. It is computed again", path)
+                    path.unlink(missing_ok=True)
+        return sound
+
+    def _build(self, missing: list[int], count: int, compute: Compute) -> dict[int, Path]:
+        """Compute the shards that begin at these rows, except those that another process has meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = sum(min(self.rows_per_shard, count - start) for start, _ in missing)
-        with tqdm(total=rows, desc=f"caching {kind}", unit="row", mininterval=1) as bar:
-            for start, path in _from_own_share(missing):
-                if path.exists():  # by now, from another process of the run
-                    bar.update(min(self.rows_per_shard, count - start))
+        built = {}
+        stops = {start: min(start + self.rows_per_shard, count) for start in missing}
+        rows = sum(stop - start for start, stop in stops.items())
+        with tqdm(total=rows, desc=f"caching {self.kind}", unit="row", mininterval=1) as bar:
+            for start in _from_own_share(missing):
+                if any(name.startswith(f"{start:09d}-") for name in _names_in(self.folder)):
+                    bar.update(stops[start] - start)  # by now, from another process of the run
                     continue
-                stop = min(start + self.rows_per_shard, count)
                 parts = []
-                for first in range(start, stop, 64):
-                    batch = range(first, min(first + 64, stop))
+                for first in range(start, stops[start], 64):
+                    batch = range(first, min(first + 64, stops[start]))
                     parts.append(compute(batch))
                     bar.update(len(batch))
                 tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-                aside = path.with_suffix(f".{os.getpid()}.tmp")  # a killed build leaves no half shard
-                save_file(tensors, aside)
-                aside.replace(path)
+                with written_aside(self.folder) as aside:
+                    save_file(tensors, aside)
+                    built[start] = self.folder / f"{start:09d}-{file_hash(aside).hex()}.safetensors"
+                    put_in_place(aside, built[start])
+        return built
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         """Return the tensors of one row."""
@@ -68,8 +93,16 @@ class CachedRows:
         file = self._shards[shard]
         return {name: file.get_slice(name)[offset] for name in self._names}
 
+    def column(self, name: str) -> Tensor:
+        """Return the tensor `name` of all rows, in memory."""
+        return torch.cat([file.get_tensor(name) for file in self._shards])
 
-def _from_own_share(shards: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _from_own_share(shards: list[int]) -> list[int]:
     """Return all shards, beginning where this process of a run with several begins: so that they share the work."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank * len(shards) // world

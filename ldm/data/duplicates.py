@@ -1,7 +1,8 @@
-"""Pictures that look alike: found by a small hash of what they look like, in time that grows with their number."""
+"""Images that look alike: found by a small hash, confirmed by their pixels, in time that grows with their number."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,66 +12,135 @@ from PIL import Image
 STEP = 2
 """Grey levels from one place to the next that count as brighter; less is noise of compression."""
 BITS = 128
-MOST_BITS = 10
-"""Bits in which pictures that look alike differ at most; those that have nothing in common differ in about 64."""
-MOST_COLOUR = 8
-"""Levels by which their colours differ at most, in each of 4 x 4 places and each channel."""
+MOST_BITS = 16
+"""Bits in which candidates differ at most; images that have nothing in common differ in about 64."""
 BANDS = 8
 WINDOW = 64
-"""Pictures of one bucket that each is compared with: a bound, for sets in which most pictures are nearly empty."""
+"""Images of one bucket that each is compared with: a bound, for sets in which most images are nearly empty."""
+PLACES = 16
+"""Places on a side at which pixels are compared. A copy may have no more: a quarter of 64 pixels."""
+MOST_COLOUR = 12
+"""Levels by which luma and chroma differ at most, in each of 4 x 4 parts of the image."""
+GRAIN = 25.0
+"""Squared levels of one place that compression changes where the image is even."""
+MOST_RESIDUAL = 0.28
+"""Share of what varies in a block that may differ; two blocks that have nothing in common differ by about twice it."""
+CHUNK = 4096
+"""Pairs or images that are computed at once, which bounds the memory."""
+
+Indices = NDArray[np.intp]
+Values = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Look:
-    """What a picture looks like, whatever its size."""
+    """The look of an image, whatever its size, in 784 bytes."""
 
     bits: bytes
     """Where it gets brighter to the right (8 x 8 places) and downwards (8 x 8): a difference hash."""
-    colours: bytes
-    """RGB of 4 x 4 places."""
+    pixels: bytes
+    """YCbCr of 16 x 16 places."""
 
 
 def look(image: Image.Image) -> Look:
-    """Return the look of an RGB picture; compression and other sizes hardly change it, crops and mirrors do."""
+    """Return the look of an RGB image; compression and other sizes hardly change it, crops and mirrors do."""
     small = image.resize((9, 9), Image.Resampling.BILINEAR, reducing_gap=3)
     grey = np.asarray(small, dtype=np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     right, down = grey[:8, 1:] - grey[:8, :-1], grey[1:, :8] - grey[:-1, :8]
     bits = np.concatenate([right.ravel(), down.ravel()]) > STEP
-    colours = image.resize((4, 4), Image.Resampling.BILINEAR, reducing_gap=3)
-    return Look(np.packbits(bits).tobytes(), colours.tobytes())
+    # HAMMING neither blurs an image that is as small as this nor shifts what a larger one shows
+    pixels = image.resize((PLACES, PLACES), Image.Resampling.HAMMING, reducing_gap=3).convert("YCbCr")
+    return Look(np.packbits(bits).tobytes(), pixels.tobytes())
 
 
-def near_pairs(looks: list[Look]) -> list[tuple[int, int, int]]:
-    """Return ``(i, j, bits that differ)`` with i < j of the pictures that look alike, sorted.
+def groups(looks: Sequence[Look]) -> list[list[int]]:
+    """Return the groups of two or more images that look alike, largest first, each in ascending order.
 
-    Only pictures that agree in all 16 bits of one of eight bands are compared: of two that differ in up to 7 bits none
-    is missed, of those that differ in up to 10 few. In a bucket of more than `WINDOW` pictures only those of similar
-    brightness are compared.
+    A group has everything that is connected by pairs that look alike. A pair is a candidate if it agrees in all 16 bits
+    of one of eight bands: of two that differ in up to 7 bits none is missed, of those that differ in up to 10 few. In
+    a bucket of more than `WINDOW` images each is compared with those that are nearest along one direction of colour,
+    another in each band. A candidate that differs in no more than `MOST_BITS` is confirmed by the pixels. Groups do
+    not depend on the order of the images.
     """
-    if len(looks) < 2:
-        return []
+    rows = sorted(range(len(looks)), key=looks.__getitem__)
+    labels = _labels([looks[row] for row in rows])
+    found: dict[int, list[int]] = {}
+    for row, label in zip(rows, labels.tolist(), strict=True):
+        found.setdefault(label, []).append(row)
+    return sorted((sorted(group) for group in found.values() if len(group) > 1), key=lambda group: (-len(group), group))
+
+
+def _labels(looks: Sequence[Look]) -> Indices:
+    """Return the least index of each image's group."""
+    labels = np.arange(len(looks))
+    if not looks:
+        return labels
     bits = np.frombuffer(b"".join(look.bits for look in looks), np.uint8).reshape(len(looks), -1)
-    colours = np.frombuffer(b"".join(look.colours for look in looks), np.uint8).reshape(len(looks), -1)
-    shuffled = np.unpackbits(bits, axis=1)[:, np.random.default_rng(0).permutation(BITS)]  # no band is one place
-    bands = np.ascontiguousarray(np.packbits(shuffled, axis=1)).view(np.uint16)
-    brightness = colours.sum(1, dtype=np.int64)
-    found: set[tuple[int, int, int]] = set()
-    for band in range(BANDS):
-        order = np.lexsort((brightness, bands[:, band]))
-        for shift in range(1, min(WINDOW, len(looks) - 1) + 1):
+    interleaved = np.frombuffer(b"".join(look.pixels for look in looks), np.uint8)
+    pixels = np.ascontiguousarray(interleaved.reshape(len(looks), PLACES, PLACES, 3).transpose(0, 3, 1, 2))
+    varying = np.concatenate([_varying(pixels[start : start + CHUNK]) for start in range(0, len(looks), CHUNK)])
+    for left, right in _candidates(bits, pixels):
+        for start in range(0, len(left), CHUNK):
+            one, other = left[start : start + CHUNK], right[start : start + CHUNK]
+            apart = labels[one] != labels[other]
+            one, other = one[apart], other[apart]
+            differing = _blocks(((pixels[one].astype(np.float32) - pixels[other]) ** 2).sum(1))
+            share = differing / np.maximum(varying[one], varying[other])
+            alike = share.max((1, 2)) <= MOST_RESIDUAL
+            labels = _joined(labels, one[alike], other[alike])
+    return labels
+
+
+def _candidates(bits: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Iterator[tuple[Indices, Indices]]:
+    """Yield pairs whose bits and colours are near, none twice; `bits` is (N, 16), `pixels` (N, 3, 16, 16)."""
+    rng, count, parts = np.random.default_rng(0), len(bits), PLACES // 4
+    shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # no band is one place
+    bands = np.ascontiguousarray(np.packbits(shuffled, axis=1)).view(np.uint16).T
+    first, second = np.ascontiguousarray(bits.view(np.uint64).T)
+    colours = pixels.reshape(count, 3, 4, parts, 4, parts).sum((3, 5), dtype=np.int32).reshape(count, -1)
+    directions = colours @ rng.integers(-8, 9, (colours.shape[1], BANDS), dtype=np.int32)
+    ranks = np.empty((BANDS, count), np.int32)
+    for band, keys in enumerate(bands):
+        order = np.lexsort((directions[:, band], keys))
+        ranks[band, order] = np.arange(count)
+        for shift in range(1, min(WINDOW, count - 1) + 1):
             left, right = order[:-shift], order[shift:]
-            same = bands[left, band] == bands[right, band]
+            same = keys[left] == keys[right]
             if not same.any():
                 break
-            found |= _alike(bits, colours, left[same], right[same])
-    return sorted(found)
+            left, right = left[same], right[same]
+            distance = np.bitwise_count(first[left] ^ first[right]) + np.bitwise_count(second[left] ^ second[right])
+            left, right = left[distance <= MOST_BITS], right[distance <= MOST_BITS]
+            new = np.abs(colours[left] - colours[right]).max(1, initial=0) <= MOST_COLOUR * parts**2
+            for earlier in range(band):
+                compared = np.abs(ranks[earlier, left] - ranks[earlier, right]) <= WINDOW
+                new &= ~(compared & (bands[earlier, left] == bands[earlier, right]))
+            yield left[new], right[new]
 
 
-def _alike(
-    bits: NDArray[np.uint8], colours: NDArray[np.uint8], left: NDArray[np.intp], right: NDArray[np.intp]
-) -> set[tuple[int, int, int]]:
-    distance = np.bitwise_count(bits[left] ^ bits[right]).sum(1, dtype=np.int64)
-    colour = np.abs(colours[left].astype(np.int16) - colours[right]).max(1)
-    near = (distance <= MOST_BITS) & (colour <= MOST_COLOUR)
-    first, second = np.minimum(left, right)[near], np.maximum(left, right)[near]
-    return set(zip(first.tolist(), second.tolist(), distance[near].tolist(), strict=True))
+def _blocks(values: Values) -> Values:
+    """Return the means, (..., 7, 7), of blocks of 4 x 4 places that lie half a block apart, of (..., 16, 16)."""
+    for _ in range(2):  # rows, then columns
+        halves = values[..., ::2, :] + values[..., 1::2, :]
+        values = (halves[..., 1:, :] + halves[..., :-1, :]).swapaxes(-1, -2) * np.float32(0.25)
+    return values
+
+
+def _varying(pixels: NDArray[np.uint8]) -> Values:
+    """Return how much varies in each block, (N, 7, 7): its variance, a fifth of the image's, and grain."""
+    values = pixels.astype(np.float32)
+    block = (_blocks(values**2) - _blocks(values) ** 2).sum(1)
+    image = values.reshape(len(values), 3, -1).var(2).sum(1)
+    varying: Values = block + image[:, None, None] / 5 + np.float32(GRAIN)
+    return varying
+
+
+def _joined(labels: Indices, left: Indices, right: Indices) -> Indices:
+    """Return the labels after the groups of each pair were joined."""
+    labels = labels.copy()
+    while (apart := labels[left] != labels[right]).any():
+        one, other = labels[left[apart]], labels[right[apart]]
+        np.minimum.at(labels, np.maximum(one, other), np.minimum(one, other))
+        while ((least := labels[labels]) != labels).any():
+            labels = least
+    return labels

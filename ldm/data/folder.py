@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from hashlib import blake2b
+from functools import cached_property
 
+from ldm.data.content_hashes import content_hashes, images_fingerprint
 from ldm.data.headers import PictureError, inside
 from ldm.data.layout import METADATA, files_below, image_files
 from ldm.data.metadata import Row, image_key, read_rows
@@ -74,7 +75,6 @@ class FolderRows:
         for path in images:
             if path in unlisted:
                 self.problems.append(Problem(path, "unlisted", "no row of the metadata names it"))
-        self.fingerprint = f"folder-{self._digest()}"
 
     def _read(self, metadata: list[str]) -> tuple[list[tuple[str, int, Row]], list[tuple[str, Problem]]]:
         """Return each row with its file and line, and each problem with its file."""
@@ -109,17 +109,16 @@ class FolderRows:
             return os.path.relpath(name, self._root) if below else name
         return os.path.normpath(os.path.join(os.path.dirname(metadata), name))
 
-    def _digest(self) -> str:
-        """Return a hash of each picture's path, size and time of change."""
-        digest = blake2b(digest_size=8)
-        for path in self._paths:
-            try:
-                state = os.stat(os.path.join(self._root, path))
-                text = f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n"
-            except OSError:
-                text = f"{path}\0\n"
-            digest.update(text.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name of the images' bytes, in the order of the rows; a file is read if it has changed since it was last."""
+        return images_fingerprint(content_hashes(self._root, [self._readable(row) for row in range(len(self))]))
+
+    def _readable(self, index: int) -> str | None:
+        try:
+            return self.file(index)
+        except PictureError:
+            return None
 
     def __len__(self) -> int:
         """Return the number of rows that name a file."""

@@ -41,7 +41,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
 
     ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every picture
     cached = CachedRows("picture-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
-    digests = (bytes(cached[row]["hash"].tolist()) for row in range(len(source)))
+    digests = (row.tobytes() for row in cached.column("hash").numpy())
     return [value.hex() if any(value) else None for value in digests]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ldm.config import DataConfig
-from ldm.data.duplicates import Look, look, near_pairs
+from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import lasting_names, pixel_digest
 from ldm.data.headers import PictureError, decode, explained
 from ldm.data.pixels import to_rgb
@@ -25,6 +26,8 @@ from ldm.data.splits import SPLITS, split_pictures
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each caption, begin and end included."""
 EXAMPLES = 12
+NAMED = 4
+"""Images of a group and split that its reason names; `Report.near_duplicates` has all."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Report:
     statistics: dict[str, Any]
     examples: list[int]
     """Some good rows."""
+    near_duplicates: list[dict[str, list[str]]]
+    """Groups of images that look alike, largest first: the places of those in each split."""
 
     @property
     def stops(self) -> bool:
@@ -55,11 +60,12 @@ class Report:
         return any(problem.stops for problem in self.problems)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything: by kind each problem with its place and reason, then the statistics."""
+        """Return everything: the statistics, by kind each problem with its place and reason, the groups."""
         kinds: dict[str, list[dict[str, str]]] = defaultdict(list)
         for problem in self.problems:
             kinds[problem.kind].append({"where": problem.where, "reason": problem.reason})
-        return {"trainable": not self.stops, **self.statistics, "problems": kinds}
+        found = {"problems": kinds, "near duplicates": self.near_duplicates}
+        return {"trainable": not self.stops, **self.statistics, **found}
 
     def text(self) -> str:
         """Return it for people: the first problems of each kind, the statistics line by line."""
@@ -75,7 +81,7 @@ class Report:
 def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
     """Return what is wrong with the pictures and captions of a source and what they are like.
 
-    Decodes in `workers` processes (0: in this one); memory grows by some hundred bytes a picture. `max_length` is the
+    Decodes in `workers` processes (0: in this one); memory grows by a kilobyte or two an image. `max_length` is the
     number of tokens that a caption may have.
 
     Raises:
@@ -93,7 +99,8 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
         else:
             problems.append(seen)
     owner, unsplit = _splits(source, config, facts, problems)
-    problems += [*unsplit, *_repeats(source, facts, owner)]
+    alike = _look_alikes(facts, owner)
+    problems += [*unsplit, *_exact_duplicates(source, facts), *(_near_duplicate(source, group) for group in alike)]
     bad = {problem.row for problem in problems if problem.stops}
     good = [fact for fact in facts if fact.row not in bad]
     statistics = {
@@ -106,7 +113,10 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
         "captions": _caption_statistics([source.captions(fact.row) for fact in good], count_tokens, max_length),
     }
     examples = [fact.row for fact in sorted(good, key=lambda fact: fact.digest)[:EXAMPLES]]
-    return Report(problems, statistics, examples)
+    near_duplicates = [
+        {split: [place(source, row) for row in rows] for split, rows in group.items()} for group in alike
+    ]
+    return Report(problems, statistics, examples, near_duplicates)
 
 
 def place(source: Source, row: int) -> str:
@@ -177,24 +187,45 @@ def _splits(
     return owner, []
 
 
-def _repeats(source: Source, facts: Sequence[Facts], owner: dict[int, str]) -> Iterator[Problem]:
-    """Yield the pictures that are the same as another, which always share its split, or look like another."""
+def _exact_duplicates(source: Source, facts: Sequence[Facts]) -> Iterator[Problem]:
+    """Yield the images that are the same as an earlier one, whose split they always share."""
+    first: dict[bytes, int] = {}
+    for fact in facts:
+        earlier = first.setdefault(fact.digest, fact.row)
+        if earlier != fact.row:
+            reason = f"the same pixels as {place(source, earlier)}"
+            yield Problem(place(source, fact.row), "exact duplicate", reason, fact.row, (earlier,))
+
+
+def _look_alikes(facts: Sequence[Facts], owner: dict[int, str]) -> list[dict[str, list[int]]]:
+    """Return the rows, by split, of each group of images that look alike, largest first; of exact duplicates one."""
     first: dict[bytes, Facts] = {}
     for fact in facts:
-        earlier = first.setdefault(fact.digest, fact)
-        if earlier is not fact:
-            reason = f"the same pixels as {place(source, earlier.row)}"
-            yield Problem(place(source, fact.row), "exact duplicate", reason, fact.row, earlier.row)
+        first.setdefault(fact.digest, fact)
     distinct = list(first.values())
-    for i, j, bits in near_pairs([fact.look for fact in distinct]):
-        one, other = distinct[i].row, distinct[j].row
-        splits = owner.get(one, "no split"), owner.get(other, "no split")
-        reason = f"looks like {place(source, one)} ({bits} of 128 bits differ)"
-        kind = "near duplicate"
-        if splits[0] != splits[1]:
-            kind = "near duplicate across splits"
-            reason += f"; it is in {splits[1]}, the other in {splits[0]}"
-        yield Problem(place(source, other), kind, reason, other, one)
+    found = []
+    for group in groups([fact.look for fact in distinct]):
+        by_split: dict[str, list[int]] = defaultdict(list)
+        for index in group:
+            by_split[owner.get(distinct[index].row, "no split")].append(distinct[index].row)
+        found.append({split: by_split[split] for split in (*SPLITS, "no split") if split in by_split})
+    return found
+
+
+def _near_duplicate(source: Source, group: dict[str, list[int]]) -> Problem:
+    """Return the problem that a group of images looks alike; it is like one of each split first."""
+    kind = "near duplicate" if len(group) == 1 else "near duplicate across splits"
+    shown = [f"{_names(source, rows)} in {split}" for split, rows in group.items()]
+    rows = [row for several in zip_longest(*group.values()) for row in several if row is not None]
+    reason = f"{len(rows)} images look alike: {'; '.join(shown)}"
+    if len(group) > 1:
+        reason += "; whatever is measured on them is flattered"
+    return Problem(place(source, rows[0]), kind, reason, rows[0], tuple(rows[1:]))
+
+
+def _names(source: Source, rows: Sequence[int]) -> str:
+    names = ", ".join(place(source, row) for row in rows[:NAMED])
+    return names if len(rows) <= NAMED else f"{names} and {len(rows) - NAMED} more"
 
 
 def _columns(source: Source) -> dict[str, Any]:

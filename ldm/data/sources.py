@@ -22,8 +22,9 @@ from ldm.places import pinned
 class Source(Protocol):
     """Captioned pictures by index."""
 
-    fingerprint: str
-    """Names the pictures: equal fingerprints, equal pictures."""
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of the images, not of captions or places: equal fingerprints, equal images in this order."""
 
     @property
     def names(self) -> Sequence[str] | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import OptimConfig
@@ -24,6 +26,7 @@ from ldm.models.network import memory_bytes
 from ldm.training.loop import TIMED_STEPS, Loop
 from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep, DiffusionStep
+from ldm.training.updates import update_norms, weights
 
 GIB = 2**30
 WARM_UP_STEPS = 2
@@ -45,15 +48,20 @@ class Memory:
     optimizer: int
     activations: int
     """Of one micro-batch: what the forward pass keeps for the backward pass."""
+    update: int
+    """What a logged step makes while it changes the weights: their copies, the optimiser's own work. The activations
+    are gone by then."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.averages + self.optimizer + self.activations
+        """All that is there at once."""
+        kept = self.weights + self.gradients + self.averages + self.optimizer
+        return kept + max(self.activations, self.update)
 
     def __str__(self) -> str:
         """Return it in words."""
-        names = ("weights", "gradients", "averages", "optimizer", "activations")
+        last = "activations" if self.activations >= self.update else "update"
+        names = ("weights", "gradients", "averages", "optimizer", last)
         parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
         return f"{self.total / GIB:.2f} GiB of memory ({parts})"
 
@@ -124,47 +132,65 @@ def measure_cost(
     flops, operations, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loop: Loop[Batch] = Loop(
-        cast(Any, step), gentle, bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), run, epoch_steps=1
-    )
+    # logged now and then, as in training: the peak has the copies of such a step, and the median its neighbours' time
+    limits = replace(bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), log_every_steps=MEASURED_STEPS)
+    loop: Loop[Batch] = Loop(cast(Any, step), gentle, limits, run, epoch_steps=1, resumable=False)
     watch = Stopwatch()
     loop.fit(partial(watch.timed, partial(training_batches, train)))
-    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None
-    optimizers = [optimizer.optimizer for optimizer in loop.optimizers.values()]
-    memory = Memory(
-        weights=tensor_bytes(parameters(everything(step))),
-        gradients=tensor_bytes(p for p in parameters(step.modules.values()) if p.requires_grad),
-        averages=tensor_bytes(
-            ours
-            for average in step.averages.values()
-            for ours, theirs in zip(average.module.parameters(), average.original.parameters(), strict=True)
-            if theirs.requires_grad
-        ),
-        optimizer=tensor_bytes(
-            value
-            for optimizer in optimizers
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ),
-        activations=activations,
-    )
+    memory = kept_memory(step, {name: one.optimizer for name, one in loop.optimizers.items()}, activations)
 
     def save() -> None:
         loop.save()
         loop.store.wait()
 
     checkpoint_seconds = seconds_of(save)
+    validation_seconds = seconds_of(validate)
+    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else None
     run.accelerator.free_memory()
     return Cost(
         step_seconds=statistics.median(watch.step_seconds[WARM_UP_STEPS:]),
         loading_seconds=statistics.median(watch.loading_seconds[WARM_UP_STEPS:]),
-        validation_seconds=seconds_of(validate),
+        validation_seconds=validation_seconds,
         checkpoint_seconds=checkpoint_seconds,
         step_flops=flops * micro_steps,
         step_operations=operations * micro_steps,
         memory=memory,
         peak_bytes=peak,
+    )
+
+
+def kept_memory(
+    step: DiffusionStep | AutoencoderStep, optimizers: Mapping[str, torch.optim.Optimizer], activations: int
+) -> Memory:
+    """Return the bytes of what training keeps, after its first steps; `activations` as in `Memory`.
+
+    Takes another step, without gradient.
+    """
+    trained = [parameter for parameter in parameters(step.modules.values()) if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    made = _Made()
+    for name, optimizer in optimizers.items():
+        with made:
+            before = weights(name, step.modules[name])
+            optimizer.step()
+            update_norms(name, step.modules[name], before)
+            del before
+        optimizer.zero_grad(set_to_none=True)
+    states = (state for optimizer in optimizers.values() for state in optimizer.state.values())
+    averaged = (
+        ours
+        for average in step.averages.values()
+        for ours, theirs in zip(average.module.parameters(), average.original.parameters(), strict=True)
+        if theirs.requires_grad
+    )
+    return Memory(
+        weights=tensor_bytes(parameters(everything(step))),
+        gradients=tensor_bytes(trained),
+        averages=tensor_bytes(averaged),
+        optimizer=tensor_bytes(value for state in states for value in state.values() if isinstance(value, Tensor)),
+        activations=activations,
+        update=made.peak,
     )
 
 
@@ -239,6 +265,28 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of the tensors that are made meanwhile, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live: dict[Any, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        new = _storages(made).items() - _storages((args, kwargs)).items()  # no view, nothing that is done in place
+        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()} | dict(new)
+        self.peak = max(self.peak, sum(self._live.values()))
+        return made
+
+
+def _storages(tree: Any) -> dict[Any, int]:
+    """Return the storages of the tensors in `tree`, which this keeps nobody from freeing, and their bytes."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}  # type: ignore[no-untyped-call]
 
 
 def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> tuple[int, int, int]:

@@ -73,7 +73,8 @@ def overfit(
             taken += 1
 
     peak = replace(optim, decay="constant", warmup_steps=min(optim.warmup_steps, WARM_UP))
-    loop: Loop[Batch] = Loop(cast(Any, step), peak, bounded(run.config, MAX_STEPS), run, epoch_steps=1)
+    limits = bounded(run.config, MAX_STEPS)
+    loop: Loop[Batch] = Loop(cast(Any, step), peak, limits, run, epoch_steps=1, resumable=False)
     try:
         loop.fit(batches)
         end = measure()

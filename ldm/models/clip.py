@@ -12,8 +12,8 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ldm.config_check import explained
+from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
-from ldm.places import pinned
 
 
 class ImageEncoder(nn.Module):
@@ -56,11 +56,9 @@ def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
     ConfigError names `where`.
     """
     with explained(where):
-        name, revision = pinned(pretrained)
-        inside = Path(name) / "image_encoder"
-        folder = str(inside) if inside.is_dir() else name
-        refuse_strange_shards(folder)
+        place, keywords = find_component(pretrained, ("image_encoder",))
+        refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
         network = CLIPVisionModelWithProjection.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **revision
+            place, use_safetensors=True, trust_remote_code=False, **keywords
         )
     return ImageEncoder(network)

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ldm.config_check import ConfigError, explained
+from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
 from ldm.places import pinned
 
@@ -33,6 +34,11 @@ DENOISERS = (
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
 )
+COMPONENTS = {
+    **dict.fromkeys(("vae", "movq", "vqvae"), AUTOENCODERS),
+    **dict.fromkeys(("unet", "transformer", "prior"), DENOISERS),
+}
+"""Names that diffusers' pipelines give their networks, and the classes that these may have here."""
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
 """What those that denoise call theirs."""
 
@@ -43,20 +49,20 @@ def build_network(
     """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
 
     `network` holds ``_class_name``, one of `classes`, and arguments of that class's ``__init__``; or ``pretrained``
-    (folder or Hub name, ``user/name@revision`` too), optionally with ``revision`` and ``subfolder``, whose own config
-    names the class. Raises ConfigError, which names the config path `where`.
+    (folder or Hub name, ``user/name@revision`` too, of the network or of a pipeline with it), optionally with
+    ``revision`` and ``subfolder``, whose own config names the class. Raises ConfigError, which names the config path
+    `where`.
     """
     keys = dict(network)
     folder, name = keys.pop("pretrained", None), keys.pop("_class_name", None)
     if folder is not None:
         refuse_unknown(keys, {"revision", "subfolder"}, where, "beside 'pretrained'")
-        folder, revision = pinned(str(folder))
-        if revision and "revision" in keys:
+        if "revision" in keys and pinned(str(folder))[1]:
             raise ConfigError(f"{where}.revision: given twice; leave it out, or the @ in {where}.pretrained")
-        keys |= revision
-        if name is None:
-            with explained(where):
-                name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
+        names = [component for component, kinds in COMPONENTS.items() if not set(kinds).isdisjoint(classes)]
+        with explained(where):
+            folder, keys = find_component(str(folder), names, **keys)
+            name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
     if name not in classes:
         raise ConfigError(f"{where}._class_name: got {name!r}; choose from {', '.join(classes)}")
     kind = getattr(diffusers, name)
@@ -182,6 +188,42 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
         if not torch.cuda.is_available():
             raise RuntimeError("loop.xformers: needs a CUDA GPU, there is none; set it to false")
         network.enable_xformers_memory_efficient_attention()
+
+
+def unreached(module: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
+    """Return the names of the parameters of `module` that require grad and that no gradient of `outputs` reaches.
+
+    Read off the graph that the forward pass left behind: a gradient that is zero is one, and no backward pass is taken.
+    Several processes cannot train them: the step after one without their gradient fails.
+    """
+    nodes, left = set[Any](), [output.grad_fn for output in outputs]
+    while left:
+        node = left.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            left += [following for following, _ in node.next_functions]
+    reached = {id(node.variable) for node in nodes if hasattr(node, "variable")}  # the leaves
+    return [name for name, weight in module.named_parameters() if weight.requires_grad and id(weight) not in reached]
+
+
+def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) -> list[str]:
+    """Freeze, in place, what of `module` works for none of the outputs of `forward`; return the parameters' names.
+
+    Only of parts that `forward` calls: one that this example leaves out (an expert) may be called by the next.
+    """
+    called = set[nn.Module]()
+    hooks = [part.register_forward_hook(lambda part, *_: called.add(part)) for part in module.modules()]
+    training = module.training
+    module.eval()  # no layer is dropped
+    with torch.enable_grad():
+        unused = unreached(module, forward())
+    module.train(training)
+    for hook in hooks:
+        hook.remove()
+    frozen = [name for name in unused if module.get_submodule(name.rpartition(".")[0]) in called]
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return frozen
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
@@ -50,6 +50,9 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
     """
     if "image" in inspect.signature(pipeline.__call__).parameters:
         return pipeline
+    # not above: they import every pipeline that there is, which takes a second and warns that torchvision is missing
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
     kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
     channels = pipeline.unet.config.in_channels if hasattr(pipeline, "unet") else None
     try:

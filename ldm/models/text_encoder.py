@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -30,9 +30,10 @@ from transformers import (
 
 from ldm.config_check import ConfigError, explained
 from ldm.config_conditioners import TextConfig
+from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import PLAIN_NAME, pinned
+from ldm.places import PLAIN_NAME
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -182,7 +183,7 @@ def build_text_encoder(
     must be those of the training split only.
     """
     if config.pretrained is not None:
-        return load_text_encoder(config.pretrained, config.max_length, tokenizer)
+        return load_text_encoder(config.pretrained, config.max_length, tokenizer, config.keywords.values())
     if tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     keys = dict(config.encoder)
@@ -202,29 +203,32 @@ def build_text_encoder(
     return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
 
 
-def load_text_encoder(pretrained: str, max_length: int, tokenizer: Any | None = None) -> tuple[nn.Module, Any]:
+def load_text_encoder(
+    pretrained: str, max_length: int, tokenizer: Any | None = None, outputs: Collection[str] = ("prompt_embeds",)
+) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
     On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run.
 
-    A folder with ``text_encoder`` and ``tokenizer`` in it (a pipeline's) is read from there. A `tokenizer` that is
-    given takes the place of the one found. All encoders but CLIP's
-    get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline pass them the mask they need.
+    Of a pipeline they are ``text_encoder`` and ``tokenizer``. A `tokenizer` that is given takes the place of the one
+    found. A CLIP keeps its projection only if `outputs`, those of `TextConfig.keywords`, want
+    ``pooled_prompt_embeds``: with it, the encoder's first output, which pipelines take for ``prompt_embeds``, would be
+    that one. All encoders but CLIP's get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline
+    pass them the mask they need.
     """
-    name, revision = pinned(pretrained)
-    encoder_folder = tokenizer_folder = resolve(name)
-    if (Path(encoder_folder) / "text_encoder").is_dir():
-        encoder_folder, tokenizer_folder = f"{encoder_folder}/text_encoder", f"{tokenizer_folder}/tokenizer"
     where = "conditioners.text.pretrained"
-    options = {"trust_remote_code": False, **revision}  # not given: transformers asks at the terminal, and y runs it
     with explained(where), own_code_refused(where, pretrained):
-        refuse_strange_shards(encoder_folder)
-        found = AutoConfig.from_pretrained(encoder_folder, **options)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **options)
-        clip = CLIPTextModelWithProjection if _projects(found) else CLIPTextModel
+        place, keywords = find_component(resolve(pretrained), ("text_encoder",))
+        # not given, transformers asks at the terminal, and y runs the code
+        options = {"trust_remote_code": False, **keywords}
+        refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
+        found = AutoConfig.from_pretrained(place, **options)
+        projected = "pooled_prompt_embeds" in outputs and "CLIPTextModelWithProjection" in (found.architectures or ())
+        clip = CLIPTextModelWithProjection if projected else CLIPTextModel
         kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
-        encoder = kind.from_pretrained(encoder_folder, use_safetensors=True, **options)
+        encoder = kind.from_pretrained(place, use_safetensors=True, **options)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
         raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")
@@ -234,8 +238,10 @@ def load_text_encoder(pretrained: str, max_length: int, tokenizer: Any | None = 
     return encoder, tokenizer
 
 
-def _projects(config: Any) -> bool:
-    return "CLIPTextModelWithProjection" in (config.architectures or ())
+def load_tokenizer(pretrained: str) -> Any:
+    """Return the tokenizer of a pipeline or in a folder of its own, named as in `load_text_encoder`."""
+    place, keywords = find_component(resolve(pretrained), ("tokenizer",))
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)
 
 
 def resolve(pretrained: str) -> str:

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ldm.files import sync_folder
 from ldm.training.manifest import (
     JSON,
     CheckpointError,
@@ -37,7 +38,6 @@ from ldm.training.manifest import (
     bad_file,
     read_manifest,
     read_verified,
-    sync_folder,
     write_folder,
 )
 

@@ -88,13 +88,15 @@ class Loop(Generic[B]):
         epoch_steps: float,
         record: RunRecord | None = None,
         allow_changes: bool = False,
+        resumable: bool = True,
     ):
         """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
 
         `record` says what is trained, see `run_record`; a checkpoint of another one is refused unless `allow_changes`.
+        What is not `resumable` saves no checkpoint when it is stopped: a trial, of which nothing is kept.
         """
         self.step, self.optim, self.config, self.run = step, optim, config, run
-        self.record, self.allow_changes = record or RunRecord(), allow_changes
+        self.record, self.allow_changes, self.resumable = record or RunRecord(), allow_changes, resumable
         self.optimizers = {
             name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
@@ -135,10 +137,11 @@ class Loop(Generic[B]):
             try:
                 self._train(batches, events, bar)
             except Stopped as stopped:
-                if progress.global_step != self._saved_step:
-                    self.save()
-                step = f"{progress.global_step} of {progress.total_steps}"
-                log.warning("stopped by %s at step %s; the same command goes on from there", stopped.name, step)
+                if self.resumable:
+                    if progress.global_step != self._saved_step:
+                        self.save()
+                    step = f"{progress.global_step} of {progress.total_steps}"
+                    stopped.reached = f" at step {step}; the same command goes on from there"
                 raise
         self.store.wait()
         return progress
@@ -205,11 +208,13 @@ class Loop(Generic[B]):
                 group["lr"] = rate
         # of the means over processes: all of them take the step, or none does
         if all(math.isfinite(value) for value in metrics.values()):
-            before = weights(step.modules) if self._due(self.config.log_every_steps, progress.global_step + 1) else None
-            for optimizer in self.optimizers.values():
+            logged = self._due(self.config.log_every_steps, progress.global_step + 1)
+            for name, optimizer in self.optimizers.items():
+                before = weights(name, step.modules[name]) if logged else None
                 optimizer.step()
-            if before is not None:
-                metrics |= update_norms(step.modules, before)
+                if before is not None:
+                    metrics |= update_norms(name, step.modules[name], before)
+                    del before
             for average in step.averages.values():
                 average.update(progress.steps_taken)
             step.after_step()

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ldm.files import sync_folder
 from ldm.places import PLAIN_NAME
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -48,15 +49,6 @@ def write_folder(folder: Path, global_step: int, files: Mapping[str, Iterable[Ch
         _write(file, [manifest.encode()], hashing)
         os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: without it a new or renamed file may not outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

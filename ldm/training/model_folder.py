@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,16 @@ class ModelFolder:
         return done and (self.folder / CARD).is_file()
 
     def _write(self) -> None:
-        (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
-        self.save(self.folder)
         config = self.config
         named = pretrained_parts(config) if isinstance(config, StageConfig) else [config.autoencoder.get("pretrained")]
         parts = [part for part in named if part]
-        record = provenance(self.loop.progress, self.train, self.networks, parts)
-        record.save(self.folder)
-        save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, parts))
-        write_card(self.folder, self.run.folder, self.config, record)
+        with self.run.stop.held():  # weights, record and card are of one step
+            (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
+            self.save(self.folder)
+            record = provenance(self.loop.progress, self.train, self.networks, parts)
+            record.save(self.folder)
+            save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, parts))
+            write_card(self.folder, self.run.folder, self.config, record)
 
 
 def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
@@ -134,7 +135,8 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
         for component, prefix in COMPONENTS.items():
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             if own:  # a frozen text encoder has none
-                _replace_weights(temporary / component, own)
+                frozen = {name.removeprefix(prefix) for name in snapshots[-1].frozen}
+                _replace_weights(temporary / component, own, frozen)
         step = max(one.global_step for one in snapshots)
         replace(record, global_step=step, sigma_rel=sigma_rel).save(temporary)
         tell_average(temporary, to.name, sigma_rel)
@@ -144,16 +146,22 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
     return to
 
 
-def _replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` in the place of those of the same names in the folder's files; ValueError unless they fit."""
+def _replace_weights(folder: Path, weights: Mapping[str, Tensor], frozen: Collection[str]) -> None:
+    """Put `weights` in the place of those of the same names in the folder's files; those that are `frozen` stay.
+
+    ValueError unless they fit.
+    """
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             about = file.metadata()
         tensors = load_file(path)
         for name, tensor in tensors.items():
+            if name in frozen:
+                continue
             if name not in weights or weights[name].shape != tensor.shape:
                 raise ValueError(
                     f"{folder.name}: the snapshots hold no {name} of shape {tuple(tensor.shape)}: they are of another "
                     "network than the model; name the output_dir that both were written into"
                 )
-        save_file({name: weights[name].to(tensor.dtype).contiguous() for name, tensor in tensors.items()}, path, about)
+            tensors[name] = weights[name].to(tensor.dtype).contiguous()
+        save_file(tensors, path, about)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -146,6 +146,9 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Give `optimizer` the state that `flatten_optimizer` returned; its next step is then bitwise the same.
 
+    Parameters that were saved without a state, because they never had a gradient, may be missing now: what the loss
+    does not depend on is frozen since 0.2.0.
+
     Data types are kept (`Optimizer.load_state_dict` casts to the parameter's). Step counts (0-dimensional) go
     to the CPU unless the group is fused or capturable, everything else goes where its parameter is, in its
     memory format: as torch.optim makes them. How a step is computed (fused, foreach, ...) stays as built.
@@ -155,6 +158,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], descr
             another optimiser; nothing has been changed then.
 
     """
+    tensors, description = _without_idle(optimizer, tensors, description)
     _check_fit(optimizer, tensors, description)
     for group, saved in zip(optimizer.param_groups, description["groups"], strict=True):
         for key, value in saved.items():
@@ -196,6 +200,34 @@ def _plain(key: str, value: object) -> JSON:
 
 def _settings(key: str, value: object) -> JSON:
     return [_plain(key, item) for item in value] if isinstance(value, tuple | list) else _plain(key, value)
+
+
+def _without_idle(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Return ``(tensors, description)`` without parameters that have no state, if there are more than in `optimizer`.
+
+    The others are counted anew.
+    """
+    shapes: list[list[list[int]]] = description["shapes"]
+    if sum(map(len, shapes)) <= sum(map(len, _shapes(optimizer))):
+        return tensors, description
+    stepped = {int(name.partition(".")[0]) for name in (*tensors, *description["values"])}
+    place = {old: new for new, old in enumerate(sorted(stepped))}
+
+    def renamed(name: str) -> str:
+        index, _, key = name.partition(".")
+        return f"{place[int(index)]}.{key}"
+
+    numbered, kept = enumerate(chain.from_iterable(shapes)), list[list[list[int]]]()
+    for group in shapes:
+        kept.append([shape for index, shape in islice(numbered, len(group)) if index in stepped])
+    return {renamed(name): tensor for name, tensor in tensors.items()}, {
+        **description,
+        "shapes": kept,
+        "tensors": [renamed(name) for name in description["tensors"]],
+        "values": {renamed(name): value for name, value in description["values"].items()},
+    }
 
 
 def _check_fit(optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:

@@ -76,7 +76,8 @@ def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, at_step: int | 
     like = read_tensors(newest)
     sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
     for snapshot, factor in zip(snapshots, x, strict=True):
-        tensors = read_tensors(snapshot)
+        # version 0.1.0 averaged parameters that are frozen now: they stood still
+        tensors = {name: tensor for name, tensor in read_tensors(snapshot).items() if name not in newest.frozen}
         if {name: tensor.shape for name, tensor in tensors.items()} != {name: one.shape for name, one in like.items()}:
             raise ValueError(f"{snapshot.path} is of another network than {newest.path}; delete those of one of them")
         for name, tensor in tensors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 from typing import cast
 
@@ -15,8 +16,11 @@ from ldm.config_check import ConfigError, explained
 from ldm.data.batches import Batch, CaptionedImages, Sample, collate
 from ldm.evaluation.quality import ssim
 from ldm.models.autoencoder import fold_statistics
+from ldm.models.network import unreached
 from ldm.training.autoencoding import reconstruct
 from ldm.training.steps import AutoencoderStep, DiffusionStep
+
+log = logging.getLogger(__name__)
 
 
 def rehearse(
@@ -27,7 +31,8 @@ def rehearse(
     Of an autoencoder also what validation and saving need.
 
     Raises:
-        ConfigError: the parts do not fit together or give a loss that is not finite.
+        ConfigError: the parts do not fit together or give a loss that is not finite; or several processes would train
+            a parameter that the loss does not depend on.
 
     """
     frames = config.conditioners.frames if isinstance(config, StageConfig) else None
@@ -43,13 +48,21 @@ def rehearse(
         stack.enter_context(step.run.attention())
         for forward in step.forwards.values():
             stack.enter_context(step.run.accelerator.no_sync(forward))
-        losses = {name: float(loss.detach()) for name, loss in step.losses(batch, start).items()}
+        graphs = step.losses(batch, start)
+        idle = [f"{name}.{idle}" for name, module in step.modules.items() for idle in unreached(module, [graphs[name]])]
+        losses = {name: float(loss.detach()) for name, loss in graphs.items()}
+        del graphs
         if isinstance(step, AutoencoderStep):
             ssim(reconstruct(step.averaged, pictures), pictures)
             channels = torch.ones(step.latent_channels, device=step.run.device)
             fold_statistics(copy.deepcopy(step.averaged), 0 * channels, channels)
     if wrong := [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]:
         raise ConfigError(f"{where}: the first losses are not finite ({', '.join(wrong)})")
+    if idle:
+        found = f"{where}: the loss does not depend on {len(idle)} parameters, such as {idle[0]}"
+        if step.run.accelerator.num_processes > 1:
+            raise ConfigError(f"{found}; several processes cannot train them: leave them out, or use one process")
+        log.info("%s: they stay as they are", found)
 
 
 def first_batch(images: CaptionedImages, count: int) -> Batch:

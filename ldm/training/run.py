@@ -169,17 +169,23 @@ class Run:
 def finishing(run: Run) -> Iterator[Run]:
     """Close trackers and the process group and unlock the folder when the run ends, however it ends.
 
-    A `HubError` ends it with exit code 1; SIGTERM and SIGUSR1 with 143 and 138, the training saved: see `StopSignals`.
+    A `HubError` ends it with exit code 1; SIGINT, SIGTERM and SIGUSR1 with 130, 143 and 138, the training saved: see
+    `StopSignals`.
     """
     try:
         with run.stop.handled():
-            yield run
+            try:
+                yield run
+            finally:
+                run.accelerator.end_training()
+                if run.lock is not None:
+                    run.lock.release()
     except HubError as error:
         sys.exit(str(error))
-    finally:
-        run.accelerator.end_training()
-        if run.lock is not None:
-            run.lock.release()
+    except Stopped as stopped:
+        if run.is_main:
+            log.warning("stopped by %s%s", stopped.name, stopped.reached)
+        raise
 
 
 def _step_of(line: str) -> int:

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 end a run at the next safe moment."""
+"""Requests to stop: Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end a run at the next safe moment."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed")
 PR_SET_PDEATHSIG = 1
+REPEAT_SECONDS = 0.2
+"""A signal that follows so soon is the first one again: `timeout` signals a process and then its group."""
+PASSED_ON_SECONDS = 5.0
+"""The same under a launcher, which passes on what was sent to all of its group or job."""
 
 
 class Stopped(SystemExit):
@@ -23,14 +28,23 @@ class Stopped(SystemExit):
     def __init__(self, number: int):
         super().__init__(128 + number)
         self.name = signal.Signals(number).name
+        self.reached = ""
+        """The end of the line ``stopped by SIGINT``: the step that was saved."""
 
 
 class StopSignals:
-    """Which signal has asked this process to stop, if any. A second one ends it at once."""
+    """The signal that has asked this process to stop, if any. A second request ends it at once.
+
+    One request can be several signals. On Ctrl-C the terminal signals the whole process group: the launcher may pass
+    the signal on, and its own end sends one more. None of these may cut short the save that the first one began.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._held = 0
+        self._waiting = False
+        self._launched = False
+        self._second_from = 0.0
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -39,7 +53,9 @@ class StopSignals:
             yield  # Python allows no handlers here: signals do what they did before
             return
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        end_with_launcher()
+        if sys.platform == "linux":
+            before[signal.SIGRTMIN] = signal.signal(signal.SIGRTMIN, self._lose_launcher)
+            self._launched = end_with_launcher(signal.SIGRTMIN)
         try:
             yield
         finally:
@@ -48,35 +64,56 @@ class StopSignals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let signals wait while a context lasts that must not be cut in two: only `received` tells of them."""
+        """Let signals wait for the end of a context that must not be cut in two; meanwhile `received` tells of them."""
         self._held += 1
         try:
             yield
         finally:
             self._held -= 1
+        if self._waiting and self.received is not None and not self._held:
+            self._waiting = False
+            raise Stopped(self.received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received = number
+            self._second_from = now + (PASSED_ON_SECONDS if self._launched else REPEAT_SECONDS)
+            self._waiting = self._held > 0
+            if not self._waiting:
+                raise Stopped(number)
+        elif now > self._second_from:
             os._exit(128 + number)  # whatever is being written is written aside: nothing is harmed
-        self.received = number
-        if not self._held:
-            raise Stopped(number)
+
+    def _lose_launcher(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:  # otherwise both were sent the same request
+            self._receive(signal.SIGTERM, frame)
 
 
-def end_with_launcher() -> None:
-    """Ask the system for a SIGTERM when the launcher dies, if one started this process (Linux only).
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Turn Ctrl-C into one line on stderr and exit code 130; also a decorator, for ``main``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        raise Stopped(signal.SIGINT) from None
+
+
+def end_with_launcher(number: int) -> bool:
+    """Return whether a launcher started this process; if so, ask the system for a signal when it dies (Linux only).
 
     A SIGTERM to a one-process ``accelerate launch`` ends the launcher and never reaches what it launched. Without a
     launcher nothing is asked for: a training that was started from a shell outlives it.
     """
-    if not sys.platform.startswith("linux"):
-        return
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
-        return
-    if any(launcher in command for launcher in LAUNCHERS):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+    if not any(launcher in command for launcher in LAUNCHERS):
+        return False
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), number)
+    return True

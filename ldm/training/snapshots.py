@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -16,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.files import sync_folder
 from ldm.training.averages import Average
 from ldm.training.loop import Loop
-from ldm.training.manifest import sync_folder
 from ldm.training.run import Run
 from ldm.training.state import trained_state
 
@@ -38,6 +39,8 @@ class Snapshot:
     steps_taken: int
     """Those of the steps that changed the weights: the average's own time."""
     sigma_rel: float
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, and of which there is no average."""
 
 
 class Snapshots:
@@ -66,6 +69,8 @@ class Snapshots:
         for sigma_rel, average in self.averages.items():
             path = self.folder / f"step-{global_step:07d}-{sigma_rel}.safetensors"
             about = {"global_step": str(global_step), "steps_taken": str(steps_taken), "sigma_rel": repr(sigma_rel)}
+            frozen = [name for name, weight in average.original.named_parameters() if not weight.requires_grad]
+            about["frozen"] = json.dumps(frozen)
             tensors = trained_state(average.module, average.original)
             try:
                 with self.run.stop.held():
@@ -104,7 +109,8 @@ def _read(path: Path) -> Snapshot:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-        return Snapshot(path, int(about["global_step"]), int(about["steps_taken"]), float(about["sigma_rel"]))
+        frozen = tuple(json.loads(about.get("frozen", "[]")))  # version 0.1.0 trained whole networks
+        return Snapshot(path, int(about["global_step"]), int(about["steps_taken"]), float(about["sigma_rel"]), frozen)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise _bad(path, error) from error
 

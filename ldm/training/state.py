@@ -85,8 +85,12 @@ def trained_state(module: nn.Module, like: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained(module: nn.Module, like: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `trained_state` returned; raises CheckpointError, and changes nothing, if its names are others."""
-    if differing := sorted(trained_state(module, like).keys() ^ tensors.keys()):
+    """Load what `trained_state` returned; raises CheckpointError, and changes nothing, if its names are others.
+
+    It may hold parameters that are frozen now: version 0.1.0 froze none of those that the loss does not depend on.
+    """
+    trained, known = trained_state(module, like).keys(), module.state_dict().keys()
+    if differing := sorted((trained - tensors.keys()) | (tensors.keys() - known)):
         where = "the checkpoint" if differing[0] in tensors else "this model"
         raise CheckpointError(
             f"only {where} has {differing[0]} ({len(differing)} names differ): it is of another model; resume with the "

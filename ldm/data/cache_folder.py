@@ -1,0 +1,75 @@
+"""The folder of everything that can be computed again."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+DIGEST_SIZE = 12
+_ENTRY = rf"[0-9a-f]{{{2 * DIGEST_SIZE}}}"
+_OURS = re.compile(
+    rf"{_ENTRY}/(\d{{9}}(-[0-9a-f]{{32}})?\.safetensors|hashes\.safetensors|[\w.]+\.tmp|\.lock)"
+    r"|openmoji-[\d.]+-\d+(\.\d+)?\.(safetensors|tmp)"  # of 0.1.0, as are shards without a hash
+)
+"""Paths below a kind of what this project has written: the folder may be shared with anything."""
+
+
+def cache_folder() -> Path:
+    """Return ``$LDM_CACHE``, else ``~/.cache/ldm``."""
+    chosen = os.environ.get("LDM_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "ldm"
+
+
+def entry_folder(kind: str, key: str) -> Path:
+    """Return the folder of one entry of a kind; `key` names all that it depends on."""
+    return cache_folder() / kind / blake2b(key.encode(errors="surrogateescape"), digest_size=DIGEST_SIZE).hexdigest()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Entries of one kind: their number, their bytes, and the time at which the newest file was written."""
+
+    name: str
+    entries: int
+    size: int
+    written: float
+
+
+def kinds() -> list[Kind]:
+    """Return what is kept, by kind."""
+    found = []
+    for name in sorted(os.listdir(cache_folder())) if cache_folder().is_dir() else []:
+        states = {path: path.lstat() for path in _files(name)}
+        if states:
+            top = cache_folder() / name
+            entries = {path.relative_to(top).parts[0] for path in states}
+            size = sum(state.st_size for state in states.values())
+            found.append(Kind(name, len(entries), size, max(state.st_mtime for state in states.values())))
+    return found
+
+
+def clear(kind: str) -> None:
+    """Delete the entries of a kind, and no other file; links are neither followed nor deleted."""
+    files = list(_files(kind))
+    for file in files:
+        file.unlink(missing_ok=True)
+    for folder in [*{file.parent for file in files}, cache_folder() / kind]:
+        with suppress(OSError):  # something else is in it, or it is gone
+            folder.rmdir()
+
+
+def _files(kind: str) -> Iterator[Path]:
+    top = cache_folder() / kind
+    if top.is_symlink():
+        return
+    for parent, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if re.fullmatch(_ENTRY, name)]
+        for path in (Path(parent) / name for name in names):
+            if _OURS.fullmatch(path.relative_to(top).as_posix()) and stat.S_ISREG(path.lstat().st_mode):
+                yield path
