@@ -49,13 +49,14 @@ class DataConfig:
     path: str | None = None
     """Folder, Parquet file or data set name; not used by openmoji."""
     split: str = "train"
-    """Split of a `datasets` data set to read; our own train/validation/test split is made from it."""
+    """Split to read, of those that `datasets` finds; our own train/validation/test split is made from it. A folder or
+    table whose names of folders and files say nothing of splits is all train."""
     licence: str | None = None
     """Licence of the pictures, for the model card, such as CC BY 4.0; that of openmoji is known."""
     image_column: str | None = None
-    """None: found by its usual names (image, picture, ...)."""
+    """None: file_name of metadata, the column of images of a table, or one of a usual name (image, picture, ...)."""
     caption_column: str | None = None
-    """None: found by its usual names (text, caption, captions, prompt, ...), and without one there are no captions."""
+    """None: the one of a usual name (text, caption, captions, prompt, ...); without one there are no captions."""
     class_column: str | None = None
     """Column of class numbers, from 0 on, for `conditioners.label`; of openmoji: group, Unicode's nine."""
     on_bad_data: Literal["error", "skip"] = "error"
@@ -69,11 +70,12 @@ class DataConfig:
     flip: bool = False
     """Mirror half of the pictures; only right where captions and pictures have no left and right."""
     limit: int | None = None
-    """Keep only this many pictures (the first by hash), for trials."""
+    """Keep only this many pictures of all splits together, the first by hash, for trials."""
     held_out: dict[str, str] = field(default_factory=dict)
     """``{"validation": file, "test": file}``: captions, a line each, whose pictures no stage trains on."""
     held_out_percent: float = 2.0
-    """Without `held_out`: percent of the pictures for validation, and as many for test, by pixel hash."""
+    """Without `held_out`: percent of the pictures for validation, and as many for test, by pixel hash. One picture of
+    two or more is for validation at least, unless it is 0, with which nothing can be trained."""
     batch_size: int = 64
     """Pictures per optimiser step, over all processes and accumulation steps."""
     workers: int = 0

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 
 log = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
 Splits = dict[str, list[str]]
 """Relative paths of the files of each split."""
