@@ -24,8 +24,8 @@ def main() -> None:
         write_folder(folder, PICTURES, suffixes=("png", "jpg", "webp"))
         for attempt in ("first", "second"):
             began = time.perf_counter()
-            source = build_source(DataConfig(source="imagefolder", path=name))
-            problems = list(quick_problems(source))
+            config = DataConfig(source="imagefolder", path=name)
+            problems = list(quick_problems(build_source(config), config))
             print(f"quick, {attempt}: {time.perf_counter() - began:.2f} s, {len(problems)} problems", file=sys.stderr)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
