@@ -19,7 +19,7 @@ from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
 from ldm.evaluate import evaluate
 from ldm.hub import HubError, push
-from ldm.models.pipeline import image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.models.pipeline import kept_size, load_pipeline, plain_call, starting_from, told_by
 from ldm.validate import validate
 
 
@@ -46,8 +46,8 @@ def sample(
         seed: Seed of the first picture; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none.
-        image: Picture to start from; transparent parts are white.
-        mask_image: Picture of its size, white where it is drawn anew; transparent parts are black.
+        image: Picture to start from, which keeps its size; transparent parts are white.
+        mask_image: Picture, white where it is drawn anew; transparent parts are black.
         strength: Share of the steps that the picture goes through; left out: 0.8, and with a mask all.
         trust_remote_code: Run the pipeline code that came with the model.
 
@@ -63,8 +63,9 @@ def sample(
         raise ValueError("mask_image, strength: say of which --image")
     pipeline, pictures = load_pipeline(model, trust_remote_code), {}
     if image is not None:
-        pictures = started(image_size(pipeline), image=image, mask_image=mask_image)
+        pictures = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
+        settings |= kept_size(pipeline, *pictures["image"].size)
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         draw = torch.Generator().manual_seed(seed + number)
         call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
@@ -97,15 +98,14 @@ def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
             raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
 
 
-def started(size: int, **files: str | None) -> dict[str, Image.Image]:
-    """Return the pictures in `files`, those that are named, at `size` pixels height and width; ValueError if none."""
+def started(**files: str | None) -> dict[str, Image.Image]:
+    """Return the pictures in `files`, those that are named; ValueError if one is none."""
     pictures = {}
     for name, file in files.items():
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                picture = to_rgb(decode(open_picture(file)), behind)
-                pictures[name] = picture.resize((size, size), Image.Resampling.LANCZOS)
+                pictures[name] = to_rgb(decode(open_picture(file)), behind)
             except (OSError, PictureError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return pictures

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -74,6 +75,6 @@ def denoising_losses(
 
 
 def _latents(vae: Any, pixel_values: Tensor) -> Tensor:
-    latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().float()
+    latents = retrieve_latents(vae.encode(pixel_values.to(vae.dtype)), None, "argmax").float()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return cast(Tensor, (latents - shift) * vae.config.scaling_factor)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from PIL import Image
 from torch import Tensor
 
@@ -25,10 +26,15 @@ SMALLEST = 32
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU."""
+    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
+
+    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each picture.
+    """
     device = next(autoencoder.parameters()).device
     parts = [
-        autoencoder.decode(autoencoder.encode(part.to(device)).latent_dist.mode(), return_dict=False)[0].cpu()
+        autoencoder.decode(retrieve_latents(autoencoder.encode(part.to(device)), None, "argmax"), return_dict=False)[
+            0
+        ].cpu()
         for part in torch.split(pixel_values, CHUNK)
     ]
     return torch.cat(parts).float().clamp(-1, 1)
