@@ -51,9 +51,9 @@ picture.save("picture.png")
 """
 PIXART = ", use_resolution_binning=False, max_sequence_length={}, clean_caption=False"
 CLIPPED = (
-    ", whose images are other and worse ones: where DDIM clips the image that it thinks of, `DDPMPipeline` goes on with "
-    "noise that does not lead there. `DDIMPipeline(pipe.unet, pipe.scheduler)` draws as ours does if its call is told "
-    "`use_clipped_model_output=True`"
+    ", whose images are other and worse ones: where DDIM clips the image that it thinks of, `DDPMPipeline` goes on "
+    "with noise that does not lead there. `DDIMPipeline(pipe.unet, pipe.scheduler)` draws as ours does if its call is "
+    "told `use_clipped_model_output=True`"
 )
 STAGE = """\
 # {title}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -168,12 +169,15 @@ def check_guidance(guidance_scale: float) -> None:
         )
 
 
-def check_options(guidance_rescale: float, cross_attention_kwargs: object = None, clip_skip: int | None = None) -> None:
+def check_options(guidance_rescale: float, cross_attention_kwargs: Any = None, clip_skip: int | None = None) -> None:
     """Raise ValueError if one of them is unusable whatever the pipeline."""
     if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale: got {shown(guidance_rescale)}; expected a number from 0, none, to 1")
-    if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
-        raise ValueError(f"cross_attention_kwargs: got {shown(cross_attention_kwargs)}; expected a dict")
+    named = isinstance(cross_attention_kwargs, dict) and all(isinstance(key, str) for key in cross_attention_kwargs)
+    if cross_attention_kwargs is not None and not named:
+        raise ValueError(f"cross_attention_kwargs: got {shown(cross_attention_kwargs)}; expected a dict of names")
+    if named and not isinstance(scale := cross_attention_kwargs.get("scale", 1.0), Real):
+        raise ValueError(f"cross_attention_kwargs: got scale {shown(scale)}; expected a number")
     if clip_skip is not None:
         whole_number("clip_skip", clip_skip, 0, None)
 

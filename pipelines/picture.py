@@ -151,30 +151,40 @@ def given_images(name: str, given: Any, channels: int, background: str, latent_c
         came = type(given).__name__ if several else "an empty list"
         raise ValueError(f"{name}: got {came}; expected an image of PIL, an array, a tensor, or a list of one of them")
     axis = -1 if kind is np.ndarray else -3
-    batches = [_batch(torch.as_tensor(one), axis, channels) for one in several]
+    batches = [_batch(name, one, axis, channels) for one in several]
     if len({batch.shape[1:] for batch in batches}) > 1:
         raise ValueError(f"{name}: got images of the sizes {[tuple(one.shape) for one in several]}; expected one size")
     images = torch.cat(batches)
     most = {channels: 1.0}
     if kind is torch.Tensor and latent_channels not in (None, RGB):
         most[latent_channels] = MAX_LATENT
-    good = images.ndim == 4 and images.shape[1] in most and images.is_floating_point() and images.numel()
-    if not good or not bool((images.abs() <= most[images.shape[1]]).all()) or (channels == 1 and images.min() < 0):
-        sizes = f"(N, {channels}, height, width)" if kind is torch.Tensor else f"(N, height, width, {channels})"
-        came = f"{several[0].dtype} of shape {tuple(several[0].shape)}"
-        raise ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape {sizes}, or PIL images")
-    images = images.float()
+    known = images.shape[1] in most and images.numel()
+    if not known or not bool((images.abs() <= most[images.shape[1]]).all()) or (channels == 1 and images.min() < 0):
+        raise _unusable(name, several[0], channels)
     return images / 2 + 0.5 if images.shape[1] == RGB and images.min() < 0 else images
 
 
-def _batch(one: torch.Tensor, axis: int, channels: int) -> torch.Tensor:
-    """Return images whose channels are the axis `axis` as (N, C, height, width), if they can be."""
+def _batch(name: str, given: Any, axis: int, channels: int) -> torch.Tensor:
+    """Return an array or tensor of floats, whose channels are the axis `axis`, as (N, C, height, width), float32."""
+    dense = not isinstance(given, torch.Tensor) or (given.layout == torch.strided and not given.is_meta)
+    if given.ndim not in (2, 3, 4) or not dense or "float" not in str(given.dtype):
+        raise _unusable(name, given, channels)
+    # a copy where it is turned around, which torch does not read
+    one = torch.as_tensor(np.ascontiguousarray(given, np.float32) if isinstance(given, np.ndarray) else given).float()
     if channels == 1 and (one.ndim == 2 or (one.ndim == 3 and one.shape[axis] != 1)):
         one = one.unsqueeze(axis)
-    if one.ndim not in (3, 4):
-        return one
+    if one.ndim == 2:
+        raise _unusable(name, given, channels)
     one = one.movedim(axis, -3)
     return one if one.ndim == 4 else one[None]
+
+
+def _unusable(name: str, given: Any, channels: int) -> ValueError:
+    sizes = f"(N, {channels}, height, width)"
+    if isinstance(given, np.ndarray):
+        sizes = f"(N, height, width, {channels})"
+    came = f"{given.dtype} of shape {tuple(given.shape)}"
+    return ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape {sizes}, or PIL images")
 
 
 def _check_count(name: str, images: Images, counts: tuple[int, int, int]) -> None:

@@ -140,6 +140,7 @@ KINDS = {
     "array": floats(),
     "arrays": floats(24, 20, 2),
     "list of arrays": [floats(), floats()],
+    "turned around": floats()[:, ::-1, ::-1],
     "array of doubles": floats().astype(np.float64),
     "tensor": tensors(),
     "tensors": tensors(24, 20, 2),
