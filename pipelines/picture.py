@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -77,14 +77,10 @@ def picture(
         return None
     counts = 1, shape[0] // num_images_per_prompt, shape[0]
     _check_count("image", image, counts)
-    if not is_latents(image):
-        image = processor.preprocess(image, *size)
-    elif image.shape[2:] != shape[2:]:  # type: ignore[union-attr]
-        raise ValueError(
-            f"image: latents of {tuple(image.shape[2:])}, but height and width of {tuple(shape[2:])} latents; "  # type: ignore[union-attr]
-            "leave height and width out"
-        )
-    pixel_values: torch.Tensor = image.float()  # type: ignore[union-attr]
+    pixel_values = image if is_latents(image) else processor.preprocess(image, *size)
+    if is_latents(pixel_values) and pixel_values.shape[2:] != shape[2:]:
+        came, asked = tuple(pixel_values.shape[2:]), tuple(shape[2:])
+        raise ValueError(f"image: latents of {came}, but height and width are of {asked} latents; leave them out")
     if isinstance(generator, list):
         pixel_values = pixel_values.repeat_interleave(shape[0] // len(pixel_values), 0)
     mask = None
@@ -111,7 +107,7 @@ def checked_strength(strength: float | None, image: Any, mask_image: Any) -> flo
     return float(strength)
 
 
-def is_latents(images: Images) -> bool:
+def is_latents(images: Images) -> TypeGuard[torch.Tensor]:
     """Return whether images are in the denoiser's space already."""
     return torch.is_tensor(images) and images.shape[1] != RGB
 

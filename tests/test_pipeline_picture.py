@@ -195,7 +195,9 @@ def test_an_image_keeps_its_size_unless_another_is_said(caplog):
     assert record.getMessage().startswith("image: 28 x 40 pixels are drawn by a model of 16 x 16; give height")
     with pytest.raises(ValueError, match="image: got 1 x 24 pixels; expected at least 2 x 2"):
         arrays(pipe, image=image.resize((24, 1)))
-    with pytest.raises(ValueError, match="leave height and width out"):
+    with pytest.raises(
+        ValueError, match=r"image: latents of .10, 12., but height and width are of .4, 4. latents; leave them out"
+    ):
         arrays(pipe, image=KINDS["latents"], height=8, width=8)
 
 
