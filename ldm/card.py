@@ -50,6 +50,11 @@ picture.save("picture.png")
 ```
 """
 PIXART = ", use_resolution_binning=False, max_sequence_length={}, clean_caption=False"
+CLIPPED = (
+    ", whose images are other and worse ones: where DDIM clips the image that it thinks of, `DDPMPipeline` goes on "
+    "with noise that does not lead there. `DDIMPipeline(pipe.unet, pipe.scheduler)` draws as ours does if its call is "
+    "told `use_clipped_model_output=True`"
+)
 STAGE = """\
 # {title}
 
@@ -241,6 +246,8 @@ def _body(config: StageConfig | AutoencoderConfig, name: str, picture: bool) -> 
         if (text := config.conditioners.text) and "encoder_attention_mask" in text.keywords:  # PixArt, of its own ways
             call["guided"] += PIXART.format(text.max_length)
             call["alone"] += ", which reads captions in lower case"
+        if _pixels(config) and config.sampler.kind == "ddim":
+            call["alone"] += CLIPPED
         stock = STAGE_LOADING.format(name=name, **call, arguments="model")
         loading = f"{call['alone']}:\n\n{stock}\n{loading}"
     seen = {"guidance": looked.guidance_scale, "count": looked.num_images, "seed": config.seed}

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
-from ldm.models.pipeline import call_settings, image_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.models.pipeline import call_settings, kept_size, load_pipeline, plain_call, starting_from, told_by
 from ldm.places import made_folder
 
 NAME_LETTERS, NAME_BYTES = 80, 200
@@ -48,8 +48,8 @@ def sample(
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
-        image: Image to start from; transparent parts are white.
-        mask_image: Image of its size, white where it is drawn anew; transparent parts are black.
+        image: Image to start from, which keeps its size; transparent parts are white.
+        mask_image: Image, white where it is drawn anew; transparent parts are black.
         strength: Share of the steps that the image goes through; left out: 0.8, and with a mask all.
         overwrite: Write over files of the same name; left out, the next free name is taken (a-cat-0-2.png).
         trust_remote_code: Run the pipeline code that came with the model.
@@ -71,8 +71,9 @@ def sample(
     pipeline, images = load_pipeline(model, trust_remote_code), {}
     settings = call_settings(pipeline, num_inference_steps, guidance_scale) | started_at
     if image is not None:
-        images = started(image_size(pipeline), image=image, mask_image=mask_image)
+        images = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
+        settings |= kept_size(pipeline, *images["image"].size)
     made_folder(out)
     written = []
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
@@ -107,15 +108,14 @@ def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
             raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
 
 
-def started(size: int, **files: str | None) -> dict[str, Image.Image]:
-    """Return the images in `files`, those that are named, at `size` pixels height and width; ValueError if none."""
+def started(**files: str | None) -> dict[str, Image.Image]:
+    """Return the images in `files`, those that are named; ValueError if one is none."""
     images = {}
     for name, file in files.items():
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                image = to_rgb(decode(open_picture(file)), behind)
-                images[name] = image.resize((size, size), Image.Resampling.LANCZOS)
+                images[name] = to_rgb(decode(open_picture(file)), behind)
             except (OSError, PictureError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return images

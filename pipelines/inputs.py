@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Limits:
     patch: int
     """Latents, height and width, that the denoiser takes as one."""
     default_size: tuple[int, int]
-    """Height and width, pixels."""
+    """Height and width, pixels: the image's that is given, else the model's."""
     latent_channels: int
     inference_steps: tuple[int, int]
     """Fewest and most."""
@@ -98,8 +99,12 @@ def check_inputs(
     check_output(output_type, return_dict)
     check_callback(callback_on_step_end)
     _check_tensors(limits, callback_on_step_end_tensor_inputs)
-    rows, columns = latent_size(limits, height, width)
-    shape = (count * num_images_per_prompt, limits.latent_channels, rows, columns)
+    whose = "the autoencoder's factor {}"
+    if limits.patch > 1:
+        whose = "{}, the autoencoder's factor times the denoiser's patch"
+    rows, columns = checked_size(height, width, limits.default_size, limits.factor * limits.patch, whose)
+    latent_size = rows // limits.factor, columns // limits.factor
+    shape = (count * num_images_per_prompt, limits.latent_channels, *latent_size)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
@@ -164,6 +169,19 @@ def check_guidance(guidance_scale: float) -> None:
         )
 
 
+def check_options(guidance_rescale: float, cross_attention_kwargs: Any = None, clip_skip: int | None = None) -> None:
+    """Raise ValueError if one of them is unusable whatever the pipeline."""
+    if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale: got {shown(guidance_rescale)}; expected a number from 0, none, to 1")
+    named = isinstance(cross_attention_kwargs, dict) and all(isinstance(key, str) for key in cross_attention_kwargs)
+    if cross_attention_kwargs is not None and not named:
+        raise ValueError(f"cross_attention_kwargs: got {shown(cross_attention_kwargs)}; expected a dict of names")
+    if named and not isinstance(scale := cross_attention_kwargs.get("scale", 1.0), Real):
+        raise ValueError(f"cross_attention_kwargs: got scale {shown(scale)}; expected a number")
+    if clip_skip is not None:
+        whole_number("clip_skip", clip_skip, 0, None)
+
+
 def check_output(output_type: object, return_dict: object) -> None:
     """Raise ValueError if a pipeline cannot return that."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -216,26 +234,27 @@ def _check_tensors(limits: Limits, tensors: Sequence[str]) -> None:
         )
 
 
-def latent_size(limits: Limits, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return height and width of the latents of a picture of that size, pixels; None: the default. ValueError."""
-    size = [limits.default_size[0] if height is None else height, limits.default_size[1] if width is None else width]
-    factor = limits.factor * limits.patch
-    whose = f"the autoencoder's factor {factor}"
-    if limits.patch > 1:
-        whose = f"{factor}, the autoencoder's factor times the denoiser's patch"
+def checked_size(
+    height: int | None, width: int | None, default: tuple[int, int], multiple: int, whose: str
+) -> tuple[int, int]:
+    """Return height and width of an image, pixels, the default ones for None; ValueError if there is none of that size.
+
+    multiple: what both are a multiple of; `whose` says in the error, for ``{}``, why.
+    """
+    size = (default[0] if height is None else height, default[1] if width is None else width)
     for name, value in zip(("height", "width"), size, strict=True):
-        whole_number(name, value, factor, None)
-        if value % factor:
-            below = value // factor * factor
+        whole_number(name, value, multiple, None)
+        if value % multiple:
+            below = value // multiple * multiple
             raise ValueError(
-                f"{name}: {shown(value)} pixels is not a multiple of {whose}; "
-                f"{shown(below)} and {shown(below + factor)} are"
+                f"{name}: {shown(value)} pixels is not a multiple of {whose.format(multiple)}; "
+                f"{shown(below)} and {shown(below + multiple)} are"
             )
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
             f"height * width: got {shown(size[0])} * {shown(size[1])} pixels; expected at most {MAX_PIXELS}"
         )
-    return size[0] // limits.factor, size[1] // limits.factor
+    return size
 
 
 def _check_embeds(name: str, embeds: torch.Tensor | None, expected: tuple[int | None, int | None, int | None]) -> None:

@@ -1,16 +1,26 @@
-"""Pictures to start from: another version of one, or parts of one drawn anew."""
+"""Images to start from: another version of one, or parts of one drawn anew."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from .inputs import shown
+from .inputs import MAX_LATENT, shown
+
+RGB = 3
+MANY = 4
+"""Times the pixels that a model has learned, from which on an image is said to be large for it."""
+logger = logging.getLogger(__name__)
+
+Images = list[Image.Image] | torch.Tensor
+"""PIL in RGB; or (N, C, height, width), floats in [0, 1]; or latents, which have other than three channels."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Picture:
 def picture(
     processor: VaeImageProcessor,
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
-    image: Any,
+    image: Images | None,
     mask_image: Any,
     strength: float,
     size: tuple[int, int],
@@ -54,26 +64,31 @@ def picture(
     generator: torch.Generator | list[torch.Generator] | None,
     num_images_per_prompt: int = 1,
 ) -> Picture | None:
-    """Return what `image` and `mask_image`, in pixels, are in a model's space; None without an image.
+    """Return what `image` and `mask_image` are in a model's space; None without an image.
 
-    encode: from pictures in [-1, 1], (N, 3, H, W), and a generator or one for each to x0, which may be drawn.
-    image, mask_image: PIL of 8 bits, a list of PIL, or a tensor in [0, 1], (N, 3, H, W) and (N, 1, H, W), resized to
-    `size` pixels, height and width; N is 1, one a prompt, or one a picture of `shape`, the shape of the noise.
-    Transparent parts of an image are white. The mask is white, from a half on, where the image is drawn anew; its
-    transparent parts are black. strength: as `checked_strength` returns it; behind a mask, 1 begins with noise alone.
+    encode: from images in [-1, 1], (N, 3, H, W), or latents, and a generator or one for each to x0, which may be drawn.
+    image: as `given_images` returns it, resized to `size` pixels, height and width; N is 1, one a prompt, or one a
+    picture of `shape`, the shape of the noise. mask_image: as `given_images` takes it; it is white, from a half on,
+    where the image is drawn anew, and transparent parts are black.
+    strength: as `checked_strength` returns it; behind a mask, 1 begins with noise alone.
     ValueError if one of them is unusable.
     """
     if image is None:
         return None
     counts = 1, shape[0] // num_images_per_prompt, shape[0]
-    pixel_values = processor.preprocess(_checked("image", image, 3, counts, "white"), *size).float()
+    _check_count("image", image, counts)
+    pixel_values = image if is_latents(image) else processor.preprocess(image, *size)
+    if is_latents(pixel_values) and pixel_values.shape[2:] != shape[2:]:
+        came, asked = tuple(pixel_values.shape[2:]), tuple(shape[2:])
+        raise ValueError(f"image: latents of {came}, but height and width are of {asked} latents; leave them out")
     if isinstance(generator, list):
         pixel_values = pixel_values.repeat_interleave(shape[0] // len(pixel_values), 0)
     mask = None
     if mask_image is not None:
+        masks = given_images("mask_image", mask_image, 1, "black")
+        _check_count("mask_image", masks, counts)
         grey = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True, vae_scale_factor=1)
-        mask = grey.preprocess(_checked("mask_image", mask_image, 1, counts, "black"), *size)
-        mask = interpolate(mask, size=shape[2:])
+        mask = interpolate(grey.preprocess(masks, *size).float(), size=shape[2:])
         mask = mask.repeat_interleave(shape[0] // len(mask), 0)
     x0 = encode(pixel_values, generator).float()
     x0 = x0.repeat_interleave(shape[0] // len(x0), 0)
@@ -92,19 +107,85 @@ def checked_strength(strength: float | None, image: Any, mask_image: Any) -> flo
     return float(strength)
 
 
-def _checked(name: str, image: Any, channels: int, counts: tuple[int, int, int], background: str) -> Any:
-    """Return `image`, as many as one of `counts`, as diffusers' image processors take it."""
-    images = [image] if isinstance(image, Image.Image) else image
-    if torch.is_tensor(images):
-        good = images.ndim == 4 and images.shape[1] == channels and images.is_floating_point() and images.numel()
-        if not good or not bool(((images >= 0) & (images <= 1)).all()):
-            came = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape (N, {channels}, height, width)")
-    elif not isinstance(images, list | tuple) or not all(isinstance(one, Image.Image) for one in images):
-        raise ValueError(f"{name}: got {type(image).__name__}; expected a picture of PIL, a list of them, or a tensor")
+def is_latents(images: Images) -> TypeGuard[torch.Tensor]:
+    """Return whether images are in the denoiser's space already."""
+    return torch.is_tensor(images) and images.shape[1] != RGB
+
+
+def kept_size(images: Images, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width, pixels, that images are drawn anew in: their own, rounded down to a `multiple`.
+
+    factor: pixels, height and width, that one latent stands for. learned: height and width of the model's own images;
+    much larger ones are said in a warning. ValueError for an image of less than the multiple.
+    """
+    height, width = images.shape[2:] if isinstance(images, torch.Tensor) else images[0].size[::-1]
+    if is_latents(images):
+        height, width = height * factor, width * factor
+    if min(height, width) < multiple:
+        raise ValueError(f"image: got {height} x {width} pixels; expected at least {multiple} x {multiple}")
+    if height * width > MANY * learned[0] * learned[1]:
+        logger.warning(
+            "image: %d x %d pixels are drawn by a model of %d x %d; give height and width for another size",
+            *(height, width, *learned),
+        )
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def given_images(name: str, given: Any, channels: int, background: str, latent_channels: int | None = None) -> Images:
+    """Return the images of an argument, one or several; ValueError if they are none, or not all of one kind.
+
+    given: PIL of 8 bits, whose transparent parts are put on `background`; arrays (height, width, C) or (N, height,
+    width, C); tensors (C, height, width) or (N, C, height, width); or a list of one of these. Arrays and tensors are
+    floats in [0, 1], or in [-1, 1] if any is below 0; those of masks may lack the axis of their one channel.
+    latent_channels: tensors of so many are latents, and may have any values.
+    """
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if several and all(isinstance(one, Image.Image) for one in several):
+        return [_opaque(name, one, background) for one in several]
+    kind = next((kind for kind in (np.ndarray, torch.Tensor) if all(isinstance(one, kind) for one in several)), None)
+    if not several or kind is None:
+        came = type(given).__name__ if several else "an empty list"
+        raise ValueError(f"{name}: got {came}; expected an image of PIL, an array, a tensor, or a list of one of them")
+    axis = -1 if kind is np.ndarray else -3
+    batches = [_batch(name, one, axis, channels) for one in several]
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        raise ValueError(f"{name}: got images of the sizes {[tuple(one.shape) for one in several]}; expected one size")
+    images = torch.cat(batches)
+    most = {channels: 1.0}
+    if kind is torch.Tensor and latent_channels not in (None, RGB):
+        most[latent_channels] = MAX_LATENT
+    known = images.shape[1] in most and images.numel()
+    if not known or not bool((images.abs() <= most[images.shape[1]]).all()) or (channels == 1 and images.min() < 0):
+        raise _unusable(name, several[0], channels)
+    return images / 2 + 0.5 if images.shape[1] == RGB and images.min() < 0 else images
+
+
+def _batch(name: str, given: Any, axis: int, channels: int) -> torch.Tensor:
+    """Return an array or tensor of floats, whose channels are the axis `axis`, as (N, C, height, width), float32."""
+    dense = not isinstance(given, torch.Tensor) or (given.layout == torch.strided and not given.is_meta)
+    if given.ndim not in (2, 3, 4) or not dense or "float" not in str(given.dtype):
+        raise _unusable(name, given, channels)
+    # a copy where it is turned around, which torch does not read
+    one = torch.as_tensor(np.ascontiguousarray(given, np.float32) if isinstance(given, np.ndarray) else given).float()
+    if channels == 1 and (one.ndim == 2 or (one.ndim == 3 and one.shape[axis] != 1)):
+        one = one.unsqueeze(axis)
+    if one.ndim == 2:
+        raise _unusable(name, given, channels)
+    one = one.movedim(axis, -3)
+    return one if one.ndim == 4 else one[None]
+
+
+def _unusable(name: str, given: Any, channels: int) -> ValueError:
+    sizes = f"(N, {channels}, height, width)"
+    if isinstance(given, np.ndarray):
+        sizes = f"(N, height, width, {channels})"
+    came = f"{given.dtype} of shape {tuple(given.shape)}"
+    return ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape {sizes}, or PIL images")
+
+
+def _check_count(name: str, images: Images, counts: tuple[int, int, int]) -> None:
     if len(images) not in counts:
         raise ValueError(f"{name}: got {len(images)} for {counts[-1]} pictures; expected one, or one a prompt")
-    return images if torch.is_tensor(images) else [_opaque(name, one, background) for one in images]
 
 
 def _opaque(name: str, image: Image.Image, background: str) -> Image.Image:

@@ -9,10 +9,19 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from .inputs import MAX_PICTURES, check_callback, check_generators, check_guidance, check_output, whole_number
-from .picture import checked_strength, picture
+from .inputs import (
+    MAX_PICTURES,
+    check_callback,
+    check_generators,
+    check_guidance,
+    check_options,
+    check_output,
+    checked_size,
+    whole_number,
+)
+from .picture import RGB, checked_strength, given_images, kept_size, picture
 from .sampling import StepCallback, both, denoise, guided_output
-from .schedulers import check_scheduler, set_timesteps
+from .schedulers import check_eta, check_scheduler, set_timesteps
 from .source import Portable, single_file
 
 
@@ -59,6 +68,12 @@ class PixelPipeline(
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
     ) -> Any:
         """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
 
@@ -67,8 +82,10 @@ class PixelPipeline(
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
         list makes picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
-        noisy pictures, and returns others or nothing; it may set `_interrupt`. image: drawn anew in the last `strength`
-        of the steps (0.8; with a mask 1), and only where `mask_image` is white (`picture`).
+        noisy pictures, and returns others or nothing; it may set `_interrupt`.
+        image: PIL, arrays or tensors (`given_images`), drawn anew in the last `strength` of the steps (0.8; with a mask
+        1), and only where `mask_image` is white (`picture`). It keeps its size, rounded down to what the denoiser
+        takes, unless height or width is said. timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's.
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
         self._interrupt = False
@@ -77,33 +94,41 @@ class PixelPipeline(
         check_output(output_type, return_dict)
         check_callback(callback_on_step_end)
         check_guidance(guidance_scale)
+        check_options(guidance_rescale)
+        check_eta(self.scheduler, eta)
         whole_number("num_inference_steps", num_inference_steps, 1, self.scheduler.config.num_train_timesteps)
         labels = self._labels(class_labels, batch_size)
         generators = check_generators(generator, len(labels))
         rows, columns = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
-        device = self._execution_device
-        shape = (len(labels), unet.in_channels, rows, columns)
+        device, halved = self._execution_device, 2 ** (len(unet.block_out_channels) - 1)
+        images, learned = None, (rows, columns)
+        if image is not None:
+            images = given_images("image", image, RGB, "white")
+        default = learned if images is None else kept_size(images, 1, halved, learned)
+        size = checked_size(height, width, default, halved, "{}, by which the denoiser divides it")
+        shape = (len(labels), unet.in_channels, *size)
 
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
             return pixel_values.to(device)
 
         share = checked_strength(strength, image, mask_image)
-        start = picture(self.image_processor, encoded, image, mask_image, share, shape[2:], shape, generators)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, share)
+        start = picture(self.image_processor, encoded, images, mask_image, share, size, shape, generators)
+        times = set_timesteps(self.scheduler, num_inference_steps, device, share, timesteps, sigmas)
         noise = randn_tensor(shape, generators, device, torch.float32)
         kwargs, scale = self._told(labels, guidance_scale, device)
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return guided_output(self.unet, self.scheduler, x_t, timestep, scale, kwargs=kwargs)
+            return guided_output(self.unet, self.scheduler, x_t, timestep, scale, (), kwargs, guidance_rescale)
 
         def after_step(step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback_on_step_end is not None:
                 x_t = (callback_on_step_end(self, step, timestep, {"latents": x_t}) or {}).get("latents", x_t)
             return x_t, self._interrupt
 
-        images = denoise(predict, self.scheduler, noise, timesteps, generators, after_step, self.progress_bar, start)
+        bar = self.progress_bar
+        drawn = denoise(predict, self.scheduler, noise, times, generators, after_step, bar, start, eta)
         self.maybe_free_model_hooks()
-        shown = images if output_type == "latent" else self.image_processor.postprocess(images, output_type=output_type)
+        shown = drawn if output_type == "latent" else self.image_processor.postprocess(drawn, output_type=output_type)
         return ImagePipelineOutput(images=shown) if return_dict else (shown,)
 
     def _told(

@@ -5,13 +5,14 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
-from .inputs import MAX_PICTURES, Inputs, Limits, check_generators, check_inputs, texts, whole_number
-from .picture import Picture, checked_strength, picture
-from .prompts import encode
+from .inputs import MAX_PICTURES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
+from .picture import RGB, Images, Picture, checked_strength, given_images, is_latents, kept_size, picture
+from .prompts import encode, lora_scaled
 from .sampling import StepCallback, both, denoise, guided_output
-from .schedulers import check_scheduler, set_timesteps
+from .schedulers import check_eta, check_scheduler, set_timesteps
 
 
 class Prompted:
@@ -41,6 +42,21 @@ class Prompted:
     def guidance_scale(self) -> float:
         """Of the current call; a callback may set `_guidance_scale`."""
         return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        """Of the current call; a callback may set `_guidance_rescale`."""
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Of the current call."""
+        return self._clip_skip
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Of the current call; a callback may set `_cross_attention_kwargs`."""
+        return self._cross_attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -78,19 +94,35 @@ class Prompted:
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Return ``.images``, `num_images_per_prompt` for each prompt in turn; ``(images,)`` if not `return_dict`.
 
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w), float32.
         guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
-        picture i from generator i, whatever the batch. latents: unit noise. image: drawn anew in the last `strength`
-        of the steps (0.8; with a mask 1), and only where `mask_image` is white (`picture`). Rows of zeros in prompt
-        embeddings are padding, for a denoiser that is to see none. The others are as in diffusers.
+        picture i from generator i, whatever the batch. latents: unit noise. Rows of zeros in prompt embeddings are
+        padding, for a denoiser that is to see none.
+        image: PIL, arrays, tensors or latents (`given_images`), drawn anew in the last `strength` of the steps (0.8;
+        with a mask 1), and only where `mask_image` is white (`picture`). It keeps its size, rounded down to whole
+        latents, unless height or width is said.
+        timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's. clip_skip: layers of the text encoder that
+        prompts, negative ones excepted, leave out. cross_attention_kwargs: its ``scale`` is that of LoRA layers in
+        denoiser and text encoder. The others are as in diffusers.
         ValueError for unusable inputs, FloatingPointError if the denoiser or decoder gives NaN or infinity.
         """
         check_scheduler(self.scheduler, self.denoiser.config.in_channels, self.denoiser.config.out_channels)
+        check_eta(self.scheduler, eta)
+        check_options(guidance_rescale, cross_attention_kwargs, clip_skip)
+        images = None
+        if image is not None:
+            images = given_images("image", image, RGB, "white", self.denoiser.config.in_channels)
         inputs = check_inputs(
-            self._limits(),
+            self._limits(images),
             prompt=prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
@@ -109,15 +141,16 @@ class Prompted:
                 callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
             ),
         )
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
+        self._clip_skip, self._cross_attention_kwargs = clip_skip, cross_attention_kwargs
         share = checked_strength(strength, image, mask_image)
-        start = self._start(inputs, image, mask_image, share)
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, self._device, share)
-        self._num_timesteps = len(timesteps)
-        latents = self._denoise(inputs, timesteps, start, callback_on_step_end)
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        start = self._start(inputs, images, mask_image, share)
+        times = set_timesteps(self.scheduler, num_inference_steps, self._device, share, timesteps, sigmas)
+        self._num_timesteps = len(times)
+        latents = self._denoise(inputs, times, start, callback_on_step_end, eta)
+        drawn = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
 
     @torch.no_grad()
     def interpolate(self, first: str, second: str, num_images: int = 8, **call: Any) -> Any:
@@ -153,12 +186,15 @@ class Prompted:
         negative_prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return prompt and negative prompt embeddings, each (B * num_images_per_prompt, L, D), copies together.
 
         The negative ones are those of "" if none are given, and None without guidance. Embeddings that are given
         are only moved and repeated. Prompts that are too long are cut, with one warning. Rows of zeros are padding,
-        for a denoiser that is to see none.
+        for a denoiser that is to see none. lora_scale: of LoRA layers in the text encoder. clip_skip: its last layers
+        that prompts, negative ones excepted (as in diffusers), leave out.
         """
         device = device or self._device
         dtype = (self.denoiser or self.text_encoder).dtype
@@ -166,22 +202,25 @@ class Prompted:
         def ready(embeds: torch.Tensor) -> torch.Tensor:
             return embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, 0)
 
-        if prompt_embeds is None:
-            prompt_embeds = self._encode("prompt", texts("prompt", prompt), None, device)
-        if not do_classifier_free_guidance:
-            return ready(prompt_embeds), None
-        if negative_prompt_embeds is None:
-            negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-            negative_prompt_embeds = self._encode("negative_prompt", negatives, prompt_embeds.shape[1], device)
-            negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
-        return ready(prompt_embeds), ready(negative_prompt_embeds)
+        with lora_scaled(self.text_encoder, lora_scale):
+            if prompt_embeds is None:
+                prompt_embeds = self._encode("prompt", texts("prompt", prompt), None, device, clip_skip)
+            if not do_classifier_free_guidance:
+                return ready(prompt_embeds), None
+            if negative_prompt_embeds is None:
+                negatives = texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+                negative_prompt_embeds = self._encode("negative_prompt", negatives, prompt_embeds.shape[1], device)
+                negative_prompt_embeds = negative_prompt_embeds.expand(len(prompt_embeds), -1, -1)
+            return ready(prompt_embeds), ready(negative_prompt_embeds)
 
     def conditions(self, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what the denoiser is told, by its keyword arguments."""
         told = {"encoder_hidden_states": prompt_embeds}
         return told | {"encoder_attention_mask": prompt_embeds.any(-1)} if self._zero_padding else told
 
-    def _encode(self, name: str, prompts: list[str], length: int | None, device: torch.device) -> torch.Tensor:
+    def _encode(
+        self, name: str, prompts: list[str], length: int | None, device: torch.device, clip_skip: int | None = None
+    ) -> torch.Tensor:
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer; give {name}_embeds instead")
         added = self.tokenizer.added_tokens_encoder
@@ -189,19 +228,22 @@ class Prompted:
         if several:  # textual inversion: one word, several tokens
             prompts = self.maybe_convert_prompt(prompts, self.tokenizer)  # type: ignore[attr-defined]
         length = length or self.tokenizer.model_max_length
-        return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, self._zero_padding)
+        zeroed = self._zero_padding
+        return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, zeroed, clip_skip)
 
-    def _limits(self) -> Limits:
+    def _limits(self, images: Images | None) -> Limits:
         denoiser, size = self.denoiser.config, self.denoiser.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         widths = (denoiser.get(name) for name in ("encoder_hid_dim", "caption_channels", "cross_attention_dim"))
         width = next((width for width in widths if width is not None), None)
         # PNDM starts with four Runge-Kutta steps, unless told not to.
         fewest = 4 if self.scheduler.config.get("skip_prk_steps") is False else 1
+        factor, patch = self.vae_scale_factor, denoiser.get("patch_size") or 1
+        learned = rows * factor, columns * factor
         return Limits(
-            factor=self.vae_scale_factor,
-            patch=denoiser.get("patch_size") or 1,
-            default_size=(rows * self.vae_scale_factor, columns * self.vae_scale_factor),
+            factor=factor,
+            patch=patch,
+            default_size=learned if images is None else kept_size(images, factor, factor * patch, learned),
             latent_channels=denoiser.in_channels,
             inference_steps=(fewest, self.scheduler.config.num_train_timesteps),
             prompt_length=None if self.tokenizer is None else self.tokenizer.model_max_length,
@@ -209,25 +251,27 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, image: Any, mask_image: Any, strength: float) -> Picture | None:
+    def _start(self, inputs: Inputs, images: Images | None, mask_image: Any, strength: float) -> Picture | None:
         """Return what the latents start from besides noise; the posterior is drawn before the noise."""
-        if image is not None and self.vae is None:
-            raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from")
+        if images is not None and not is_latents(images) and self.vae is None:
+            raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from; give latents")
         rows, columns = inputs.latents_shape[2:]
 
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
-            posterior = self.vae.encode(pixel_values.to(self._device, self.vae.dtype)).latent_dist
-            latents: torch.Tensor = self.vae.config.scaling_factor * posterior.sample(generator)
+            if is_latents(pixel_values):
+                return pixel_values.to(self._device)
+            posterior = self.vae.encode(pixel_values.to(self._device, self.vae.dtype))
+            latents: torch.Tensor = self.vae.config.scaling_factor * retrieve_latents(posterior, generator)
             return latents
 
         size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
         copies = inputs.num_images_per_prompt
         return picture(
-            self.image_processor, encoded, image, mask_image, strength, size, shape, inputs.generator, copies
+            self.image_processor, encoded, images, mask_image, strength, size, shape, inputs.generator, copies
         )
 
     def _denoise(
-        self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None
+        self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None, eta: float
     ) -> torch.Tensor:
         """Return the latents after the last step, float32."""
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -238,6 +282,8 @@ class Prompted:
             inputs.negative_prompt,
             inputs.prompt_embeds,
             inputs.negative_prompt_embeds,
+            (self.cross_attention_kwargs or {}).get("scale"),
+            self.clip_skip,
         )
         if negative_prompt_embeds is not None:
             prompt_embeds = both(negative_prompt_embeds, prompt_embeds)
@@ -247,8 +293,11 @@ class Prompted:
         noise = noise.to(self._device)
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            text = self.conditions(embeds[0])
-            return guided_output(self.denoiser, self.scheduler, latents, timestep, self.guidance_scale, kwargs=text)
+            told: dict[str, Any] = {**self.conditions(embeds[0])}
+            if self.cross_attention_kwargs is not None:
+                told["cross_attention_kwargs"] = self.cross_attention_kwargs
+            scale, rescale = self.guidance_scale, self.guidance_rescale
+            return guided_output(self.denoiser, self.scheduler, latents, timestep, scale, (), told, rescale)
 
         def after_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback is not None:
@@ -263,7 +312,7 @@ class Prompted:
             return latents, self.interrupt
 
         bar = self.progress_bar  # type: ignore[attr-defined]
-        return denoise(predict, self.scheduler, noise, timesteps, inputs.generator, after_step, bar, start)
+        return denoise(predict, self.scheduler, noise, timesteps, inputs.generator, after_step, bar, start, eta)
 
     @property
     def _device(self) -> torch.device:

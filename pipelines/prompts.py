@@ -1,9 +1,12 @@
 """Prompts to embeddings."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 logger = logging.getLogger(__name__)
 
@@ -16,13 +19,14 @@ def encode(
     length: int,
     device: torch.device,
     zero_padding: bool = False,
+    clip_skip: int | None = None,
 ) -> torch.Tensor:
     """Return the embeddings of `prompts`, padded or cut to `length` tokens: (B, length, D), on `device`.
 
     They are the encoder's first output; the encoder is given the attention mask if its config has
     `use_attention_mask`, as in `StableDiffusionPipeline`. If any prompt is cut, one warning counts its tokens; `name`
-    stands in it. zero_padding: those of padding are zeros. ValueError if the encoder cannot read `length` tokens, or
-    the tokenizer makes more of "".
+    stands in it. zero_padding: those of padding are zeros. clip_skip: as `hidden_states`. ValueError if the encoder
+    cannot read `length` tokens, or the tokenizer makes more of "".
     """
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
@@ -40,5 +44,42 @@ def encode(
             f"{name}_embeds too, or longer ones"
         )
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    embeds: torch.Tensor = text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+    embeds = hidden_states(text_encoder, tokens.input_ids.to(device), mask, clip_skip)
     return embeds * tokens.attention_mask[..., None].to(embeds) if zero_padding else embeds
+
+
+def hidden_states(
+    text_encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, clip_skip: int | None
+) -> torch.Tensor:
+    """Return what a text encoder makes of tokens (B, L): (B, L, D), its first output.
+
+    clip_skip: layers, from the last one on, that are left out; the encoder's last layer norm stays. ValueError if it
+    has no such norm, or fewer layers.
+    """
+    if clip_skip is None:
+        embeds: torch.Tensor = text_encoder(input_ids, attention_mask=attention_mask)[0]
+        return embeds
+    # transformers 5 has the norm in the text encoder itself, before it was one level deeper
+    norm = getattr(getattr(text_encoder, "text_model", text_encoder), "final_layer_norm", None)
+    if norm is None:
+        name = type(text_encoder).__name__
+        raise ValueError(f"clip_skip: {name} has no final_layer_norm, as CLIP's has; leave it out")
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip > layers:
+        raise ValueError(f"clip_skip: got {clip_skip}; the text encoder has {layers} layers")
+    states = text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
+    embeds = norm(states[-1 - clip_skip])
+    return embeds
+
+
+@contextmanager
+def lora_scaled(text_encoder: Any, scale: float | None) -> Iterator[None]:
+    """Give the LoRA layers of a text encoder another weight for a while; there are none without peft."""
+    given = scale is not None and text_encoder is not None and USE_PEFT_BACKEND
+    if given:
+        scale_lora_layers(text_encoder, scale)
+    try:
+        yield
+    finally:
+        if given:
+            unscale_lora_layers(text_encoder, scale)

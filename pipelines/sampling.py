@@ -1,6 +1,5 @@
 """From noise to x0: the one sampling loop, for any space, denoiser and conditions."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from .guidance import guide
 from .picture import Picture
-from .schedulers import takes_variance
+from .schedulers import step_options, takes_variance
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From x_t and the timestep to what the scheduler takes."""
@@ -28,15 +27,16 @@ def denoise(
     after_step: AfterStep | None = None,
     progress: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
     picture: Picture | None = None,
+    eta: float = 0.0,
 ) -> torch.Tensor:
     """Return x0 of unit `noise`, both (B, C, ...), after one step of `scheduler` at each of its `timesteps`.
 
-    Float32 throughout: bfloat16 would lose the small steps. `generator` is for schedulers that add noise; `progress`
-    iterates over the timesteps, with a bar; `picture` is what else to start from, at the first of them.
+    Float32 throughout: bfloat16 would lose the small steps. `generator` and `eta` are for schedulers that add noise
+    (`step_options`); `progress` iterates over the timesteps, with a bar; `picture` is what else to start from, at the
+    first of them.
     FloatingPointError if a step gives NaN or infinity.
     """
-    random = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if random else {}
+    options = step_options(scheduler, generator, eta)
     noise = noise.float()
     x_t: torch.Tensor = noise * scheduler.init_noise_sigma
     if picture is not None:
@@ -66,11 +66,12 @@ def guided_output(
     guidance_scale: float,
     channels: Sequence[torch.Tensor] = (),
     kwargs: Mapping[str, Any] | None = None,
+    guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
     """Return what `scheduler` takes at `timestep`: the guided output, float32, with the variance only if it is used.
 
     channels, kwargs: the conditions of B samples; with guidance, above 1, of 2B, the nulls first (`both`): one pass
-    computes both.
+    computes both. guidance_rescale: as `guide`.
     """
     guided, width = guidance_scale > 1, x_t.shape[1]
     model_input = scheduler.scale_model_input(torch.cat([x_t] * 2) if guided else x_t, timestep)
@@ -80,7 +81,7 @@ def guided_output(
     model_output = model_output.to(x_t.dtype)
     if guided:
         uncond, cond = model_output.chunk(2)
-        model_output = guide(uncond, cond, guidance_scale, width)
+        model_output = guide(uncond, cond, guidance_scale, width, guidance_rescale)
     return model_output if takes_variance(scheduler) else model_output[:, :width]
 
 

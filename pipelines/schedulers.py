@@ -1,29 +1,48 @@
 """The schedulers that sample each kind of model rightly."""
 
 import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+from math import inf
+from numbers import Real
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from .inputs import shown
 
 SECOND_ORDER = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 FIRST_ORDER = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler")
+ANY_PREDICTION = (*SECOND_ORDER, *FIRST_ORDER, "DEISMultistepScheduler", "HeunDiscreteScheduler", "SASolverScheduler")
 SCHEDULERS = {
     ("diffusion", "epsilon"): (
-        *SECOND_ORDER,
-        *FIRST_ORDER,
-        "DEISMultistepScheduler",
+        *ANY_PREDICTION,
         "EulerAncestralDiscreteScheduler",
-        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
         "PNDMScheduler",
     ),
-    ("diffusion", "sample"): (*SECOND_ORDER, *FIRST_ORDER, "DEISMultistepScheduler", "HeunDiscreteScheduler"),
+    ("diffusion", "sample"): ANY_PREDICTION,
     ("flow", "flow_prediction"): SECOND_ORDER,
     ("flow", "sample"): SECOND_ORDER,
 }
 SCHEDULERS["diffusion", "v_prediction"] = SCHEDULERS["diffusion", "epsilon"]
 """Class names for each noise path and prediction type. Each is held to a closed form by a test: with the perfect
-denoiser of Gaussian data the samples have the data's mean and standard deviation. DEIS and SASolver run on the flow
-path too, but their samples of 25 steps are several percent off; others are refused by name for being untested."""
+denoiser of Gaussian data the samples have the data's mean and standard deviation."""
+
+WRONG = {
+    "diffusion": {"LCMScheduler": 36},
+    "flow": {"DEISMultistepScheduler": 8, "SASolverScheduler": 7},
+}
+"""Those that run on a noise path and are wrong by the same test: by how much, in percent of the data's standard
+deviation, in 25 steps. LCM's is for models that were distilled for it."""
+
+TRAINED_WITH = ("use_flow_sigmas", "rescale_betas_zero_snr")
+"""What a scheduler must know where its config has it, because the model was trained so."""
 
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -44,21 +63,24 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
             f"{name} has prediction_type {prediction_type!r} on the {path} path; expected {known}, where the flow "
             "path is that of use_flow_sigmas=True"
         )
-    if name not in allowed:
-        raise ValueError(
-            f"{name} does not sample {prediction_type!r} on the {path} path rightly; allowed: {', '.join(allowed)}. "
-            "Set pipe.scheduler = CLASS.from_config(pipe.scheduler.config)"
-        )
     known_keys = inspect.signature(type(scheduler).__init__).parameters
+    for key in TRAINED_WITH:
+        if config.get(key) and key not in known_keys:
+            raise ValueError(
+                f"the model was trained with {key}, which {name} does not know; allowed: "
+                f"{', '.join(_knowing(allowed, key))}"
+            )
+    if name not in allowed:
+        off = WRONG[path].get(name)
+        wrong_by = f"is {off} % off in 25 steps of Gaussian data"
+        raise ValueError(
+            f"{name} {wrong_by if off else 'is untested here'} for {prediction_type!r} on the {path} path; allowed: "
+            f"{', '.join(allowed)}. Set pipe.scheduler = CLASS.from_config(pipe.scheduler.config)"
+        )
     # latents reach well beyond 1
     wrong = [key for key in ("clip_sample", "thresholding") if config.get(key) and not may_clip]
     if path == "flow":
         wrong += [key for key in RESPACINGS if config.get(key)]  # these space ratios sigma / alpha, not sigma
-    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known_keys:
-        raise ValueError(
-            f"the model was trained with zero terminal SNR (rescale_betas_zero_snr), which {name} does not know; "
-            "use DPMSolverMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler"
-        )
     if wrong:
         raise ValueError(
             f"{name} with {', '.join(wrong)}=True samples {prediction_type!r} latents on the {path} path wrongly: "
@@ -67,17 +89,33 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
     _check_variance(name, config.get("variance_type"), channels, out_channels)
 
 
+def _knowing(names: Sequence[str], key: str) -> list[str]:
+    """Return those of some schedulers whose config has a key."""
+    return [name for name in names if key in inspect.signature(getattr(diffusers, name).__init__).parameters]
+
+
 def set_timesteps(
-    scheduler: Any, num_inference_steps: int, device: torch.device, strength: float = 1.0
+    scheduler: Any,
+    num_inference_steps: int,
+    device: torch.device,
+    strength: float = 1.0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Return the timesteps of the last `strength` of `num_inference_steps` steps, to which `scheduler` is set.
 
-    At least one a step, in whole steps, rounded down. ValueError if that is none; if it is not all of them and the
-    scheduler always begins with noise.
+    At least one a step, in whole steps, rounded down. timesteps, sigmas: those to take in place of
+    `num_inference_steps`, falling, as diffusers' `retrieve_timesteps` takes them. ValueError if the scheduler takes no
+    such; if the steps are none; if they are not all and the scheduler always begins with noise.
     ValueError if any is outside of the model's. Trailing spacing rounds a few odd numbers of steps (61, 103, 121, ...)
     to one step too many, at timestep -1; leading spacing with steps_offset=1 starts some at num_train_timesteps.
     """
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    if not given:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    else:
+        scheduler.set_timesteps(**_checked_times(scheduler, given), device=device)
+        num_inference_steps = -(-len(scheduler.timesteps) // scheduler.order)  # Heun's last step has one of its two
     taken = int(num_inference_steps * strength)
     if not taken:
         raise ValueError(
@@ -90,16 +128,55 @@ def set_timesteps(
             "pass skip_prk_steps=True to from_config"
         )
     skipped = (num_inference_steps - taken) * scheduler.order
-    timesteps: torch.Tensor = scheduler.timesteps[skipped:]
+    left: torch.Tensor = scheduler.timesteps[skipped:]
     if hasattr(scheduler, "set_begin_index"):  # else the first timestep is looked up, and of equal ones the second
         scheduler.set_begin_index(skipped)
-    low, high, last = timesteps.min().item(), timesteps.max().item(), scheduler.config.num_train_timesteps - 1
+    low, high, last = left.min().item(), left.max().item(), scheduler.config.num_train_timesteps - 1
     if low < 0 or high > last:
         raise ValueError(
-            f"num_inference_steps: {num_inference_steps} make {type(scheduler).__name__} take timesteps from {high:g} "
-            f"to {low:g}, of which the model knows {last} to 0; use some steps more or fewer"
+            f"{next(iter(given), 'num_inference_steps')}: {num_inference_steps} make {type(scheduler).__name__} take "
+            f"timesteps from {high:g} to {low:g}, of which the model knows {last} to 0; use "
+            f"{'others' if given else 'some steps more or fewer'}"
         )
-    return timesteps
+    return left
+
+
+def _checked_times(scheduler: Any, given: dict[str, Sequence[float]]) -> dict[str, NDArray[np.float64]]:
+    """Return the timesteps or sigmas of a call, one of them, as the scheduler takes them."""
+    if len(given) > 1:
+        raise ValueError("timesteps, sigmas: got both; give one of them")
+    ((name, values),) = given.items()
+    known = inspect.signature(scheduler.set_timesteps).parameters
+    flow = scheduler.config.get("use_flow_sigmas")  # diffusers spaces those by themselves, or by sigmas
+    if name not in known or (name == "timesteps" and flow):
+        kind = f"{type(scheduler).__name__}{' on the flow path' if flow else ''}"
+        raise ValueError(f"{name}: {kind} takes none; leave them out for num_inference_steps")
+    if isinstance(values, torch.Tensor | np.ndarray):
+        values = values.tolist()
+    falling = isinstance(values, list | tuple) and values and all(isinstance(value, Real) for value in values)
+    if not falling or not all(one > other for one, other in pairwise(values)) or not 0 <= values[-1] <= values[0] < inf:
+        raise ValueError(f"{name}: got {shown(values)}; expected falling numbers from 0 on, in a list")
+    return {name: np.array(values)}
+
+
+def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
+    """Return what a step of `scheduler` is told besides: those of its arguments that it has.
+
+    eta: share of DDPM's noise that DDIM adds (Song et al. 2021, eq. 16). Where x0 is clipped, the noise is that which
+    leads from there to x_t, as guided-diffusion's is: diffusers' default goes on with noise that does not.
+    """
+    clips = bool(scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"))
+    options = {"generator": generator, "eta": eta, "use_clipped_model_output": clips}
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def check_eta(scheduler: Any, eta: float) -> None:
+    """Raise ValueError if `eta` is no number from 0 to 1, or not 0 and the scheduler has none."""
+    if not isinstance(eta, Real) or not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {shown(eta)}; expected a number from 0, no noise, to 1, that of DDPM")
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta: {type(scheduler).__name__} has none; leave it out, or use DDIMScheduler")
 
 
 def takes_variance(scheduler: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from .prompted import Prompted
@@ -17,6 +18,7 @@ class TextToImagePipeline(
     Portable,
     Prompted,
     DiffusionPipeline,  # type: ignore[misc]
+    StableDiffusionMixin,  # type: ignore[misc]
     TextualInversionLoaderMixin,  # type: ignore[misc]
     StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
 ):
@@ -54,6 +56,8 @@ class TextToImagePipeline(
         super().__init__()
         if safety_checker is not None:
             raise ValueError("TextToImagePipeline runs no safety checker: pass safety_checker=None")
+        if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
+            raise ValueError("unet: it is told the guidance scale (time_cond_proj_dim); build it without")
         if scheduler is not None:
             # As the stock class does, so that both sample a folder alike.
             stock = {"steps_offset": 1, "clip_sample": False}

@@ -511,6 +511,17 @@ pictures = st.builds(
     st.sampled_from(["RGB", "RGBA", "L", "1", "P", "PA", "LA", "CMYK", "HSV", "I", "I;16", "F"]),
     st.sampled_from([(16, 16), (1, 1), (5, 40), (0, 5)]),
 )
+arrays = st.builds(
+    lambda shape, dtype, value: np.full(shape, value).astype(dtype),
+    st.sampled_from(
+        [(16, 16), (16, 16, 3), (16, 16, 1), (2, 16, 16, 3), (1, 5, 7, 3), (0, 16, 3), (16, 16, 4), (3,), ()]
+    ),
+    st.sampled_from([np.float32, np.float64, np.float16, np.uint8, bool, object, "U3"]),
+    st.sampled_from([0.0, 1.0, -1.0, 0.25, 200.0]),
+)
+times = st.sampled_from(
+    [None, [], [500, 10], [10, 500], [5, 5], [1000, 1], [math.nan], [math.inf, 1], [-1], "9", 5, ["9"], [None], [True]]
+) | st.sampled_from([np.array([9.0, 3.0]), torch.tensor([500, 3]), np.ones((2, 2)), [10**30], [10**5000], (7, 2.5)])
 prompts = st.sampled_from(["", "a", "\ud83d", "\0", "x" * 2000, b"cat", 5, None]) | st.text(max_size=8)
 sizes = st.sampled_from([0, -8, 1, 2, 3, 16, 18, 33.0, 10**9, 2**40, 10**30, 10**5000, "16", None, True])
 anything = junk | tensors | st.builds(np.ones, st.sampled_from([2, (1, 4, 8, 8)])) | st.builds(object)
@@ -528,9 +539,17 @@ ARGUMENTS = {
     "negative_prompt_embeds": tensors | embeds,
     "output_type": st.sampled_from(["pil", "np", "pt", "latent", "PIL", "", None, 5, ["pil"]]),
     "return_dict": st.booleans() | st.none(),
-    "image": pictures | tensors | st.lists(pictures | st.none(), max_size=3),
-    "mask_image": pictures | tensors | st.lists(pictures | tensors, max_size=2),
+    "image": pictures | tensors | arrays | st.lists(pictures | arrays | tensors | st.none(), max_size=3),
+    "mask_image": pictures | tensors | arrays | st.lists(pictures | tensors | arrays, max_size=2),
     "strength": numbers | st.sampled_from([0.5, 1, 1.0, 0.4, True, "1", 1e-300, np.float32(0.5)]),
+    "timesteps": times,
+    "sigmas": times,
+    "eta": numbers | st.sampled_from([0.5, 1, "1", 1j, np.float32(0.5)]),
+    "guidance_rescale": numbers | st.sampled_from([0.5, 1, "1", 1j, np.float32(0.5)]),
+    "clip_skip": st.sampled_from([0, 1, 2, 3, -1, 10**30, 10**5000, 1.0, "1", None, True]),
+    "cross_attention_kwargs": st.sampled_from(
+        [None, {}, {"scale": 0.5}, {"scale": "x"}, {"scale": None}, {"unknown": 1}, {5: 1}, 5, []]
+    ),
     "callback_on_step_end": st.sampled_from([None, 5, "f", [], lambda *_: {}, lambda *_: None]),
     "callback_on_step_end_tensor_inputs": st.sampled_from(
         [None, "latents", ["latents"], ("prompt_embeds",), [1], [[]], 5]
@@ -585,7 +604,8 @@ def _check_images(images, arguments):
     prompt = arguments["prompt"]
     count = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
     count *= arguments.get("num_images_per_prompt", 1)
-    height, width = (PIXELS if arguments.get(side) is None else arguments[side] for side in ("height", "width"))
+    own = zip(("height", "width"), _own_size(arguments.get("image")), strict=True)
+    height, width = (size if arguments.get(side) is None else arguments[side] for side, size in own)
     assert len(images) == count
     if kind == "pil":
         assert all(image.size == (width, height) for image in images)
@@ -593,6 +613,21 @@ def _check_images(images, arguments):
         shape = {"np": (height, width, 3), "pt": (3, height, width), "latent": (4, height // 2, width // 2)}[kind]
         assert tuple(images.shape[1:]) == shape
         assert torch.as_tensor(images).isfinite().all()
+
+
+def _own_size(image):
+    """Return height and width of what a call draws if neither is said."""
+    if image is None:
+        return PIXELS, PIXELS
+    first = image[0] if isinstance(image, list | tuple) else image
+    if isinstance(first, Image.Image):
+        sides = first.size[::-1]
+    elif torch.is_tensor(first):
+        latents = first.shape[-3] == 4
+        sides = [side * 2 if latents else side for side in first.shape[-2:]]
+    else:
+        sides = first.shape[-3:-1]
+    return tuple(side // 2 * 2 for side in sides)
 
 
 # ---- captions ----

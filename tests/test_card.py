@@ -183,3 +183,10 @@ def test_a_repository_takes_the_place_of_the_folder(run):
     named = with_name(text, "me/model")
     assert named.count('model = "me/model"') == text.count('model = "model"') == 2
     assert named.replace('"me/model"', '"model"') == text
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("ddim", True), ("ddpm", False)])
+def test_where_plain_diffusers_draws_other_images_it_says_so(run, kind, warned):
+    words = ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", kind]
+    text = card(run, load_config(StageConfig, words)).text
+    assert ("`use_clipped_model_output=True`" in text) == warned

@@ -185,11 +185,11 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
     start = {"image": str(tmp_path / "red.png"), "strength": 0.5}
     (path,) = sample(["a cat"], str(model), str(tmp_path / "out"), **start, **more)
     drawn = Image.open(path)
-    assert (drawn.size, drawn.text["strength"]) == ((32, 32), "0.5")
+    assert (drawn.size, drawn.text["strength"]) == ((48, 40), "0.5")  # its own, in whole latents
     assert str(tmp_path) not in str(drawn.text)
     start = {"image": str(tmp_path / "red.png"), "mask_image": str(tmp_path / "nothing.png")}
     (path,) = sample(["a cat"], str(model), str(tmp_path / "kept"), **start, **more)
-    assert Image.open(path).text["strength"] == "1.0"
+    assert (Image.open(path).size, Image.open(path).text["strength"]) == ((48, 40), "1.0")
     (path,) = sample(["a dog"], str(model), str(tmp_path / "all"), image=str(tmp_path / "red.png"), **more)
     assert Image.open(path).text["strength"] == "0.8"
     (again,) = sample(["a dog"], str(model), str(tmp_path / "more"), image=str(path), **more)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from pipelines.guidance import guide
 
@@ -37,6 +38,16 @@ def test_learned_variance_is_the_conditional_one_bit_for_bit():
     guided = guide(uncond, cond, 3.0, 4)
     torch.testing.assert_close(guided[:, :4], guide(uncond[:, :4], cond[:, :4], 3.0, 4))
     assert torch.equal(guided[:, 4:], cond[:, 4:])
+
+
+def test_rescaled_guidance_is_that_of_the_stock_pipeline_and_has_the_conditional_spread():
+    uncond, cond = outputs(8)
+    plain = guide(uncond, cond, 5.0, 4)[:, :4]
+    for share in (0.0, 0.7, 1.0):
+        found = guide(uncond, cond, 5.0, 4, share)
+        torch.testing.assert_close(found[:, :4], rescale_noise_cfg(plain, cond[:, :4], guidance_rescale=share))
+        assert torch.equal(found[:, 4:], cond[:, 4:])
+    torch.testing.assert_close(found[:, :4].std((1, 2, 3)), cond[:, :4].std((1, 2, 3)))
 
 
 @pytest.mark.parametrize(("first", "second"), [(6, 6), (4, 8), (3, 3)])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -15,13 +17,16 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     UNet2DModel,
+    VQModel,
 )
 from PIL import Image, ImageDraw
 
+from ldm.models.autoencoder import downsampling_factor
+from ldm.training.autoencoding import reconstruct
 from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
-from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, seeds
+from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, seeds, unet
 
 SCHEDULERS = [
     tiny_pipeline.scheduler(timestep_spacing="trailing"),
@@ -120,16 +125,130 @@ def test_less_strength_takes_fewer_steps_and_stays_nearer():
     assert distance == sorted(distance)
 
 
-def test_a_picture_is_resized_and_its_transparent_parts_are_white():
-    pipe = pipeline()
+def floats(height=24, width=20, *shape):
+    return np.random.default_rng(1).random((*shape, height, width, 3), dtype=np.float32)
+
+
+def tensors(height=24, width=20, *shape):
+    return torch.from_numpy(floats(height, width, *shape)).movedim(-1, -3)
+
+
+KINDS = {
+    "wide": photograph().resize((40, 24)),
+    "not whole latents": photograph().resize((21, 15)),
+    "PIL of two sizes": [photograph().resize((24, 20)), photograph(2)],
+    "array": floats(),
+    "arrays": floats(24, 20, 2),
+    "list of arrays": [floats(), floats()],
+    "turned around": floats()[:, ::-1, ::-1],
+    "array of doubles": floats().astype(np.float64),
+    "tensor": tensors(),
+    "tensors": tensors(24, 20, 2),
+    "list of tensors": [tensors(), tensors()],
+    "odd size": tensors(25, 31),
+    "from -1 on": 2 * tensors() - 1,
+    "latents": torch.randn(1, 4, 10, 12, generator=seeds(1)[0]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_of_every_size_is_the_stock_pipelines(kind):
+    call = {"image": KINDS[kind], "strength": 0.5, "prompt": ["a cat", "two"]}
+    ours, stock = both_draw(StableDiffusionImg2ImgPipeline, tiny_pipeline.scheduler(), **call)
+    np.testing.assert_allclose(ours, stock, atol=1e-5)
+
+
+MASK = (np.random.default_rng(3).random((24, 20)) > 0.5).astype(np.float32)
+MASKS = {
+    "array": MASK,
+    "array with an axis": MASK[..., None],
+    "arrays": MASK[None, ..., None],
+    "tensor": torch.from_numpy(MASK),
+    "tensor with an axis": torch.from_numpy(MASK)[None],
+    "tensors": torch.from_numpy(MASK)[None, None],
+    "list": [torch.from_numpy(MASK)],
+    "PIL": Image.fromarray((MASK * 255).astype(np.uint8)),
+    "PIL of another size": half(),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_kind_of_mask_is_the_stock_pipelines(kind):
+    call = {"prompt": "a cat", "image": floats(), "mask_image": MASKS[kind]}
+    sizes = {"height": 24, "width": 20}  # the stock class makes a square of the image, unless it is told both
+    parts = tiny_pipeline.parts()
+    stock = StableDiffusionInpaintPipeline(**parts)
+    stock.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(arrays(pipeline(), **call), arrays(stock, **call, **sizes), atol=1e-5)
+
+
+def test_an_image_keeps_its_size_unless_another_is_said(caplog):
+    pipe, image = pipeline(), photograph(size=24)
+    call = {"image": image, "strength": 0.5}
+    for more in ({}, {"mask_image": half()}):
+        assert arrays(pipe, **call, **more).shape == (1, 24, 24, 3)
+        assert arrays(pipe, **call, **more, height=16, width=8).shape == (1, 16, 8, 3)
+        assert arrays(pipe, **call, **more, width=8).shape == (1, 24, 8, 3)
+    assert not caplog.records
+    arrays(pipe, image=image.resize((40, 28)), strength=0.5, steps=2)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("image: 28 x 40 pixels are drawn by a model of 16 x 16; give height")
+    with pytest.raises(ValueError, match="image: got 1 x 24 pixels; expected at least 2 x 2"):
+        arrays(pipe, image=image.resize((24, 1)))
+    with pytest.raises(
+        ValueError, match=r"image: latents of .10, 12., but height and width are of .4, 4. latents; leave them out"
+    ):
+        arrays(pipe, image=KINDS["latents"], height=8, width=8)
+
+
+def test_latents_of_any_number_of_channels_are_x0_as_they_are():
+    x0 = torch.randn(1, 8, 10, 6, generator=seeds(1)[0])
+    pipe = pipeline(vae=None, unet=unet(in_channels=8, out_channels=8))
+    mask = torch.zeros(20, 12)
+    drawn = arrays(pipe, image=x0, mask_image=mask, output_type="latent")
+    torch.testing.assert_close(drawn, x0)
+
+
+def test_transparent_parts_of_an_image_are_white():
     transparent = Image.new("RGBA", (PIXELS, PIXELS), (0, 0, 0, 0))
     white = Image.new("RGB", (PIXELS, PIXELS), "white")
-    expected = arrays(pipe, image=white, strength=0.5)
-    np.testing.assert_array_equal(arrays(pipe, image=transparent, strength=0.5), expected)
-    np.testing.assert_array_equal(arrays(pipe, image=white.resize((40, 24)), strength=0.5), expected)
-    as_tensor = arrays(pipe, image=torch.ones(1, 3, PIXELS, PIXELS), strength=0.5)
-    np.testing.assert_allclose(as_tensor, expected, atol=1e-5)
-    assert arrays(pipe, image=white, strength=0.5, height=24, width=8).shape == (1, 24, 8, 3)
+    expected = arrays(pipeline(), image=white, strength=0.5)
+    np.testing.assert_array_equal(arrays(pipeline(), image=transparent, strength=0.5), expected)
+
+
+def tiny_autoencoder():
+    torch.manual_seed(3)
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "latent_channels": 4}
+    return AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+
+
+def quantised():
+    torch.manual_seed(3)
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "num_vq_embeddings": 16}
+    return VQModel(down_block_types=down, up_block_types=up, **sizes).eval()
+
+
+def lopsided():
+    torch.manual_seed(3)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"down_block_out_channels": (4, 8), "up_block_out_channels": (8, 16), "norm_num_groups": 4}
+    return AsymmetricAutoencoderKL(**blocks, **sizes, latent_channels=4).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_autoencoder, quantised, lopsided])
+def test_any_autoencoder_starts_from_an_image_as_in_the_stock_pipeline(make):
+    parts = tiny_pipeline.parts(vae=make())
+    stock = StableDiffusionImg2ImgPipeline(**parts)
+    stock.set_progress_bar_config(disable=True)
+    for output_type in ("latent",) if make is quantised else ("latent", "np"):  # which the stock class cannot decode
+        call = {"image": photograph(size=24), "strength": 0.5, "output_type": output_type}
+        np.testing.assert_allclose(arrays(pipeline(vae=parts["vae"]), **call), arrays(stock, **call), atol=1e-5)
+    drawn = arrays(pipeline(vae=parts["vae"]), image=photograph(size=24), mask_image=half())
+    assert drawn.shape == (1, 24, 24, 3)
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert reconstruct(parts["vae"], pixel_values).shape == pixel_values.shape
+    assert downsampling_factor(parts["vae"]) == 2
 
 
 def test_left_out_the_strength_is_the_stock_pipelines():
@@ -161,7 +280,7 @@ def test_one_picture_for_all_for_a_prompt_or_for_a_picture(images):
 
 def test_a_picture_needs_an_autoencoder():
     with pytest.raises(ValueError, match="image: the pipeline has no autoencoder"):
-        arrays(pipeline(vae=None), image=torch.zeros(1, 3, 64, 64), output_type="latent")
+        arrays(pipeline(vae=None), image=torch.zeros(1, 3, 32, 32), output_type="latent")
 
 
 def test_a_sampler_that_begins_at_the_highest_noise_starts_from_no_picture():
@@ -171,6 +290,16 @@ def test_a_sampler_that_begins_at_the_highest_noise_starts_from_no_picture():
     assert np.isfinite(arrays(pipeline(scheduler=PNDMScheduler()), **call, strength=1.0)).all()
     with pytest.raises(ValueError, match="of 10 steps is less than one"):  # it has one timestep more than steps
         arrays(pipeline(scheduler=PNDMScheduler(skip_prk_steps=True)), **call, strength=0.05)
+
+
+def test_pixels_keep_the_size_of_an_image_too():
+    pipe, call = pixel_pipeline(), {"num_inference_steps": 2, "output_type": "pt"}
+    image = photograph(size=8).resize((15, 12))
+    assert pipe(image=image, strength=0.5, **call).images.shape == (1, 3, 12, 14)
+    assert pipe(image=image, strength=0.5, height=6, width=8, **call).images.shape == (1, 3, 6, 8)
+    assert pipe(height=10, **call).images.shape == (1, 3, 10, 8)
+    with pytest.raises(ValueError, match="height: 9 pixels is not a multiple of 2, by which the denoiser divides it"):
+        pipe(height=9, **call)
 
 
 @pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
@@ -195,16 +324,22 @@ def test_pixels_start_from_a_picture_too(classes):
         ({"image": photograph(), "strength": 0.2}, "strength: 0.2 of 3 steps is less than one; use more num_inference"),
         ({"strength": 0.5}, "strength: got no image that it could be about; give image too"),
         ({"mask_image": half()}, "mask_image: got no image"),
-        ({"image": "cat.png"}, "image: got str; expected a picture of PIL, a list of them, or a tensor"),
-        ({"image": []}, "image: got 0 for 1 pictures"),
+        ({"image": "cat.png"}, "image: got str; expected an image of PIL, an array, a tensor, or a list of one of"),
+        ({"image": []}, "image: got an empty list"),
+        ({"image": [photograph(), torch.zeros(3, 16, 16)]}, "image: got list; expected an image of PIL, an array"),
+        ({"image": np.zeros((16, 16, 3), np.uint8)}, r"image: got uint8 of shape \(16, 16, 3\); expected floats in"),
+        ({"image": np.zeros((16, 16))}, r"image: got float64 of shape .16, 16.; .* \(N, height, width, 3\), or PIL"),
+        ({"image": np.zeros((16, 16, 4), np.float32)}, r"image: got float32 of shape \(16, 16, 4\)"),
+        ({"image": [torch.zeros(3, 16, 16), torch.zeros(3, 16, 8)]}, "expected one size"),
+        ({"image": photograph(), "mask_image": -torch.ones(16, 16)}, r"mask_image: .* expected floats in \[0, 1\]"),
         ({"image": [photograph()] * 2}, "image: got 2 for 1 pictures; expected one, or one a prompt"),
         ({"image": [photograph()] * 2, "prompt": ["a"] * 3, "num_images_per_prompt": 2}, "image: got 2 for 6 pictures"),
         ({"image": photograph().convert("I")}, "image: got a picture of mode I; expected 8 bits, such as RGB"),
         ({"image": photograph(), "mask_image": half().convert("F")}, "mask_image: got a picture of mode F"),
         ({"strength": 1.0}, "strength: got no image that it could be about"),
         (
-            {"image": torch.zeros(1, 4, 16, 16)},
-            r"image: got torch.float32 of shape \(1, 4, 16, 16\); expected",
+            {"image": torch.zeros(1, 5, 16, 16)},
+            r"image: got torch.float32 of shape \(1, 5, 16, 16\); expected",
         ),
         ({"image": torch.full((1, 3, 16, 16), 255.0)}, r"expected floats in \[0, 1\] of shape \(N, 3, height"),
         ({"image": torch.full((1, 3, 16, 16), float("nan"))}, r"expected floats in \[0, 1\]"),

@@ -53,15 +53,36 @@ def test_it_draws_as_the_stock_ddpm_pipeline(variance):
     np.testing.assert_allclose(arrays(ours, batch_size=3), arrays(stock, batch_size=3), atol=1e-6)
 
 
-def test_it_draws_as_the_stock_ddim_pipeline():
-    ours = drawing(scheduler=DDIMScheduler(num_train_timesteps=STEPS))
+@pytest.mark.parametrize("limit", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_it_draws_as_the_stock_ddim_pipeline_with_the_noise_of_the_clipped_picture(limit, eta):
+    ours = drawing(scheduler=DDIMScheduler(num_train_timesteps=STEPS, **{"clip_sample": False} | limit))
     stock = quiet(DDIMPipeline(ours.unet, ours.scheduler))
-    np.testing.assert_allclose(arrays(ours, batch_size=2), arrays(stock, batch_size=2), atol=1e-6)
+    call = {"batch_size": 2, "eta": eta}
+    expected = arrays(stock, **call, use_clipped_model_output=True)
+    np.testing.assert_allclose(arrays(ours, **call), expected, atol=1e-6)
+    plain = np.abs(expected - arrays(stock, **call)).max()
+    assert (plain > 1e-3) == any(limit.values())  # without a limit it is all the same
+
+
+def test_where_x0_is_clipped_the_noise_leads_from_it_to_x_t():
+    """The step of guided-diffusion: alpha' x0 + sigma' (x_t - alpha x0) / sigma, of the clipped x0."""
+    pipe = drawing(scheduler=DDIMScheduler(num_train_timesteps=STEPS))
+    x_t = torch.randn(1, 3, SIZE, SIZE, generator=seeded())
+    squared = torch.cat([pipe.scheduler.alphas_cumprod, torch.ones(1)])  # the last, at -1, is x0 itself
+    with torch.no_grad():
+        for t in reversed(range(STEPS)):
+            noise = pipe.unet(x_t, t).sample
+            x0 = ((x_t - (1 - squared[t]).sqrt() * noise) / squared[t].sqrt()).clamp(-1, 1)
+            noise = (x_t - squared[t].sqrt() * x0) / (1 - squared[t]).sqrt()
+            x_t = squared[t - 1].sqrt() * x0 + (1 - squared[t - 1]).sqrt() * noise
+    found = pipe(generator=seeded(), num_inference_steps=STEPS, output_type="latent").images
+    torch.testing.assert_close(found, x_t, rtol=1e-4, atol=1e-5)
 
 
 def test_a_class_is_drawn_with_guidance_away_from_the_null():
     """x_{t-1} of the scheduler, from null + 2 (class - null)."""
-    pipe = drawing(CLASSES, DDIMScheduler(num_train_timesteps=STEPS))
+    pipe = drawing(CLASSES, DDIMScheduler(num_train_timesteps=STEPS, clip_sample=False))
     x_t = torch.randn(2, 3, SIZE, SIZE, generator=seeded())
     labels, nulls = torch.tensor([2, 0]), torch.full((2,), CLASSES)
     pipe.scheduler.set_timesteps(STEPS)

@@ -15,11 +15,11 @@ def downsampling_factor(autoencoder: AutoencoderKL | VQModel) -> int:
 def posterior_moments(autoencoder: AutoencoderKL | VQModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and std of the posterior, (B, C, H/f, W/f), in the units that the denoiser sees.
 
-    An unfinished or foreign autoencoder's ``scaling_factor`` is applied; ours is 1 (see `fold_statistics`). A
-    VQModel's latents are those before quantisation, with std 0.
+    An unfinished or foreign autoencoder's ``scaling_factor`` is applied; ours is 1 (see `fold_statistics`). Where an
+    encoder gives latents and no posterior (VQModel's, before quantisation; AutoencoderTiny's), their std is 0.
     """
     encoded, scale = autoencoder.encode(pixel_values), autoencoder.config.scaling_factor
-    if isinstance(autoencoder, VQModel):
+    if hasattr(encoded, "latents"):
         return encoded.latents * scale, torch.zeros_like(encoded.latents)
     return encoded.latent_dist.mean * scale, encoded.latent_dist.std * scale
 

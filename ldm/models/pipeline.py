@@ -70,6 +70,19 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
         ) from error
 
 
+def kept_size(pipeline: Any, width: int, height: int) -> dict[str, int]:
+    """Return what a call is told besides, so that an image that it starts from keeps its size, in whole latents.
+
+    Stock pipelines that inpaint would squeeze it into a square of the model's size.
+    """
+    factor, takes = getattr(pipeline, "vae_scale_factor", None), inspect.signature(pipeline.__call__).parameters
+    if factor is None or not {"image", "height", "width"} <= set(takes):
+        return {}
+    denoiser = pipeline.components.get("transformer")
+    multiple = factor * (denoiser.config.patch_size if denoiser is not None else 1)
+    return {"height": height // multiple * multiple, "width": width // multiple * multiple}
+
+
 MAX_TOKENS = 10_000
 """Tokenizers that know no length say 1e30."""
 

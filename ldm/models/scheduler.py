@@ -24,10 +24,19 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
 
     clip_sample: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
 
+    The config also has what DPM-Solver does not know and hands on: with ``pipe.scheduler = X.from_config(
+    pipe.scheduler.config)`` DDIM and DDPM clip only where x0 is in [-1, 1], and PNDM takes as many steps as it is told.
+
     ValueError if the combination is unsound, as in training. Two limits of diffusers on the discrete paths:
     more inference steps than num_train_timesteps give NaN, and a few odd numbers of them (61, 103, 121, ...)
     get one step too many, at timestep -1, and samples whose standard deviation is some 3 % off.
     """
+    scheduler = _build(config, sampler, clip_sample)
+    scheduler.register_to_config(clip_sample=clip_sample, skip_prk_steps=True)
+    return scheduler
+
+
+def _build(config: ObjectiveConfig, sampler: SamplerConfig, clip_sample: bool) -> Any:
     refuse_unsound(config)
     steps = config.num_train_timesteps
     if config.path == "flow":
