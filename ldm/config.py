@@ -64,9 +64,9 @@ class SpaceConfig:
 
     kind: Literal["pixel", "latent", "embedding"] = "latent"
     autoencoder: str | None = None
-    """Folder or Hub name of the autoencoder of a latent space: AutoencoderKL or VQModel."""
+    """Folder or Hub name of the autoencoder of a latent space, or of a pipeline with it: AutoencoderKL or VQModel."""
     image_encoder: str | None = None
-    """Folder or Hub name of the CLIP vision model of an embedding space."""
+    """Folder or Hub name of the CLIP vision model of an embedding space, or of a pipeline with it."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class StageConfig:
 
     output_dir: str
     denoiser: Network
-    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one."""
+    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     seed: int = 0
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
@@ -226,7 +226,7 @@ class AutoencoderConfig:
 
     output_dir: str
     autoencoder: Network
-    """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one."""
+    """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     seed: int = 0
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""

@@ -15,7 +15,7 @@ class TextConfig:
     """Prompt embeddings for cross-attention."""
 
     pretrained: str | None = None
-    """Folder, Hub name or ``package:NAME/FOLDER`` (inside an installed package); None: from scratch."""
+    """Folder, Hub name or ``package:NAME/FOLDER``, of an encoder or a pipeline; None: from scratch."""
     encoder: Network = field(default_factory=dict)
     """CLIPTextModel's config keys, from scratch; the vocabulary comes from the tokenizer."""
     vocab_size: int = 2048
@@ -48,7 +48,7 @@ class ImageConfig:
     """The embedding of the picture itself, which at sampling a prior predicts."""
 
     pretrained: str
-    """Folder or Hub name of a CLIP vision model with projection."""
+    """Folder or Hub name of a CLIP vision model with projection, or of a pipeline with it."""
     null: Literal["zeros", "zero_picture"] = "zeros"
     """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero picture (Kandinsky 2.2)."""
     dropout: float = 0.1

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm.config import SpaceConfig
+from ldm.config_check import explained
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, weights_hash
@@ -77,6 +78,8 @@ class LatentSpace:
     statistics: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, autoencoder: AutoencoderKL | VQModel):
+        """Fold what the autoencoder's config says of a mean into its weights; see `fold_config`."""
+        ae.fold_config(autoencoder)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.networks: tuple[nn.Module, ...] = (self.autoencoder,)
         self.key = f"latent-{weights_hash(autoencoder)}-{autoencoder.config.scaling_factor:g}"
@@ -144,4 +147,5 @@ def build_space(config: SpaceConfig, pictures: Callable[[], Tensor] | None = Non
     if config.autoencoder is None:
         raise ValueError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
     network = build_network({"pretrained": config.autoencoder}, "space.autoencoder", AUTOENCODERS)
-    return LatentSpace(network.float())
+    with explained("space.autoencoder"):
+        return LatentSpace(network.float())

@@ -235,7 +235,6 @@ def test_a_denoiser_is_no_autoencoder(bench):
         ("stable diffusion", {"validation__num_inference_steps": 61}, "num_inference_steps: 61 make DPMSolver"),
         ("dit", {"denoiser__norm_eps": -1.0}, "first losses are not finite"),
         ("tiny vae", {"data__image_size": 17}, "^autoencoder, reconstruction, data.image_size 17 do not fit together"),
-        ("tiny vae", {"autoencoder__use_quant_conv": False}, "autoencoder.* statistics fold into quant_conv"),
         ("tiny vae", {"autoencoder__in_channels": 4}, "^autoencoder, reconstruction, data.image_size 16 do not fit"),
         ("tiny vae", {"reconstruction__discriminator_layers": 9}, "^autoencoder, reconstruction, .*Kernel size"),
         ("tiny vae", {"reconstruction__l1_weight": 1e300}, "first losses are not finite"),

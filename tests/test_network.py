@@ -2,11 +2,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from ldm.config import SpaceConfig
 from ldm.config_conditioners import TextConfig
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import build_network, set_attention_and_memory, weights_hash, zero_tails
 from ldm.models.text_encoder import build_text_encoder, resolve
+from ldm.spaces import LatentSpace, build_space
 
 from .tiny_stages import stages
 
@@ -129,25 +131,86 @@ def test_the_hash_names_the_weights():
     assert weights_hash(one) == weights_hash(two)
 
 
-def test_folded_latents_have_unit_scale_and_reconstruct_the_same():
+BLOCKS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+}
+BARE = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize("keys", [{}, BARE, {"use_post_quant_conv": False, "shift_factor": 0.5}], ids=str)
+def test_folded_latents_have_unit_scale_and_reconstruct_the_same(keys):
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2,
-                        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, latent_channels=4)  # fmt: skip
-    vae.quant_conv.bias.data += 3
+    vae = AutoencoderKL(**BLOCKS, **keys)
+    vae.encoder.conv_out.bias.data += 3
     pictures = torch.rand(16, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        mean, std = posterior_moments(vae, pictures)
-        mean, std = mean / vae.config.scaling_factor, std / vae.config.scaling_factor
+        posterior = vae.encode(pictures).latent_dist
+        mean, std = posterior.mean, posterior.std
         before = vae.decode(mean).sample
         spread = (mean.double().var((0, 2, 3)) + std.double().square().mean((0, 2, 3))).sqrt()
         fold_statistics(vae, mean.double().mean((0, 2, 3)), spread)
         new_mean, new_std = posterior_moments(vae, pictures)
         total = new_mean.double().var((0, 2, 3)) + new_std.double().square().mean((0, 2, 3))
-        assert vae.config.scaling_factor == 1.0
+        assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, None)
         assert torch.allclose(new_mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
         assert torch.allclose(total, torch.ones(4).double(), atol=1e-4)
         assert torch.allclose(new_std, (std / spread.float()[:, None, None]), rtol=1e-4)
         assert torch.allclose(decode(vae, new_mean), before, atol=4e-6)
+
+
+def channelwise(*values):
+    return torch.tensor(values).view(1, 4, 1, 1)
+
+
+SHIFTED = {  # an autoencoder's config, and the mean and the divisor that pipelines of its kind take for it
+    "sd3": ({**BARE, "shift_factor": 0.0609, "scaling_factor": 1.5305}, 0.0609, 1 / 1.5305),
+    "shift": ({"shift_factor": 1.5}, 1.5, 1 / 0.18215),
+    "sdxl": (
+        {"latents_mean": [-1.6, 2.0, 0.1, 0.0], "latents_std": [8.4, 4.2, 3.5, 9.0], "scaling_factor": 0.5},
+        channelwise(-1.6, 2.0, 0.1, 0.0),
+        channelwise(8.4, 4.2, 3.5, 9.0) / 0.5,
+    ),
+    "neither": ({"scaling_factor": 0.5}, 0.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_a_mean_that_a_config_names_is_folded_and_stock_pipelines_decode_the_same(kind, tmp_path):
+    keys, mean, divisor = SHIFTED[kind]
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**BLOCKS, **keys)
+    vae.save_pretrained(tmp_path / "given")
+    pictures = torch.rand(4, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pictures).latent_dist
+        latents = torch.randn(4, 4, 8, 8)
+        expected = vae.decode(latents * divisor + mean).sample
+        draws = torch.random.get_rng_state()
+        space = build_space(SpaceConfig(autoencoder=str(tmp_path / "given")))
+        moments = space.moments(pictures)
+        torch.testing.assert_close(moments.mean, (posterior.mean - mean) / divisor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(moments.std, posterior.std / divisor, atol=0, rtol=1e-5)
+        torch.testing.assert_close(space.decode(latents), expected, atol=1e-5, rtol=1e-4)
+        LatentSpace(vae)
+        assert torch.equal(torch.random.get_rng_state(), draws)
+        space.autoencoder.save_pretrained(tmp_path / "saved")
+        saved = AutoencoderKL.from_pretrained(tmp_path / "saved")
+        stock = saved.decode(latents / saved.config.scaling_factor).sample  # as StableDiffusionPipeline does
+        torch.testing.assert_close(stock, expected, atol=1e-5, rtol=1e-4)
+    named = {key: saved.config[key] for key in ("shift_factor", "latents_mean", "latents_std")}
+    assert set(named.values()) == {None}
+    assert saved.config.scaling_factor == (0.5 if kind == "neither" else 1.0)
+
+
+def test_a_mean_that_no_pipeline_reads_so_is_refused():
+    whole = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    for keys in ({"latents_mean": [1.0] * 4}, {"latents_std": [1.0] * 4}, {"shift_factor": 1.0, **whole}):
+        with pytest.raises(ValueError, match="expected shift_factor alone, or latents_mean and latents_std together"):
+            LatentSpace(AutoencoderKL(**BLOCKS, **keys))
 
 
 def test_dead_latents_are_named():

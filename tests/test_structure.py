@@ -28,7 +28,7 @@ MAY_IMPORT = {  # part -> parts of ldm it may import, besides itself
     "ldm.hub": {"ldm.card", "ldm.places", "ldm.provenance"},
     "ldm.models": {"ldm.config", "ldm.config_check", "ldm.places", "ldm.schedule"},
     "ldm.data": {"ldm.config", "ldm.config_check", "ldm.places"},
-    "ldm.spaces": {"ldm.config", "ldm.models", "ldm.variational"},
+    "ldm.spaces": {"ldm.config", "ldm.config_check", "ldm.models", "ldm.variational"},
     "ldm.conditioning": set(),
     "ldm.conditioners": {"ldm.config", "ldm.schedule", "ldm.conditioning", "ldm.models"},
     "ldm.stage": {

@@ -6,7 +6,7 @@ A model that ignores its text has a conditional gain of 0 at every noise level, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.evaluation.baselines import exchanged_captions
+from ldm.models.autoencoder import posterior_moments
 from ldm.models.scheduler import schedule_of
 from ldm.schedule import target_coefficients
 
@@ -56,7 +57,7 @@ def denoising_losses(
     losses = np.empty((len(levels), len(captions)))
     for start in range(0, len(captions), CHUNK):
         rows = slice(start, min(start + CHUNK, len(captions)))
-        x0 = _latents(pipeline.vae, pixel_values[rows].to(device))
+        x0 = posterior_moments(pipeline.vae, pixel_values[rows].to(device, pipeline.vae.dtype))[0].float()
         embeds = pipeline.encode_prompt(list(captions[rows]), device, 1, False)[0]
         stock = {"encoder_hidden_states": embeds}
         told = pipeline.conditions(embeds) if hasattr(pipeline, "conditions") else stock
@@ -71,9 +72,3 @@ def denoising_losses(
             error = model_output[:, : x0.shape[1]].float() - (a * x0 + b * noise)
             losses[number, rows] = error.square().flatten(1).mean(1).cpu().numpy()
     return losses
-
-
-def _latents(vae: Any, pixel_values: Tensor) -> Tensor:
-    latents = vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode().float()
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return cast(Tensor, (latents - shift) * vae.config.scaling_factor)

@@ -35,21 +35,46 @@ def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
     return decoded
 
 
+def fold_config(autoencoder: AutoencoderKL | VQModel) -> None:
+    """Fold a mean of the latents that the config names into the weights, in place; without one, change nothing.
+
+    The denoiser sees ``(z - shift_factor) * scaling_factor``, as of the autoencoders of Stable Diffusion 3 and Flux, or
+    ``(z - latents_mean) * scaling_factor / latents_std``, as in the pipeline of Stable Diffusion XL. Pipelines of
+    Stable Diffusion's kind know none of this: after it, they have nothing to know.
+
+    Raises:
+        ValueError: a config that no pipeline of diffusers reads so: both, or a half of the second.
+
+    """
+    config = autoencoder.config
+    shift, mean, std = (config.get(key) for key in ("shift_factor", "latents_mean", "latents_std"))
+    if not shift and mean is None and std is None:
+        return
+    if (mean is None) != (std is None) or (shift and mean is not None):
+        raise ValueError(
+            f"the autoencoder's config has shift_factor {shift}, latents_mean {mean} and latents_std {std}; expected "
+            "shift_factor alone, or latents_mean and latents_std together"
+        )
+    channels = config.latent_channels
+    mean = torch.as_tensor(shift if mean is None else mean).float().expand(channels)
+    std = torch.as_tensor(1.0 if std is None else std).float().expand(channels)
+    fold_statistics(autoencoder, mean, std / config.scaling_factor)
+
+
 @torch.no_grad()
 def fold_statistics(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Bring latents to zero mean and unit std per channel, in place, without changing any reconstruction.
 
     `mean` and `std`, (C,), are those of the latents drawn for the training pictures, the posterior's own spread
     included. ``quant_conv`` then returns ``(mean - m) / s`` and ``logvar - 2 log s`` and ``post_quant_conv`` undoes
-    it, so ``scaling_factor`` is 1 and no pipeline can get the scale wrong.
+    it, so ``scaling_factor`` is 1, there is no shift, and no pipeline can get the scale wrong. An autoencoder without
+    them gets them: the 3 x 3 convolutions beside them pad with zeros, so that no mean folds into those exactly.
     """
-    if not isinstance(autoencoder.quant_conv, nn.Conv2d) or not isinstance(autoencoder.post_quant_conv, nn.Conv2d):
-        raise ValueError("statistics fold into quant_conv and post_quant_conv; build the autoencoder with both")
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise ValueError(f"latents of channel {int(std.argmin())} have std {float(std.min())}; expected > 0")
     channels = len(mean)
     mean, std = mean.double(), std.double()
-    encode, back = autoencoder.quant_conv, autoencoder.post_quant_conv
+    encode, back = _pointwise(autoencoder, "quant_conv"), _pointwise(autoencoder, "post_quant_conv")
     assert encode.bias is not None  # noqa: S101  (AutoencoderKL builds both with bias)
     assert back.bias is not None  # noqa: S101
     weight, bias = encode.weight.double(), encode.bias.double()
@@ -61,4 +86,19 @@ def fold_statistics(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> No
     weight = back.weight.double()
     back.bias.copy_(back.bias.double() + weight[:, :, 0, 0] @ mean)
     back.weight.copy_(weight * std[None, :, None, None])
-    autoencoder.register_to_config(scaling_factor=1.0)
+    autoencoder.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
+
+
+def _pointwise(autoencoder: AutoencoderKL, name: str) -> nn.Conv2d:
+    """Return the 1 x 1 convolution `name`, which becomes one that changes nothing if there is none."""
+    if getattr(autoencoder, name) is None:
+        like = autoencoder.decoder.conv_in.weight
+        channels = 2 * like.shape[1] if name == "quant_conv" else like.shape[1]
+        made = nn.Conv2d(channels, channels, 1, device="meta", dtype=like.dtype).to_empty(
+            device=like.device
+        )  # no draws
+        made.load_state_dict({"weight": torch.eye(channels)[:, :, None, None], "bias": torch.zeros(channels)})
+        setattr(autoencoder, name, made)
+        autoencoder.register_to_config(**{f"use_{name}": True})
+    found: nn.Conv2d = getattr(autoencoder, name)
+    return found
