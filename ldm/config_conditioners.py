@@ -15,7 +15,7 @@ class TextConfig:
     """Prompt embeddings for cross-attention."""
 
     pretrained: str | None = None
-    """Folder, Hub name or ``package:NAME/FOLDER`` (inside an installed package), also a pipeline; None: new weights."""
+    """Folder, Hub name or ``package:NAME/FOLDER``, of an encoder or a pipeline; None: from scratch."""
     encoder: Network = field(default_factory=dict)
     """CLIPTextModel's config keys, from scratch; the vocabulary comes from the tokenizer."""
     vocab_size: int = 2048

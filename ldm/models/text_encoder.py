@@ -65,12 +65,12 @@ def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple
     """Return up to `count` byte-pair merges of `words`, symbols with how often they occur (Sennrich et al. 2016).
 
     The most frequent pair first, the first in alphabetical order of equals: the same captions always give the same
-    tokenizer, on every machine and in every version of this project, so that weights trained with one still fit.
-    (The trainer of `tokenizers` 0.23 numbers the symbols in the order of a hash map with random seeds, and the numbers
-    decide between equals: two calls give two vocabularies, and none of them that of older checkpoints.)
+    tokenizer, with which weights were trained. The trainer of `tokenizers` 0.23 numbers the symbols in the order of a
+    randomly seeded hash map, and the numbers decide between equals: two calls may give two vocabularies. Where the
+    order is fixed (the symbols given as special tokens), they are still not those that older checkpoints know.
 
-    A merge visits the words that its pair occurs in, and the heap has every count that a pair ever had: those that are
-    no longer true are skipped. So it takes time in proportion to the letters of all words.
+    A merge visits only the words that its pair occurs in. The heap has every count that a pair ever had; those that are
+    no longer true are skipped.
     """
     spellings, occurrences = [list(word) for word in words], list(words.values())
     counts: Counter[tuple[str, str]] = Counter()
