@@ -92,9 +92,8 @@ def _file_of(name: str, file: str) -> Path | None:
     """Return where a `file` beside a model lies on this machine, fetched from the Hub if need be; None: nowhere."""
     try:
         folder = Path(resolve(name))
-        for path in (folder / file, folder.parent / file):  # a component's record is its pipeline's
-            if path.is_file():
-                return path
+        if folder.exists():  # a component's record is its pipeline's
+            return next((path for path in (folder / file, folder.parent / file) if path.is_file()), None)
     except (ImportError, OSError, ValueError):  # no such package, no such path: loading the model says it
         return None
     if not on_hub(name):

@@ -129,6 +129,9 @@ def test_a_record_is_read_from_wherever_a_config_may_name_a_model(tmp_path, monk
                 assert read_provenance(name) is None
     assert [said.partition(":")[0] for said in caplog.messages] == ["me/another", "me/another@v1"]
     assert all("was not checked" in said for said in caplog.messages)
+    saved(tmp_path / "me")
+    monkeypatch.chdir(tmp_path)
+    assert read_provenance("me/another") is None, "a folder of the owner's name is not the model's"
     for nobody in ("package:no_such_weights/x", "package:my_weights/none", "me/taught@", "a\0b", "x" * 5000):
         assert read_provenance(nobody) is None
 

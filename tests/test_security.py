@@ -150,7 +150,7 @@ def test_s01_where_safetensors_are_missing_it_is_said_and_no_pickle_is_loaded(wh
     part, load = LOADERS[what]
     plant(model / part, marker)
     weights(model / part).unlink()
-    with pytest.raises((OSError, ValueError), match=r"no file named \S*\.safetensors"):
+    with pytest.raises((OSError, *REFUSED), match=r"no file named \S*\.safetensors"):
         load(model)
     assert not marker.exists()
 
@@ -168,7 +168,7 @@ def test_s01_pickles_beside_safetensors_are_not_loaded(what, model, marker, caps
 def test_s01_a_pickle_called_safetensors_is_not_loaded(what, model, marker):
     part, load = LOADERS[what]
     torch.save(Evil(marker), weights(model / part))
-    with pytest.raises(Exception, match=r"(?i)safetensors|header|load"):
+    with pytest.raises((Exception, SystemExit), match=r"(?i)safetensors|header|load"):
         load(model)
     assert not marker.exists()
 

@@ -32,6 +32,8 @@ def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str
     index, _, commit = DiffusionPipeline.load_config(
         name, return_unused_kwargs=True, return_commit_hash=True, **revision
     )
+    if not isinstance(index, dict):
+        raise ValueError(f"{model}: model_index.json is a {type(index).__name__}; expected an object")
     folder = Path(name) if Path(name).is_dir() else None
     if (code := _code(index, folder)) and not trust_remote_code:
         raise ValueError(
