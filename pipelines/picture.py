@@ -112,12 +112,14 @@ def is_latents(images: Images) -> TypeGuard[torch.Tensor]:
     return torch.is_tensor(images) and images.shape[1] != RGB
 
 
-def kept_size(images: Images, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
+def kept_size(images: Images | None, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
     """Return height and width, pixels, that images are drawn anew in: their own, rounded down to a `multiple`.
 
-    factor: pixels, height and width, that one latent stands for. learned: height and width of the model's own images;
-    much larger ones are said in a warning. ValueError for an image of less than the multiple.
+    factor: pixels, height and width, that one latent stands for. learned: height and width of the model's own images,
+    returned if there are no others; much larger ones are said in a warning. ValueError for less than the multiple.
     """
+    if images is None:
+        return learned
     height, width = images.shape[2:] if isinstance(images, torch.Tensor) else images[0].size[::-1]
     if is_latents(images):
         height, width = height * factor, width * factor

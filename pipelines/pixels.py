@@ -104,7 +104,7 @@ class PixelPipeline(
         images, learned = None, (rows, columns)
         if image is not None:
             images = given_images("image", image, RGB, "white")
-        default = learned if images is None else kept_size(images, 1, halved, learned)
+        default = kept_size(images if height is None or width is None else None, 1, halved, learned)
         size = checked_size(height, width, default, halved, "{}, by which the denoiser divides it")
         shape = (len(labels), unet.in_channels, *size)
 

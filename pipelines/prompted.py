@@ -122,7 +122,7 @@ class Prompted:
         if image is not None:
             images = given_images("image", image, RGB, "white", self.denoiser.config.in_channels)
         inputs = check_inputs(
-            self._limits(images),
+            self._limits(images if height is None or width is None else None),
             prompt=prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
@@ -232,6 +232,7 @@ class Prompted:
         return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, zeroed, clip_skip)
 
     def _limits(self, images: Images | None) -> Limits:
+        """Return what the components can do; images: those whose size is the default."""
         denoiser, size = self.denoiser.config, self.denoiser.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         widths = (denoiser.get(name) for name in ("encoder_hid_dim", "caption_channels", "cross_attention_dim"))
@@ -243,7 +244,7 @@ class Prompted:
         return Limits(
             factor=factor,
             patch=patch,
-            default_size=learned if images is None else kept_size(images, factor, factor * patch, learned),
+            default_size=kept_size(images, factor, factor * patch, learned),
             latent_channels=denoiser.in_channels,
             inference_steps=(fewest, self.scheduler.config.num_train_timesteps),
             prompt_length=None if self.tokenizer is None else self.tokenizer.model_max_length,

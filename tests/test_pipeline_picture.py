@@ -191,6 +191,7 @@ def test_an_image_keeps_its_size_unless_another_is_said(caplog):
         assert arrays(pipe, **call, **more, width=8).shape == (1, 24, 8, 3)
     assert not caplog.records
     arrays(pipe, image=image.resize((40, 28)), strength=0.5, steps=2)
+    arrays(pipe, image=image.resize((40, 28)), strength=0.5, steps=2, height=28, width=40)  # said: no warning
     (record,) = caplog.records
     assert record.getMessage().startswith("image: 28 x 40 pixels are drawn by a model of 16 x 16; give height")
     with pytest.raises(ValueError, match="image: got 1 x 24 pixels; expected at least 2 x 2"):
