@@ -10,7 +10,7 @@ from ldm.data.duplicates import BANDS, BITS, MOST_COLOUR, WINDOW, Look, _candida
 from tests.edited_images import EDITS, KINDS, icon, originals
 from tests.picture_folders import noise_picture
 
-BLANK = bytes(16 * 16 * 3)
+BLANK = bytes(32 * 32 * 3)
 
 
 def pairs_of(found):
@@ -60,9 +60,9 @@ def test_groups_are_those_of_comparing_each_with_each():
     for index in range(100):  # up to 7 bits apart: certain to be found
         bits[200 + index] = bits[index]
         bits[200 + index, rng.choice(BITS, index % 8, replace=False)] ^= 1
-    pixels = np.zeros((300, 16 * 16 * 3), np.uint8)
+    pixels = np.zeros((300, 32 * 32 * 3), np.uint8)
     pixels[260:] = MOST_COLOUR + 1
-    looks = [Look(np.packbits(b).tobytes(), p.tobytes()) for b, p in zip(bits, pixels, strict=True)]
+    looks = [Look(np.packbits(b).tobytes(), p.tobytes(), True) for b, p in zip(bits, pixels, strict=True)]
     assert groups(looks) == [[i, 200 + i] for i in range(60)]  # the last 40 have another colour
     assert groups(looks[:1]) == groups([]) == []
 
@@ -84,11 +84,11 @@ def test_groups_are_connected_sorted_and_the_same_in_any_order():
 def test_no_set_is_compared_each_with_each():
     """Nearly empty images have nearly the same bits: each is compared with a bounded number, none twice."""
     rng = np.random.default_rng(7)
-    count = 3000
+    count = 1200
     bits = np.packbits(rng.random((count, BITS)) < 0.02, axis=1)
     pixels = np.full((count, 3, 16, 16), 250, np.uint8)
     pixels[:, :, 7:9, 7:9] = rng.integers(240, 256, (count, 3, 2, 2))
     pairs = np.concatenate([np.stack(pair, 1) for pair in _candidates(bits, pixels)])
     assert len(pairs) < count * WINDOW * BANDS < count * count / 2
     assert len(np.unique(np.sort(pairs, axis=1), axis=0)) == len(pairs)
-    assert groups([Look(bytes(16), BLANK)] * 1000) == [list(range(1000))]
+    assert groups([Look(bytes(16), BLANK, True)] * 1000) == [list(range(1000))]

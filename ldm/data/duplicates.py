@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,17 @@ MOST_BITS = 16
 BANDS = 8
 WINDOW = 64
 """Images of one bucket that each is compared with: a bound, for sets in which most images are nearly empty."""
-PLACES = 16
-"""Places on a side at which pixels are compared. A copy may have no more: a quarter of 64 pixels."""
+PLACES = 32
+"""Places on a side at which pixels are compared."""
+COARSE = 16
+"""Places at which they are compared first, and last if one of the images has fewer than 32 pixels on a side."""
 MOST_COLOUR = 12
 """Levels by which luma and chroma differ at most, in each of 4 x 4 parts of the image."""
 GRAIN = 25.0
 """Squared levels of one place that compression changes where the image is even."""
-MOST_RESIDUAL = 0.28
-"""Share of what varies in a block that may differ; two blocks that have nothing in common differ by about twice it."""
-CHUNK = 4096
+MOST_RESIDUAL = 0.33
+"""Share of what varies in a block that may differ; of two that have nothing in common most does."""
+CHUNK = 1024
 """Pairs or images that are computed at once, which bounds the memory."""
 
 Indices = NDArray[np.intp]
@@ -34,12 +37,14 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True, order=True)
 class Look:
-    """The look of an image, whatever its size, in 784 bytes."""
+    """The look of an image, whatever its size, in 3 KB."""
 
     bits: bytes
     """Where it gets brighter to the right (8 x 8 places) and downwards (8 x 8): a difference hash."""
     pixels: bytes
-    """YCbCr of 16 x 16 places."""
+    """YCbCr of 32 x 32 places."""
+    detailed: bool
+    """Whether the image has as many pixels on each side."""
 
 
 def look(image: Image.Image) -> Look:
@@ -50,7 +55,7 @@ def look(image: Image.Image) -> Look:
     bits = np.concatenate([right.ravel(), down.ravel()]) > STEP
     # HAMMING neither blurs an image that is as small as this nor shifts what a larger one shows
     pixels = image.resize((PLACES, PLACES), Image.Resampling.HAMMING, reducing_gap=3).convert("YCbCr")
-    return Look(np.packbits(bits).tobytes(), pixels.tobytes())
+    return Look(np.packbits(bits).tobytes(), pixels.tobytes(), min(image.size) >= PLACES)
 
 
 def groups(looks: Sequence[Look]) -> list[list[int]]:
@@ -76,28 +81,34 @@ def _labels(looks: Sequence[Look]) -> Indices:
     if not looks:
         return labels
     bits = np.frombuffer(b"".join(look.bits for look in looks), np.uint8).reshape(len(looks), -1)
-    interleaved = np.frombuffer(b"".join(look.pixels for look in looks), np.uint8)
-    pixels = np.ascontiguousarray(interleaved.reshape(len(looks), PLACES, PLACES, 3).transpose(0, 3, 1, 2))
-    varying = np.concatenate([_varying(pixels[start : start + CHUNK]) for start in range(0, len(looks), CHUNK)])
-    for left, right in _candidates(bits, pixels):
+    pixels = np.frombuffer(b"".join(look.pixels for look in looks), np.uint8).reshape(-1, PLACES, PLACES, 3)
+    pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    detailed = np.array([look.detailed for look in looks])
+    parts = [pixels[start : start + CHUNK] for start in range(0, len(looks), CHUNK)]
+    coarse = np.concatenate([np.rint(_halved(part)).astype(np.uint8) for part in parts])
+    varying = np.concatenate([_varying(coarse[start : start + CHUNK]) for start in range(0, len(looks), CHUNK)])
+    for left, right in _candidates(bits, coarse):
         for start in range(0, len(left), CHUNK):
             one, other = left[start : start + CHUNK], right[start : start + CHUNK]
             apart = labels[one] != labels[other]
             one, other = one[apart], other[apart]
-            differing = _blocks(((pixels[one].astype(np.float32) - pixels[other]) ** 2).sum(1))
-            share = differing / np.maximum(varying[one], varying[other])
-            alike = share.max((1, 2)) <= MOST_RESIDUAL
+            alike = _alike(coarse[one], coarse[other], np.maximum(varying[one], varying[other]))
+            one, other = one[alike], other[alike]
+            both = detailed[one] & detailed[other]
+            first, second = pixels[one[both]], pixels[other[both]]
+            alike = ~both
+            alike[both] = _alike(first, second, np.maximum(_varying(first), _varying(second)))
             labels = _joined(labels, one[alike], other[alike])
     return labels
 
 
-def _candidates(bits: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Iterator[tuple[Indices, Indices]]:
-    """Yield pairs whose bits and colours are near, none twice; `bits` is (N, 16), `pixels` (N, 3, 16, 16)."""
-    rng, count, parts = np.random.default_rng(0), len(bits), PLACES // 4
+def _candidates(bits: NDArray[np.uint8], coarse: NDArray[np.uint8]) -> Iterator[tuple[Indices, Indices]]:
+    """Yield pairs whose bits and colours are near, none twice; `bits` is (N, 16), `coarse` (N, 3, 16, 16)."""
+    rng, count, side = np.random.default_rng(0), len(bits), COARSE // 4
     shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # no band is one place
     bands = np.ascontiguousarray(np.packbits(shuffled, axis=1)).view(np.uint16).T
     first, second = np.ascontiguousarray(bits.view(np.uint64).T)
-    colours = pixels.reshape(count, 3, 4, parts, 4, parts).sum((3, 5), dtype=np.int32).reshape(count, -1)
+    colours = coarse.reshape(count, 3, 4, side, 4, side).sum((3, 5), dtype=np.int32).reshape(count, -1)
     directions = colours @ rng.integers(-8, 9, (colours.shape[1], BANDS), dtype=np.int32)
     ranks = np.empty((BANDS, count), np.int32)
     for band, keys in enumerate(bands):
@@ -111,28 +122,43 @@ def _candidates(bits: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> Iterator[
             left, right = left[same], right[same]
             distance = np.bitwise_count(first[left] ^ first[right]) + np.bitwise_count(second[left] ^ second[right])
             left, right = left[distance <= MOST_BITS], right[distance <= MOST_BITS]
-            new = np.abs(colours[left] - colours[right]).max(1, initial=0) <= MOST_COLOUR * parts**2
+            new = np.abs(colours[left] - colours[right]).max(1, initial=0) <= MOST_COLOUR * side**2
             for earlier in range(band):
                 compared = np.abs(ranks[earlier, left] - ranks[earlier, right]) <= WINDOW
                 new &= ~(compared & (bands[earlier, left] == bands[earlier, right]))
             yield left[new], right[new]
 
 
+def _halved(values: NDArray[Any]) -> Values:
+    """Return the means of 2 x 2 places."""
+    rows = values[..., ::2, :].astype(np.float32) + values[..., 1::2, :]
+    halved: Values = (rows[..., ::2] + rows[..., 1::2]) * np.float32(0.25)
+    return halved
+
+
 def _blocks(values: Values) -> Values:
-    """Return the means, (..., 7, 7), of blocks of 4 x 4 places that lie half a block apart, of (..., 16, 16)."""
-    for _ in range(2):  # rows, then columns
-        halves = values[..., ::2, :] + values[..., 1::2, :]
-        values = (halves[..., 1:, :] + halves[..., :-1, :]).swapaxes(-1, -2) * np.float32(0.25)
-    return values
+    """Return the means, (..., 7, 7), of blocks of a quarter of the side, half a block apart; of 32 or 16 places."""
+    while values.shape[-1] > 8:
+        values = _halved(values)
+    rows = values[..., 1:, :] + values[..., :-1, :]
+    means: Values = (rows[..., 1:] + rows[..., :-1]) * np.float32(0.25)
+    return means
 
 
 def _varying(pixels: NDArray[np.uint8]) -> Values:
     """Return how much varies in each block, (N, 7, 7): its variance, a fifth of the image's, and grain."""
     values = pixels.astype(np.float32)
     block = (_blocks(values**2) - _blocks(values) ** 2).sum(1)
-    image = values.reshape(len(values), 3, -1).var(2).sum(1)
+    image = values.var((2, 3)).sum(1)
     varying: Values = block + image[:, None, None] / 5 + np.float32(GRAIN)
     return varying
+
+
+def _alike(one: NDArray[np.uint8], other: NDArray[np.uint8], varying: Values) -> NDArray[np.bool_]:
+    """Return whether no block of each pair differs in much of what varies in it."""
+    differing = _blocks(((one.astype(np.float32) - other) ** 2).sum(1))
+    alike: NDArray[np.bool_] = (differing / varying).max((1, 2)) <= MOST_RESIDUAL
+    return alike
 
 
 def _joined(labels: Indices, left: Indices, right: Indices) -> Indices:

@@ -26,7 +26,7 @@ from ldm.data.splits import SPLITS, split_pictures
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each caption, begin and end included."""
 EXAMPLES = 12
-NAMED = 4
+NAMED = 3
 """Images of a group and split that its reason names; `Report.near_duplicates` has all."""
 
 
@@ -81,7 +81,7 @@ class Report:
 def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
     """Return what is wrong with the pictures and captions of a source and what they are like.
 
-    Decodes in `workers` processes (0: in this one); memory grows by a kilobyte or two an image. `max_length` is the
+    Decodes in `workers` processes (0: in this one); memory grows by some 10 KB an image. `max_length` is the
     number of tokens that a caption may have.
 
     Raises:
@@ -215,11 +215,11 @@ def _look_alikes(facts: Sequence[Facts], owner: dict[int, str]) -> list[dict[str
 def _near_duplicate(source: Source, group: dict[str, list[int]]) -> Problem:
     """Return the problem that a group of images looks alike; it is like one of each split first."""
     kind = "near duplicate" if len(group) == 1 else "near duplicate across splits"
-    shown = [f"{_names(source, rows)} in {split}" for split, rows in group.items()]
+    counts = ", ".join(f"{len(rows)} in {split}" for split, rows in group.items())
+    flattered = "; this flatters what is measured" if len(group) > 1 else ""
+    names = "; ".join(f"{split}: {_names(source, rows)}" for split, rows in group.items())
     rows = [row for several in zip_longest(*group.values()) for row in several if row is not None]
-    reason = f"{len(rows)} images look alike: {'; '.join(shown)}"
-    if len(group) > 1:
-        reason += "; whatever is measured on them is flattered"
+    reason = f"{len(rows)} images look alike ({counts}{flattered}): {names}"
     return Problem(place(source, rows[0]), kind, reason, rows[0], tuple(rows[1:]))
 
 
