@@ -1,11 +1,10 @@
 """Pictures from prompts in a latent space, whatever the denoiser."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ImagePipelineOutput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils.torch_utils import randn_tensor
 
 from .inputs import MAX_PICTURES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
@@ -261,9 +260,10 @@ class Prompted:
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
             if is_latents(pixel_values):
                 return pixel_values.to(self._device)
-            posterior = self.vae.encode(pixel_values.to(self._device, self.vae.dtype))
-            latents: torch.Tensor = self.vae.config.scaling_factor * retrieve_latents(posterior, generator)
-            return latents
+            found = self.vae.encode(pixel_values.to(self._device, self.vae.dtype))
+            # AutoencoderTiny has no posterior
+            latents = found.latent_dist.sample(generator) if hasattr(found, "latent_dist") else found.latents
+            return cast(torch.Tensor, self.vae.config.scaling_factor * latents)
 
         size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
         copies = inputs.num_images_per_prompt

@@ -218,7 +218,8 @@ def test_r27_ctrl_c_outside_of_a_run_is_one_line_and_130(module, monkeypatch, ca
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "load_config" if module is not cli else "ArgumentParser", interrupted)
+    monkeypatch.setattr(sys, "argv", ["ldm", "--help"])
+    monkeypatch.setattr(module, "overview" if module is cli else "load_config", interrupted)
     with pytest.raises(SystemExit) as stopped:
         module.main()
     assert stopped.value.code == 130
