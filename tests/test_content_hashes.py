@@ -120,6 +120,15 @@ def test_r25_a_table_whose_file_was_exchanged_below_it_is_another(tmp_path, rows
     assert fingerprint(config) == expected(tmp_path / "images", rows[::-1]) != before
 
 
+def test_r25_parquet_that_was_exchanged_under_its_mtime_is_read_anew(tmp_path, rows):
+    for order in (rows, rows[::-1]):
+        config = data("parquet", tmp_path / "images", order)
+        os.utime(tmp_path / "images" / "table" / "part.parquet", ns=(0, 10**18))
+        source = build_source(config)
+        assert source.captions(0) == (order[0]["text"],)
+        assert source.fingerprint == expected(tmp_path / "images", order)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_warm_start_reads_no_image(layout, tmp_path, rows, monkeypatch):
     config = data(layout, tmp_path / "images", rows)

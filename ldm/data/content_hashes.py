@@ -40,10 +40,12 @@ def images_fingerprint(hashes: Iterable[bytes | None]) -> str:
 
     None stands for an image that cannot be read.
     """
-    digest = blake2b(digest_size=DIGEST_SIZE)
-    for value in hashes:
-        digest.update(value or bytes(DIGEST_SIZE))
-    return f"images-{digest.hexdigest()}"
+    return f"images-{joint_hash(hashes).hex()}"
+
+
+def joint_hash(hashes: Iterable[bytes | None]) -> bytes:
+    """Return the name of several contents in their order."""
+    return content_hash(b"".join(value or bytes(DIGEST_SIZE) for value in hashes))
 
 
 def content_hash(data: bytes | memoryview) -> bytes:

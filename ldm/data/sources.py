@@ -13,6 +13,7 @@ from PIL import Image
 from ldm.config import DataConfig, SourceName
 from ldm.config_check import explained
 from ldm.data import layout
+from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.folder import FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
@@ -104,8 +105,11 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
     if source == "parquet":
         files = layout.tables(path)
         chosen = {name: files[name] for name in layout.chosen_splits(files, split)}
-        table = datasets.load_dataset("parquet", data_files=chosen, split=split)
         root = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        real = [os.path.realpath(file) for several in chosen.values() for file in several]
+        # `datasets` knows files by paths and mtimes; a file that was exchanged under both must not give its old rows
+        content = joint_hash(content_hashes(os.path.realpath(root), real)).hex()
+        table = datasets.load_dataset("parquet", name=content, data_files=chosen, split=split)
         beside = os.path.commonpath([os.path.dirname(file) for several in chosen.values() for file in several])
         return table, {"root": os.path.realpath(root), "beside": os.path.realpath(beside)}
     if not os.path.isdir(path):
