@@ -1033,6 +1033,7 @@ USUAL = {
     },
     "average": {"sigma_rel": "0.05", "network": "place/clip", "num_inference_steps": "1"},
     "push": {},
+    "cache": {},
 }
 RIGHT = {"validate": "place/pictures", "evaluate": "place/model", "average": "run", "push": "place/model"}
 """What a command line says unless something else was drawn."""
@@ -1043,11 +1044,12 @@ def check_line(bench, case):
     name, first, options = case
     positional = [first] if len(first) % 3 else [RIGHT.get(name, first)]
     positional += ["me/model"] if name == "push" else []
+    positional = [] if name == "cache" else positional
     line = [f"--{option}={text}" for option, text in {**USUAL[name], **options}.items()]
     bench.write_place()
     with (
         chdir(bench.folder / "lines"),
-        patch.dict(os.environ, {"HOME": str(bench.folder / "home")}),
+        patch.dict(os.environ, {"HOME": str(bench.folder / "home"), "LDM_CACHE": str(bench.folder / "cache")}),
         open(os.devnull, "w", errors="backslashreplace") as sink,
         patch.object(sys, "stdout", sink),
         patch.object(sys, "stderr", sink),

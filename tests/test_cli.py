@@ -16,7 +16,7 @@ from ldm.sample import sample
 from .tiny_pipeline import pipeline
 
 ROOT = Path(__file__).parent.parent
-TEXTS = {"negative_prompt", "repo_id", "prompts", "sigma_rel", "classes", "guidance_sweep", "steps_sweep"}
+TEXTS = {"negative_prompt", "repo_id", "prompts", "sigma_rel", "classes", "guidance_sweep", "steps_sweep", "clear"}
 """Arguments that are texts and no paths."""
 ODD_TEXTS = (
     *("null", "~", "1e3", "1", "0x10", "true", "no", "2020-01-01", "{a: 1}", "[x, y]", "#1 dad", "a: b", "- a", "!!x"),
@@ -98,7 +98,7 @@ WRONG = {
     "sample --model ~nobody-here/x a": "model: got '~nobody-here/x'; there is no such user",
     "sample --model MODEL --image no.png a": "image: no.png: [Errno 2] No such file or directory",
     "evaluate MODEL --data DATA --captions no.txt": "data.path: no metadata.jsonl",
-    "evaluate MODEL --data openmoji --captions no.txt": "data.held_out.test: no file of captions at no.txt",
+    "evaluate MODEL --data openmoji --captions no.txt": "data.held_out.test: no file no.txt",
     "evaluate MODEL --data DATA --background whyte": "data.background: got 'whyte'; expected a colour",
     "evaluate MODEL": "data: name the images to measure on, --data",
     "evaluate MODEL --data nowhere/at/all": "data.path, data.split: ",

@@ -84,7 +84,7 @@ def text(report, name):
 
 
 def test_a_healthy_stage_passes_and_leaves_a_report_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(overfit_module, "MAX_STEPS", 60)
+    monkeypatch.setattr(overfit_module, "MAX_STEPS", 100)
     more = ["--doctor.gpu_tflops", "100", "--doctor.gpu_memory_gib", "8", "--doctor.price_per_hour", "2"]
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, *more)
     assert (wrong(report), report["ok"], code) == ([], True, 0)
@@ -94,7 +94,7 @@ def test_a_healthy_stage_passes_and_leaves_a_report_alone(tmp_path, monkeypatch,
     ]  # fmt: skip
     assert "exactly the picture" in text(report, "saved and reloaded")
     assert "StableDiffusionPipeline" in text(report, "saved and reloaded")
-    assert "64 training pictures, 8 a step: 8.0 steps an epoch; 40 steps = 5.0 epochs" in text(report, "plan")
+    assert "60 training pictures, 8 a step: 7.5 steps an epoch; 40 steps = 5.3 epochs" in text(report, "plan")
     assert [path.name for path in tmp_path.iterdir()] == ["doctor"]
     left = {path.name for path in (tmp_path / "doctor").iterdir()} - {".lock"}
     assert left == {"report.txt", "report.json", "overfit.png", "round_trip.png"}
@@ -182,7 +182,7 @@ def test_a_gpu_that_is_too_small_is_found_by_its_memory_alone(tmp_path, monkeypa
 
 
 def test_an_autoencoder_passes_and_a_dead_one_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(overfit_module, "MAX_STEPS", 60)
+    monkeypatch.setattr(overfit_module, "MAX_STEPS", 100)
     report, code = examine(monkeypatch, train_vae.main, tmp_path / "a", *AUTOENCODER)
     assert (wrong(report), code) == ([], 0)
     assert [finding["name"] for finding in report["findings"]] == ["overfits one batch", "plan", "cost"]

@@ -285,9 +285,9 @@ def test_s06_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=r"not pushed to me/vae: .*500.*again: ldm push"):
         train_autoencoder(monkeypatch, tmp_path / "a", *short, "--push_to_hub", "me/vae", "--push_every_steps", "5")
     model = tmp_path / "a" / "model"
-    assert {"config.json", "diffusion_pytorch_model.safetensors", "training.json", "README.md", "samples.png"} == {
-        path.name for path in model.iterdir()
-    }
+    weights = {"config.json", "diffusion_pytorch_model.safetensors"}
+    about = {"training.json", "trained_images.safetensors", "README.md", "samples.png"}
+    assert {path.name for path in model.iterdir()} == weights | about
     assert json.loads((model / "training.json").read_text())["global_step"] == 8
     assert [message for message, _ in hub.repositories["me/vae"].commits] == ["Model at step 5"]
     cli.main(["push", str(model), "me/vae"])

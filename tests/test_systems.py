@@ -19,7 +19,7 @@ from ldm.sample import sample
 
 from . import coloured_shapes
 from .fake_hub import FakeHub
-from .test_entry import call, killed_at, same_files, train_autoencoder, train_model
+from .test_entry import Killed, call, killed_at, same_files, train_autoencoder, train_model
 from .test_pipeline_folder import be_without_this_project
 
 CLASSES = len(coloured_shapes.COLOURS)
@@ -130,7 +130,7 @@ def own_pipeline(model):
 def killed_and_resumed(trained, data, tmp_path, monkeypatch):
     """Return the model folder of a training that was killed between two saves and went on."""
     told, _ = trained
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, 27)  # 20 is the last save before it
         train(patch, told, data, tmp_path / "again")
     return train(monkeypatch, told, data, tmp_path / "again")
@@ -241,10 +241,6 @@ def test_it_is_measured_on_pictures_held_out_by_their_hash(trained, data, tmp_pa
     if told == "classes":
         settings |= {"class_column": "colour", "classes": "0,2"}
     command = ["evaluate", str(model), *(str(word) for key, value in settings.items() for word in (f"--{key}", value))]
-    if told == "nothing":  # it was trained on other pictures, and lists of captions were held out
-        with pytest.raises(SystemExit, match="may have seen"):
-            cli.main(command)
-        return
     cli.main(command)
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for section in report["sections"] for row in section["rows"]}
@@ -346,7 +342,8 @@ def test_latents_are_pushed_and_drawn_by_the_shell(latent, tmp_path, monkeypatch
     start = {"image": str(model / "samples.png"), "strength": 0.5}
     call = {"num_inference_steps": 4, "trust_remote_code": True}
     (path,) = sample(["a cat"], str(model), str(tmp_path), **call, **start)
-    assert Image.open(path).size == (32, 32)
+    with Image.open(path) as drawn, Image.open(model / "samples.png") as sheet:
+        assert drawn.size == tuple(pixels // 4 * 4 for pixels in sheet.size), "its own, in whole patches of latents"
     (plain,) = sample(["a cat"], str(model), str(tmp_path / "plain"), num_inference_steps=4)
     (own,) = sample(["a cat"], str(model), str(tmp_path / "own"), **call)
     levels = np.asarray(Image.open(plain)).astype(int) - np.asarray(Image.open(own))

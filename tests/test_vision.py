@@ -184,7 +184,7 @@ def test_what_is_no_network_that_measures_is_refused(folders, tmp_path):
     with pytest.raises(ValueError, match=r"lacks visual_projection\.weight of CLIPVision.* random weights"):
         build_feature_network(str(tmp_path / "pooled"))
     (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "clip" / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         build_feature_network(str(tmp_path / "clip"))
 
 

@@ -48,7 +48,8 @@ class FolderRows:
         if class_column:
             choose_column("data.class_column", class_column, columns)
         named = [self._path(file, row.get(self.image_column)) for file, _, row in rows]
-        splits = image_files(self._root, list(dict.fromkeys([*metadata, *images, *(path for path in named if path)])))
+        within = (path for path in named if path and not _leads_out(path))  # other names say nothing of this folder
+        splits = image_files(self._root, list(dict.fromkeys([*metadata, *images, *within])))
         if split not in splits:
             raise ValueError(f"data.split: no split {split!r}; there are: {', '.join(splits)}")
         members = set(splits[split])
@@ -63,7 +64,7 @@ class FolderRows:
                 continue
             if path is None:
                 self.problems.append(Problem(f"{file} line {number}", "bad row", "it names no file"))
-            elif decides not in members:
+            elif decides not in members and not _leads_out(path):
                 self.problems.append(Problem(path, "in no split", f"it is in none of the splits {', '.join(splits)}"))
             else:
                 self._paths.append(path)
@@ -144,6 +145,10 @@ class FolderRows:
         """Return the class of row `index`; a CSV file has digits, which are a number."""
         label = self._labels[index]
         return int(label) if isinstance(label, str) and label.isdecimal() else label
+
+
+def _leads_out(path: str) -> bool:
+    return os.path.isabs(path) or path.split(os.sep)[0] == ".."
 
 
 def _names_a_file(name: object) -> bool:

@@ -115,7 +115,8 @@ class RunRecord:
         if (tokenizer := recorded_tokenizer(saved.state)) is not None:  # another version may hash the same otherwise
             facts = {**facts, "tokenizer": tokenizer_hash(tokenizer)}
         refuse_changes(facts, self.facts, allowed, changes)
-        return replace(self, trained_images=torch.unique(torch.cat([before, self.trained_images])))
+        trained = torch.unique(torch.cat([before, self.trained_images]))
+        return replace(self, trained_images=trained, tokenizer=saved.state.get("tokenizer") or self.tokenizer)
 
 
 def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
