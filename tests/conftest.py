@@ -3,6 +3,8 @@
 import os
 import threading
 
+# of one core each: a second thread of numpy's would only wait for the first, at the cost of most of the time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -138,6 +138,8 @@ def test_the_hash_names_the_weights():
     assert weights_hash(one) != weights_hash(two)
     two.load_state_dict(one.state_dict())
     assert weights_hash(one) == weights_hash(two)
+    scalar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros(()))})
+    assert weights_hash(scalar) != weights_hash(nn.ParameterDict({"logvar": nn.Parameter(torch.ones(()))}))
 
 
 BLOCKS = {
