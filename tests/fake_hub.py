@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 from ldm.card import HUB_LICENCES
 
@@ -60,6 +61,7 @@ class FakeHub:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # it keeps the Hub that it has first been at
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
     def __enter__(self) -> "FakeHub":
