@@ -31,8 +31,9 @@ def pytest_addoption(parser):
 
 
 SLOWEST_FIRST = (
-    *("test_systems", "test_doctor", "test_resume", "test_entry", "test_hub", "test_processes", "test_fuzz"),
-    *("test_devices", "test_evaluate", "test_alarms", "test_likelihood", "test_security"),
+    *("test_resume", "test_doctor", "test_processes", "test_systems", "test_entry", "test_hub", "test_devices"),
+    *("test_fuzz", "test_evaluate", "test_security", "test_signals", "test_alarms", "test_resume_check"),
+    *("test_changed_underneath", "test_failures", "test_likelihood", "test_preflight", "test_kills"),
 )
 """A slow file that is begun last would keep one process busy while all others are done."""
 

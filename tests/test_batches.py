@@ -111,6 +111,21 @@ def test_cached_moments_are_those_of_the_picture_that_would_have_been_loaded(fli
     assert torch.equal(both[3].moments[0], cached[3].moments[0])
 
 
+def test_of_a_limited_set_no_other_picture_is_encoded():
+    seen = []
+
+    def counting(pixel_values):
+        seen.append(len(pixel_values))
+        return encode(pixel_values)
+
+    source = images(limit=7)
+    cached = PositionDataset(source, "train", 0, source.encoded("test-limit", counting))
+    assert sum(seen) == sum(map(len, source.splits.indices.values())) == 7
+    for position in range(12):
+        picture = cached[position].picture
+        assert torch.allclose(cached[position].moments[0], encode(source.pixel_values(picture)[None])[0][0])
+
+
 def test_class_labels_follow_their_pictures():
     batch = fixed_batch(dataset(), 12)
     assert batch.class_labels.tolist() == [picture % 3 for picture in batch.pictures]

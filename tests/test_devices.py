@@ -16,7 +16,7 @@ import train_vae
 from ldm import cli
 from ldm.config import LoopConfig, StageConfig
 from ldm.config_file import load_config
-from ldm.doctor import overfit
+from ldm.doctor import cost, overfit
 from ldm.stage import build_stage
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
@@ -91,13 +91,14 @@ def call(main, *words):
 def train_and_sample(folder):
     """Train an autoencoder and a stage for a few steps, resume the stage, look at it with the doctor, and draw."""
     assert PartialState().device.type == "elsewhere"
-    more = ("--loop.mixed_precision", "no", "--loop.trackers", "[]")
+    more = ("--loop.mixed_precision", "no", "--loop.trackers", "[]", "--validation.num_images", 2)
     vae, model = folder / "vae", folder / "text2img"
     call(train_vae.main, "--config", "configs/tiny/vae.yaml", "--output_dir", vae, "--loop.max_train_steps", 6, *more)
     stage = ("--config", "configs/tiny/text2img.yaml", "--space.autoencoder", vae / "model", "--output_dir", model)
     short = ("--loop.max_train_steps", 8, "--loop.save_every_steps", 4, "--snapshot_every_steps", 4)
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:  # two steps overfit nothing
         patch.setattr(overfit, "MAX_STEPS", 2)
+        patch.setattr(cost, "MEASURED_SECONDS", 0.1)
         call(train_text2img.main, *stage, *more, *short, "--doctor")
     for last in (6, 8):
         changed = ("--allow_config_change", "true", "--loop.max_train_steps", last)

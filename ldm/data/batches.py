@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index
 from ldm.data.sources import Source
-from ldm.data.splits import Splits, split_pictures
+from ldm.data.splits import SPLITS, Splits, split_pictures
 
 log = logging.getLogger(__name__)
 Moments = tuple[Tensor, Tensor]
@@ -145,24 +146,41 @@ class CaptionedImages:
         """Name of what the pictures look like: equal keys, equal pictures."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
-    def encoded(self, key: str, encode: Encode) -> CachedRows:
-        """Return the moments that `encode` gives of every picture (and, with flips, of its mirror image), cached.
+    def encoded(self, key: str, encode: Encode) -> EncodedImages:
+        """Return the moments that `encode` gives of each picture of the splits (with flips, of its mirror image too).
 
-        Row ``2 * picture + mirrored`` with flips, row ``picture`` without. `key` names what `encode` computes.
+        They are cached; `key` names what `encode` computes. With ``data.limit`` the others are not encoded.
         """
-        views = 1 + self.config.flip
-
-        def compute(rows: range) -> dict[str, Tensor]:
-            pixels = torch.stack([self.pixel_values(row // views, bool(row % views)) for row in rows])
-            mean, std = encode(pixels)
-            return {"mean": mean.cpu(), "std": std.cpu()}
-
-        return CachedRows("latents", f"{self.key}/{views}/{key}", len(self.source) * views, compute)
+        return EncodedImages(self, key, encode)
 
     def known_captions(self) -> list[str]:
         """Return every caption that training or validation may show, "" included, in alphabetical order."""
         pictures = (*self.splits["train"], *self.splits["validation"])
         return sorted({""}.union(*(self.source.captions(picture) for picture in pictures)))
+
+
+class EncodedImages:
+    """Mean and std of what is diffused, by picture and mirror image, kept as `CachedRows`."""
+
+    def __init__(self, images: CaptionedImages, key: str, encode: Encode):
+        self.views = 1 + images.config.flip
+        pictures = sorted(picture for split in SPLITS for picture in images.splits[split])
+        self._place = {picture: place for place, picture in enumerate(pictures)}
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            views = (images.pixel_values(pictures[row // self.views], bool(row % self.views)) for row in rows)
+            mean, std = encode(torch.stack([*views]))
+            return {"mean": mean.cpu(), "std": std.cpu()}
+
+        named = f"{images.key}/{self.views}/{key}"
+        if len(pictures) < len(images.source):
+            named += f"/{blake2b(','.join(map(str, pictures)).encode(), digest_size=16).hexdigest()}"
+        self._rows = CachedRows("latents", named, len(pictures) * self.views, compute)
+
+    def moments(self, picture: int, mirrored: bool = False) -> Moments:
+        """Return mean and std of one picture, or with flips of its mirror image."""
+        row = self._rows[self._place[picture] * self.views + mirrored]
+        return row["mean"], row["std"]
 
 
 class PositionDataset(Dataset[Sample]):
@@ -173,7 +191,7 @@ class PositionDataset(Dataset[Sample]):
         images: CaptionedImages,
         split: str,
         seed: int,
-        encoded: CachedRows | None = None,
+        encoded: EncodedImages | None = None,
         with_pixels: bool = False,
     ):
         """Read moments from `encoded` if it is given, the pictures if it is not or if `with_pixels` asks for both."""
@@ -199,10 +217,7 @@ class PositionDataset(Dataset[Sample]):
         captions = self.images.source.captions(picture)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
-        moments = None
-        if self.encoded is not None:
-            row = self.encoded[picture * (1 + self.images.config.flip) + mirrored]
-            moments = row["mean"], row["std"]
+        moments = None if self.encoded is None else self.encoded.moments(picture, mirrored)
         pixel_values = self.images.pixel_values(picture, mirrored) if self.with_pixels else None
         return Sample(position, picture, caption, self.images.source.class_label(picture), pixel_values, moments)
 
