@@ -6,9 +6,8 @@ BIN := .venv/bin
 DEMO := out/demo
 AUDIT := pypi
 OPTIONS :=
-# whole files of tests to one process more than there are cores, since some of them wait, and eight at most
-WORKERS := $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() + 1))")
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# whole files of tests to as many processes as there are cores, eight at most
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
 .PHONY: demo test reliability browser audit clean

@@ -8,14 +8,14 @@ from ldm import sample as sample_module
 
 from .fuzzing import AREAS, Bench, area
 
-EXAMPLES = {
-    "config files": 150,
-    "configs": 400,
-    "trainings": 250,
-    "pipeline arguments": 250,
-    "captions": 100,
-    "ldm sample": 80,
-    "metadata": 60,
+EXAMPLES = {  # few, in every run of the suite; `python -m benchmarks.fuzz` draws thousands
+    "config files": 60,
+    "configs": 160,
+    "trainings": 100,
+    "pipeline arguments": 100,
+    "captions": 40,
+    "ldm sample": 40,
+    "metadata": 40,
     "tables": 40,
     "picture files": 60,
     "command lines": 40,

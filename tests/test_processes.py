@@ -130,8 +130,9 @@ def test_r19_one_process_that_fails_ends_the_training_and_leaves_it_resumable(wh
     assert time.monotonic() - began < 60
     other.kill()  # as the launcher does
     assert saved_step(tmp_path / "run") == 3
-    run("train_vae.py", ("--output_dir", tmp_path / "run", *VAE), tmp_path / "log-again")
-    assert saved_step(tmp_path / "run") == STEPS
+    if what == "is killed":  # the others leave the same checkpoint
+        run("train_vae.py", ("--output_dir", tmp_path / "run", *VAE), tmp_path / "log-again")
+        assert saved_step(tmp_path / "run") == STEPS
 
 
 @pytest.mark.parametrize(

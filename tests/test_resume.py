@@ -45,14 +45,19 @@ def test_the_comparison_below_is_the_one_of_resume_check():
     ("kills", "more"),
     [
         pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it"),
-        pytest.param([(5, 0)], ("--data.workers", 2, "--data.flip", "true"), id="mid-epoch-workers"),
         pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice"),
-        pytest.param([(4, 1)], ("--loop.gradient_accumulation_steps", 2), id="inside-accumulation"),
-        pytest.param([(2, 3)], ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2), id="four-parts-workers"),
+        pytest.param(
+            [(4, 3)],
+            ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2, "--data.flip", "true"),
+            id="mid-epoch-inside-accumulation-workers",
+        ),
         pytest.param([(6, 0)], ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"), id="dropout-layers-muon"),
         pytest.param([(5, 0)], frozen_text, id="frozen-text"),
-        pytest.param([(5, 0)], ("--loop.save_every_steps", 3), id="saved-two-steps-before"),
-        pytest.param([(3, 0)], ("--snapshot_every_steps", 2), id="power-function-averages"),
+        pytest.param(
+            [(5, 0)],
+            ("--snapshot_every_steps", 2, "--loop.save_every_steps", 3),
+            id="power-function-averages-saved-two-steps-before",
+        ),
     ],
 )
 def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, parts, tmp_path):
