@@ -236,7 +236,7 @@ def test_nothing_good_is_an_error_even_when_skipping(clean):
 
 
 @pytest.mark.parametrize(("script", "stage"), [(train_vae, "vae"), (train_text2img, "text2img")])
-def test_r11_r12_the_entry_scripts_stop_before_they_begin(script, stage, spoiled, tmp_path, monkeypatch):
+def test_r11_r12_the_entry_scripts_stop_before_they_begin(script, stage, spoiled, tmp_path, monkeypatch, capsys):
     arguments = [
         "--config",
         f"configs/tiny/{stage}.yaml",
@@ -248,8 +248,10 @@ def test_r11_r12_the_entry_scripts_stop_before_they_begin(script, stage, spoiled
     arguments += ["--data.held_out", "{}", "--output_dir", str(tmp_path / "run"), "--loop.trackers", "[]"]
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match=r"data\.on_bad_data"):
+    with pytest.raises(SystemExit) as ended:
         script.main()
+    assert ended.value.code == 2, "in lines, without a traceback"
+    assert "data.on_bad_data" in capsys.readouterr().err
     torch.set_num_threads(1)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
+from ldm.config_check import ConfigError
 from ldm.data.hashes import pixel_hashes
 from ldm.data.headers import PictureError, decode, explained, metadata_fault
 from ldm.data.pixels import to_rgb
@@ -121,12 +122,12 @@ def listing(problems: Sequence[Problem]) -> str:
 def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfig) -> list[int]:
     """Return the rows without a problem; raises ValueError if that is none or there may be no other."""
     if stopping and config.on_bad_data == "error":
-        raise ValueError(
+        raise ConfigError(
             f"{len(stopping)} problem(s) in data.path {config.path}, which has {len(source)} rows:\n"
             f"{listing(stopping)}\nMend them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
         )
     bad = {problem.row for problem in stopping}
     good = [row for row in range(len(source)) if row not in bad]
     if not good:
-        raise ValueError(f"data.path {config.path}: not one row can be trained on:\n{listing(stopping)}")
+        raise ConfigError(f"data.path {config.path}: not one row can be trained on:\n{listing(stopping)}")
     return good

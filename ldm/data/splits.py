@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from ldm.config_check import ConfigError
 from ldm.text_file import read_lines
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Splits:
         """Return the indices of split `name`; raises ValueError if it has none, which a training cannot do without."""
         if not self[name]:
             count = sum(map(len, self.indices.values()))
-            raise ValueError(
+            raise ConfigError(
                 f"the {name} split has no pictures, of {count} in all; a training needs two or more that differ, one "
                 "of them for validation: by data.held_out_percent above 0, or by captions in data.held_out; data.limit "
                 "may leave too few"
@@ -57,7 +58,7 @@ def split_pictures(
     """
     unknown = sorted(set(held_out) - {"validation", "test"})
     if unknown:
-        raise ValueError(f"data.held_out: no split {unknown[0]!r}; name 'validation' and 'test'")
+        raise ConfigError(f"data.held_out: no split {unknown[0]!r}; name 'validation' and 'test'")
     kept = _kept(hashes, limit)
     if held_out:
         owner = _by_caption(hashes, all_captions, held_out)
@@ -69,7 +70,7 @@ def split_pictures(
     for index in kept:
         members[owner.get(hashes[index], "train")].append(index)
     if not members["train"]:
-        raise ValueError("every picture is held out; nothing is left to train on")
+        raise ConfigError("every picture is held out; nothing is left to train on")
     held = sorted(value for value in set(hashes) if owner.get(value, "train") != "train")
     digest = blake2b("\n".join(held).encode(), digest_size=16).hexdigest()
     return Splits({name: tuple(rows) for name, rows in members.items()}, digest)
@@ -116,7 +117,7 @@ def _by_caption(
                 owner[value] = wanted[caption]
             found |= {caption} & wanted.keys()
     if missing := sorted(wanted.keys() - found):
-        raise ValueError(
+        raise ConfigError(
             f"data.held_out: {len(missing)} of {len(wanted)} captions belong to no picture, such as {missing[0]!r}"
         )
     return owner
