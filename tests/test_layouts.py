@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,9 @@ from ldm.config import DataConfig
 from ldm.data.inspection import inspect
 from ldm.data.preflight import checked_source
 from ldm.data.sources import build_source, source_config
+from ldm.measurement import read_as_trained
+from ldm.provenance import Provenance
+from ldm.training.record import data_options
 
 
 def picture(number):
@@ -30,9 +34,24 @@ def png(number):
 
 
 def numbers_of(path, split="train", **more):
-    """The number that each image of a split shows, and its caption."""
-    source = build_source(source_config(str(path), split=split, **more))
-    return sorted((source.image(row).getpixel((0, 0))[0], source.captions(row)) for row in range(len(source)))
+    """The number that each image of a split shows and its caption, as a training, validate and evaluate read them."""
+    config = source_config(str(path), split=split, **more)  # of validate
+    trained = DataConfig(source=config.source, path=str(path), split=split, **more)
+    record = Provenance("data", "0" * 32, 1, 1, 1.0, 1.0, "none", {}, data_options=data_options(trained))
+    readings = (config, trained, read_as_trained(record, str(path), {}, {}))
+    try:
+        sources = [build_source(reading) for reading in readings]
+    except ValueError as error:
+        for reading in readings:
+            with pytest.raises(ValueError, match=f"^{re.escape(str(error))}$"):
+                build_source(reading)
+        raise
+    numbers, *others = (
+        sorted((source.image(row).getpixel((0, 0))[0], source.captions(row)) for row in range(len(source)))
+        for source in sources
+    )
+    assert others == [numbers, numbers]
+    return numbers
 
 
 def expected(numbers):
