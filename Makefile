@@ -1,4 +1,5 @@
-# make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.   make test: lint, types and the whole suite.
+# make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.
+# make test: lint, types and the tests for every change.   make test-all: these, and the slow ones.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
 # make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OPTIONS :=
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: demo test reliability browser audit clean
+.PHONY: demo test test-all reliability browser audit clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,7 +28,10 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-all: test
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 # the whole suite, and docs/reliability.md from what it did
 reliability: $(BIN)/.installed

@@ -64,10 +64,11 @@ def read_provenance(name: str | Path) -> Provenance | None:
     """Return what a model says of its training; None if it says nothing that we can read: a model of others.
 
     `name` is all that a config or a command can name: a folder, ``package:NAME/FOLDER``, ``user/name`` or
-    ``user/name@revision`` on the Hub. A record that is not ours, or of which a part is not known here, is said, and so
-    is one that could not be asked for; nothing is raised.
+    ``user/name@revision`` on the Hub; a `Path` is a folder of this machine, and the Hub is not asked. A record that is
+    not ours, or of which a part is not known here, is said, and so is one that could not be asked for; nothing is
+    raised.
     """
-    path = _file_of(str(name), FILE)
+    path = _file_of(name, FILE)
     if path is None:
         return None
     try:
@@ -88,15 +89,15 @@ def _say(message: str) -> None:
     log.warning(message)
 
 
-def _file_of(name: str, file: str) -> Path | None:
+def _file_of(name: str | Path, file: str) -> Path | None:
     """Return where a `file` beside a model lies on this machine, fetched from the Hub if need be; None: nowhere."""
     try:
-        folder = Path(resolve(name))
+        folder = Path(resolve(str(name)))
         if folder.exists():  # a component's record is its pipeline's
             return next((path for path in (folder / file, folder.parent / file) if path.is_file()), None)
     except (ImportError, OSError, ValueError):  # no such package, no such path: loading the model says it
         return None
-    if not on_hub(name):
+    if isinstance(name, Path) or not on_hub(name):
         return None
     try:
         repository, revision = pinned(name)
@@ -170,7 +171,7 @@ def save_trained_images(folder: str | Path, keys: Tensor) -> None:
 
 def read_trained_images(name: str | Path) -> Tensor | None:
     """Return the keys of the images that a model, named as in `read_provenance`, was trained on; None: it says none."""
-    path = _file_of(str(name), TRAINED_IMAGES)
+    path = _file_of(name, TRAINED_IMAGES)
     if path is None:
         return None
     try:

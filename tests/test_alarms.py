@@ -209,6 +209,7 @@ HEALTHY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_trainings_raise_no_alarm(train, impatient, shapes, tmp_path, name):
     more = [(key, shapes / "clip" if value == "CLIP" else value) for key, value in HEALTHY[name]]

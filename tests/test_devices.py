@@ -73,6 +73,7 @@ def losses(parts, folder):
     return run.device.type, found
 
 
+@pytest.mark.slow
 def test_every_systems_losses_and_gradients_are_those_of_the_processor(tmp_path):
     save_parts(tmp_path)
     device, moved_losses = elsewhere(functools.partial(losses, tmp_path, tmp_path))
@@ -107,6 +108,7 @@ def train_and_sample(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_the_commands_train_validate_save_resume_and_sample(tmp_path):
     written = elsewhere(functools.partial(train_and_sample, tmp_path))
     assert {"a-cat-0.png", "text2img/doctor/report.json", "text2img/model/model_index.json"} <= set(written)

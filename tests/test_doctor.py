@@ -181,6 +181,7 @@ def test_a_gpu_that_is_too_small_is_found_by_its_memory_alone(tmp_path, monkeypa
     assert "does not fit into its 0.001 GiB; more loop.gradient_accumulation_steps" in text(report, "another machine")
 
 
+@pytest.mark.slow
 def test_an_autoencoder_passes_and_a_dead_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(overfit_module, "MAX_STEPS", 100)
     report, code = examine(monkeypatch, train_vae.main, tmp_path / "a", *AUTOENCODER)

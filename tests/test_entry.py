@@ -218,6 +218,7 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
         sample(["a dog"], str(model), str(again.parent), **over, **more)
 
 
+@pytest.mark.slow
 def test_the_launcher_leaves_every_core_to_one_process(vae, tmp_path):
     command = [
         Path(sys.executable).parent / "accelerate",

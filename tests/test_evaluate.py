@@ -178,6 +178,7 @@ def test_a_sweep_needs_the_validation_captions(place, tmp_path):
         evaluate(*arguments(place, tmp_path), network=str(place / "clip"), guidance_sweep="1", num_inference_steps=1)
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ldm.cli"]

@@ -31,6 +31,7 @@ def test_every_area_is_fuzzed():
     assert EXAMPLES.keys() == AREAS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AREAS)
 def test_nothing_that_was_drawn_breaks_the_contract(name, bench):
     strategy, check = area(name, bench)

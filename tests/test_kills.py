@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from ldm.training.checkpoint import CheckpointStore
 
 from .test_loop import train
@@ -16,6 +18,7 @@ from .test_signals import FOREVER, forked
 KILLS = 30
 
 
+@pytest.mark.slow
 def test_r01_kill_during_save_thirty_times_loses_at_most_the_step_that_was_being_saved(tmp_path, caplog):
     draw = random.Random(0)
     furthest, left_behind = 0, 0

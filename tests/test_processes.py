@@ -61,6 +61,7 @@ def test_r04_two_processes_resume_as_two_to_the_bit_and_as_one_with_the_same_sam
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
 
 
+@pytest.mark.slow
 def test_r04_two_processes_train_the_autoencoder_with_discriminator_as_one_does(tmp_path):
     arguments = (*VAE, "--reconstruction", GAN)
     pair = start_several(2, "train_vae.py", (*arguments, "--output_dir", tmp_path / "two"), tmp_path / "log-two")
@@ -71,6 +72,7 @@ def test_r04_two_processes_train_the_autoencoder_with_discriminator_as_one_does(
         assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bert_that_is_trained_along_and_has_a_pooler_is_trained_by_two_processes(parts, tmp_path):  # noqa: F811
     BertModel(text_encoder("bert").config).save_pretrained(tmp_path / "bert" / "text_encoder")
     tokenizer().save_pretrained(tmp_path / "bert" / "tokenizer")
@@ -100,6 +102,7 @@ def test_parameters_that_the_loss_does_not_depend_on_are_found_before_several_pr
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_processes_that_measure_time_plan_the_same_number_of_steps(tmp_path):
     arguments = (
         *VAE,
@@ -166,6 +169,7 @@ def test_r21_r27_a_signal_to_one_process_or_all_stops_both_at_the_same_step(do, 
     assert not any("Traceback" in text for text in said)
 
 
+@pytest.mark.slow
 def test_r21_r27_r19_under_torchrun_a_signal_saves_and_a_failure_ends_all(tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     launch = [torchrun, "--nproc_per_node", 2, "--master_port", trainers.free_port(), "train_vae.py"]

@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,9 @@ def test_a_record_is_read_from_wherever_a_config_may_name_a_model(tmp_path, monk
                 refuse_teacher(name, "efficientnet_lite2", TEACHER)
         assert any("/resolve/v1/training.json" in request for request in hub.requests)
         assert read_provenance("me/foreign") is None
+        asked = len(hub.requests)
+        assert read_provenance(Path("me/taught")) is read_trained_images(Path("me/taught")) is None
+        assert len(hub.requests) == asked, "a folder of this machine that is not there yet is nobody else's business"
         assert caplog.messages == [], "it says nothing of its training, and that is known"
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert read_provenance("me/taught") == taught, "it lies here"

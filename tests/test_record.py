@@ -39,10 +39,11 @@ def record(*arguments, **more):
 
 
 def test_the_same_run_is_resumed_silently(caplog):
-    before, now = record(), record()
+    before, now, leave = record(), record(), record(replace(CONFIG, allow_config_change=True))
     caplog.clear()
     with caplog.at_level(logging.INFO):
         refuse_changes(before, now, allowed=False)
+        refuse_changes(before, leave, allowed=True)
     assert not caplog.records
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ldm.training.resume_check import STEPS, differences
 
 from .test_loop import train
@@ -41,6 +43,7 @@ def test_a_metric_that_was_logged_otherwise_is_found(tmp_path):
     assert found.startswith("step 3: loss/main is")
 
 
+@pytest.mark.slow
 def test_the_tiny_autoencoder_proves_its_resume(tmp_path):
     command = [sys.executable, "train_vae.py", "--config", "configs/tiny/vae.yaml", "--resume_check", "true"]
     done = subprocess.run(

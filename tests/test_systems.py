@@ -185,6 +185,7 @@ def test_guidance_away_from_a_class_that_is_never_shown_is_an_alarm(trained, dat
         assert alarm["sentence"].startswith("conditioners.label.dropout is 0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpm_solver", "ddim", "ddpm"])
 def test_the_doctor_finds_nothing_wrong(kind, trained, data, tmp_path, monkeypatch):
     told, _ = trained

@@ -135,7 +135,7 @@ def run_record(
         "config": portable(asdict(config)),
         "pictures": {"fingerprint": source.fingerprint, "held_out_hash": images.splits.held_out_hash},
         "captions": _digest(source.captions(row) for row in train),
-        "classes": _digest(source.class_label(row) for row in train),
+        "classes": None if images.config.class_column is None else _digest(map(source.class_label, train)),
         "networks": dict(step.frozen),
         "precision": precision,
         "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
@@ -180,7 +180,8 @@ def refuse_changes(
             + "\nSet them back, choose another output_dir, or go on with the new ones: --allow_config_change true"
         )
     for change in (*changes, *found):
-        log.warning("resumed with another value: %s", _plain(change))
+        if not change.startswith("config.allow_config_change"):  # it is what allows the others
+            log.warning("resumed with another value: %s", _plain(change))
 
 
 def _plain(change: str) -> str:
