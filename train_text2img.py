@@ -7,17 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from ldm.config import StageConfig
-from ldm.config_file import exit_on_config_error, load_config, save_config
+from ldm.config.file import exit_on_config_error, load_config, save_config
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_stage, examined
+from ldm.evaluation.leaks import refuse_leaks
+from ldm.export.folder import ModelFolder, check_push
+from ldm.export.kinds import export
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.alarms import Alarms
-from ldm.training.export import export
 from ldm.training.loop import Loop
-from ldm.training.model_folder import ModelFolder, check_push
-from ldm.training.record import recorded_tokenizer, refuse_leaks, run_record
+from ldm.training.record import recorded_tokenizer, run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing

@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 
 from ldm.config import AutoencoderConfig
-from ldm.config_file import exit_on_config_error, load_config, save_config
+from ldm.config.file import exit_on_config_error, load_config, save_config
+from ldm.config.places import pretrained_place
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examine_autoencoder, examined
+from ldm.evaluation.leaks import refuse_leaks
+from ldm.export.folder import ModelFolder, check_push
 from ldm.models.network import build_network
-from ldm.places import pretrained_place
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, save_at_unit_scale
 from ldm.training.loop import Loop
-from ldm.training.model_folder import ModelFolder, check_push
-from ldm.training.record import refuse_leaks, run_record
+from ldm.training.record import run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import check_resume
 from ldm.training.run import Run, finishing

@@ -11,10 +11,10 @@ import json
 import torch
 
 from ldm.config import DataOptions
+from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.likelihood import variational_bound
 from ldm.evaluation.measure import mean_of
 from ldm.evaluation.pictures import pixel_values
-from ldm.measurement import Evaluation
 
 
 def main() -> None:

@@ -24,14 +24,14 @@ from diffusers.models.unets.unet_stable_cascade import SDCascadeAttnBlock, SDCas
 from torch import Tensor, nn
 
 from ldm.config import StageConfig
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.evaluation.gain import LEVELS
+from ldm.machine import hardware
 from ldm.models.network import build_network, prepare_denoiser
-from ldm.objective import Objective
-from ldm.provenance import hardware
+from ldm.objectives.denoising import Objective
 from ldm.spaces import build_space
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.loop import Loop

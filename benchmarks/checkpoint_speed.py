@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ldm.config import OptimConfig
-from ldm.provenance import hardware
+from ldm.machine import hardware
 from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.optim import build_optimizer

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ldm.provenance import hardware
+from ldm.machine import hardware
 
 ROOT = Path(__file__).parent.parent
 WITHIN = 0.25

@@ -16,7 +16,8 @@ import os  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
-from ldm.provenance import hardware, versions  # noqa: E402
+from ldm.machine import hardware  # noqa: E402
+from ldm.models.provenance import versions  # noqa: E402
 from ldm.training.checkpoint import CheckpointStore  # noqa: E402
 from tests import trainers  # noqa: E402
 

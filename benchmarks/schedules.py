@@ -11,7 +11,7 @@ import torch
 from ldm.config import DataConfig, ObjectiveConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
-from ldm.schedule import build_schedule
+from ldm.objectives.schedule import build_schedule
 
 STEPS = 1000
 SHOWN = (0, 100, 200, 300, 400, 500, 600, 700, 800, 999)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ldm.provenance import hardware
+from ldm.machine import hardware
 
 from .trainings import ROOT, step_seconds, train
 
@@ -36,7 +36,14 @@ def measured(name: str, steps: int, seed: int, out: Path) -> dict[str, Any]:
     folder = out / f"{name}-{seed}"
     words = [*CONFIGS[name], "--seed", str(seed), "--loop.max_train_seconds", "null"]
     trained = train(folder, [*words, "--loop.max_train_steps", str(steps), "--loop.validate_every_steps", "1000000"])
-    command = ["from ldm.cli import main; main()", "evaluate", str(folder / "model"), "--data", "openmoji", *HELD_OUT]
+    command = [
+        "from ldm.commands.cli import main; main()",
+        "evaluate",
+        str(folder / "model"),
+        "--data",
+        "openmoji",
+        *HELD_OUT,
+    ]
     command += ["--out", str(folder / "evaluation")]
     if not (folder / "evaluation" / "report.json").exists():
         subprocess.run([sys.executable, "-c", *command], cwd=ROOT, check=True)

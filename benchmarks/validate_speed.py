@@ -9,10 +9,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from ldm.commands.validate import validate
 from ldm.config import DataConfig
 from ldm.data.preflight import quick_problems
 from ldm.data.sources import build_source
-from ldm.validate import validate
 from tests.picture_folders import write_folder
 
 PICTURES = 10_000

@@ -1,13 +1,60 @@
-"""Files that a kill or a power cut leaves whole, and that one process at a time writes."""
+"""Files: those of others read or refused by name, ours written so that a kill or a power cut leaves them whole."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO
 from uuid import uuid4
+
+MAX_JSON_BYTES = 2**26
+
+
+def open_text(path: str | Path, errors: str = "strict", newline: str | None = None) -> TextIO:
+    r"""Return the file opened as text, as `open` does it: UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
+
+    The encoding is known from the first four bytes, as RFC 4627, section 3, does it: without a mark the text must begin
+    with a character of ASCII to be known for UTF-16 or UTF-32. Line ends of every system are "\n" unless `newline`
+    says otherwise. Raises FileNotFoundError if there is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}; paths are relative to the folder that the command is run in")
+    with file.open("rb") as data:
+        encoding = json.detect_encoding(data.read(4))
+    return file.open(encoding=encoding, errors=errors, newline=newline)
+
+
+def read_text(path: str | Path) -> str:
+    """Return what is in a file, as `open_text` reads it; raises ValueError, which names the byte, if it is no text."""
+    with open_text(path) as lines:
+        try:
+            return lines.read()
+        except UnicodeError as error:
+            where = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+            raise ValueError(f"{path}: not text in {lines.encoding.upper()}{where}") from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Return the lines of a file without spaces around them, empty ones left out; raises as `read_text`."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raises ValueError, which names it, for everything else; OSError if no file."""
+    try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes, more than {MAX_JSON_BYTES}")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a {type(found).__name__}; expected an object")
+    return found
 
 
 @contextmanager

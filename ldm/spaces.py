@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm.config import SpaceConfig
-from ldm.config_check import explained
+from ldm.errors import explained
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, weights_hash
-from ldm.variational import GREY_STEP
+from ldm.objectives.variational import GREY_STEP
 
 
 @dataclass(frozen=True)

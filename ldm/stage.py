@@ -10,20 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioners.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
 from ldm.conditioners.frames import FramesConditioner
 from ldm.conditioners.image import ImageConditioner
 from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import TextConditioner
-from ldm.conditioning import Conditioner, Conditions, Inputs, merge, nested, refuse_collisions
 from ldm.config import StageConfig
-from ldm.config_check import ConfigError, explained
-from ldm.config_conditioners import ConditionersConfig
+from ldm.config.conditioners import ConditionersConfig
+from ldm.config.places import pretrained_place
+from ldm.errors import ConfigError, explained
 from ldm.models.clip import load_image_encoder
 from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
 from ldm.models.text_encoder import build_text_encoder
-from ldm.objective import Objective
-from ldm.places import pretrained_place
+from ldm.objectives.denoising import Objective
 from ldm.spaces import Space, build_space
 
 

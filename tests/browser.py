@@ -16,7 +16,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm import cli
+from ldm.commands import cli
 from ldm.evaluation.page import html
 from tests.tiny_evaluation import words, write_place
 from tests.tiny_report import tiny_report

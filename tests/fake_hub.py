@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import constants, hf_api
 from transformers.utils import hub as transformers_hub
 
-from ldm.card import HUB_LICENCES
+from ldm.export.card import HUB_LICENCES
 
 TOKEN = "hf_SECRETsecretSECRETsecretSECRETsecre"
 DROP = "drop"

@@ -33,27 +33,29 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-from ldm import cli
-from ldm import sample as sample_module
+from ldm.commands import cli
+from ldm.commands import sample as sample_module
+from ldm.commands.sample import sample, slug
 from ldm.conditioners.text import TextConditioner
 from ldm.config import AutoencoderConfig, DataOptions, StageConfig
-from ldm.config_file import ConfigError, load_config, save_config
+from ldm.config.file import load_config, save_config
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
 from ldm.data.preflight import caption_fault, checked_source
 from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, texts
 from ldm.data.sources import build_source, source_config
+from ldm.errors import ConfigError
+from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.pictures import contact_sheet
+from ldm.export.kinds import export
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
+from ldm.models.provenance import Provenance
 from ldm.models.text_encoder import train_tokenizer
-from ldm.provenance import Provenance
-from ldm.sample import sample, slug
 from ldm.stage import build_stage, pretrained_parts
-from ldm.training.export import export
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import planned_steps
-from ldm.training.record import refuse_leaks, run_record
+from ldm.training.record import run_record
 from ldm.training.rehearsal import rehearse
 from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep

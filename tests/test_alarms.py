@@ -16,7 +16,7 @@ import train_text2img
 from ldm.conditioners.text import TextConditioner
 from ldm.config import OptimConfig
 from ldm.data.pixels import to_pixel_values
-from ldm.objective import Objective
+from ldm.objectives.denoising import Objective
 from ldm.training import alarms as alarms_module
 from ldm.training import loop as loop_module
 from ldm.training.alarms import CUT, LEARNED, NOT_FINITE, NULL, RATE, SCALE, STILL, TEXT, Alarms, no_rate

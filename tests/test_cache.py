@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import cli
+from ldm.commands import cli
 from ldm.data import cache
 from ldm.data.cache import CachedRows
 from ldm.data.cache_folder import cache_folder, clear, kinds

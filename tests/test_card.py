@@ -11,10 +11,10 @@ from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ldm.card import CARD, with_name, write_card
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config_file import load_config
-from ldm.provenance import Provenance
+from ldm.config.file import load_config
+from ldm.export.card import CARD, with_name, write_card
+from ldm.models.provenance import Provenance
 from tests.tiny_pipeline import FLOW, PIXELS, pipeline, vae
 
 ROOT = Path(__file__).parent.parent

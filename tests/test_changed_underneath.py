@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ldm.provenance import image_keys, in_both, read_trained_images
+from ldm.models.provenance import image_keys, in_both, read_trained_images
 
 from .picture_folders import noise_picture, write_metadata
 from .test_entry import train_autoencoder, train_model

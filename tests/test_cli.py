@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm import cli
-from ldm.cli import COMMANDS, PLACES, read_arguments
-from ldm.sample import sample
+from ldm.commands import cli
+from ldm.commands.cli import COMMANDS, PLACES, read_arguments
+from ldm.commands.sample import sample
 
 from .tiny_pipeline import pipeline
 
@@ -29,7 +29,8 @@ def function(name):
 
 
 def test_help_is_there_at_once_and_names_every_command():
-    heavy = "import sys; from ldm.cli import main; main(['--help']); print({'torch', 'diffusers'} & {*sys.modules})"
+    heavy = "import sys; from ldm.commands.cli import main; main(['--help']); "
+    heavy += "print({'torch', 'diffusers'} & {*sys.modules})"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

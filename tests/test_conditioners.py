@@ -15,13 +15,13 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from ldm.conditioners.conditioning import nested
 from ldm.conditioners.frames import FramesConditioner
 from ldm.conditioners.image import ImageConditioner
 from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
 from ldm.conditioners.text import TextConditioner
-from ldm.conditioning import nested
-from ldm.config_conditioners import UNKNOWN_CLASS, TextConfig
+from ldm.config.conditioners import UNKNOWN_CLASS, TextConfig
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config_check import RANGES, ConfigError, Numbers, explained, shown
-from ldm.config_file import load_config
+from ldm.config.check import RANGES, Numbers, shown
+from ldm.config.file import load_config
+from ldm.errors import ConfigError, explained
 from ldm.models import network
 from ldm.models.network import build_network
 from ldm.spaces import build_space

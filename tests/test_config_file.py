@@ -16,12 +16,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config import AutoencoderConfig, OptimConfig, StageConfig
-from ldm.config_check import FILES
-from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
-from ldm.config_doctor import DoctorConfig
-from ldm.config_file import ConfigError, exit_on_config_error, load_config, save_config, tree_differences
-from ldm.places import expanded, portable
+from ldm.config import AutoencoderConfig, DoctorConfig, OptimConfig, StageConfig
+from ldm.config.check import FILES
+from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
+from ldm.config.file import exit_on_config_error, load_config, save_config, tree_differences
+from ldm.config.places import expanded, portable
+from ldm.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 STAGE = """
@@ -314,7 +314,7 @@ def test_an_error_exits_with_2_and_prints_only_the_message(capsys):
 
 def test_a_process_prints_no_traceback():
     script = (
-        "from ldm.config import StageConfig\nfrom ldm.config_file import exit_on_config_error, load_config\n"
+        "from ldm.config import StageConfig\nfrom ldm.config.file import exit_on_config_error, load_config\n"
         "with exit_on_config_error():\n    load_config(StageConfig)"
     )
     command = [sys.executable, "-c", script, "--output_dir", "x"]

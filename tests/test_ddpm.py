@@ -6,7 +6,7 @@ import torch
 
 from ldm.config import ObjectiveConfig, SamplerConfig
 from ldm.models.scheduler import build_scheduler
-from ldm.objective import Objective
+from ldm.objectives.denoising import Objective
 
 T = 1000
 BETA = np.linspace(1e-4, 0.02, T)  # section 4

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ldm.config import ObjectiveConfig
-from ldm.density import LossSecondMomentDensity, build_density
-from ldm.objective import Objective
-from ldm.schedule import build_schedule
+from ldm.objectives.denoising import Objective
+from ldm.objectives.density import LossSecondMomentDensity, build_density
+from ldm.objectives.schedule import build_schedule
 
 STEPS = 40
 BOUND = ObjectiveConfig(

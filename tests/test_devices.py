@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, PartialState
 
 import train_text2img
 import train_vae
-from ldm import cli
+from ldm.commands import cli
 from ldm.config import LoopConfig, StageConfig
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 from ldm.doctor import cost, overfit
 from ldm.stage import build_stage
 from ldm.training.run import Run

@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train_text2img
 import train_vae
-from ldm.config import LoopConfig, ObjectiveConfig, OptimConfig, SamplerConfig
-from ldm.config_doctor import DoctorConfig
+from ldm.config import DoctorConfig, LoopConfig, ObjectiveConfig, OptimConfig, SamplerConfig
 from ldm.data.batches import Batch
 from ldm.doctor import cost as cost_module
 from ldm.doctor import examination
@@ -29,9 +28,9 @@ from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
 from ldm.doctor.overfit import Overfit, drawn, restored
 from ldm.doctor.plan import Plan
+from ldm.export import kinds as export_module
 from ldm.models.scheduler import build_scheduler
-from ldm.objective import Objective
-from ldm.training import export as export_module
+from ldm.objectives.denoising import Objective
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import Loop

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import ldm.training.loop as loop_module
 import train_text2img
 import train_vae
-from ldm.provenance import TRAINED_IMAGES, read_provenance
-from ldm.sample import sample
+from ldm.commands.sample import sample
+from ldm.models.provenance import TRAINED_IMAGES, read_provenance
 
 from .conftest import CORES
 
@@ -253,7 +253,7 @@ def test_a_stable_diffusion_folder_can_be_trained_further(model, tmp_path, monke
 
 
 def test_nothing_needs_torchvision_or_warns_that_it_is_missing():
-    code = "import sys; sys.modules['torchvision'] = None; import train_vae, train_text2img, ldm.cli"
+    code = "import sys; sys.modules['torchvision'] = None; import train_vae, train_text2img, ldm.commands.cli"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
 

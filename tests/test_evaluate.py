@@ -15,14 +15,14 @@ from diffusers import DiTPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ldm import cli
+from ldm.commands import cli
+from ldm.commands.evaluate import evaluate
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
-from ldm.evaluate import evaluate
-from ldm.measurement import Evaluation, read_as_trained
+from ldm.evaluation.evaluation import Evaluation, read_as_trained
+from ldm.models.provenance import Provenance, trained_through
 from ldm.models.vision import build_feature_network
-from ldm.provenance import Provenance, trained_through
 from ldm.training.record import data_options
 from tests.test_sample import STOCK
 from tests.tiny_evaluation import COUNT, words, write_place
@@ -166,7 +166,7 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_path, monkeypatch, settings, said):
-    monkeypatch.setattr("ldm.measurement.sample_pictures", None)  # it cannot be called
+    monkeypatch.setattr("ldm.evaluation.evaluation.sample_pictures", None)  # it cannot be called
     named = dict(zip(("model", "data", "out", "captions"), arguments(place, tmp_path), strict=True))
     named |= {"validation_captions": str(place / "validation.txt"), "network": str(place / "clip")} | settings
     with pytest.raises(ValueError, match=said):
@@ -181,7 +181,7 @@ def test_a_sweep_needs_the_validation_captions(place, tmp_path):
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ldm.cli"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ldm.commands.cli"]
     command = [*run, *words(place, "stock", tmp_path / "two"), "--card", "false"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -208,7 +208,7 @@ def test_the_gallery_is_looked_at_once(place, monkeypatch):
     named = (model, data, {}, {"test": captions}, str(place / "clip"))
     first, known = Evaluation(*named).gallery_features, build_feature_network(str(place / "clip"))
     only_named = SimpleNamespace(name=known.name, sha256=known.sha256, resize=known.resize)  # it cannot be called
-    monkeypatch.setattr("ldm.measurement.build_feature_network", lambda name: only_named)
+    monkeypatch.setattr("ldm.evaluation.evaluation.build_feature_network", lambda name: only_named)
     np.testing.assert_array_equal(Evaluation(*named).gallery_features, first)
 
 
@@ -262,7 +262,9 @@ def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(p
     held_out_hash = CaptionedImages(build_source(config), config).splits.held_out_hash
     options = {"held_out": {"test": "heldout.txt", "validation": "validation.txt"}}
     Provenance("x", held_out_hash, 1, 1, 1.0, 1.0, "", {}, data_options=options).save(tmp_path / "run" / "model")
-    monkeypatch.setattr("ldm.average.averaged_model", lambda run, length, to: Path(shutil.copytree(run / "model", to)))
+    monkeypatch.setattr(
+        "ldm.commands.average.averaged_model", lambda run, length, to: Path(shutil.copytree(run / "model", to))
+    )
     command = ["average", str(tmp_path / "run"), "--sigma_rel", "0.1", "--data", str(place / "pictures")]
     command += ["--network", str(place / "clip"), "--num_inference_steps", "1"]
     with pytest.raises(

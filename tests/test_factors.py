@@ -5,7 +5,7 @@ import pytest
 
 from ldm.data.openmoji import OpenMoji
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families, read_factors
-from ldm.text_file import read_lines
+from ldm.files import read_lines
 
 TONES = ["light skin tone", "medium-light skin tone", "dark skin tone"]
 CAPTIONS = [

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from ldm import cli
-from ldm import sample as sample_module
+from ldm.commands import cli
+from ldm.commands import sample as sample_module
 
 from .fuzzing import AREAS, Bench, area
 

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiff
 from ldm.config import ObjectiveConfig
 from ldm.evaluation.gain import LEVELS, denoising_losses, losses_with_and_without
 from ldm.models.scheduler import build_scheduler, schedule_of
-from ldm.objective import Objective
-from ldm.schedule import FlowSchedule, build_schedule
+from ldm.objectives.denoising import Objective
+from ldm.objectives.schedule import FlowSchedule, build_schedule
 from pipelines.transformer import TransformerPipeline
 from tests.tiny_pipeline import PIXELS, pipeline, seeds, transformer
 

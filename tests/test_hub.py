@@ -15,12 +15,13 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard
 
 import train_vae
-from ldm import cli
-from ldm.card import write_card
+from ldm.commands import cli
 from ldm.config import StageConfig
-from ldm.config_file import load_config
-from ldm.hub import HubError, check, push
-from ldm.provenance import Provenance
+from ldm.config.file import load_config
+from ldm.errors import HubError
+from ldm.export.card import write_card
+from ldm.export.hub import check, push
+from ldm.models.provenance import Provenance
 from tests.fake_hub import DROP, TOKEN, FakeHub
 from tests.tiny_pipeline import FLOW, arrays, pipeline, vae
 

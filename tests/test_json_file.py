@@ -9,17 +9,17 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import save_file
 
-from ldm.card import _newest_metrics
+from ldm.commands.validate import token_counter
 from ldm.evaluation.factors import read_factors
-from ldm.hub import model_files
-from ldm.json_file import read_object
+from ldm.export.card import _newest_metrics
+from ldm.export.hub import model_files
+from ldm.files import read_object
 from ldm.models.foreign import refuse_strange_shards
 from ldm.models.pipeline import load_pipeline
 from ldm.models.vision import build_feature_network
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 from ldm.training.snapshots import read_snapshots
-from ldm.validate import token_counter
 
 from .test_sample import unet
 

@@ -18,8 +18,8 @@ from ldm.config import DataConfig
 from ldm.data.inspection import inspect
 from ldm.data.preflight import checked_source
 from ldm.data.sources import build_source, source_config
-from ldm.measurement import read_as_trained
-from ldm.provenance import Provenance
+from ldm.evaluation.evaluation import read_as_trained
+from ldm.models.provenance import Provenance
 from ldm.training.record import data_options
 
 

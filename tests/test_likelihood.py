@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from ldm.config import ObjectiveConfig
 from ldm.evaluation.likelihood import bound_section, independent_bits, variational_bound
 from ldm.models.scheduler import build_scheduler
-from ldm.schedule import build_schedule
+from ldm.objectives.schedule import build_schedule
 from pipelines.pixels import PixelPipeline
 from tests.tiny_pipeline import pipeline as latent_pipeline
 

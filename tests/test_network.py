@@ -4,7 +4,8 @@ from diffusers import AutoencoderKL, VQModel
 from torch import nn
 
 from ldm.config import SpaceConfig
-from ldm.config_conditioners import TextConfig
+from ldm.config.conditioners import TextConfig
+from ldm.config.places import resolve
 from ldm.models import network
 from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import (
@@ -16,7 +17,6 @@ from ldm.models.network import (
     zero_tails,
 )
 from ldm.models.text_encoder import build_text_encoder
-from ldm.places import resolve
 from ldm.spaces import LatentSpace, build_space
 
 from .tiny_stages import stages

@@ -10,8 +10,8 @@ import torch
 from torch.distributions import Normal
 
 from ldm.config import ObjectiveConfig, PathName, PredictionType
-from ldm.objective import Objective
-from ldm.schedule import recover, snr, target_coefficients
+from ldm.objectives.denoising import Objective
+from ldm.objectives.schedule import recover, snr, target_coefficients
 
 S = 0.5  # standard deviation of the data
 SOUND = [

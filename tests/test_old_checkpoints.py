@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.provenance import versions
+from ldm.models.provenance import versions
 from ldm.training.checkpoint import CheckpointStore
 
 from .trainers import ROOT, STEPS, metrics, run

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ldm.evaluation.card import BEGIN, END, merge_into_card
 from ldm.evaluation.markdown import COPIED, markdown, plain
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.page import html, png, strip
 from ldm.evaluation.plot import svg
 from ldm.evaluation.report import Curve, Picture, Report, Row, Section
+from ldm.export.evaluation_card import BEGIN, END, merge_into_card
 from tests.tiny_report import HOSTILE, UNICODE, around, tiny_report
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}

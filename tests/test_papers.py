@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.config import StageConfig
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = {

@@ -21,8 +21,7 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
-from ldm.models.autoencoder import downsampling_factor
-from ldm.training.autoencoding import reconstruct
+from ldm.models.autoencoder import downsampling_factor, reconstruct
 from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline

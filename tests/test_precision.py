@@ -8,10 +8,11 @@ import torch
 
 import ldm.training.precision as precision_module
 from ldm.config import LoopConfig, OptimConfig
+from ldm.machine import native_precision
 from ldm.training.launcher import check_launcher
 from ldm.training.loop import Loop
 from ldm.training.optim import build_optimizer, flatten_optimizer, restore_optimizer
-from ldm.training.precision import LAUNCHED, chosen_precision, native_precision
+from ldm.training.precision import LAUNCHED, chosen_precision
 from ldm.training.record import RunRecord
 from ldm.training.run import Run, finishing
 

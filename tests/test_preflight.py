@@ -18,7 +18,7 @@ from PIL import Image
 
 import train_text2img
 import train_vae
-from ldm import cli
+from ldm.commands import cli
 from ldm.config import DataConfig
 from ldm.data import headers
 from ldm.data.batches import CaptionedImages, PositionDataset

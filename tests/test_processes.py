@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BertModel
 
 from ldm.config import StageConfig
-from ldm.config_check import ConfigError
+from ldm.errors import ConfigError
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import differences
 

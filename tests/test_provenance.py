@@ -12,24 +12,23 @@ import torch
 from huggingface_hub import constants
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-import ldm.provenance as provenance_module
+import ldm.models.provenance as provenance_module
 from ldm.conditioners.image import ImageConditioner
 from ldm.config import DataConfig
+from ldm.config.places import pretrained_place
+from ldm.evaluation.leaks import refuse_leak, refuse_teacher
 from ldm.models.clip import load_image_encoder
 from ldm.models.features import EFFICIENTNETS, PerceptualDistance, VGGFeatures
 from ldm.models.network import weights_sha256
-from ldm.models.vision import build_feature_network
-from ldm.places import pretrained_place
-from ldm.provenance import (
+from ldm.models.provenance import (
     Provenance,
     image_keys,
     read_provenance,
     read_trained_images,
-    refuse_leak,
-    refuse_teacher,
     save_trained_images,
     trained_through,
 )
+from ldm.models.vision import build_feature_network
 from ldm.spaces import EmbeddingSpace
 from ldm.training.record import all_trained_images, data_options, provenance
 from ldm.training.steps import AutoencoderStep, DiffusionStep
@@ -76,7 +75,7 @@ NOT_OURS = {
 
 @pytest.mark.parametrize("what", NOT_OURS)
 def test_a_record_that_is_not_ours_is_none_which_is_said_and_nothing_is_raised(what, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("ldm.json_file.MAX_BYTES", 2**19)
+    monkeypatch.setattr("ldm.files.MAX_JSON_BYTES", 2**19)
     content = NOT_OURS[what]
     (tmp_path / "training.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     for _ in range(2):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.config import ReconstructionConfig
-from ldm.reconstruction import (
+from ldm.objectives.reconstruction import (
     MAX_ADAPTIVE_WEIGHT,
     adaptive_weight,
     discriminator_loss,

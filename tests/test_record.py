@@ -8,11 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.config import AutoencoderConfig, DataConfig, LoopConfig, OptimConfig, StageConfig, ValidationConfig
-from ldm.config_check import ConfigError
-from ldm.config_doctor import DoctorConfig
+from ldm.config import (
+    AutoencoderConfig,
+    DataConfig,
+    DoctorConfig,
+    LoopConfig,
+    OptimConfig,
+    StageConfig,
+    ValidationConfig,
+)
+from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages
-from ldm.places import portable
+from ldm.errors import ConfigError
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.record import RunRecord, refuse_changes, run_record
 

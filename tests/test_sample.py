@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2DModel, VQModel
 from PIL import Image
 
+from ldm.commands.sample import sample
 from ldm.models.pipeline import call_settings, image_size
-from ldm.sample import sample
 
 from .tiny_pipeline import parts
 

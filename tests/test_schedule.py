@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from ldm.config import ObjectiveConfig, PathName, PredictionType
-from ldm.schedule import BETAS, build_schedule, recover, refuse_unsound, snr, target_coefficients
+from ldm.objectives.schedule import BETAS, build_schedule, recover, refuse_unsound, snr, target_coefficients
 
 PATHS, TYPES = get_args(PathName), get_args(PredictionType)
 DISCRETE = [path for path in PATHS if path != "flow"]

@@ -8,8 +8,8 @@ import torch
 
 from ldm.config import ObjectiveConfig, PathName, PredictionType
 from ldm.models.scheduler import build_scheduler
-from ldm.objective import Objective
-from ldm.schedule import target_coefficients
+from ldm.objectives.denoising import Objective
+from ldm.objectives.schedule import target_coefficients
 from tests.test_objective import SOUND
 
 MEAN, S = 0.7, 0.5  # of the data

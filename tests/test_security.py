@@ -23,9 +23,11 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_vae
-from ldm import cli
+from ldm.commands import cli
+from ldm.commands.sample import slug
 from ldm.config import DataConfig, StageConfig
-from ldm.config_file import load_config, save_config
+from ldm.config.file import load_config, save_config
+from ldm.config.places import on_hub, pinned, portable
 from ldm.data import headers
 from ldm.data.headers import PictureError
 from ldm.data.preflight import checked_source
@@ -34,8 +36,6 @@ from ldm.data.sources import build_source
 from ldm.models.clip import load_image_encoder
 from ldm.models.network import build_network
 from ldm.models.text_encoder import load_text_encoder
-from ldm.places import on_hub, pinned, portable
-from ldm.sample import slug
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 from tests.fake_hub import TOKEN, FakeHub
@@ -409,11 +409,11 @@ for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
     watch(name, lambda a: a[0])
 socket.gethostname = socket.getfqdn = platform.node = lambda *_: "host-of-someone"
 import train_vae, train_text2img
-import ldm.cli
+import ldm.commands.cli
 from huggingface_hub import constants
 torch = sys.modules["torch"]
 for phase, words in json.loads(sys.argv[1]).items():
-    main = {"train_vae": train_vae, "train_text2img": train_text2img}.get(phase, ldm.cli).main
+    main = {"train_vae": train_vae, "train_text2img": train_text2img}.get(phase, ldm.commands.cli).main
     sys.argv = ["ldm", *words]
     main()
 json.dump({"tried": tried, "telemetry": not constants.HF_HUB_DISABLE_TELEMETRY}, open(os.environ["REPORT"], "w"))

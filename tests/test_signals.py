@@ -12,7 +12,7 @@ import pytest
 
 import train_text2img
 import train_vae
-from ldm import cli
+from ldm.commands import cli
 from ldm.training import signals
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.lock import FolderLock

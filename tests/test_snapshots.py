@@ -13,19 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel
 
-from ldm import cli
-from ldm.card import CARD, write_card
+from ldm.commands import cli
 from ldm.conditioners.text import TextConditioner
 from ldm.config import LoopConfig, OptimConfig
-from ldm.evaluation.card import merge_into_card
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.report import Report, Row, Section
+from ldm.export.card import CARD, write_card
+from ldm.export.evaluation_card import merge_into_card
+from ldm.export.folder import averaged_model
 from ldm.models.pipeline import load_pipeline
-from ldm.provenance import read_provenance
+from ldm.models.provenance import read_provenance
 from ldm.stage import ConditionedDenoiser
 from ldm.training.averages import Average, power_function
 from ldm.training.loop import Loop
-from ldm.training.model_folder import averaged_model
 from ldm.training.posthoc import reconstruct
 from ldm.training.run import Run, finishing
 from ldm.training.signals import StopSignals

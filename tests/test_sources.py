@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from ldm.config import DataConfig
-from ldm.config_check import ConfigError
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.openmoji import GROUPS, OpenMoji
 from ldm.data.sources import build_source
-from ldm.training.record import refuse_leaks
+from ldm.errors import ConfigError
+from ldm.evaluation.leaks import refuse_leaks
 
 CAPTIONS = ["a red square", None, "", "  ", ["green", "grün"], "blue"]
 

@@ -3,18 +3,18 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from ldm.conditioners.conditioning import Conditions, merge
 from ldm.conditioners.text import TextConditioner
-from ldm.conditioning import Conditions, merge
 from ldm.config import LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig
-from ldm.config_check import ConfigError
-from ldm.config_conditioners import ConditionersConfig, LabelConfig, TextConfig
+from ldm.config.conditioners import ConditionersConfig, LabelConfig, TextConfig
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
-from ldm.density import LossSecondMomentDensity
+from ldm.errors import ConfigError
+from ldm.export.kinds import export
 from ldm.models.text_encoder import build_text_encoder
+from ldm.objectives.density import LossSecondMomentDensity
 from ldm.spaces import Moments
 from ldm.stage import build_stage
-from ldm.training.export import export
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_text2img
-from ldm import cli
-from ldm.sample import sample
+from ldm.commands import cli
+from ldm.commands.sample import sample
 
 from . import coloured_shapes
 from .fake_hub import FakeHub

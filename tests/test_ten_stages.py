@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from ldm.config import LoopConfig, StageConfig
-from ldm.config_file import load_config
+from ldm.config.file import load_config
 from ldm.data.batches import Batch
 from ldm.data.positions import generators
 from ldm.models.network import build_network, unreached

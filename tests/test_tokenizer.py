@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from transformers import AutoTokenizer, BertTokenizer, T5Tokenizer
 
-from ldm.config_conditioners import TextConfig
+from ldm.config.conditioners import TextConfig
 from ldm.models.text_encoder import (
     build_text_encoder,
     learn_merges,

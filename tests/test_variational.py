@@ -7,16 +7,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from ldm.config import ObjectiveConfig
-from ldm.objective import Objective
-from ldm.schedule import build_schedule
+from ldm.objectives.denoising import Objective
+from ldm.objectives.schedule import build_schedule
+from ldm.objectives.variational import interpolated_log_variance, log_likelihood, normal_kl, posterior, variational_term
 from ldm.spaces import PixelSpace
-from ldm.variational import (
-    interpolated_log_variance,
-    log_likelihood,
-    normal_kl,
-    posterior,
-    variational_term,
-)
 
 STEPS = 50
 PIXEL_STEP = PixelSpace.grid_step

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
 
 
 class FramesConditioner(nn.Module):

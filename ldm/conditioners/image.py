@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
 from ldm.models.clip import ImageEncoder
 
 KEYWORD = "added_cond_kwargs.image_embeds"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.config.conditioners import UNKNOWN_CLASS
 
 
 class LabelConditioner(nn.Module):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditioningBatch, Conditions, Inputs
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs
 from ldm.config import ObjectiveConfig
-from ldm.schedule import build_schedule
+from ldm.objectives.schedule import build_schedule
 
 
 class LowResConditioner(nn.Module):

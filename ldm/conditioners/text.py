@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
 from ldm.models.network import freeze_unused, weights_hash
 
 log = logging.getLogger(__name__)

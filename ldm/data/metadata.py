@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
-from ldm.text_file import open_text
+from ldm.files import open_text
 
 MARK = "file_name"
 """Ends the names of columns of files, by `datasets`: "file_name" is the column "image", "mask_file_name" is "mask"."""

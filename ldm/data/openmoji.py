@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.cache import CachedRows
 
 VARIATION_SELECTOR = "\ufe0f"

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
-from ldm.config_check import ConfigError
 from ldm.data.hashes import pixel_hashes
 from ldm.data.headers import PictureError, decode, explained, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
+from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ldm.config import DataConfig, SourceName
-from ldm.config_check import explained
+from ldm.config.places import pinned
 from ldm.data import layout
 from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.folder import FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
-from ldm.places import pinned
+from ldm.errors import explained
 
 
 class Source(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from ldm.config_check import ConfigError
-from ldm.text_file import read_lines
+from ldm.errors import ConfigError
+from ldm.files import read_lines
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")

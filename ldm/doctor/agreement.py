@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm.doctor.findings import Finding
-from ldm.objective import Objective
-from ldm.schedule import target_coefficients
+from ldm.objectives.denoising import Objective
+from ldm.objectives.schedule import target_coefficients
 
 DATA_STD = 0.5
 """Of the Gaussian data whose perfect denoiser is sampled."""

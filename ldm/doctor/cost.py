@@ -22,7 +22,7 @@ from ldm.data.batches import Batch, PositionDataset
 from ldm.data.loader import training_batches
 from ldm.doctor.overfit import bounded
 from ldm.doctor.plan import Plan
-from ldm.models.network import memory_bytes
+from ldm.machine import memory_bytes
 from ldm.training.loop import TIMED_STEPS, Loop
 from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep, DiffusionStep

@@ -29,8 +29,8 @@ from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
 from ldm.evaluation.pictures import comparison_sheet, image_grid, written
 from ldm.evaluation.sampling import sample_pictures
+from ldm.models.autoencoder import reconstruct
 from ldm.training.alarms import SCALE, faults_before
-from ldm.training.autoencoding import reconstruct
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.config_doctor import DoctorConfig
+from ldm.config import DoctorConfig
 from ldm.doctor.cost import GIB, Cost, duration
 from ldm.doctor.plan import Plan
 

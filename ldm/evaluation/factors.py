@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from ldm.evaluation.measure import Indices, Measure, mean_of
-from ldm.text_file import read_text
+from ldm.files import read_text
 
 Families = Sequence[Indices | None]
 """Of each caption the captions (or the places of their pictures) that differ from it in one factor alone, its own

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.evaluation.baselines import exchanged_captions
 from ldm.models.autoencoder import posterior_moments
 from ldm.models.scheduler import schedule_of
-from ldm.schedule import target_coefficients
+from ldm.objectives.schedule import target_coefficients
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels: 0 is the picture, 1 is noise."""

@@ -16,8 +16,8 @@ from ldm.evaluation.measure import mean_of
 from ldm.evaluation.pictures import Images
 from ldm.evaluation.report import Curve, Row, Section
 from ldm.models.scheduler import schedule_of
-from ldm.schedule import DiscreteSchedule, recover
-from ldm.variational import (
+from ldm.objectives.schedule import DiscreteSchedule, recover
+from ldm.objectives.variational import (
     GREY_STEP,
     fixed_log_variance,
     interpolated_log_variance,

@@ -6,6 +6,9 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+CHUNK = 32
+"""Images that pass through an autoencoder at once."""
+
 
 def downsampling_factor(autoencoder: AutoencoderKL | VQModel) -> int:
     """Return the pixels per latent along one side."""
@@ -33,6 +36,20 @@ def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
     latents = latents / autoencoder.config.scaling_factor
     decoded: Tensor = autoencoder.decode(latents, **options, return_dict=False)[0]
     return decoded
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
+    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
+
+    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each picture.
+    """
+    device = next(autoencoder.parameters()).device
+    parts = [
+        decode(autoencoder, posterior_moments(autoencoder, part.to(device))[0]).cpu()
+        for part in torch.split(pixel_values, CHUNK)
+    ]
+    return torch.cat(parts).float().clamp(-1, 1)
 
 
 def fold_config(autoencoder: AutoencoderKL | VQModel) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ldm.config_check import explained
+from ldm.errors import explained
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
 

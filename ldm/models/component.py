@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ldm.places import on_hub, pinned
+from ldm.config.places import on_hub, pinned
 
 INDEX = "model_index.json"
 

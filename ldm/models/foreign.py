@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ldm.json_file import read_object
-from ldm.places import PLAIN_NAME, pinned
+from ldm.config.places import PLAIN_NAME, pinned
+from ldm.files import read_object
 
 LIBRARIES = ("diffusers", "transformers")
 

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ldm.config_check import ConfigError, explained
+from ldm.config.places import pinned
+from ldm.errors import ConfigError, explained
+from ldm.machine import memory_bytes
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
-from ldm.places import pinned
 
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 DENOISERS = (
@@ -93,11 +93,6 @@ def built(build: Callable[[], nn.Module], where: str, name: str) -> nn.Module:
             )
     with explained(where):
         return build()
-
-
-def memory_bytes() -> int:
-    """Return the size of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str, what: str) -> None:

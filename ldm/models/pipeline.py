@@ -10,7 +10,8 @@ from typing import Any
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ldm.config_check import explained, shown
+from ldm.config.check import shown
+from ldm.errors import explained
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 

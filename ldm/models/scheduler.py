@@ -1,4 +1,4 @@
-"""The scheduler that samples what `ldm.objective` trained."""
+"""The scheduler that samples what `ldm.objectives.denoising` trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ldm.config import ObjectiveConfig, PredictionType, SamplerConfig
-from ldm.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse_unsound
+from ldm.objectives.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse_unsound
 
 DPM_SOLVER = SamplerConfig()
 

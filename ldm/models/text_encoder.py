@@ -27,12 +27,12 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from ldm.config_check import ConfigError, explained
-from ldm.config_conditioners import TextConfig
+from ldm.config.conditioners import TextConfig
+from ldm.config.places import PLAIN_NAME, resolve
+from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.places import PLAIN_NAME, resolve
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"

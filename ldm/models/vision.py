@@ -29,11 +29,11 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from ldm.config_check import explained
+from ldm.config.places import pinned, portable
+from ldm.errors import explained
 from ldm.models.features import EFFICIENTNETS, efficientnet
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import weights_sha256
-from ldm.places import pinned, portable
 
 Images = NDArray[np.uint8]
 """Pictures, (N, H, W, 3), RGB in [0, 255]."""

@@ -15,26 +15,11 @@ from ldm.data.batches import Batch, PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
-from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
+from ldm.models.autoencoder import CHUNK, fold_statistics, reconstruct
 from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
-CHUNK = 32
 SMALLEST = 32
-
-
-@torch.no_grad()
-def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
-
-    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each picture.
-    """
-    device = next(autoencoder.parameters()).device
-    parts = [
-        decode(autoencoder, posterior_moments(autoencoder, part.to(device))[0]).cpu()
-        for part in torch.split(pixel_values, CHUNK)
-    ]
-    return torch.cat(parts).float().clamp(-1, 1)
 
 
 def measuring_distance(image_size: int) -> PerceptualDistance | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioners.text import TextConditioner
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import Batch
 from ldm.evaluation.baselines import exchanged_captions, other_values
 from ldm.training.steps import DiffusionStep

@@ -13,8 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ldm.config.places import PLAIN_NAME
 from ldm.files import sync_folder
-from ldm.places import PLAIN_NAME
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Chunk: TypeAlias = bytes | memoryview

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from ldm.training.precision import native_precision
+from ldm.machine import native_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic whose iterates take every singular value in (0, 1] to about 1 (0.7 to 1.2), found by Jordan et al. 2024."""

@@ -15,20 +15,13 @@ import torch
 from torch import Tensor
 
 from ldm.config import AutoencoderConfig, DataConfig, DataOptions, StageConfig
-from ldm.config_file import ConfigError, tree_differences
+from ldm.config.file import tree_differences
+from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.errors import ConfigError
+from ldm.machine import hardware
+from ldm.models.provenance import Provenance, image_keys, in_both, read_provenance, read_trained_images, versions
 from ldm.models.text_encoder import tokenizer_from_json, tokenizer_hash, tokenizer_json
-from ldm.places import portable
-from ldm.provenance import (
-    Provenance,
-    hardware,
-    image_keys,
-    in_both,
-    read_provenance,
-    read_trained_images,
-    refuse_leak,
-    versions,
-)
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.progress import Progress
 
@@ -187,16 +180,6 @@ def refuse_changes(
 def _plain(change: str) -> str:
     """Return a line on a field of the config as the config names it."""
     return change.removeprefix("config.")
-
-
-def refuse_leaks(parts: Sequence[str | None], images: CaptionedImages) -> None:
-    """Raise ConfigError if one of `parts`, folders or Hub names, was trained on images that are held out here."""
-    held_out = image_keys(images.names("validation", "test"))
-    for part in filter(None, parts):
-        try:
-            refuse_leak(part, images.splits.held_out_hash, held_out)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
 
 def provenance(progress: Progress, train: PositionDataset, networks: Sequence[str], parts: Sequence[str]) -> Provenance:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config_check import ConfigError, explained
 from ldm.data.batches import Batch, CaptionedImages, Sample, collate
+from ldm.errors import ConfigError, explained
 from ldm.evaluation.quality import ssim
-from ldm.models.autoencoder import fold_statistics
+from ldm.models.autoencoder import fold_statistics, reconstruct
 from ldm.models.network import unreached
-from ldm.training.autoencoding import reconstruct
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import LoopConfig
-from ldm.hub import HubError
+from ldm.errors import HubError
+from ldm.machine import cores
 from ldm.models.network import set_attention_and_memory
-from ldm.provenance import cores
 from ldm.training.launcher import check_launcher
 from ldm.training.lock import FolderLock
 from ldm.training.precision import chosen_precision

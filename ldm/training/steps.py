@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ldm.conditioners.conditioning import Inputs
 from ldm.conditioners.text import TextConditioner
-from ldm.conditioning import Inputs
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
 from ldm.data.cache import CachedCaptions
@@ -18,9 +18,9 @@ from ldm.data.positions import generator, generators
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
 from ldm.models.network import weights_hash, weights_sha256
+from ldm.models.provenance import trained_through
 from ldm.models.vision import tower
-from ldm.provenance import trained_through
-from ldm.reconstruction import (
+from ldm.objectives.reconstruction import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
@@ -63,7 +63,7 @@ class DiffusionStep:
 
     @property
     def networks(self) -> list[str]:
-        """Image encoders that the stage looks through; see `ldm.provenance.Provenance`."""
+        """Image encoders that the stage looks through; see `ldm.models.provenance.Provenance`."""
         parts = (self.stage.space, *self.stage.model.conditioners.values())
         encoders = [encoder for part in parts if (encoder := getattr(part, "image_encoder", None)) is not None]
         return [trained_through("CLIP", weights_sha256(tower(encoder.network))) for encoder in encoders]
@@ -228,7 +228,7 @@ class AutoencoderStep:
 
     @property
     def networks(self) -> list[str]:
-        """The perceptual network, if there is one; see `ldm.provenance.Provenance`."""
+        """The perceptual network, if there is one; see `ldm.models.provenance.Provenance`."""
         name = self.config.perceptual
         if self.distance is None:
             return []

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.config import StageConfig
-from ldm.config_check import ConfigError, explained
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.errors import ConfigError, explained
 from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.pictures import comparison_sheet, written
 from ldm.evaluation.retrieval import retrieval_ranks

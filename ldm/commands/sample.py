@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.config.places import made_folder
 from ldm.data.headers import PictureError, decode, open_picture
 from ldm.data.pixels import to_rgb
 from ldm.models.pipeline import call_settings, kept_size, load_pipeline, plain_call, starting_from, told_by
-from ldm.places import made_folder
 
 NAME_LETTERS, NAME_BYTES = 80, 200
 """Of a prompt in a file name: file systems take 255 bytes, and seed, number and suffix follow."""

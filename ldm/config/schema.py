@@ -1,6 +1,6 @@
 """What one run is: frozen dataclasses, one for each part, read from one YAML file.
 
-Nothing here computes. `ldm.config_file` reads and checks them; each part is built from its own dataclass.
+Nothing here computes. `ldm.config.file` reads and checks them; each part is built from its own dataclass.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
-from ldm.config_conditioners import ConditionersConfig, Network
-from ldm.config_doctor import DoctorConfig
+from ldm.config.conditioners import ConditionersConfig, Network
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
@@ -212,6 +211,18 @@ class ValidationConfig:
     """Pictures of the validation split that the held-out loss is measured on."""
     retrieval_images: int = 0
     """Captions of the validation split that are sampled for held-out retrieval; 0: not measured."""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Only look whether this config can learn and what it will cost (OUTPUT_DIR/doctor), and train nothing."""
+
+    price_per_hour: float | None = None
+    """Of the machine, in any currency: of the other one if `gpu_tflops` describes it, else of this one."""
+    gpu_tflops: float | None = None
+    """Peak speed of another machine's GPU in TFLOP/s, at the precision that it will train in."""
+    gpu_memory_gib: float | None = None
+    """Memory of another machine's GPU in GiB."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
-from ldm.density import Density, build_density
-from ldm.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
-from ldm.variational import interpolated_log_variance, variational_term
+from ldm.objectives.density import Density, build_density
+from ldm.objectives.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
+from ldm.objectives.variational import interpolated_log_variance, variational_term
 
 
 class Predict(Protocol):
@@ -30,7 +30,7 @@ class Objective:
     """The loss that config describes; knows neither prompts nor networks.
 
     Schedule, noise and loss are float32 whatever the dtype of the latents and of the model output. ValueError
-    at construction if the combination is unsound, here or by `ldm.schedule.refuse_unsound`.
+    at construction if the combination is unsound, here or by `ldm.objectives.schedule.refuse_unsound`.
     """
 
     config: ObjectiveConfig

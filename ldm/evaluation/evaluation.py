@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.config import DataConfig, DataOptions
-from ldm.config_check import checked
-from ldm.config_conditioners import UNKNOWN_CLASS
+from ldm.config.check import checked
+from ldm.config.conditioners import UNKNOWN_CLASS
+from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedRows
 from ldm.data.pixels import to_uint8
@@ -29,6 +30,7 @@ from ldm.evaluation.classes import ClassJudge, class_section
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
+from ldm.evaluation.leaks import refuse_leaks, refuse_teacher
 from ldm.evaluation.likelihood import bound_section, check_bound, variational_bound
 from ldm.evaluation.measure import Indices, Measure, mean_of
 from ldm.evaluation.pictures import Images, pixel_values
@@ -36,13 +38,12 @@ from ldm.evaluation.report import Report, Section
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_pictures
 from ldm.evaluation.subject import Subject
+from ldm.files import read_lines
+from ldm.machine import hardware
+from ldm.models.autoencoder import reconstruct
 from ldm.models.pipeline import call_settings, image_size, load_pipeline, told_by
+from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
-from ldm.places import portable
-from ldm.provenance import Provenance, hardware, read_provenance, refuse_teacher, versions
-from ldm.text_file import read_lines
-from ldm.training.autoencoding import reconstruct
-from ldm.training.record import refuse_leaks
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from ldm.places import expanded
+from ldm.config.places import expanded
 from ldm.training.signals import exit_on_interrupt
 
 
@@ -34,32 +34,32 @@ class Command:
 A_PIPELINE = "folder or Hub name of a pipeline, user/name or user/name@revision"
 COMMANDS = {
     "validate": Command(
-        "ldm.validate",
+        "ldm.commands.validate",
         "Look at every image and caption of a data set; exit code 1: a training would stop.",
         "ldm validate my_images --out out/my/validation",
         {"data": "a folder of images, Parquet, a data set, or openmoji"},
         lambda report: sys.exit(1) if report.stops else None,
     ),
     "sample": Command(
-        "ldm.sample",
+        "ldm.commands.sample",
         "Draw images from prompts.",
         'ldm sample --model out/demo/model --guidance_scale 1.25 "woman astronaut medium-dark skin tone"',
         {"prompts": "what to draw, one image each"},
     ),
     "evaluate": Command(
-        "ldm.evaluate",
+        "ldm.commands.evaluate",
         "Measure a model on images that it has not seen, and write a report.",
         "ldm evaluate out/my/text2img/model --data my_images --out out/my/evaluation",
         {"model": A_PIPELINE},
     ),
     "average": Command(
-        "ldm.average",
+        "ldm.commands.average",
         "Make an average of another length of a training that is over.",
         "ldm average out/my/text2img --sigma_rel 0.02,0.05,0.1",
         {"run": "folder of a training with snapshot_every_steps, its output_dir"},
     ),
     "push": Command(
-        "ldm.hub",
+        "ldm.export.hub",
         "Push a model folder to the Hugging Face Hub.",
         "ldm push out/my/text2img/model me/my-model",
         {
@@ -69,7 +69,7 @@ COMMANDS = {
         print,
     ),
     "cache": Command(
-        "ldm.cache",
+        "ldm.commands.cache",
         "List what is kept between runs and can be computed again, or delete it.",
         "ldm cache --clear latents",
         {},
@@ -95,7 +95,7 @@ def overview() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Return the function of a subcommand, as ``ldm.cli.sample``; its module is imported now."""
+    """Return the function of a subcommand, as ``ldm.commands.cli.sample``; its module is imported now."""
     if name in COMMANDS:
         return getattr(import_module(COMMANDS[name].module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -105,7 +105,7 @@ def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]
     """Return the arguments that `words` give for the function of a subcommand; SystemExit for help and for errors."""
     from jsonargparse import ArgumentParser
 
-    import ldm.config_file  # noqa: F401 (it says how words are read)
+    import ldm.config.file  # noqa: F401 (it says how words are read)
 
     command = COMMANDS[name]
     epilog = f"Example: {command.example}"
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files are shown, whatever their script
     function = __getattr__(name)
-    from ldm.hub import HubError
+    from ldm.errors import HubError
 
     try:
         COMMANDS[name].after(function(**read_arguments(name, function, words)))

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.card import CARD, tell_average, write_card
 from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config.places import pretrained_place
 from ldm.data.batches import PositionDataset
-from ldm.hub import HubError, check, push
-from ldm.places import pretrained_place
-from ldm.provenance import read_provenance, save_trained_images
+from ldm.errors import HubError
+from ldm.export.card import CARD, tell_average, write_card
+from ldm.export.hub import check, push
+from ldm.models.provenance import read_provenance, save_trained_images
 from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.posthoc import reconstruct
@@ -37,7 +38,7 @@ def check_push(config: StageConfig | AutoencoderConfig, run: Run) -> None:
 
     Raises:
         ValueError: settings of a push, but no repository; or a number of steps that is not positive.
-        HubError: see `ldm.hub.check`.
+        HubError: see `ldm.export.hub.check`.
 
     """
     if config.push_to_hub is None and (config.push_private or config.push_every_steps is not None):
@@ -62,7 +63,7 @@ class ModelFolder:
     ):
         """Take `save`, which writes the weights as they stand into a folder, and changes nothing that is trained.
 
-        networks: those that training looks through, as `ldm.provenance.Provenance.networks`.
+        networks: those that training looks through, as `ldm.models.provenance.Provenance.networks`.
         """
         self.networks = networks
         self.config, self.run, self.loop, self.train, self.save = config, run, loop, train, save

@@ -9,12 +9,12 @@ from typing import Unpack
 from accelerate import PartialState
 
 from ldm.config import DataOptions
-from ldm.evaluation.card import merge_into_card
+from ldm.config.places import made_folder
+from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.markdown import markdown
 from ldm.evaluation.page import html
 from ldm.evaluation.report import Report
-from ldm.measurement import Evaluation
-from ldm.places import made_folder
+from ldm.export.evaluation_card import merge_into_card
 
 VARIETY_SEED = 2**20
 """Above the seeds of the captions."""

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
 
+from ldm.commands.evaluate import named_captions, numbers
 from ldm.config import DataOptions
-from ldm.evaluate import named_captions, numbers
-from ldm.measurement import Evaluation
-from ldm.training.model_folder import averaged_model
+from ldm.evaluation.evaluation import Evaluation
+from ldm.export.folder import averaged_model
 
 FILE = "averages.json"
 

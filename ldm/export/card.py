@@ -13,9 +13,9 @@ from pathlib import Path, PurePath
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ldm.config import AutoencoderConfig, DataConfig, StageConfig
-from ldm.config_file import config_text
-from ldm.places import on_hub, pinned, portable
-from ldm.provenance import Provenance
+from ldm.config.file import config_text
+from ldm.config.places import on_hub, pinned, portable
+from ldm.models.provenance import Provenance
 
 CARD = "README.md"
 EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
@@ -24,8 +22,8 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.config import DataOptions
-from ldm.json_file import read_object
-from ldm.places import on_hub, pinned, resolve
+from ldm.config.places import on_hub, pinned, resolve
+from ldm.files import read_object
 
 log = logging.getLogger(__name__)
 FILE = "training.json"
@@ -182,58 +180,9 @@ def read_trained_images(name: str | Path) -> Tensor | None:
     return keys
 
 
-def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> None:
-    """Raise ValueError if the model in `folder` was trained on an image that is held out here.
-
-    A component that has seen held-out images would falsify every number measured on them. `held_out`: the keys of the
-    images that are held out, `held_out_hash` a hash of them. A data set may have grown since, and another share may be
-    held out: only the images count. A model of before they were recorded must have held out just the same ones; one
-    that says nothing of its training passes.
-    """
-    found, name = read_provenance(folder), Path(folder).name
-    if found is None:
-        return
-    if (trained := read_trained_images(folder)) is None and found.held_out_hash != held_out_hash:
-        raise ValueError(
-            f"{name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
-            f"{held_out_hash[:8]}), and its record, of an earlier version, does not say on which it was trained: it "
-            "may have seen what is to be measured. Train it with the same data.held_out and data.held_out_percent"
-        )
-    if trained is not None and (leaks := len(in_both(trained, held_out))):
-        raise ValueError(
-            f"{name} was trained on {leaks} of the {len(held_out)} pictures that are held out here, which it would be "
-            "measured on. Train it with the same data.held_out and data.held_out_percent, or hold out others"
-        )
-
-
 def trained_through(name: str, sha256: str) -> str:
     """Return how `Provenance.networks` names a network."""
     return f"{name} {sha256[:HASH_DIGITS]}"
-
-
-def refuse_teacher(folder: str | Path, name: str, sha256: str) -> None:
-    """Raise ValueError if the model in `folder` was trained through the network that is to measure it.
-
-    A foreign model says nothing and passes, and so does one of before this was recorded.
-    """
-    found = read_provenance(folder)
-    if found is not None and any(one.endswith(f" {sha256[:HASH_DIGITS]}") for one in found.networks):
-        raise ValueError(
-            f"{Path(folder).name} was trained through {name}, which would grade its own pupil; measure with another "
-            "network"
-        )
-
-
-def hardware() -> str:
-    """Return the processor or the accelerator and how much of it is used."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} threads, {torch.cpu.get_capabilities().get('cpu_name') or platform.processor()}"
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
 
 
 def versions() -> dict[str, str]:

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldm.config import DataConfig, DataOptions
-from ldm.config_check import checked, explained
-from ldm.config_conditioners import TextConfig
+from ldm.config.check import checked
+from ldm.config.conditioners import TextConfig
+from ldm.config.places import made_folder
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config
+from ldm.errors import explained
 from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
+from ldm.machine import cores
 from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import load_tokenizer, train_tokenizer
-from ldm.places import made_folder
-from ldm.provenance import cores
 
 SHEET_PROBLEMS = 4
 """Of each kind."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ldm.card import CARD, EVALUATION, EVALUATION_MARKS
-
-from .markdown import markdown
-from .report import Report, Row
+from ldm.evaluation.markdown import markdown
+from ldm.evaluation.report import Report, Row
+from ldm.export.card import CARD, EVALUATION, EVALUATION_MARKS
 
 BEGIN, END = EVALUATION_MARKS
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.schedule import DiscreteSchedule
+from ldm.objectives.schedule import DiscreteSchedule
 
 GREY_STEP = 1 / 127.5
 """Distance of two of 256 grey levels in [-1, 1]."""

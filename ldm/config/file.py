@@ -22,12 +22,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
-from .config_check import FILES, NETWORKS, ConfigError, checked, shown
-from .config_conditioners import Network
+from ldm.errors import ConfigError
+
+from .check import FILES, NETWORKS, checked, shown
+from .conditioners import Network
 from .places import expanded, portable
 
 __all__ = [
-    "ConfigError",
     "config_text",
     "exit_on_config_error",
     "load_config",

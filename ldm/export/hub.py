@@ -12,11 +12,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ldm.card import CARD, with_name
-from ldm.json_file import read_object
-from ldm.places import PLAIN_NAME
-from ldm.provenance import FILE as RECORD
-from ldm.provenance import TRAINED_IMAGES, read_provenance
+from ldm.config.places import PLAIN_NAME
+from ldm.errors import HubError
+from ldm.export.card import CARD, with_name
+from ldm.files import read_object
+from ldm.models.provenance import FILE as RECORD
+from ldm.models.provenance import TRAINED_IMAGES, read_provenance
 
 FILES = (
     "model_index.json",
@@ -41,10 +42,6 @@ FILES = (
     CARD,
 )
 """What a model is made of. A list of what goes up, not of what does not: what else is in the folder stays private."""
-
-
-class HubError(RuntimeError):
-    """What the Hub, or the way to it, refused, and what to do about it; one line, without the token."""
 
 
 def check(repo_id: str, private: bool = False) -> None:

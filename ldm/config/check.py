@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from PIL import ImageColor
 from ldm.config import (
     AutoencoderConfig,
     DataConfig,
+    DoctorConfig,
     LoopConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -22,14 +22,10 @@ from ldm.config import (
     StageConfig,
     ValidationConfig,
 )
-from ldm.config_conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
-from ldm.config_doctor import DoctorConfig
+from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
+from ldm.errors import ConfigError
 
 C = TypeVar("C")
-
-
-class ConfigError(ValueError):
-    """What is wrong with a config: a line for each problem, with its path."""
 
 
 @dataclass(frozen=True)
@@ -279,16 +275,3 @@ def shown(value: object) -> str:
         return f"{value!r:.80}"
     except ValueError:
         return f"{value:#x}"[:80] if isinstance(value, int) else f"a {type(value).__name__}"
-
-
-@contextmanager
-def explained(where: str) -> Iterator[None]:
-    """Turn whatever a library makes of a config's values into a `ConfigError` that begins with the path `where`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # libraries raise every kind
-        said = " ".join(str(error).split())[:500] or "no reason given"
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ConfigError(said if said.startswith(where) else f"{where}: {kind}{said}") from error
