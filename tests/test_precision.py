@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import ldm.machine as machine_module
 import ldm.training.precision as precision_module
 from ldm.config import LoopConfig, OptimConfig
 from ldm.machine import native_precision
@@ -25,7 +26,7 @@ def test_native_precision_is_what_the_device_is_faster_in(monkeypatch):
     assert native_precision() == "no"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     for speed, expected in ((1.5, "bf16"), (0.6, "no")):
-        monkeypatch.setattr(precision_module, "bf16_speed", lambda speed=speed: speed)
+        monkeypatch.setattr(machine_module, "bf16_speed", lambda speed=speed: speed)
         assert native_precision() == expected
 
 
