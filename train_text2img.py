@@ -51,8 +51,8 @@ def main() -> None:
         rehearse(step, images, config)
         encoded = None
         if config.data.cache:
-            encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
-            step.remember_captions(images.known_captions())
+            encoded = images.encoded_images("latents", stage.space.key, step.encode) if stage.space.frozen else None
+            step.remember(images)
         train = PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
         pipeline = export(step, config, PIPELINES)
 

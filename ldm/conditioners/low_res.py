@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs
 from ldm.config import ObjectiveConfig
 from ldm.objectives.schedule import build_schedule
 
@@ -55,6 +55,9 @@ class LowResConditioner(nn.Module):
         noise = torch.stack([torch.randn(pictures.shape[1:], generator=draw) for draw in draws]).to(pictures)
         alpha, sigma = (level.view(-1, 1, 1, 1).to(pictures) for level in self.schedule.alpha_sigma(levels))
         return {"pictures": alpha * pictures + sigma * noise, "levels": levels}
+
+    def remember(self, data: EncodedData) -> None:
+        """Keep nothing: no network computes the inputs."""
 
     def forward(self, pictures: Tensor, levels: Tensor | None = None) -> Conditions:
         """Return the pictures as channels, and the levels."""

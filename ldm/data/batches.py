@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.config import DataConfig
-from ldm.data.cache import CachedRows
+from ldm.data.cache import CachedCaptions, CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index
@@ -24,20 +24,22 @@ from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_pictures
 
 log = logging.getLogger(__name__)
-Moments = tuple[Tensor, Tensor]
-Encode = Callable[[Tensor], Moments]
+Tensors = dict[str, Tensor]
+View = tuple[int, bool]
+"""The number of an image, and whether it is its mirror image."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], its cached encoding's moments, or both."""
+    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], ``mean`` and ``std`` of x0, or both."""
 
     position: int
     picture: int
     caption: str
     class_label: int | None = None
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: Tensors | None = None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,19 @@ class Batch:
     pictures: list[int]
     captions: list[str]
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: Tensors | None = None
     class_labels: Tensor | None = None
+    mirrored: Sequence[bool] = ()
+    """Empty if no image is."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.positions)
+
+    @property
+    def views(self) -> list[View]:
+        """The images by number, and whether each is mirrored: what their encodings are kept by."""
+        return [*zip(self.pictures, self.mirrored or [False] * len(self), strict=True)]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -66,8 +75,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [sample.picture for sample in samples],
         [sample.caption for sample in samples],
         torch.stack(pixels) if pixels else None,
-        (torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])) if moments else None,
+        {name: torch.stack([one[name] for one in moments]) for name in moments[0]} if moments else None,
         torch.tensor(labels) if labels else None,
+        [sample.mirrored for sample in samples],
     )
 
 
@@ -146,12 +156,20 @@ class CaptionedImages:
         """Name of what the pictures look like: equal keys, equal pictures."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
-    def encoded(self, key: str, encode: Encode) -> EncodedImages:
-        """Return the moments that `encode` gives of each picture of the splits (with flips, of its mirror image too).
+    def encoded_images(self, kind: str, key: str, encode: Callable[[Tensor], Tensors]) -> EncodedImages:
+        """Return what `encode` makes of each image of the splits, and with flips of its mirror image.
 
-        They are cached; `key` names what `encode` computes. With ``data.limit`` the others are not encoded.
+        It is cached as a `kind`; `key` names what `encode` computes of (B, 3, H, W). With ``data.limit`` the others are
+        not encoded.
         """
-        return EncodedImages(self, key, encode)
+        return EncodedImages(self, kind, key, encode)
+
+    def encoded_captions(
+        self, key: Callable[[Sequence[str]], str], encode: Callable[[Sequence[str]], Tensors]
+    ) -> CachedCaptions:
+        """Return what `encode` makes of each of `known_captions`, which `key` names; it is cached."""
+        captions = self.known_captions()
+        return CachedCaptions(captions, key(captions), encode)
 
     def known_captions(self) -> list[str]:
         """Return every caption that training or validation may show, "" included, in alphabetical order."""
@@ -159,28 +177,35 @@ class CaptionedImages:
         return sorted({""}.union(*(self.source.captions(picture) for picture in pictures)))
 
 
-class EncodedImages:
-    """Mean and std of what is diffused, by picture and mirror image, kept as `CachedRows`."""
+class EncodedImages(Mapping[View, Tensors]):
+    """What a frozen network makes of images, by their number and whether they are mirrored, kept as `CachedRows`."""
 
-    def __init__(self, images: CaptionedImages, key: str, encode: Encode):
+    def __init__(self, images: CaptionedImages, kind: str, key: str, encode: Callable[[Tensor], Tensors]):
         self.views = 1 + images.config.flip
         pictures = sorted(picture for split in SPLITS for picture in images.splits[split])
         self._place = {picture: place for place, picture in enumerate(pictures)}
 
-        def compute(rows: range) -> dict[str, Tensor]:
+        def compute(rows: range) -> Tensors:
             views = (images.pixel_values(pictures[row // self.views], bool(row % self.views)) for row in rows)
-            mean, std = encode(torch.stack([*views]))
-            return {"mean": mean.cpu(), "std": std.cpu()}
+            return {name: tensor.cpu() for name, tensor in encode(torch.stack([*views])).items()}
 
         named = f"{images.key}/{self.views}/{key}"
         if len(pictures) < len(images.source):
             named += f"/{blake2b(','.join(map(str, pictures)).encode(), digest_size=16).hexdigest()}"
-        self._rows = CachedRows("latents", named, len(pictures) * self.views, compute)
+        self._rows = CachedRows(kind, named, len(pictures) * self.views, compute)
 
-    def moments(self, picture: int, mirrored: bool = False) -> Moments:
-        """Return mean and std of one picture, or with flips of its mirror image."""
-        row = self._rows[self._place[picture] * self.views + mirrored]
-        return row["mean"], row["std"]
+    def __getitem__(self, view: View) -> Tensors:
+        """Return the tensors of one image, or with flips of its mirror image."""
+        picture, mirrored = view
+        return self._rows[self._place[picture] * self.views + mirrored]
+
+    def __iter__(self) -> Iterator[View]:
+        """Iterate over the images, each before its mirror image."""
+        return ((picture, mirrored) for picture in self._place for mirrored in (False, True)[: self.views])
+
+    def __len__(self) -> int:
+        """Return the number of images and mirror images."""
+        return len(self._place) * self.views
 
 
 class PositionDataset(Dataset[Sample]):
@@ -191,7 +216,7 @@ class PositionDataset(Dataset[Sample]):
         images: CaptionedImages,
         split: str,
         seed: int,
-        encoded: EncodedImages | None = None,
+        encoded: Mapping[View, Tensors] | None = None,
         with_pixels: bool = False,
     ):
         """Read moments from `encoded` if it is given, the pictures if it is not or if `with_pixels` asks for both."""
@@ -217,9 +242,10 @@ class PositionDataset(Dataset[Sample]):
         captions = self.images.source.captions(picture)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
-        moments = None if self.encoded is None else self.encoded.moments(picture, mirrored)
+        moments = None if self.encoded is None else self.encoded[picture, mirrored]
         pixel_values = self.images.pixel_values(picture, mirrored) if self.with_pixels else None
-        return Sample(position, picture, caption, self.images.source.class_label(picture), pixel_values, moments)
+        class_label = self.images.source.class_label(picture)
+        return Sample(position, picture, caption, class_label, pixel_values, moments, mirrored)
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

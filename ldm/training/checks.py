@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ldm.conditioners.text import TextConditioner
 from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import Batch
 from ldm.evaluation.baselines import exchanged_captions, other_values
@@ -70,8 +69,7 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
     makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    conditioner = step.averaged.conditioners["text"] if step.told == "prompt" else None
-    if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
+    if step.told != "prompt" or not (conditioner := step.averaged.conditioner("text")).dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
     told = conditioner(**inputs["text"]).kwargs
