@@ -24,7 +24,7 @@ from ldm.errors import HubError
 from ldm.machine import cores
 from ldm.models.network import set_attention_and_memory
 from ldm.training.launcher import check_launcher
-from ldm.training.lock import FolderLock
+from ldm.training.lock import lock_folder
 from ldm.training.precision import chosen_precision
 from ldm.training.processes import join_processes, same_everywhere
 from ldm.training.resume import saved_state
@@ -76,7 +76,7 @@ class Run:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, cores() // local))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FolderLock(self.folder) if self.is_main else None
+        self.lock = lock_folder(self.folder) if self.is_main else None
         self.stop = StopSignals()
         self.watch: Callable[[Mapping[str, float], int], None] | None = None
         """Called with all metrics and their step, in the first process, once they are written."""
