@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 
@@ -63,6 +63,15 @@ class Batch:
     def views(self) -> list[View]:
         """The images by number, and whether each is mirrored: what their encodings are kept by."""
         return [*zip(self.pictures, self.mirrored or [False] * len(self), strict=True)]
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each of its tensors changed, in the order of its fields."""
+        return replace(
+            self,
+            pixel_values=None if self.pixel_values is None else change(self.pixel_values),
+            moments=None if self.moments is None else {name: change(one) for name, one in self.moments.items()},
+            class_labels=None if self.class_labels is None else change(self.class_labels),
+        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
