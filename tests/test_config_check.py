@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config.check import RANGES, Numbers, shown
+from ldm.config.check import RANGES, Numbers, ranges_of, shown
 from ldm.config.file import load_config
 from ldm.errors import ConfigError, explained
 from ldm.models import network
@@ -62,10 +62,10 @@ def test_every_number_of_a_config_has_a_range(kind):
 
     hints = get_type_hints(kind)
     numbers = {name for name, hint in hints.items() if has_numbers(hint) and hint not in (bool, NoneType)}
-    assert numbers == RANGES[kind].keys()
+    assert numbers == ranges_of(kind).keys()
     defaults = [getattr(kind, field.name, None) for field in fields(kind) if field.name in numbers]
     for allowed, default in zip(
-        (RANGES[kind][field.name] for field in fields(kind) if field.name in numbers), defaults, strict=True
+        (ranges_of(kind)[field.name] for field in fields(kind) if field.name in numbers), defaults, strict=True
     ):
         assert all(
             value in allowed for value in (default if isinstance(default, tuple) else [default]) if value is not None

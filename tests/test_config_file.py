@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm.config import AutoencoderConfig, DoctorConfig, OptimConfig, StageConfig
-from ldm.config.check import FILES
+from ldm.config.check import FILES, field_hints
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config.file import exit_on_config_error, load_config, save_config, tree_differences
 from ldm.config.places import expanded, portable
@@ -337,7 +337,7 @@ def test_a_process_prints_no_traceback():
 def leaves(kind: type, prefix: str = "") -> list[str]:
     """Return the path of every field below a dataclass, by the dataclasses alone."""
     paths = []
-    for name, annotation in get_type_hints(kind).items():
+    for name, annotation in field_hints(kind).items():
         inner = [arm for arm in (annotation, *get_args(annotation)) if is_dataclass(arm)]
         paths += leaves(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
     return paths
@@ -462,10 +462,10 @@ def test_differences_are_leaves_with_both_values(tmp_path):
     overrides = ["--optim.learning_rate", "3e-4", "--denoiser.layers_per_block", "1", "--denoiser.new", "a"]
     new = load(StageConfig, STAGE, tmp_path, *overrides, "--data.languages", "[de]")
     assert list(tree_differences(asdict(old), asdict(new))) == [
-        "denoiser.layers_per_block: 2 -> 1",
-        "denoiser.new: not set -> 'a'",
         "data.languages: ('en',) -> ('de',)",
         "optim.learning_rate: 0.0001 -> 0.0003",
+        "denoiser.layers_per_block: 2 -> 1",
+        "denoiser.new: not set -> 'a'",
     ]
     assert "denoiser.new: 'a' -> not set" in tree_differences(asdict(new), asdict(old))
     assert list(tree_differences({"note": None}, {"note": "n"})) == ["note: None -> 'n'"]
@@ -491,7 +491,7 @@ def annotation_of(path: str) -> Any:
     kind: Any = StageConfig
     for name in path.split("."):
         kind = next((arm for arm in get_args(kind) if is_dataclass(arm)), kind)
-        kind = get_type_hints(kind)[name]
+        kind = field_hints(kind)[name]
     return kind
 
 

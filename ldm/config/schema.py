@@ -5,7 +5,7 @@ Nothing here computes. `ldm.config.file` reads and checks them; each part is bui
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypedDict
 
 from ldm.config.conditioners import ConditionersConfig, Network
@@ -226,63 +226,54 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """A diffusion stage: space + denoiser + objective + conditioners, its data and its training."""
+class RunConfig:
+    """One run of any kind of training: its folder, its data, its optimiser and how long it takes."""
 
     output_dir: str
-    denoiser: Network
-    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
+    _: KW_ONLY
     seed: int = 0
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     doctor: DoctorConfig | None = None
     """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
     allow_config_change: bool = False
-    """Resume also if the config or the pictures are others than those the training was started with."""
+    """Resume also if the config or the images are others than those the training was started with."""
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
     """Push the model as it stands every so many steps too; None: only the finished one."""
     push_private: bool = False
     """Make the repository private; False: as the account has it, usually public."""
-    snapshot_every_steps: int | None = None
-    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
-    snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
-    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
     data: DataConfig = field(default_factory=DataConfig)
-    space: SpaceConfig = field(default_factory=SpaceConfig)
-    conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """An autoencoder, its losses, its data and its training."""
+class StageConfig(RunConfig):
+    """A diffusion stage: space + denoiser + objective + conditioners."""
 
-    output_dir: str
+    denoiser: Network
+    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
+    _: KW_ONLY
+    snapshot_every_steps: int | None = None
+    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
+    snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(RunConfig):
+    """An autoencoder and its losses."""
+
     autoencoder: Network
     """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
-    seed: int = 0
+    _: KW_ONLY
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""
-    resume_check: bool = False
-    """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
-    doctor: DoctorConfig | None = None
-    """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
-    allow_config_change: bool = False
-    """Resume also if the config or the pictures are others than those the training was started with."""
-    push_to_hub: str | None = None
-    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
-    push_every_steps: int | None = None
-    """Push the model as it stands every so many steps too; None: only the finished one."""
-    push_private: bool = False
-    """Make the repository private; False: as the account has it, usually public."""
-    data: DataConfig = field(default_factory=DataConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
