@@ -1,9 +1,9 @@
-"""From a batch to losses: one class for diffusion stages, one for autoencoders."""
+"""From a batch to losses: the contract of a step, one class for diffusion stages, one for autoencoders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,10 +31,38 @@ from ldm.objectives.reconstruction import (
 from ldm.spaces import Moments
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average, exponential, power_function
+from ldm.training.loop import TrainingStep
 from ldm.training.run import Run
 
 Drawn = tuple[list[int], Tensor, Tensor]
 """Positions, noise levels and unweighted losses of a micro-batch."""
+
+
+class Step(TrainingStep[Batch], Protocol):
+    """A `TrainingStep` on images that says what its networks are, for the record, the doctor and the alarms."""
+
+    @property
+    def run(self) -> Run:
+        """Return the run that it trains in."""
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """Return the networks that it looks through, as `ldm.models.provenance.Provenance.networks`."""
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Return a hash of each network that it looks through and does not change, by its place."""
+
+    @property
+    def frozen_networks(self) -> Sequence[nn.Module]:
+        """Return the networks that are neither trained nor part of a trained module."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the trained weights belong to, None without one."""
+
+    def not_finite_at(self) -> Sequence[float]:
+        """Return the noise levels, in [0, 1], of the samples of the newest step whose loss is not finite."""
 
 
 class DiffusionStep:
@@ -78,6 +106,11 @@ class DiffusionStep:
             if conditioner.frozen and conditioner.networks:
                 found[f"conditioners.{name}"] = "-".join(map(weights_hash, conditioner.networks))
         return found
+
+    @property
+    def frozen_networks(self) -> tuple[nn.Module, ...]:
+        """The networks of the space; those of the conditioners are part of the model."""
+        return self.stage.space.networks
 
     @property
     def tokenizer(self) -> Any:
@@ -240,7 +273,16 @@ class AutoencoderStep:
         """The perceptual network, if there is one, with its hash."""
         return {f"reconstruction.{self.config.perceptual}": name for name in self.networks}
 
+    @property
+    def frozen_networks(self) -> tuple[nn.Module, ...]:
+        """The perceptual network, if there is one."""
+        return () if self.distance is None else (self.distance,)
+
     tokenizer = None
+
+    def not_finite_at(self) -> list[float]:
+        """Return nothing: there are no noise levels."""
+        return []
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.config import StageConfig
 from ldm.config.conditioners import UNKNOWN_CLASS
-from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.errors import ConfigError, explained
 from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.pictures import comparison_sheet, written
@@ -34,9 +34,12 @@ class Validation:
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
         self.seed = config.seed
         self.pictures = images.splits["validation"]
-        held_out = PositionDataset(images, "validation", config.seed)
-        batch = fixed_batch(held_out, config.validation.loss_images)
-        self.batch = replace(batch, moments=step.encode(cast(Tensor, batch.pixel_values)))
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The held-out images that the loss is measured on, encoded once."""
+        batch = fixed_batch(PositionDataset(self.images, "validation", self.seed), self.config.loss_images)
+        return replace(batch, moments=self.step.encode(cast(Tensor, batch.pixel_values)))
 
     @cached_property
     def scale(self) -> Scale:
