@@ -124,12 +124,12 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
     draws = drawn(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
-        generated = validation.sample(validation.told(batch.pictures), guidance_scale=1.0)
+        generated = validation.sample(validation.asked(batch.pictures), guidance_scale=1.0)
     except FloatingPointError as error:
         log.warning("no picture of what was learned: %s", error)
     else:
         true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
-        sheet = comparison_sheet(written(validation.told(batch.pictures)), generated, true)
+        sheet = comparison_sheet(written(validation.asked(batch.pictures)), generated, true)
         sheet.save(step.run.folder / "overfit.png")
     return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
 
@@ -173,17 +173,17 @@ def same_sample(
     What that class samples otherwise, and a learned variance, is loaded with ours. One that cannot be loaded is wrong
     too.
     """
-    pipeline, told = validation.pipeline, validation.step.told
+    pipeline = validation.pipeline
     stock = config.objective.variational_weight is None and kind.stock_equal
     loader = DiffusionPipeline if stock else type(pipeline)
-    prompts = validation.told(fixed_batch(train, 1).pictures)
+    prompts = validation.asked(fixed_batch(train, 1).pictures)
     # PixArt's stock pipeline reads nothing else than lower case
     prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     sample = partial(
         sample_pictures,
         prompts=prompts,
         seed=config.seed,
-        told=told,
+        asked=validation.step.condition.keyword,
         num_inference_steps=min(config.validation.num_inference_steps, 10),
         guidance_scale=config.validation.guidance_scale,
     )
@@ -211,8 +211,8 @@ def cost_findings(config: RunConfig, cost: Cost, pictures: int) -> Iterator[Find
     plan = Plan(pictures, config.data.batch_size, steps or 1, config.loop, config.optim)
     faults = list(plan.faults())
     yield Finding("plan", not faults, "; ".join([plan.text(), *faults]), tuple(plan.oddities()))
-    told = config.doctor
-    price = told.price_per_hour if told is not None and told.gpu_tflops is None else None
+    other = config.doctor
+    price = other.price_per_hour if other is not None and other.gpu_tflops is None else None
     fault = cost.memory_fault()
     numbers = {"steps": plan.steps, "step_seconds": cost.step_seconds, "seconds": cost.seconds(plan)}
     numbers |= {
@@ -222,8 +222,8 @@ def cost_findings(config: RunConfig, cost: Cost, pictures: int) -> Iterator[Find
     }
     text = "; ".join(filter(None, [cost.text(plan, price), fault]))
     yield Finding("cost", fault is None, text, numbers=numbers)
-    if told is not None and (told.gpu_tflops is not None or told.gpu_memory_gib is not None):
-        there = forecast(cost, plan, told)
-        told_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
-        numbers = {name: number for name, number in told_numbers.items() if number is not None}
+    if other is not None and (other.gpu_tflops is not None or other.gpu_memory_gib is not None):
+        there = forecast(cost, plan, other)
+        its_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
+        numbers = {name: number for name, number in its_numbers.items() if number is not None}
         yield Finding("another machine", there.fits is not False, there.text, numbers=numbers)

@@ -115,22 +115,14 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             "of their size: guidance leads away from a prompt that the denoiser does not know; let both encode the "
             "same text",
         )
-    captions = validation.images.source.captions
-    if validation.step.told != "prompt":
-        label = config.conditioners.label
-        if label is not None and label.dropout == 0 and guidance > 1:
-            yield (
-                NULL,
-                f"conditioners.label.dropout is 0 and validation.guidance_scale is {guidance:g}: guidance leads away "
-                "from the null class, which the denoiser is never shown; set a dropout, 0.1 is usual, or "
-                "validation.guidance_scale to 1",
-            )
-    elif difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
+    asked, condition = validation.step.asked, validation.step.condition
+    never = asked is not None and validation.step.stage.model.conditioner(asked).dropout == 0
+    if never and guidance > 1 and condition.nothing not in validation.asked(train.pictures):
         yield (
             NULL,
-            "conditioners.text.dropout is 0, no picture is without a caption, and validation.guidance_scale is "
-            f'{guidance:g}: guidance leads away from "", which the denoiser is never shown; set a dropout, 0.1 is '
-            "usual, or validation.guidance_scale to 1",
+            f"conditioners.{asked}.dropout is 0, no image is without {condition.noun}, and validation.guidance_scale "
+            f"is {guidance:g}: guidance leads away from the null, which the denoiser is never shown; set a dropout, "
+            "0.1 is usual, or validation.guidance_scale to 1",
         )
     if cut.tokens > MAX_CUT_TOKENS:
         yield (

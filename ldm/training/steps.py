@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,6 +16,7 @@ from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generator, generators
+from ldm.evaluation.conditions import Condition, condition_of
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
 from ldm.models.network import weights_hash, weights_sha256
@@ -129,9 +131,18 @@ class DiffusionStep:
                 conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
 
     @property
-    def told(self) -> str:
-        """The keyword of the pipeline that says what to draw: ``prompt`` or ``class_labels``, None for no class."""
-        return "prompt" if "text" in self.stage.model.conditioners else "class_labels"
+    def asked(self) -> str | None:
+        """The name of the conditioner whose condition a user asks for; None without one."""
+        model = self.stage.model
+        return next(
+            (name for name in model.conditioners if model.conditioner(name).asks == self.condition.keyword), None
+        )
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The condition that a user asks for."""
+        model = self.stage.model
+        return condition_of([model.conditioner(name).asks for name in model.conditioners])
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; every draw comes from its sample's position."""
