@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -35,7 +35,7 @@ from ldm.objectives.denoising import Objective
 from ldm.spaces import build_space
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.loop import Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.steps import DiffusionStep
 
 ROOT = Path(__file__).parent.parent
@@ -154,14 +154,14 @@ class Bench:
                 yield batch
                 seconds.append(time.perf_counter() - given)
 
-        with tempfile.TemporaryDirectory() as folder, finishing(Run(folder, seed, loop_config)) as run:
+        with tempfile.TemporaryDirectory() as folder, opened(Run(folder, seed, loop_config)) as run:
             torch.manual_seed(seed)
             space = build_space(self.config.space, None)
             model = ConditionedDenoiser(build(keys), {})
             stage = Stage(space, model, Objective(self.config.objective, space.grid_step))
             step = DiffusionStep(stage, run, self.config.optim.ema_decay)
             train = PositionDataset(self.images, "train", seed)
-            loop: Loop[Any] = Loop(cast(Any, step), self.config.optim, loop_config, run, epoch_steps=1)
+            loop: Loop[Batch] = Loop(step, self.config.optim, loop_config, run, epoch_steps=1)
             loop.fit(lambda start_step, **share: timed(training_batches(train, start_step, **share)))
         return step, seconds
 

@@ -42,6 +42,8 @@ class Space(Protocol):
     """Distance of two values that x0 can take, 0 if it is continuous."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and std, (C,), that the denoiser must keep so that its pipeline can undo them; None: there are none."""
+    clipped: bool
+    """Whether x0 is an image in [-1, 1], which a sampler may clip to."""
     networks: tuple[nn.Module, ...]
     """What encodes and decodes; `moments` and `decode` work where these are."""
 
@@ -57,6 +59,7 @@ class PixelSpace:
 
     key = "pixel"
     frozen = False
+    clipped = True
     grid_step = GREY_STEP
     statistics: tuple[Tensor, Tensor] | None = None
     networks: tuple[nn.Module, ...] = ()
@@ -74,6 +77,7 @@ class LatentSpace:
     """The latents of a frozen autoencoder."""
 
     frozen = True
+    clipped = False
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None = None
 
@@ -109,6 +113,7 @@ class EmbeddingSpace:
     """The embeddings of a frozen image encoder, each dimension brought to zero mean and unit std."""
 
     frozen = True
+    clipped = False
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None
 

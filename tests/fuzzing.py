@@ -47,16 +47,17 @@ from ldm.data.sources import build_source, source_config
 from ldm.errors import ConfigError
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.pictures import contact_sheet
-from ldm.export.kinds import export
+from ldm.export import kinds
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.provenance import Provenance
 from ldm.models.text_encoder import train_tokenizer
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.autoencoding import rehearse_saving
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import planned_steps
 from ldm.training.record import run_record
-from ldm.training.rehearsal import rehearse
+from ldm.training.rehearsal import first_batch, rehearse
 from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
@@ -403,13 +404,19 @@ def prepare(config, bench, name):
         refuse_leaks([config.autoencoder.get("pretrained")], images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
+        batch, start = first_batch(images, 2), config.reconstruction.discriminator_start_step
     else:
         refuse_leaks(pretrained_parts(config), images)
         stage = build_stage(config, images.captions("train"), lambda: images.first_pictures("train", 40))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
-    rehearse(step, images, config)
+        frames = config.conditioners.frames
+        batch, start = first_batch(images, frames.num_frames if frames else 2), 0
+    rehearse(step, batch, "config", start)
+    if isinstance(config, AutoencoderConfig):
+        rehearse_saving(step.averaged, batch.pixel_values, "config")
     if isinstance(config, StageConfig) and name == "stable diffusion":
-        pipeline = export(step, config, PIPELINES)
+        kind = kinds.kind_of(stage, config.space.kind)
+        pipeline = kinds.build_pipeline(kind, stage, step.averaged, config, PIPELINES)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
         Validation(config_, images, step, pipeline, run).rehearse()
     json.dumps(run_record(config, images, step, "no").state())

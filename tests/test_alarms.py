@@ -136,7 +136,7 @@ def test_a_denoiser_that_stands_still(train, monkeypatch, how):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in denoiser]
             return super()._take_step(micro_batches)
 
-    monkeypatch.setattr(train_text2img, "Loop", Still)
+    monkeypatch.setattr("ldm.recipes.recipe.Loop", Still)
     ((name, sentence),) = train(4, ("optim.warmup_steps", 1))
     assert name == STILL
     assert "other parts moved" in sentence
@@ -248,10 +248,10 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
     run = SimpleNamespace(
         accelerator=SimpleNamespace(scaler=scaler), log_alarm=lambda name, sentence, step: names.append((name, step))
     )
-    Alarms(run, progress, OptimConfig(**optim), epoch, lambda: list(levels))
+    alarms = Alarms(run, progress, OptimConfig(**optim), epoch, lambda: list(levels))
     for step, row in rows:
         progress.global_step, progress.images = step, step * batch_size
-        run.watch(row, step)
+        alarms(row, step)
     return names
 
 

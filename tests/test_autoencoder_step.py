@@ -63,6 +63,7 @@ def fit(run, folder, steps, config=CONFIG):
     step = make_step(run, config)
     loop_config = LoopConfig(max_train_steps=steps, save_every_steps=steps, log_every_steps=1, trackers=())
     loop = Loop(step, OPTIM, loop_config, run, 1.0)
+    loop.resume()
     folder.mkdir(exist_ok=True)
     loop.fit(batches)
     return step

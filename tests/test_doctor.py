@@ -34,7 +34,7 @@ from ldm.objectives.denoising import Objective
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from pipelines.text2img import TextToImagePipeline
 
 from .test_objective import SOUND
@@ -345,7 +345,7 @@ def test_flops_and_activations_of_a_known_network():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_memory_is_what_a_logged_step_holds_at_its_peak(optimizer, tmp_path):
     """As torch's profiler counts what is allocated; two modules, a text encoder's frozen half and a small batch."""
-    with finishing(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
+    with opened(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
         frozen = nn.Linear(64, 256).requires_grad_(False)
         step = Layers(nn.Sequential(nn.Linear(8, 64), frozen, nn.Linear(256, 128), nn.Linear(128, 256)))
         step.modules["other"] = other = nn.Linear(8, 512)

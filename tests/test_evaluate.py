@@ -160,7 +160,7 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
     [
         ({"num_images_per_prompt": 1}, "pictures of each; expected 2 or more"),
         ({"classes": "0,1"}, "classes: the data has none; name their column in class_column"),
-        ({"class_column": "kind"}, "class_column: model is told no classes"),
+        ({"class_column": "kind"}, "class_column: model is conditioned on no classes"),
         ({"bound_timesteps": 3}, "TextToImagePipeline diffuses latents|StableDiffusionPipeline diffuses latents"),
         ({"captions": None}, "validation_captions: without captions"),
     ],

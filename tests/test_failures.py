@@ -19,7 +19,7 @@ from ldm.data.loader import LoadingError, _kill_loaders, training_batches
 from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.state import training_state
 
 from .test_batches import Shades
@@ -47,10 +47,11 @@ def fit(folder, stream, steps, poison=(), planned=40, settings=None):
     config = LoopConfig(
         max_train_steps=planned, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1
     )
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         step.modules["other"][1].p = 0.0  # dropout draws by the step's number, which differs here
         loop = Loop(step, OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(stream, (steps, interrupt))
     return loop
@@ -112,7 +113,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
     config = LoopConfig(max_train_steps=9, save_every_steps=1, trackers=(), mixed_precision="no")
     loop_ = []
     refused = pytest.raises(FloatingPointError, match=r"step 5: main-weights: weight is not finite, so nothing was")
-    with refused, finishing(Run(str(tmp_path), 0, config)) as run:
+    with refused, opened(Run(str(tmp_path), 0, config)) as run:
         loop_.append(Loop(Quadratic(run), OptimConfig(), config, run, 10))
         loop_[0].fit(batches(), (1, spoil))
     assert CheckpointStore(tmp_path / "checkpoints", 1).latest().name == "step-4"
@@ -121,7 +122,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
 def scaled(folder, steps, scale):
     """Train one module in float32 with float16's loss scaling, which a processor can do too."""
     config = LoopConfig(max_train_steps=40, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1)
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
         step = Quadratic(run)
         del step.modules["other"], step.forwards["other"]
@@ -129,6 +130,7 @@ def scaled(folder, steps, scale):
         step.losses = lambda batch, global_step: {"main": one(batch, global_step)["main"]}
         step.forwards["other"] = torch.nn.Sequential(torch.nn.Linear(2, 1))
         loop = Loop(step, OptimConfig(learning_rate=0.05), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(batches(), (steps, interrupt))
     return loop

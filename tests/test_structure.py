@@ -25,9 +25,12 @@ MAY_IMPORT = {  # part of ldm -> parts that it may import, besides itself; nothi
         *("conditioners", "config", "data", "errors", "evaluation", "files", "machine", "models", "objectives"),
         *("spaces", "stage"),
     },
-    "doctor": {"config", "data", "evaluation", "machine", "models", "objectives", "spaces", "training"},
     "export": {
-        *("conditioners", "config", "data", "errors", "evaluation", "files", "models", "spaces", "stage", "training"),
+        *("conditioners", "config", "data", "errors", "evaluation", "files", "models", "stage", "training"),
+    },
+    "doctor": {"config", "data", "evaluation", "export", "machine", "models", "objectives", "spaces", "training"},
+    "recipes": {
+        *("config", "data", "doctor", "errors", "evaluation", "export", "models", "spaces", "stage", "training"),
     },
     "commands": {"config", "data", "errors", "evaluation", "export", "machine", "models", "training"},
 }

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.config import LoopConfig
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.trackers import WANDB_SETTINGS
 
 ALL = LoopConfig(trackers=("tensorboard", "wandb", "trackio"), mixed_precision="no")
@@ -57,10 +58,11 @@ def picture(mode="RGB"):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, len(mode)), dtype=np.uint8))
 
 
+@contextmanager
 def start(folder, config=ALL):
-    run = Run(str(folder), 0, config)
-    torch.set_num_threads(1)
-    return finishing(run)
+    with opened(Run(str(folder), 0, config)) as run:
+        torch.set_num_threads(1)
+        yield run
 
 
 def test_metrics_and_pictures_reach_every_tracker_at_their_steps(packages, tmp_path):

@@ -83,6 +83,8 @@ class Conditioner(Protocol):
     """Whether `inputs` already holds what a frozen network computed."""
     reads_pixels: bool
     """Whether `inputs` needs the batch's pictures."""
+    asks: str | None
+    """The keyword of a pipeline's call that asks for its condition, as a user names it; None if a user does not."""
 
     @property
     def keywords(self) -> Collection[str]:

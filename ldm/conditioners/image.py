@@ -21,6 +21,7 @@ class ImageConditioner(nn.Module):
     """
 
     frozen = True
+    asks: str | None = None
     reads_pixels = True
     keywords = (KEYWORD,)
 

@@ -23,6 +23,7 @@ class LowResConditioner(nn.Module):
     """
 
     frozen = True
+    asks: str | None = None
     reads_pixels = True
     dropout = 0.0
     networks: Sequence[nn.Module] = ()

@@ -27,6 +27,7 @@ from ldm.data.sources import source_config
 from ldm.evaluation import sections
 from ldm.evaluation.baselines import nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
+from ldm.evaluation.conditions import CONDITIONS
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
@@ -41,7 +42,7 @@ from ldm.evaluation.subject import Subject
 from ldm.files import read_lines
 from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
-from ldm.models.pipeline import call_settings, image_size, load_pipeline, told_by
+from ldm.models.pipeline import asked_by, call_settings, image_size, load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 
@@ -111,10 +112,10 @@ class Evaluation:
         ValueError if the model, a part of it included, has seen what it is measured on or by.
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
-        self.told, self.record = told_by(self.pipeline), read_provenance(model)
-        if self.told != "class_labels":
+        self.condition, self.record = CONDITIONS[asked_by(self.pipeline)], read_provenance(model)
+        if self.condition is not CONDITIONS["class_labels"]:
             if options.get("class_column") is not None:
-                raise ValueError(f"class_column: {self.model_name} is told no classes; leave it out")
+                raise ValueError(f"class_column: {self.model_name} is conditioned on no classes; leave it out")
             options = {**options, "class_column": None}
         more = {"image_size": image_size(self.pipeline), "on_bad_data": "skip"}
         config = read_as_trained(self.record, data, options, captions, **more)
@@ -138,7 +139,7 @@ class Evaluation:
             return wanted, self.images.pictures_of(wanted)
         source, rows = self.images.source, self.images.splits["test"]
         known = [(next(iter(source.captions(row)), ""), row) for row in rows]
-        found = [(caption, row) for caption, row in known if caption or self.told != "prompt"]
+        found = [(caption, row) for caption, row in known if caption or not self.condition.worded]
         if not rows:
             raise ValueError("the test split by hash has no pictures to measure on; raise held_out_percent")
         if not found:
@@ -149,8 +150,8 @@ class Evaluation:
 
     def refuse_unchosen(self, what: str) -> None:
         """Raise ValueError, which names `what`, if it cannot be chosen on validation captions: there are none."""
-        if self.told != "prompt":
-            raise ValueError(f"{what} are measured on captions, and {self.model_name} is told none; leave them out")
+        if not self.condition.worded:
+            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
         if "validation" not in self.images.config.held_out:
             raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
 
@@ -191,9 +192,9 @@ class Evaluation:
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
 
     def sections(self, seed: int, clip: str | None, factors: str | None, **call: Any) -> list[Section]:
-        """Return what is measured on one picture of each caption, or as many pictures of a model that is told none."""
+        """Return what is measured on one picture of each caption, or as many images of a model that takes none."""
         subject, name = self.subject(seed, **call), self.network.name
-        if self.told != "prompt":
+        if not self.condition.worded:
             what = sections.drawn(subject)
             return [what, sections.likeness(subject, name), sections.memorisation(subject, name)]
         found = [sections.retrieval(subject, name)]
@@ -215,7 +216,7 @@ class Evaluation:
         self, prompts: int, classes: Sequence[int] | None, several: int, seed: int, **call: Any
     ) -> list[Section]:
         """Return what only `several` pictures of the same show: of the first captions, or of each class."""
-        if self.told == "prompt" and prompts:
+        if self.condition.worded and prompts:
             return [self.variety(self.captions[:prompts], several, seed, **call)]
         if self.images.config.class_column is None:
             return []
@@ -232,7 +233,7 @@ class Evaluation:
         own_index, train = self._places(self.rows), self.images.splits["train"]
         return Subject(
             captions=self.captions,
-            generated=sample_pictures(self.pipeline, self.asked(), seed, self.told, **call),
+            generated=sample_pictures(self.pipeline, self.asked(), seed, self.condition.keyword, **call),
             rebuilt=self._rebuilt(self.gallery[own_index]),
             gallery=self.gallery,
             own_index=own_index,
@@ -245,7 +246,7 @@ class Evaluation:
     def _copied(self, train: Sequence[int]) -> list[int]:
         """Return what a copier answers: the picture of the nearest training caption, or one of the class, or any."""
         source = self.images.source
-        if self.told == "prompt":
+        if self.condition.worded:
             known = [(row, caption) for row in train for caption in source.captions(row)]
             nearest = nearest_training_captions(self.captions, [caption for _, caption in known])
             return [known[place][0] for place in nearest]
@@ -256,10 +257,10 @@ class Evaluation:
         return [int(rng.choice(of_class.get(label) or train)) for label in self._labels(self.rows)]
 
     def asked(self) -> list[Any]:
-        """Return what the pipeline is told for the held-out pictures: captions, or classes, None for none of them."""
-        if self.told == "prompt":
+        """Return the conditions of the held-out images: captions, or classes, None for none of them."""
+        if self.condition.worded:
             return list(self.captions)
-        return [None if label == UNKNOWN_CLASS else label for label in self._labels(self.rows)]
+        return [self.condition.of(self.images.source, row) for row in self.rows]
 
     def _labels(self, rows: Sequence[int]) -> list[int]:
         labels = (self.images.source.class_label(row) for row in rows)
@@ -276,7 +277,7 @@ class Evaluation:
     def classes(self, judge: ClassJudge, per_class: int, seed: int, **call: Any) -> Section:
         """Return whether `per_class` pictures of each of the judge's classes are told apart."""
         asked = np.repeat(judge.classes, per_class)
-        drawn = sample_pictures(self.pipeline, asked.tolist(), seed, self.told, **call)
+        drawn = sample_pictures(self.pipeline, asked.tolist(), seed, self.condition.keyword, **call)
         true = [row for row in self.rows if self._labels([row])[0] in judge.classes]
         answers = {"generated": (judge(self.network(drawn)), asked)}
         if true:
@@ -286,7 +287,7 @@ class Evaluation:
     def bound(self, timesteps: int, seed: int) -> Section:
         """Return the bits per dimension of the held-out pictures."""
         labels = None
-        if self.told == "class_labels" and (null := self.pipeline.num_classes):
+        if null := self.condition.count(self.pipeline):
             labels = [null if label is None else label for label in self.asked()]
         true = self.gallery[self._places(self.rows)]
         bits = variational_bound(self.pipeline, pixel_values(true), labels, timesteps, seed)

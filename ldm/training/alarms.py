@@ -6,7 +6,7 @@ An alarm stops nothing. What another alarm explains is not said: a learning rate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ldm.config import OptimConfig, StageConfig
 from ldm.data.batches import PositionDataset
@@ -48,13 +48,15 @@ class Alarms:
     def __init__(
         self, run: Run, progress: Progress, optim: OptimConfig, epoch: int, not_finite_at: Callable[[], Sequence[float]]
     ):
-        """Watch `run`; `epoch` is the number of its training pictures, for `not_finite_at` see `DiffusionStep`."""
+        """Read the rows of `run`, as its `watch`; `epoch` is the number of its training images.
+
+        For `not_finite_at` see `DiffusionStep`.
+        """
         self.run, self.progress, self.optim, self.epoch, self.not_finite_at = run, progress, optim, epoch, not_finite_at
         self.said: set[str] = set()
         self._rate = math.inf
         self._unused = False
         self._skipped, self._levels = 0, list[float]()
-        run.watch = self
 
     def say(self, name: str, sentence: str | None, global_step: int) -> None:
         """Log an alarm, unless there is nothing to say or it has been said."""
@@ -62,9 +64,9 @@ class Alarms:
             self.said.add(name)
             self.run.log_alarm(name, sentence, global_step)
 
-    def before_training(self, config: StageConfig, validation: Validation, train: PositionDataset) -> None:
-        """Say what shows before the first step."""
-        for name, sentence in faults_before(config, validation, train):
+    def say_all(self, alarms: Iterable[tuple[str, str]]) -> None:
+        """Log alarms by name and sentence, as `say`, at the step reached."""
+        for name, sentence in alarms:
             self.say(name, sentence, self.progress.global_step)
 
     def __call__(self, row: Row, global_step: int) -> None:
@@ -113,22 +115,14 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             "of their size: guidance leads away from a prompt that the denoiser does not know; let both encode the "
             "same text",
         )
-    captions = validation.images.source.captions
-    if validation.step.told != "prompt":
-        label = config.conditioners.label
-        if label is not None and label.dropout == 0 and guidance > 1:
-            yield (
-                NULL,
-                f"conditioners.label.dropout is 0 and validation.guidance_scale is {guidance:g}: guidance leads away "
-                "from the null class, which the denoiser is never shown; set a dropout, 0.1 is usual, or "
-                "validation.guidance_scale to 1",
-            )
-    elif difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
+    asked, condition = validation.step.asked, validation.step.condition
+    never = asked is not None and validation.step.stage.model.conditioner(asked).dropout == 0
+    if never and guidance > 1 and condition.nothing not in validation.asked(train.pictures):
         yield (
             NULL,
-            "conditioners.text.dropout is 0, no picture is without a caption, and validation.guidance_scale is "
-            f'{guidance:g}: guidance leads away from "", which the denoiser is never shown; set a dropout, 0.1 is '
-            "usual, or validation.guidance_scale to 1",
+            f"conditioners.{asked}.dropout is 0, no image is without {condition.noun}, and validation.guidance_scale "
+            f"is {guidance:g}: guidance leads away from the null, which the denoiser is never shown; set a dropout, "
+            "0.1 is usual, or validation.guidance_scale to 1",
         )
     if cut.tokens > MAX_CUT_TOKENS:
         yield (

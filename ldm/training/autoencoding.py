@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.data.batches import Batch, PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
+from ldm.errors import explained
 from ldm.evaluation.pictures import image_grid
 from ldm.evaluation.quality import psnr, ssim
 from ldm.models.autoencoder import CHUNK, fold_statistics, reconstruct
@@ -58,6 +59,14 @@ def reconstruction_report(
     log.info("held-out %s", ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items()))
     rows = torch.cat([to_uint8(originals[:num_images]), to_uint8(rebuilt[:num_images])])
     return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
+
+
+def rehearse_saving(autoencoder: AutoencoderKL, pixel_values: Tensor, where: str) -> None:
+    """Do with a few images what validation and saving do; raises ConfigError, which names `where`, if that fails."""
+    with explained(f"{where} do not fit together"):
+        ssim(reconstruct(autoencoder, pixel_values), pixel_values)
+        channels = torch.ones(autoencoder.config.latent_channels, device=pixel_values.device)
+        fold_statistics(copy.deepcopy(autoencoder), 0 * channels, channels)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ldm.config import AutoencoderConfig, DataConfig, DataOptions, StageConfig
+from ldm.config import DataConfig, DataOptions, RunConfig
 from ldm.config.file import tree_differences
 from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages, PositionDataset
@@ -119,9 +119,7 @@ def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
     return tokenizer_from_json(text, state["record"]["config"]["conditioners"]["text"]["max_length"])
 
 
-def run_record(
-    config: StageConfig | AutoencoderConfig, images: CaptionedImages, step: RecordedStep, precision: str
-) -> RunRecord:
+def run_record(config: RunConfig, images: CaptionedImages, step: RecordedStep, precision: str) -> RunRecord:
     """Return the record of a training of `step` on `images` in `precision`."""
     source, train, tokenizer = images.source, images.splits["train"], step.tokenizer
     facts = {
