@@ -232,7 +232,7 @@ class Loop(Generic[B]):
     def _skip(self, micro_batches: Sequence[B]) -> None:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
-        samples = [getattr(batch, "pictures", None) for batch in micro_batches]
+        samples = [getattr(batch, "rows", None) for batch in micro_batches]
         if (scaler := self.run.accelerator.scaler) is not None:  # float16: the loss was scaled out of its range
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
@@ -240,7 +240,7 @@ class Loop(Generic[B]):
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last one "
-                f"on pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
+                f"on images {samples}. Lower optim.learning_rate or look at those images; the run resumes from its "
                 "newest checkpoint"
             )
 

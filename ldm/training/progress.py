@@ -30,7 +30,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Return the pictures trained on per second of training, over the whole run."""
+        """Return the images trained on per second of training, over the whole run."""
         return self.images / self.train_seconds if self.train_seconds else 0.0
 
 

@@ -120,7 +120,7 @@ class DiffusionStep:
         return getattr(dict(self.stage.model.conditioners.items()).get("text"), "tokenizer", None)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and std of x0 given pictures, (B, 3, H, W): what the cache keeps."""
+        """Return the mean and std of x0 given images, (B, 3, H, W): what the cache keeps."""
         moments = self.stage.space.moments(pixel_values.to(self.run.device))
         return moments.mean, moments.std
 
@@ -315,8 +315,8 @@ class AutoencoderStep:
             last_layer = cast(Autoencoding, self.modules["autoencoder"]).autoencoder.decoder.conv_out.weight
             weight = weight * adaptive_weight(likelihood, adversarial, last_layer, self._mean_over_processes)
         terms["adversarial"] = weight * adversarial
-        pictures = torch.cat([pixel_values, reconstruction.detach().float()])
-        real, reconstructed = self.forwards["discriminator"](pictures).chunk(2)
+        images = torch.cat([pixel_values, reconstruction.detach().float()])
+        real, reconstructed = self.forwards["discriminator"](images).chunk(2)
         return {
             "autoencoder": loss + terms["adversarial"],
             "discriminator": discriminator_loss(config.adversarial, real, reconstructed),
