@@ -91,7 +91,7 @@ def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
     table().save_to_disk(tmp_path)
     config = {"source": "dataset", "path": str(tmp_path)}
     assert build_source(DataConfig(**config, image_column="picture")).rows.image_column == "picture"
-    with pytest.raises(ValueError, match=r"data\.caption_column: no column 'txet' among the columns image, captions"):
+    with pytest.raises(ValueError, match=r"data\.caption_column: no column 'txet' among the columns picture, captions"):
         build_source(DataConfig(**config, caption_column="txet"))
 
 
