@@ -19,7 +19,7 @@ from ldm.training.snapshots import Snapshot, read_tensors
 
 Floats = NDArray[np.float64]
 MAX_ERROR = 0.1
-"""Of a profile, relative, root mean square. On a random walk the average was then off by at most 0.1 of its distance
+"""Relative error of a profile, root mean square. On a random walk the average was then off by at most 0.1 of its distance
 from the nearest stored one with 8 snapshots or more of each length, by up to 0.6 with 4."""
 
 
