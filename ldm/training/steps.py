@@ -191,8 +191,8 @@ class DiffusionStep:
     def inputs(self, batch: Batch, x0: Tensor, dropped: bool | None = None) -> dict[str, Inputs]:
         """Return the inputs of each conditioner, on the run's device; the null where it is dropped.
 
-        dropped: None, as in training: each conditioner drops its share of the samples, at random; False: none; True: all
-        that training ever drops, which is what guidance compares with.
+        dropped: None, as in training: each conditioner drops its share of the samples, at random; False: none; True:
+        all that training ever drops, which is what guidance compares with.
         """
         inputs = {}
         for name in self.stage.model.conditioners:
