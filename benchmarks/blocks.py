@@ -2,7 +2,7 @@
 
 Each variant of configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance. Their steps are timed first, in turn,
 which gives each the number of steps that `--seconds` are on this machine; then each trains that many from the same seed
-on the same pictures, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
+on the same images, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
 Measured: the held-out loss, the squared error of the noise at five levels with fixed noise. The table is printed as
 Markdown, the numbers are written to docs/blocks.json.
 """
@@ -137,7 +137,7 @@ def build(keys: dict[str, Any]) -> nn.Module:
 
 
 class Bench:
-    """The pictures and the config that all variants share."""
+    """The images and the config that all variants share."""
 
     def __init__(self) -> None:
         self.config: StageConfig = load_config(StageConfig, ["--config", CONFIG, "--output_dir", "unused", *FIXED])
@@ -170,7 +170,7 @@ class Bench:
         return statistics.median(self.train(keys, TIMED_STEPS, seed=0)[1][10:])
 
     def held_out_loss(self, step: DiffusionStep) -> float:
-        """Return the loss on validation pictures, with the averaged weights and fixed noise."""
+        """Return the loss on validation images, with the averaged weights and fixed noise."""
         batch = fixed_batch(PositionDataset(self.images, "validation", 0), HELD_OUT)
         return float(step.held_out_losses(batch, LEVELS).mean())
 

@@ -165,8 +165,8 @@ def test_fp16_with_a_discriminator_is_refused(run, monkeypatch):
         make_step(run)
 
 
-def test_pictures_too_small_for_the_measuring_network_are_measured_without_it():
-    """Its last convolution sees 4 x 4 of a picture of 16 pixels, and is 5 x 5."""
+def test_images_too_small_for_the_measuring_network_are_measured_without_it():
+    """Its last convolution sees 4 x 4 of an image of 16 pixels, and is 5 x 5."""
     assert measuring_distance(16) is None
     distance = measuring_distance(32)
     assert distance is not None

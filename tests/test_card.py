@@ -123,14 +123,14 @@ def test_nothing_measured_and_nothing_drawn_is_said(run, tmp_path):
         ("only among friends", "other", "Licence of the images: only among friends."),
     ],
 )
-def test_the_licence_of_the_pictures_is_said(run, licence, metadata, said):
+def test_the_licence_of_the_images_is_said(run, licence, metadata, said):
     words = ["--data.source", "imagefolder", "--data.path", str(run)]
     found = card(run, stage(*words, *(["--data.licence", licence] if licence else [])))
     assert found.data.license == metadata
     assert said in found.text
 
 
-def test_a_licence_that_is_given_counts_also_for_known_pictures(run):
+def test_a_licence_that_is_given_counts_also_for_known_images(run):
     assert card(run, stage("--data.licence", "MIT")).data.license == "mit"
 
 

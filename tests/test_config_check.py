@@ -231,7 +231,7 @@ def test_a_denoiser_is_no_autoencoder(bench):
         ("stable diffusion", {"denoiser__cross_attention_dim": 32}, "do not fit together: RuntimeError: mat1 and mat2"),
         ("stable diffusion", {"conditioners__text__keywords": {"no_such": "prompt_embeds"}}, ".*'no_such'"),
         ("stable diffusion", {"data__image_size": 17}, "data.image_size 17 is not a multiple of the auto"),
-        ("stable diffusion", {"denoiser__sample_size": 16}, "denoiser.sample_size: pictures are sampled at 32 x"),
+        ("stable diffusion", {"denoiser__sample_size": 16}, "denoiser.sample_size: images are sampled at 32 x"),
         ("stable diffusion", {"denoiser__sample_size": None}, "^validation or denoiser.sample_size: "),
         ("stable diffusion", {"validation__num_inference_steps": 61}, "num_inference_steps: 61 make DPMSolver"),
         ("dit", {"denoiser__norm_eps": -1.0}, "first losses are not finite"),

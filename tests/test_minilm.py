@@ -111,8 +111,8 @@ def test_the_config_fits_the_encoder_and_cuts_no_caption(text):
         torch.zeros(4, 16, 8, 8), torch.zeros(4), encoder_hidden_states=text.embed(CAPTIONS)["prompt_embeds"]
     ).sample
     assert output.shape == (4, 16, 8, 8)
-    pictures = OpenMoji(64, ("en",))
-    captions = [caption for index in range(len(pictures)) for caption in pictures.captions(index)]
+    images = OpenMoji(64, ("en",))
+    captions = [caption for index in range(len(images)) for caption in images.captions(index)]
     lengths = [len(ids) for ids in text.tokenizer(captions, verbose=False).input_ids]
     assert max(lengths) <= config.conditioners.text.max_length
 
@@ -141,11 +141,11 @@ def test_the_folder_is_sampled_alike_by_plain_diffusers_and_by_us(folder, tmp_pa
     ours = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(model), trust_remote_code=True)
     assert type(ours).__name__ == "TextToImagePipeline"
     draws = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    pictures = ours(
+    images = ours(
         ["a cat", "woman astronaut"], num_inference_steps=3, guidance_scale=2.0, generator=draws, output_type="np"
     ).images
-    np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), pictures, atol=1e-5)
-    assert np.abs(pictures[0] - pictures[1]).max() > 0.01
+    np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), images, atol=1e-5)
+    assert np.abs(images[0] - images[1]).max() > 0.01
 
 
 def test_the_folder_names_no_place_on_this_machine(folder):

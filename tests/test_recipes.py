@@ -97,7 +97,7 @@ def colour_recipe(config, run, images):
 
     def validate(global_step):
         run.log_metrics({"validation/loss": step.losses(held_out, 0)["colour"].item()}, global_step)
-        run.log_picture("colours", Image.new("RGB", (8, 8)), global_step)
+        run.log_image("colours", Image.new("RGB", (8, 8)), global_step)
 
     def save(folder):
         folder.mkdir(exist_ok=True)

@@ -41,8 +41,8 @@ def config(text=TEXT, **objective):
 
 def batch(positions=range(6)):
     positions = list(positions)
-    pictures = torch.stack([torch.rand(3, 8, 8, generator=g) * 2 - 1 for g in generators(9, positions, "picture")])
-    return Batch(positions, positions, [CAPTIONS[p % 3] for p in positions], pictures, None)
+    images = torch.stack([torch.rand(3, 8, 8, generator=g) * 2 - 1 for g in generators(9, positions, "image")])
+    return Batch(positions, positions, [CAPTIONS[p % 3] for p in positions], images, None)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def conditioner(train=True, dropout=0.3):
 
 
 def test_texts_need_captions():
-    with pytest.raises(ConfigError, match=r"conditioners\.text: no training picture has a caption"):
+    with pytest.raises(ConfigError, match=r"conditioners\.text: no training image has a caption"):
         build_stage(config(), [])
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config.places import made_folder
-from ldm.data.headers import PictureError, decode, open_picture
+from ldm.data.headers import ImageError, decode, open_image
 from ldm.data.pixels import to_rgb
 from ldm.models.pipeline import asked_by, call_settings, kept_size, load_pipeline, plain_call, starting_from
 
@@ -115,8 +115,8 @@ def started(**files: str | None) -> dict[str, Image.Image]:
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                images[name] = to_rgb(decode(open_picture(file)), behind)
-            except (OSError, PictureError) as error:
+                images[name] = to_rgb(decode(open_image(file)), behind)
+            except (OSError, ImageError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return images
 

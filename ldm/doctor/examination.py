@@ -27,8 +27,8 @@ from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
-from ldm.evaluation.pictures import comparison_sheet, image_grid, written
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.images import comparison_sheet, image_grid, written
+from ldm.evaluation.sampling import sample_images
 from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
 from ldm.training.alarms import SCALE, faults_before
@@ -40,17 +40,17 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=RunConfig)
 
 BATCH = 8
-"""Pictures that are learned by heart."""
+"""Images that are learned by heart."""
 LEFT = 0.6
 """Of the loss of a denoiser, or of the squared error of an autoencoder, at most so much may be left of the start."""
 LEFT_PRETRAINED = 0.95
 """The same where training goes on from weights that have learned already."""
 LEFT_FEW, ENOUGH_STEPS = 0.995, 50
 """The same where there was time for fewer steps than these, on a slow machine: they only have to help."""
-ROUND_TRIP_PICTURES = 64
-SCALE_PICTURES = 256
+ROUND_TRIP_IMAGES = 64
+SCALE_IMAGES = 256
 LEVELS = 1
-"""Of 255: what a reloaded pipeline's picture may differ."""
+"""Of 255: what a reloaded pipeline's image may differ."""
 
 
 def examined(config: C) -> C:
@@ -80,13 +80,13 @@ def stage_findings(
     """Yield what is found of everything that the training of a stage consists of."""
     space, images, folder = step.stage.space, train.images, step.run.folder
     if space.networks:  # pixels are what they are
-        yield unit_scale(step, fixed_batch(train, SCALE_PICTURES))
-        yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
+        yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
+        yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
     pipeline: Any = validation.pipeline
     yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
     yield conditions(config, validation, train)
     with restored(step):
-        log.info("learning %d pictures by heart", BATCH)
+        log.info("learning %d images by heart", BATCH)
         yield stage_overfit(config, step, train, validation)
     log.info("measuring steps, a validation and a checkpoint")
     cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
@@ -100,7 +100,7 @@ def autoencoder_findings(
     """Yield the same of an autoencoder: what it learns, its plan and its cost, with a discriminator from the start."""
     step.config = replace(step.config, discriminator_start_step=0)
     with restored(step):
-        log.info("learning %d pictures by heart", BATCH)
+        log.info("learning %d images by heart", BATCH)
         yield autoencoder_overfit(config, step, train)
     log.info("measuring steps, a validation and a checkpoint")
     cost = measure_cost(step, train, config.optim, step.run, partial(validate, 0))
@@ -119,27 +119,27 @@ def conditions(config: StageConfig, validation: Validation, train: PositionDatas
 
 
 def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> Finding:
-    """Return whether the denoiser learns a few pictures by heart, and draw what it then makes of their captions."""
+    """Return whether the denoiser learns a few images by heart, and draw what it then makes of their captions."""
     batch = fixed_batch(train, BATCH)
     draws = drawn(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
-        generated = validation.sample(validation.asked(batch.pictures), guidance_scale=1.0)
+        generated = validation.sample(validation.asked(batch.rows), guidance_scale=1.0)
     except FloatingPointError as error:
-        log.warning("no picture of what was learned: %s", error)
+        log.warning("no image of what was learned: %s", error)
     else:
-        true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
-        sheet = comparison_sheet(written(validation.asked(batch.pictures)), generated, true)
+        true = np.stack([np.asarray(train.images.image(row)) for row in batch.rows])
+        sheet = comparison_sheet(written(validation.asked(batch.rows)), generated, true)
         sheet.save(step.run.folder / "overfit.png")
-    return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
+    return overfit_finding(config, found, f"loss on {len(batch)} images", "pretrained" in config.denoiser)
 
 
 def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset) -> Finding:
-    """Return whether the autoencoder learns a few pictures by heart, and draw them over what it makes of them."""
+    """Return whether the autoencoder learns a few images by heart, and draw them over what it makes of them."""
     batch = fixed_batch(train, BATCH)
     pixel_values, module = batch.pixel_values, step.modules["autoencoder"]
     if pixel_values is None:
-        raise ValueError("an autoencoder is examined on pictures, got cached latents")
+        raise ValueError("an autoencoder is examined on images, got cached latents")
 
     def squared_error() -> float:
         return float((reconstruct(module.autoencoder, pixel_values) - pixel_values).square().mean())
@@ -147,7 +147,7 @@ def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train:
     found = overfit(step, batch, config.optim, step.run, squared_error)
     rows = torch.cat([to_uint8(pixel_values), to_uint8(reconstruct(module.autoencoder, pixel_values).nan_to_num())])
     image_grid(rows.numpy(), len(batch)).save(step.run.folder / "overfit.png")
-    what = f"squared error of {len(batch)} pictures"
+    what = f"squared error of {len(batch)} images"
     return overfit_finding(config, found, what, "pretrained" in config.autoencoder)
 
 
@@ -168,7 +168,7 @@ def overfit_finding(config: RunConfig, found: Overfit, what: str, pretrained: bo
 def same_sample(
     config: StageConfig, kind: PipelineKind, validation: Validation, train: PositionDataset, folder: Path
 ) -> Finding:
-    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same picture of a caption.
+    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same image of a caption.
 
     What that class samples otherwise, and a learned variance, is loaded with ours. One that cannot be loaded is wrong
     too.
@@ -176,11 +176,11 @@ def same_sample(
     pipeline = validation.pipeline
     stock = config.objective.variational_weight is None and kind.stock_equal
     loader = DiffusionPipeline if stock else type(pipeline)
-    prompts = validation.asked(fixed_batch(train, 1).pictures)
+    prompts = validation.asked(fixed_batch(train, 1).rows)
     # PixArt's stock pipeline reads nothing else than lower case
     prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     sample = partial(
-        sample_pictures,
+        sample_images,
         prompts=prompts,
         seed=config.seed,
         asked=validation.step.condition.keyword,
@@ -197,18 +197,18 @@ def same_sample(
     loaded.set_progress_bar_config(disable=True)
     one, other = sample(pipeline).astype(int), sample(loaded).astype(int)
     levels = int(abs(one - other).max())
-    how = "exactly the picture" if levels == 0 else f"within {levels} of 255 levels the picture"
+    how = "exactly the image" if levels == 0 else f"within {levels} of 255 levels the image"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
     remedy = f"; at most {LEVELS} is expected: a component is saved with other weights or another config than it has"
     return Finding(name, levels <= LEVELS, text + ("" if levels <= LEVELS else remedy))
 
 
-def cost_findings(config: RunConfig, cost: Cost, pictures: int) -> Iterator[Finding]:
+def cost_findings(config: RunConfig, cost: Cost, images: int) -> Iterator[Finding]:
     """Yield what the plan, this machine and the other one of ``doctor`` come to."""
-    steps = planned_steps(config.loop, pictures / config.data.batch_size)
+    steps = planned_steps(config.loop, images / config.data.batch_size)
     if config.loop.max_train_seconds is not None:
         steps = cost.steps(config.loop.max_train_seconds)
-    plan = Plan(pictures, config.data.batch_size, steps or 1, config.loop, config.optim)
+    plan = Plan(images, config.data.batch_size, steps or 1, config.loop, config.optim)
     faults = list(plan.faults())
     yield Finding("plan", not faults, "; ".join([plan.text(), *faults]), tuple(plan.oddities()))
     other = config.doctor

@@ -1,4 +1,4 @@
-"""A few pictures learned by heart: what cannot learn eight pictures learns no more of them."""
+"""A few images learned by heart: what cannot learn eight images learns no more of them."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 """Around what `ldm evaluate` has written into a card."""
 EVALUATION = re.compile("{0}(?:(?!{0}).)*?{1}".format(*EVALUATION_MARKS), re.DOTALL)
 KNOWN_DATA = {"openmoji": ("[OpenMoji](https://openmoji.org)", "CC BY-SA 4.0")}
-"""Name and licence of pictures that are always the same."""
+"""Name and licence of images that are always the same."""
 HUB_LICENCES = {
     *("mit", "apache-2.0", "unlicense", "cc", "cc0-1.0", "pddl", "odc-by", "odbl"),
     *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
     *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
     *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
 }
-"""Those of the Hub's identifiers that pictures come under; it refuses a card with one that it does not know."""
+"""Those of the Hub's identifiers that images come under; it refuses a card with one that it does not know."""
 METRICS = {
     "loss": "loss",
     "r_at_1": "retrieval R@1",
@@ -53,7 +53,7 @@ AVERAGE = """
 ## Which weights
 
 The average over the training with a power function whose standard deviation is {sigma_rel} of it (Karras et al. 2024),
-made of snapshots afterwards. The numbers and pictures here are those of another average, the training's own.
+made of snapshots afterwards. The numbers and images here are those of another average, the training's own.
 """
 
 
@@ -152,12 +152,12 @@ def _hub_data(data: DataConfig) -> str | None:
 
 
 def _data(data: DataConfig) -> tuple[str, str | None]:
-    """Return what the pictures are called, in Markdown, and their licence, None if it is not stated."""
+    """Return what the images are called, in Markdown, and their licence, None if it is not stated."""
     if data.source in KNOWN_DATA:
         name, licence = KNOWN_DATA[data.source]
         return name, data.licence or licence
     known = _hub_data(data)
-    name = f"[{known}](https://huggingface.co/datasets/{known})" if known else _called(data.path or "", "pictures")
+    name = f"[{known}](https://huggingface.co/datasets/{known})" if known else _called(data.path or "", "images")
     return f"{name} ({data.source})", data.licence
 
 
@@ -180,7 +180,7 @@ def _result(task: str, data: DataConfig, metric: str, value: float) -> EvalResul
     return EvalResult(
         task_type=task,
         dataset_type=known or data.source,
-        dataset_name=known or (_called(data.path, "pictures") if data.path else data.source),
+        dataset_name=known or (_called(data.path, "images") if data.path else data.source),
         dataset_split="validation",
         metric_type=metric,
         metric_name=METRICS.get(metric, metric),

@@ -66,7 +66,7 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
     except ValueError as error:
         name, how = type(pipeline).__name__, " with a mask" if masked else ""
         raise ValueError(
-            f"{name} starts from no picture{how}, and diffusers has no other pipeline of its parts that does; if the "
+            f"{name} starts from no image{how}, and diffusers has no other pipeline of its parts that does; if the "
             "model is one of ours, load its own pipeline, --trust_remote_code true"
         ) from error
 
@@ -162,7 +162,7 @@ def image_size(pipeline: Any) -> int:
     size = denoiser.config.get("sample_size") if denoiser is not None else None
     if size is None:
         raise ValueError(
-            f"{type(pipeline).__name__} does not draw pictures with a unet or transformer of a known sample_size; "
+            f"{type(pipeline).__name__} does not draw images with a unet or transformer of a known sample_size; "
             "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]

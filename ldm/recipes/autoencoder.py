@@ -58,7 +58,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     def validate(global_step: int) -> None:
         metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)
         run.log_metrics(metrics, global_step)
-        run.log_picture("reconstructions", sheet, global_step)
+        run.log_image("reconstructions", sheet, global_step)
 
     def events(loop: Loop[Batch]) -> Sequence[Event]:
         return ((config.loop.validate_every_steps, validate),)

@@ -35,7 +35,7 @@ def diffusion_recipe(
         ValueError: there is no pipeline for such a stage.
 
     """
-    first_images = partial(images.first_pictures, "train", STATISTICS_IMAGES)
+    first_images = partial(images.first_images, "train", STATISTICS_IMAGES)
     stage = build_stage(config, images.captions("train"), first_images, recorded_tokenizer(run.saved))
     sigma_rels = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
     step = DiffusionStep(stage, run, config.optim.ema_decay, sigma_rels)

@@ -1,4 +1,4 @@
-"""What the measures of a training show to be wrong, in plain sentences: once each, as early as it is certain.
+"""Alarms: plain sentences on what a training does wrong. Each is said once, as early as it is certain.
 
 An alarm stops nothing. What another alarm explains is not said: a learning rate of 0 leaves the text unused, too.
 """
@@ -23,7 +23,7 @@ STILL = "the denoiser stands still"
 NOT_FINITE = "losses are not finite"
 TEXT = "text is not used"
 EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
-"""What by itself keeps a model from using its text."""
+"""Alarms that by themselves explain a text that is not used."""
 MAX_NULL_DIFFERENCE = 1e-3
 """rms over rms: above rounding."""
 MAX_CUT_TOKENS = 0.25
@@ -35,8 +35,8 @@ LEARNED = 0.1
 """`explained_share` from which a model knows what latents look like, and can be asked what it reads."""
 SMALL_GAIN = 0.02
 """Share of the loss: a text that is used is worth more, one that is not is worth 0."""
-PICTURES, EPOCHS = (2_000, 100_000), 4
-"""A text is given this many epochs to be used, but no fewer and no more pictures than these, ..."""
+IMAGES, EPOCHS = (2_000, 100_000), 4
+"""A text is given this many epochs to be used, but no fewer and no more images than these, ..."""
 LEAST_SHARE = 0.1
 """... and this share of the training, and its warm-up."""
 Row = Mapping[str, float]
@@ -90,9 +90,9 @@ class Alarms:
             self._unused = unused
 
     def _has_seen_enough(self, global_step: int) -> bool:
-        pictures, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
-        least, most = PICTURES
-        return pictures >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
+        images, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
+        least, most = IMAGES
+        return images >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
             self.optim.warmup_steps, least_steps
         )
 
@@ -100,10 +100,10 @@ class Alarms:
 def faults_before(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
     """Yield name and sentence of each alarm that shows before the first step."""
     scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
-    if not scale.unit and config.space.kind != "pixel":  # pictures are as they are
+    if not scale.unit and config.space.kind != "pixel":  # images are as they are
         yield (
             SCALE,
-            f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out pictures before step 1, where noise has "
+            f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out images before step 1, where noise has "
             "0 and 1: noise levels are not what they are called, and samples come out grey or glaring; use an "
             "autoencoder that train_vae.py has finished, or one with the right scaling_factor in its config.json",
         )
@@ -117,7 +117,7 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
         )
     asked, condition = validation.step.asked, validation.step.condition
     never = asked is not None and validation.step.stage.model.conditioner(asked).dropout == 0
-    if never and guidance > 1 and condition.nothing not in validation.asked(train.pictures):
+    if never and guidance > 1 and condition.nothing not in validation.asked(train.rows):
         yield (
             NULL,
             f"conditioners.{asked}.dropout is 0, no image is without {condition.noun}, and validation.guidance_scale "
@@ -142,9 +142,9 @@ def not_finite(skipped: int, global_step: int, levels: Sequence[float]) -> str:
         )
     else:
         where = (
-            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: picture, 1: noise)"
+            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: image, 1: noise)"
         )
-        check = "objective (its weight at those levels), the pictures, optim.learning_rate and loop.mixed_precision"
+        check = "objective (its weight at those levels), the images, optim.learning_rate and loop.mixed_precision"
     return f"{skipped:,} of {global_step:,} steps were skipped: {where}; what is skipped is not learned; check {check}"
 
 
@@ -172,7 +172,7 @@ def stands_still(row: Row, global_step: int) -> str | None:
 
 
 def text_is_unused(row: Row) -> bool:
-    """Return whether a model that has learned gains nothing from captions, as far as the held-out pictures can tell.
+    """Return whether a model that has learned gains nothing from captions, as far as the held-out images can tell.
 
     Nothing: not two standard errors, and with them still less than `SMALL_GAIN` of the loss.
     """
@@ -181,10 +181,10 @@ def text_is_unused(row: Row) -> bool:
     return row["explained_share"] > LEARNED and gain <= 2 * error and small
 
 
-def _text_sentence(row: Row, global_step: int, pictures: int) -> str:
+def _text_sentence(row: Row, global_step: int, images: int) -> str:
     gain, error = row["conditional_gain/mean"], row["conditional_gain/standard_error"]
     return (
         f"conditional gain {gain:.4f} +- {error:.4f} of a loss of {row['validation/loss']:.4f} after {global_step:,} "
-        f"steps ({pictures:,} pictures): held-out pictures are denoised as well with captions of others; check that "
-        "captions belong to their pictures, conditioners.text.dropout and the text encoder"
+        f"steps ({images:,} images): held-out images are denoised as well with captions of others; check that "
+        "captions belong to their images, conditioners.text.dropout and the text encoder"
     )

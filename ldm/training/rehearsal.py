@@ -43,7 +43,7 @@ def rehearse(step: Step, batch: Batch, where: str, global_step: int = 0) -> None
 
 
 def first_batch(images: CaptionedImages, count: int) -> Batch:
-    """Return the first `count` pictures of the training split with their first captions, repeated if need be."""
+    """Return the first `count` images of the training split with their first captions, repeated if need be."""
     train = images.splits["train"]
     rows = [train[position % len(train)] for position in range(count)]
     captions = [next(iter(images.source.captions(row)), "") for row in rows]

@@ -29,7 +29,7 @@ from ldm.training.precision import chosen_precision
 from ldm.training.processes import join_processes, same_everywhere
 from ldm.training.resume import saved_state
 from ldm.training.signals import Stopped, StopSignals
-from ldm.training.trackers import refuse_missing_trackers, show_picture, start_trackers
+from ldm.training.trackers import refuse_missing_trackers, show_image, start_trackers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class Run:
-    """Accelerator, output folder, metrics and pictures of a run; built once, before any network."""
+    """Accelerator, output folder, metrics and images of a run; built once, before any network."""
 
     def __init__(self, output_dir: str, seed: int, config: LoopConfig):
         """Join the processes of the run; nothing is written before `open`.
@@ -164,15 +164,15 @@ class Run:
                     aside.write_text("".join(kept), encoding="utf-8")
                     aside.replace(path)
 
-    def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
-        """Write a picture to ``<name>/step-N.png`` and to the trackers."""
+    def log_image(self, name: str, image: Image.Image, global_step: int) -> None:
+        """Write an image to ``<name>/step-N.png`` and to the trackers."""
         if not self.is_main:
             return
         path = self.folder / name / f"step-{global_step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
         for tracker in self.accelerator.trackers:
-            show_picture(tracker, name, picture, global_step)
+            show_image(tracker, name, image, global_step)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What is looked at while a diffusion stage trains: held-out loss, pictures, retrieval; always the averaged weights."""
+"""Validation of a diffusion stage: held-out loss, images, retrieval; always with the averaged weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ldm.config import StageConfig
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.errors import ConfigError, explained
 from ldm.evaluation.gain import LEVELS
-from ldm.evaluation.pictures import comparison_sheet, written
+from ldm.evaluation.images import comparison_sheet, written
 from ldm.evaluation.retrieval import retrieval_ranks
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.sampling import sample_images
 from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class Validation:
-    """Held-out loss, a sheet of pictures and, if asked for, retrieval, at a step."""
+    """Held-out loss, a sheet of images and, if asked for, retrieval, at a step."""
 
     def __init__(self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Any, run: Run):
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
         self.seed = config.seed
-        self.pictures = images.splits["validation"]
+        self.rows = images.splits["validation"]
 
     @cached_property
     def batch(self) -> Batch:
@@ -47,7 +47,7 @@ class Validation:
 
     @cached_property
     def truncation(self) -> Truncation:
-        """What the tokenizer cuts of the training captions; nothing where there is none."""
+        """The share of the training captions that the tokenizer cuts; 0 without a tokenizer."""
         return truncation(self.step.tokenizer, self.images.captions("train"))
 
     @cached_property
@@ -62,7 +62,7 @@ class Validation:
         """Take one step of a sampling of `num_inference_steps`, and decode it.
 
         Raises:
-            ConfigError: the pipeline refuses, or its pictures have another size than those that they are compared with.
+            ConfigError: the pipeline refuses, or its images have another size than those that they are compared with.
 
         """
         size = self.images.config.image_size
@@ -75,24 +75,24 @@ class Validation:
             found = self.sample([self.step.condition.nothing], callback_on_step_end=stop).shape[1:3]
         if found != (size, size):
             raise ConfigError(
-                f"denoiser.sample_size: pictures are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
+                f"denoiser.sample_size: images are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
                 f"{size}; set it to what the space makes of {size} pixels"
             )
 
     def __call__(self, global_step: int) -> None:
-        """Measure, log, draw."""
+        """Measure, log, sample."""
         metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
-        pictures = [picture for picture in self.pictures if self.asked([picture]) != [""]][:count]
-        if pictures:
-            generated = self.sample(self.asked(pictures))
+        rows = [row for row in self.rows if self.asked([row]) != [""]][:count]
+        if rows:
+            generated = self.sample(self.asked(rows))
             if self.config.retrieval_images and self.step.condition.worded:
                 gallery, place = self._gallery
-                ranks = retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures]))
+                ranks = retrieval_ranks(generated, gallery, np.array([place[row] for row in rows]))
                 metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
-            true = np.stack([np.asarray(self.images.image(picture)) for picture in pictures[: self.config.num_images]])
-            sheet = comparison_sheet(written(self.asked(pictures[: len(true)])), generated[: len(true)], true)
-            self.run.log_picture("samples", sheet, global_step)
+            true = np.stack([np.asarray(self.images.image(row)) for row in rows[: self.config.num_images]])
+            sheet = comparison_sheet(written(self.asked(rows[: len(true)])), generated[: len(true)], true)
+            self.run.log_image("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
@@ -117,9 +117,9 @@ class Validation:
             return metrics
         return metrics | {"captions/cut": self.truncation.captions, "captions/cut_tokens": self.truncation.tokens}
 
-    def asked(self, pictures: Sequence[int]) -> list[Any]:
+    def asked(self, rows: Sequence[int]) -> list[Any]:
         """Return the conditions of images: captions, "" where there is none; or classes, None likewise."""
-        return [self.step.condition.of(self.images.source, picture) for picture in pictures]
+        return [self.step.condition.of(self.images.source, row) for row in rows]
 
     def sample(self, conditions: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
         """Return an image of each condition, (N, H, W, 3)."""
@@ -128,7 +128,7 @@ class Validation:
             "guidance_scale": self.config.guidance_scale,
             **more,
         }
-        return sample_pictures(self.pipeline, conditions, self.seed, self.step.condition.keyword, **call)
+        return sample_images(self.pipeline, conditions, self.seed, self.step.condition.keyword, **call)
 
 
 def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:
