@@ -18,7 +18,7 @@ from ldm.data.loader import LoadingError, training_batches
 from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.state import training_state
 
 from .test_batches import Shades
@@ -47,10 +47,11 @@ def fit(folder, stream, steps, poison=(), planned=40, settings=None):
     config = LoopConfig(
         max_train_steps=planned, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1
     )
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         step.modules["other"][1].p = 0.0  # dropout draws by the step's number, which differs here
         loop = Loop(step, OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(stream, (steps, interrupt))
     return loop
@@ -78,8 +79,8 @@ def test_r08_a_step_that_is_not_finite_changes_nothing_as_if_its_batch_had_not_b
     assert rates["a"][5:] == rates["b"][4:], "the schedule stood still"
 
 
-def test_r08_many_in_a_row_stop_the_run_name_the_pictures_and_leave_the_last_good_state(tmp_path):
-    with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED_IN_A_ROW} steps in a row .* on pictures"):
+def test_r08_many_in_a_row_stop_the_run_name_the_images_and_leave_the_last_good_state(tmp_path):
+    with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED_IN_A_ROW} steps in a row .* on images"):
         train(tmp_path, 50, poison=range(12, 400), save_every_steps=1)
     saved = CheckpointStore.load(CheckpointStore(tmp_path / "checkpoints", 1).latest())
     before = fit(tmp_path / "before", batches(), 3, planned=50)
@@ -87,21 +88,21 @@ def test_r08_many_in_a_row_stop_the_run_name_the_pictures_and_leave_the_last_goo
     assert torch.equal(saved.tensors["main-weights"]["weight"], before.step.modules["main"].weight.detach())
 
 
-def test_r08_the_message_names_the_pictures_of_the_batch(tmp_path):
+def test_r08_the_message_names_the_rows_of_the_batch(tmp_path):
     @dataclass
-    class Pictured:
+    class Imaged:
         positions: list[int]
-        pictures: list[int]
+        rows: list[int]
 
         def __len__(self):
             return len(self.positions)
 
-    def pictured(start_step, **share):
+    def imaged(start_step, **share):
         for (points,) in batches()(start_step, **share):
-            yield [Pictured(points.positions, [1000 + position for position in points.positions])]
+            yield [Imaged(points.positions, [1000 + position for position in points.positions])]
 
-    with pytest.raises(FloatingPointError, match=r"pictures \[\[1048, 1049, 1050, 1051\]\]"):
-        fit(tmp_path, pictured, 30, poison=range(12, 400))
+    with pytest.raises(FloatingPointError, match=r"images \[\[1048, 1049, 1050, 1051\]\]"):
+        fit(tmp_path, imaged, 30, poison=range(12, 400))
 
 
 def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -112,7 +113,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
     config = LoopConfig(max_train_steps=9, save_every_steps=1, trackers=(), mixed_precision="no")
     loop_ = []
     refused = pytest.raises(FloatingPointError, match=r"step 5: main-weights: weight is not finite, so nothing was")
-    with refused, finishing(Run(str(tmp_path), 0, config)) as run:
+    with refused, opened(Run(str(tmp_path), 0, config)) as run:
         loop_.append(Loop(Quadratic(run), OptimConfig(), config, run, 10))
         loop_[0].fit(batches(), (1, spoil))
     assert CheckpointStore(tmp_path / "checkpoints", 1).latest().name == "step-4"
@@ -121,7 +122,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
 def scaled(folder, steps, scale):
     """Train one module in float32 with float16's loss scaling, which a processor can do too."""
     config = LoopConfig(max_train_steps=40, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1)
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
         step = Quadratic(run)
         del step.modules["other"], step.forwards["other"]
@@ -129,6 +130,7 @@ def scaled(folder, steps, scale):
         step.losses = lambda batch, global_step: {"main": one(batch, global_step)["main"]}
         step.forwards["other"] = torch.nn.Sequential(torch.nn.Linear(2, 1))
         loop = Loop(step, OptimConfig(learning_rate=0.05), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(batches(), (steps, interrupt))
     return loop
@@ -188,7 +190,7 @@ def test_r07_a_checkpoint_without_one_tensor_is_refused(tmp_path):
 
 
 class Failing(Shades):
-    """Pictures one of which ends, holds up or fails its loader process."""
+    """Images one of which ends, holds up or fails its loader process."""
 
     def __init__(self, how):
         super().__init__()
@@ -204,9 +206,9 @@ class Failing(Shades):
                 case "stands still":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "raises":
-                    raise ValueError("picture 7: cannot be read")
+                    raise ValueError("image 7: cannot be read")
                 case "raises what cannot be sent":
-                    raise type("Own", (Exception,), {})("picture 7")
+                    raise type("Own", (Exception,), {})("image 7")
         return super().image(index)
 
 
@@ -228,15 +230,13 @@ def halfway(number, connection, tensor):
         ("stands still while it hands a batch over", 3, "No batch came within 3 seconds"),
     ],
 )
-def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_picture_in_time(
-    how, seconds, expected, monkeypatch
-):
+def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_image_in_time(how, seconds, expected, monkeypatch):
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=seconds)
     data = PositionDataset(CaptionedImages(Failing(how), config), "train", 0)
-    picture = 7
+    row = 7
     if "hands" in how:
         monkeypatch.setattr(loader, "_write", partial(halfway, signal.SIGKILL if "dies" in how else signal.SIGSTOP))
-        picture = data.picture(3)  # the last of the first batch
+        row = data.row(3)  # the last of the first batch
     before, began = set(active_children()), time.monotonic()
     stream = training_batches(data, 0)
     with pytest.raises((LoadingError, ValueError), match=expected) as error:
@@ -247,13 +247,13 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_picture_in_t
         process.join(timeout=30)
         assert process.exitcode is not None, "what is left would be waited for at the end"
     assert isinstance(error.value, ValueError if how == "raises" else LoadingError)
-    assert f"picture {picture}" in str(error.value)
+    assert f"image {row}" in str(error.value)
 
 
-def test_r18_what_is_named_is_a_picture_of_the_stream_that_failed():
+def test_r18_what_is_named_is_a_image_of_the_stream_that_failed():
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2)
     earlier, later = (PositionDataset(CaptionedImages(Shades(), config), "train", seed) for seed in (0, 23))
-    assert all(earlier.picture(position) != later.picture(position) for position in range(36))
+    assert all(earlier.row(position) != later.row(position) for position in range(36))
     whole = training_batches(earlier, 0)
     next(whole)
     before = set(active_children())
@@ -264,8 +264,8 @@ def test_r18_what_is_named_is_a_picture_of_the_stream_that_failed():
     with pytest.raises(LoadingError) as error:
         for _ in range(20):  # what they had handed over is still good
             next(stream)
-    picture, position = map(int, re.search(r"picture (\d+) \(position (\d+)\)", str(error.value)).groups())
-    assert picture == later.picture(position)
+    row, position = map(int, re.search(r"image (\d+) \(position (\d+)\)", str(error.value)).groups())
+    assert row == later.row(position)
     assert next(whole)[0].positions == [4, 5, 6, 7], "the other stream goes on"
 
 

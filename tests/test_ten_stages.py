@@ -36,8 +36,8 @@ NAMES = [
 ]
 
 
-def pictures(positions):
-    draws = generators(9, positions, "picture")
+def images(positions):
+    draws = generators(9, positions, "image")
     return torch.stack([torch.rand(3, PIXELS, PIXELS, generator=draw) * 2 - 1 for draw in draws])
 
 
@@ -45,7 +45,7 @@ def batch(positions=range(4)):
     positions = list(positions)
     labels = torch.tensor([position % CLASSES for position in positions])
     captions = [CAPTIONS[position % 3] for position in positions]
-    return Batch(positions, positions, captions, pictures(positions), None, labels)
+    return Batch(positions, positions, captions, images(positions), None, labels)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def stage(request, parts, tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "stage.yaml"
     file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[request.param]}))
     config = load_config(StageConfig, ["--config", str(file)])
-    return request.param, build_stage(config, CAPTIONS, lambda: pictures(range(40))), config
+    return request.param, build_stage(config, CAPTIONS, lambda: images(range(40))), config
 
 
 @pytest.fixture

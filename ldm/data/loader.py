@@ -32,7 +32,7 @@ from ldm.data.positions import step_positions
 
 
 class LoadingError(RuntimeError):
-    """A loader process died or hung; the message names the picture that it was at."""
+    """A loader process died or hung; the message names the image that it was at."""
 
 
 def training_batches(
@@ -98,7 +98,7 @@ class _Loader:
 
     def _where(self) -> str:
         position = self.place.value
-        where = f"picture {self.dataset.picture(position)} (position {position})" if position >= 0 else "no picture yet"
+        where = f"image {self.dataset.row(position)} (position {position})" if position >= 0 else "no image yet"
         return f"The loader process was at {where}; look at that, at the memory, or set data.workers to 0"
 
 
