@@ -104,7 +104,7 @@ def test_r06_what_is_exported_is_the_average_and_validating_changes_nothing(part
 
 
 def test_r18_a_training_whose_loader_process_dies_ends_and_is_resumed_exactly(tmp_path):
-    arguments = (*VAE, "--data.workers", 2, "--data.batch_size", 24)  # more than is on its way in a socket
+    arguments = (*VAE, "--data.workers", 2)
     dying = [Fault(loaders_killed, 4)]
     assert ended(start("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log", dying)) == 1
     assert "The loader process was at image " in (tmp_path / "log").read_text()

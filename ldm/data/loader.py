@@ -30,6 +30,9 @@ from torch import Tensor
 from ldm.data.batches import Batch, PositionDataset, Sample, collate
 from ldm.data.positions import step_positions
 
+BYTES_AHEAD = 2**20
+"""Batches of latents are small, and many fit into a socket: a loader process then need not wait for the training."""
+
 
 class LoadingError(RuntimeError):
     """A loader process died or hung; the message names the image that it was at."""
@@ -79,6 +82,8 @@ class _Loader:
     def next_batch(self) -> Batch:
         """Return its next batch; raises as `training_batches`."""
         try:
+            if self.process.exitcode is not None:
+                raise EOFError  # whatever it has sent, it will send no more
             found = self.batches.recv()
             if isinstance(found, Batch):
                 return found.with_tensors(partial(_read, self.batches))
@@ -107,9 +112,14 @@ def _start(dataset: PositionDataset, plan: Iterator[Sequence[int]]) -> _Loader:
     forking = get_context("fork")
     place = forking.Value("q", -1, lock=False)
     ours, theirs = forking.Pipe()
-    with socket.socket(fileno=os.dup(ours.fileno())) as one:
-        seconds = dataset.images.config.timeout_seconds
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+    seconds = dataset.images.config.timeout_seconds
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with (
+        socket.socket(fileno=os.dup(ours.fileno())) as reading,
+        socket.socket(fileno=os.dup(theirs.fileno())) as writing,
+    ):
+        reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BYTES_AHEAD)
     process = forking.Process(target=_load, args=(dataset, plan, place, ours, theirs), daemon=True)
     process.start()
     theirs.close()  # the process holds its end alone: it is closed when the process dies
