@@ -1,4 +1,4 @@
-"""The recipe of an autoencoder: reconstruction losses, saved at latents of unit scale."""
+"""The recipe of an autoencoder: trained on reconstruction losses, saved so that its latents have unit scale."""
 
 from __future__ import annotations
 
