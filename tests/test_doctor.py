@@ -26,7 +26,7 @@ from ldm.doctor.cost import GIB, Cost, Memory, Stopwatch, kept_for_backward, kep
 from ldm.doctor.examination import examined, overfit_finding
 from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
-from ldm.doctor.overfit import Overfit, drawn, restored
+from ldm.doctor.overfit import Overfit, fixed_draws, restored
 from ldm.doctor.plan import Plan
 from ldm.export import kinds as export_module
 from ldm.models.scheduler import build_scheduler
@@ -435,8 +435,8 @@ def test_few_steps_are_a_warning_and_no_disagreement(path):
 @pytest.mark.parametrize(
     ("trained", "sampled", "words"),
     [
-        (("linear", "epsilon"), ("linear", "v_prediction"), "takes the model output for v_prediction"),
-        (("flow", "flow_prediction"), ("flow", "sample"), "takes the model output for sample"),
+        (("linear", "epsilon"), ("linear", "v_prediction"), "reads the model output as v_prediction"),
+        (("flow", "flow_prediction"), ("flow", "sample"), "reads the model output as sample"),
         (("linear", "epsilon"), ("scaled_linear", "epsilon"), "the levels may differ by"),
         (("cosine", "sample"), ("flow", "sample"), "the levels may differ by"),
         (("linear", "sample", 1000, True), ("linear", "sample", 1000, False), "the levels may differ by"),
@@ -483,9 +483,9 @@ def test_how_far_is_far_enough(start, end, steps, pretrained, ok):
 
 
 def test_draws_are_fixed_and_have_other_positions():
-    batches = drawn(Batch([7, 9], [1, 2], ["a", "b"]))
+    batches = fixed_draws(Batch([7, 9], [1, 2], ["a", "b"]))
     positions = [position for batch in batches for position in batch.positions]
-    assert len(set(positions)) == len(positions) == 2 * overfit_module.DRAWS
+    assert len(set(positions)) == len(positions) == 2 * overfit_module.NOISE_DRAWS
     assert all(batch.rows == [1, 2] for batch in batches)
 
 
