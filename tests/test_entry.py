@@ -204,7 +204,7 @@ def test_samples_start_from_an_image(model, tmp_path, trust):
     (again,) = sample(["a dog"], str(model), str(tmp_path / "more"), image=str(path), **more)
     assert again.read_bytes() != path.read_bytes()
     for wrong, message in (
-        ({"strength": 0.5}, "say of which --image"),
+        ({"strength": 0.5}, "need an image to start from; name --image"),
         ({"image": "none.png"}, "image: none.png: .*No such file"),
         ({"image": str(model / "model_index.json")}, "image: .*not an image in"),
         ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength: got 7; expected at most 1"),
@@ -214,7 +214,7 @@ def test_samples_start_from_an_image(model, tmp_path, trust):
         with pytest.raises(ValueError, match=message):
             sample(["a cat"], str(model), str(tmp_path), **wrong, **more)
     over = {"image": str(again), "overwrite": True}
-    with pytest.raises(ValueError, match=r"more/a-dog-0\.png would be written over itself: name another --out"):
+    with pytest.raises(ValueError, match=r"more/a-dog-0\.png is an input and would be overwritten; name another --out"):
         sample(["a dog"], str(model), str(again.parent), **over, **more)
 
 

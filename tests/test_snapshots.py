@@ -313,7 +313,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(run):
         ("0.08", "model"): "model is there already",
         ("0.001", "other"): "cannot be made of 16 snapshots",
         ("long", "other"): "sigma_rel: got 'long'; expected numbers separated by commas",
-        ("0.05,0.1", "other"): "to: names one folder, for 2 lengths",
+        ("0.05,0.1", "other"): "to: got one folder for 2 lengths",
     }
     for (sigma_rel, to), message in refusals.items():
         with pytest.raises(SystemExit, match=message):
