@@ -99,7 +99,7 @@ def test_what_was_measured_and_how_is_said(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 37, "validation/loss": 1.0, "validation/r_at_1": 0.5}) + "\n")
     text = card(run, stage("--validation.retrieval_images", "50")).text
-    assert "Retrieval: of 50 validation captions" in text
+    assert "Retrieval: the share of 50 validation captions" in text
     assert "At step 37" in text
     assert "40 steps" in text
 

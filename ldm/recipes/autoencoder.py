@@ -81,7 +81,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
 
 
 def autoencoder_card(config: AutoencoderConfig) -> CardText:
-    """Return the words on the card of an autoencoder."""
+    """Return the card texts of an autoencoder."""
     return CardText(
         title="Autoencoder",
         about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "
