@@ -1,10 +1,10 @@
 """U-Net against transformer of as many parameters, after ten minutes of training: python -m benchmarks.transformer
 
-configs/openmoji/text2img.yaml against text2img_transformer.yaml. First the steps of both are timed, in turn. This gives
-each the number of steps that it can take in `--seconds` on this machine; `--steps N M` gives the two numbers instead.
-Then each trains for that many steps with every seed, so that other load on the machine does not matter. All are
-measured by ``ldm evaluate`` on the held-out captions, with the demo's guidance. Results that `--out` holds already are
-kept. The table is printed as Markdown, and the numbers are written to docs/transformer.json.
+configs/stable_diffusion/openmoji/text2img.yaml against text2img_transformer.yaml. First the steps of both are timed, in
+turn. This gives each the number of steps that it can take in `--seconds` on this machine; `--steps N M` gives the two
+numbers instead. Then each trains for that many steps with every seed, so that other load on the machine does not
+matter. All are measured by ``ldm evaluate`` on the held-out captions, with the demo's guidance. Results that `--out`
+holds already are kept. The table is printed as Markdown, and the numbers are written to docs/transformer.json.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from ldm.machine import hardware
 from .trainings import ROOT, step_seconds, train
 
 CONFIGS = {
-    "U-Net": ["--config", "configs/openmoji/text2img.yaml"],
-    "transformer": ["--config", "configs/openmoji/text2img_transformer.yaml"],
+    "U-Net": ["--config", "configs/stable_diffusion/openmoji/text2img.yaml"],
+    "transformer": ["--config", "configs/stable_diffusion/openmoji/text2img_transformer.yaml"],
 }
 HELD_OUT = (
     *("--captions", "configs/openmoji/heldout.txt", "--validation_captions", "configs/openmoji/validation.txt"),
