@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ldm.commands import cli
-from ldm.commands.cli import COMMANDS, PLACES, read_arguments
+from ldm.commands.cli import COMMANDS, PATH_ARGUMENTS, read_arguments
 from ldm.commands.sample import sample
 
 from .tiny_pipeline import pipeline
@@ -82,7 +82,7 @@ def test_paths_of_every_command_are_expanded(monkeypatch):
         argument: one for name in COMMANDS for argument, one in inspect.signature(function(name)).parameters.items()
     }
     texts = {argument for argument, one in parameters.items() if "str" in str(one.annotation)}
-    assert texts - {*PLACES} == TEXTS & texts, "a text is a path or it is not"
+    assert texts - {*PATH_ARGUMENTS} == TEXTS & texts, "a text is a path or it is not"
     found = read_arguments("sample", sample, ["--model=~/a", "--out=$RUNS/b", "--image=~", "--", "~", "$RUNS"])
     assert (found["model"], found["out"], found["image"]) == ("/home/me/a", "/runs/b", "/home/me")
     assert found["prompts"] == ["~", "$RUNS"]

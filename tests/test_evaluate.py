@@ -119,7 +119,7 @@ def test_a_model_that_is_told_nothing_is_measured_by_its_images(place, tmp_path)
     cli.main(words(place, "pixels", tmp_path / "ours", *more, "--trust_remote_code", "true"))
     (report, stock), (_, ours) = read(tmp_path / "stock"), read(tmp_path / "ours")
     assert [section["title"] for section in report["sections"]] == [
-        "What does it draw?", "Do its images look like true ones?", "Does it copy its training images?",
+        "What do its samples look like?", "Do its images look like true ones?", "Does it copy its training images?",
     ]  # fmt: skip
     assert stock["KID, clip"]["value"] == pytest.approx(ours["KID, clip"]["value"], abs=1e-4)
     assert Image.open(tmp_path / "stock" / "samples.png").width > 100

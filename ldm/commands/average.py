@@ -12,7 +12,7 @@ from ldm.config import DataOptions
 from ldm.evaluation.evaluation import Evaluation
 from ldm.export.folder import averaged_model
 
-FILE = "averages.json"
+AVERAGES_FILE = "averages.json"
 
 
 def average(
@@ -68,6 +68,6 @@ def average(
             print(f"{folder.name}: R@1 {r_at_1}, KID {distance}")
         best = max(rows, key=lambda row: row["r_at_1"]["value"])
         found = {"best": best["model"], "seed": seed, **call, "network": network, "lengths": rows}
-        (Path(run) / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (Path(run) / AVERAGES_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"the best on the validation captions: {Path(run) / best['model']}")
     return list(folders.values())

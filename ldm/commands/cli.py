@@ -75,11 +75,11 @@ COMMANDS = {
         {},
     ),
 }
-PLACES = (
+PATH_ARGUMENTS = (
     *("model", "data", "out", "captions", "validation_captions", "held_out", "factors", "network", "clip", "image"),
     *("mask_image", "run", "to", "tokenizer", "folder"),
 )
-"""Arguments that name files, in which ``~`` and ``$NAME`` are replaced."""
+"""Arguments that are paths, in which ``~`` and ``$NAME`` are replaced."""
 
 
 def overview() -> str:
@@ -114,7 +114,7 @@ def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]
         parser.add_argument(argument, help=about, nargs="+" if argument == "prompts" else None)
     parser.add_function_arguments(function, skip={*command.positional}, as_positional=False)
     given: dict[str, Any] = parser.parse_args(words).as_dict()
-    return {key: expanded(value, key) if key in PLACES else value for key, value in given.items()}
+    return {key: expanded(value, key) if key in PATH_ARGUMENTS else value for key, value in given.items()}
 
 
 @exit_on_interrupt()

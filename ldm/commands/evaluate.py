@@ -50,8 +50,8 @@ def evaluate(
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         data: Data, as in `validate`; unreadable images are left out. None: openmoji, if the model was trained on it.
         out: Folder for the results.
-        captions: File of captions, a line each, whose images the model was not trained on: held_out.test. None: as
-            its training held them out, by a file or by hash.
+        captions: File of captions, a line each, whose images the model was not trained on: held_out.test. None: those
+            that its training held out, by a file or by hash.
         validation_captions: File of the validation captions, which the model was not trained on either:
             held_out.validation.
         classes: Classes to sample and to judge, such as 0,3,5; none: all of class_column.

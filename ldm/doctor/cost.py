@@ -106,7 +106,7 @@ class Cost:
         )
 
     def memory_fault(self) -> str | None:
-        """Return why this machine has too little memory, or None; a GPU has taken the steps, so it has enough."""
+        """Return why this machine has too little memory, or None; None on a GPU, where the steps have run."""
         if self.peak_bytes is not None or self.memory.total <= memory_bytes():
             return None
         return (

@@ -32,9 +32,9 @@ FONT_SIZE = 14
 LINE_HEIGHT = 18
 """Pixels."""
 
-PAPER = (255, 255, 255)
-LINES = (208, 208, 208)
-INK = (32, 32, 32)
+PAPER_COLOUR = (255, 255, 255)
+LINE_COLOUR = (208, 208, 208)
+TEXT_COLOUR = (32, 32, 32)
 
 
 def pixel_values(images: Images) -> Tensor:
@@ -52,7 +52,7 @@ def image_grid(images: Images, columns: int = 8) -> Image.Image:
     height, width = images.shape[1:3]
     rows = -(-len(images) // columns)
     size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
-    grid = Image.new("RGB", size, LINES)
+    grid = Image.new("RGB", size, LINE_COLOUR)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         grid.paste(Image.fromarray(image), (column * (width + GAP), row * (height + GAP)))
@@ -99,21 +99,21 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
     left = MARGIN + (widest + MARGIN if widest else 0)
     sheet_width = left + len(bands[0]) * (width + MARGIN)
     sheet_height = MARGIN + sum(caption_heights) + len(bands) * (image_rows + MARGIN)
-    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER_COLOUR)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
     for band, caption_height in zip(bands, caption_heights, strict=True):
         for row, (label, images) in enumerate(rows.items()):
             y = top + row * (height + GAP)
-            draw.text((left - MARGIN, y + height // 2), label, INK, font, anchor="rm")
+            draw.text((left - MARGIN, y + height // 2), label, TEXT_COLOUR, font, anchor="rm")
             for column, index in enumerate(band):
                 x = left + column * (width + MARGIN)
-                draw.rectangle((x - 1, y - 1, x + width, y + height), outline=LINES)
+                draw.rectangle((x - 1, y - 1, x + width, y + height), outline=LINE_COLOUR)
                 sheet.paste(_enlarge(images[index], factor), (x, y))
         for column, index in enumerate(band):
             for number, line in enumerate(wrapped[index]):
                 x = left + column * (width + MARGIN)
-                draw.text((x, top + image_rows + number * LINE_HEIGHT), line, INK, font)
+                draw.text((x, top + image_rows + number * LINE_HEIGHT), line, TEXT_COLOUR, font)
         top += image_rows + caption_height + MARGIN
     return sheet
 

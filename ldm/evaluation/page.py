@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .markdown import ARROWS, COPIED, said
-from .plot import LINES, svg
+from .plot import LINE_HUES, svg
 from .report import BESIDE, Report, Row
 
 ENLARGED_TO = 256
@@ -43,7 +43,7 @@ def html(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"strip": strip, "svg": svg, "png": png, "said": said, "paragraphs": _paragraphs}
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    words = {"arrows": ARROWS, "copied": COPIED, "usual": BESIDE, "line_colours": LINES}
+    words = {"arrows": ARROWS, "copied": COPIED, "usual": BESIDE, "line_colours": LINE_HUES}
     words |= {"enlarged_to": ENLARGED_TO, "column_width": COLUMN_WIDTH}
     page = template.render(report=report, **words)
     return page.encode("utf-8", "replace").decode()  # half a surrogate pair, which captions may have, is a "?"

@@ -15,14 +15,14 @@ from matplotlib.ticker import NullLocator
 from .report import Curve
 
 SIZE_INCHES = (4.3, 2.5)
-LINES = 6
+LINE_HUES = 6
 """Number of line colours, ``--line-0`` and so on; a seventh line has the first one again."""
 
 TICKED_PLACES = 9
 """Most points of a logarithmic axis that are all labelled, as in a sweep."""
 
 INK, RULE = "#000001", "#000002"
-COLOURS = {INK: "var(--muted)", RULE: "var(--rule)"} | {f"#0001{n:02x}": f"var(--line-{n})" for n in range(LINES)}
+COLOURS = {INK: "var(--muted)", RULE: "var(--rule)"} | {f"#0001{n:02x}": f"var(--line-{n})" for n in range(LINE_HUES)}
 """Colour given to matplotlib -> CSS variable of the page that replaces it."""
 
 STYLE: dict[Any, Any] = {
@@ -61,7 +61,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         if len(places) <= TICKED_PLACES:
             axes.set_xticks(places, [f"{x:g}" for x in places])
     for number, points in enumerate(curve.lines.values()):
-        colour = f"#0001{number % LINES:02x}"
+        colour = f"#0001{number % LINE_HUES:02x}"
         xs = [x for x, _ in points]
         values, lows, highs = ([_or_gap(getattr(m, end)) for _, m in points] for end in ("value", "low", "high"))
         axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)

@@ -117,7 +117,7 @@ def samples(subject: Subject) -> Section:
     shown = subject.generated[:SHEET_IMAGES]
     sheet = contact_sheet([""] * len(shown), shown, 8)
     text = f"The first of {len(subject)} images, with consecutive seeds; none was chosen."
-    return Section("What does it draw?", text, (), (), [Figure("Generated", "", sheet)])
+    return Section("What do its samples look like?", text, (), (), [Figure("Generated", "", sheet)])
 
 
 def likeness(subject: Subject, network: str) -> Section:

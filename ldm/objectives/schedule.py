@@ -102,7 +102,7 @@ class FlowSchedule:
     num_train_timesteps: int
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """Return t = u, scaled."""
+        """Return ``num_train_timesteps * u``: on this path t = u."""
         return u * self.num_train_timesteps
 
     def alpha_sigma(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
