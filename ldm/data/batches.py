@@ -24,8 +24,9 @@ from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_images
 
 log = logging.getLogger(__name__)
-Moments = tuple[Tensor, Tensor]
-Encode = Callable[[Tensor], Moments]
+MeanAndStd = tuple[Tensor, Tensor]
+"""Mean and standard deviation of a Gaussian over x0, each (C, H, W); in a batch (B, C, H, W)."""
+Encode = Callable[[Tensor], MeanAndStd]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Sample:
     caption: str
     class_label: int | None = None
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: MeanAndStd | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Batch:
     rows: list[int]
     captions: list[str]
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: MeanAndStd | None = None
     class_labels: Tensor | None = None
 
     def __len__(self) -> int:
@@ -179,7 +180,7 @@ class EncodedImages:
             named += f"/{blake2b(','.join(map(str, encoded_rows)).encode(), digest_size=16).hexdigest()}"
         self._rows = CachedRows("latents", named, len(encoded_rows) * self.views, compute)
 
-    def moments(self, row: int, mirrored: bool = False) -> Moments:
+    def moments(self, row: int, mirrored: bool = False) -> MeanAndStd:
         """Return mean and std of one image, or with flips of its mirror image."""
         kept = self._rows[self._place[row] * self.views + mirrored]
         return kept["mean"], kept["std"]

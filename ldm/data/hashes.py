@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ldm.data.cache import CachedRows
-from ldm.data.headers import ImageError, explained
+from ldm.data.headers import ImageError, image_errors
 from ldm.data.pixels import READING, to_rgb
 from ldm.data.sources import Source
 
@@ -34,7 +34,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
     def digest(row: int) -> bytes:
         try:
             image = source.image(row)
-            with explained():
+            with image_errors():
                 return pixel_digest(to_rgb(image, background))
         except ImageError:
             return bytes(DIGEST_SIZE)

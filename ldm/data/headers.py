@@ -38,7 +38,7 @@ def open_image(file: str | BinaryIO) -> Image.Image:
 
     """
     try:
-        with explained(), warnings.catch_warnings():
+        with image_errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             sound, left_out = without_odd_chunks(file)
             image: Image.Image = Image.open(sound, formats=FORMATS)
@@ -68,13 +68,13 @@ def metadata_fault(image: Image.Image) -> str | None:
 
 def decode(image: Image.Image) -> Image.Image:
     """Return the image with its pixels decoded; raises ImageError if they are cut short or broken."""
-    with explained():
+    with image_errors():
         image.load()
     return image
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def image_errors() -> Iterator[None]:
     """Turn what readers of images raise on a broken file into a `ImageError`.
 
     Errors of the disk stay what they are: the file may be sound.

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import lasting_names, pixel_digest
-from ldm.data.headers import ImageError, decode, explained
+from ldm.data.headers import ImageError, decode, image_errors
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
 from ldm.data.profiles import profile_name
@@ -27,7 +27,7 @@ CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each caption, begin and end included."""
 EXAMPLES = 12
 NAMED = 3
-"""Images of a group and split that its reason names; `Report.near_duplicates` has all."""
+"""Images of a group and split that its reason names; `Inspection.near_duplicates` has all."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Report:
+class Inspection:
     """What was found: problems, and `statistics` that JSON can hold."""
 
     problems: list[Problem]
@@ -78,7 +78,9 @@ class Report:
         return "\n".join([*lines, "a training would stop" if stopping else "nothing here stops a training"])
 
 
-def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
+def inspect(
+    source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0
+) -> Inspection:
     """Return what is wrong with the images and captions of a source and what they are like.
 
     Decodes in `workers` processes (0: in this one); memory grows by some 10 KB an image. `max_length` is the
@@ -116,7 +118,7 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     near_duplicates = [
         {split: [place(source, row) for row in rows] for split, rows in group.items()} for group in alike
     ]
-    return Report(problems, statistics, examples, near_duplicates)
+    return Inspection(problems, statistics, examples, near_duplicates)
 
 
 def place(source: Source, row: int) -> str:
@@ -145,7 +147,7 @@ class _Decoding(Dataset[Facts | Problem]):
         row, source = self.rows[index], self.source
         where = place(source, row)
         try:
-            with explained():
+            with image_errors():
                 image = source.header(row) if isinstance(source, RowSource) else source.image(row)
                 mode, kind = image.mode, image.format or "none"
                 profile = profile_name(image.info.get("icc_profile"), mode)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
-from ldm.data.headers import ImageError, decode, explained, metadata_fault
+from ldm.data.headers import ImageError, decode, image_errors, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
@@ -101,7 +101,7 @@ def caption_fault(value: object) -> str | None:
 def undecodable_problem(source: RowSource, row: int, background: str) -> Problem:
     """Return why the image of a row cannot be decoded."""
     try:
-        with explained():
+        with image_errors():
             to_rgb(decode(source.header(row)), background)
         reason = "it cannot be decoded"
     except (ImageError, OSError) as error:
