@@ -160,4 +160,4 @@ def _save(folder: Path, known: Hashes, wanted: Iterable[bytes]) -> None:
             save_file({"hashes": table}, aside, {"blake2b": content_hash(table.data).hex()})
             put_in_place(aside, folder / "hashes.safetensors")
     except OSError as error:
-        log.warning("hashes of files cannot be saved; the next run computes them again: %s", error)
+        log.warning("hashes of files cannot be kept; the next run computes them again: %s", error)

@@ -82,7 +82,7 @@ def image_files(folder: str, names: Sequence[str]) -> Splits:
     without = set(images).difference(*found.values())
     if found and without:
         one, other = next(iter(found.values()))[0], min(without)
-        log.warning("%s is named like split %s, but %s like none: all are train", one, next(iter(found)), other)
+        log.warning("%s looks like split %s by its name, %s like none: all are train", one, next(iter(found)), other)
         return {"train": list(names)}
     return found or {"train": list(names)}
 

@@ -21,8 +21,8 @@ from ldm.data.positions import step_positions
 _LIVE: WeakSet[Iterator[Batch]] = WeakSet()
 """The DataLoader iterators of this process that have worker processes."""
 _ABANDONED: list[Iterator[Batch]] = []
-"""Iterators whose loader processes were killed, kept until this process ends. A DataLoader iterator that is deleted
-sets an event; a killed process may have held its lock, and this process would wait forever. Torch skips that at exit."""
+"""Iterators whose loader processes were killed, kept until this process ends. A deleted DataLoader iterator sets an
+event; a killed process may have held its lock, and this process would wait forever. Torch skips that at exit."""
 
 
 class LoadingError(RuntimeError):
