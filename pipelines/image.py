@@ -19,7 +19,7 @@ MANY = 4
 """Times the pixels that a model has learned, from which on an image is said to be large for it."""
 logger = logging.getLogger(__name__)
 
-Images = list[Image.Image] | torch.Tensor
+GivenImages = list[Image.Image] | torch.Tensor
 """PIL in RGB; or (N, C, height, width), floats in [0, 1]; or latents, which have other than three channels."""
 
 
@@ -56,7 +56,7 @@ class StartImage:
 def start_image(
     processor: VaeImageProcessor,
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
-    image: Images | None,
+    image: GivenImages | None,
     mask_image: Any,
     strength: float,
     size: tuple[int, int],
@@ -107,12 +107,12 @@ def checked_strength(strength: float | None, image: Any, mask_image: Any) -> flo
     return float(strength)
 
 
-def is_latents(images: Images) -> TypeGuard[torch.Tensor]:
+def is_latents(images: GivenImages) -> TypeGuard[torch.Tensor]:
     """Return whether images are in the denoiser's space already."""
     return torch.is_tensor(images) and images.shape[1] != RGB
 
 
-def kept_size(images: Images | None, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
+def kept_size(images: GivenImages | None, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
     """Return height and width, pixels, that images are drawn anew in: their own, rounded down to a `multiple`.
 
     factor: pixels, height and width, that one latent stands for. learned: height and width of the model's own images,
@@ -133,7 +133,9 @@ def kept_size(images: Images | None, factor: int, multiple: int, learned: tuple[
     return height // multiple * multiple, width // multiple * multiple
 
 
-def given_images(name: str, given: Any, channels: int, background: str, latent_channels: int | None = None) -> Images:
+def given_images(
+    name: str, given: Any, channels: int, background: str, latent_channels: int | None = None
+) -> GivenImages:
     """Return the images of an argument, one or several; ValueError if they are none, or not all of one kind.
 
     given: PIL of 8 bits, whose transparent parts are put on `background`; arrays (height, width, C) or (N, height,
@@ -185,7 +187,7 @@ def _unusable(name: str, given: Any, channels: int) -> ValueError:
     return ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape {sizes}, or PIL images")
 
 
-def _check_count(name: str, images: Images, counts: tuple[int, int, int]) -> None:
+def _check_count(name: str, images: GivenImages, counts: tuple[int, int, int]) -> None:
     if len(images) not in counts:
         raise ValueError(f"{name}: got {len(images)} for {counts[-1]} images; expected one, or one a prompt")
 

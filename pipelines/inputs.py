@@ -40,7 +40,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class CallInputs:
     """A call that has been checked."""
 
     prompt: list[str] | None
@@ -77,7 +77,7 @@ def check_inputs(
     return_dict: bool,
     callback_on_step_end: object,
     callback_on_step_end_tensor_inputs: Sequence[str],
-) -> Inputs:
+) -> CallInputs:
     """Return the call's inputs in one form; ValueError, with what came and what is allowed, if any is unusable."""
     prompts = None if prompt is None else texts("prompt", prompt)
     if (prompts is None) == (prompt_embeds is None):
@@ -109,7 +109,7 @@ def check_inputs(
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (images, channels, height, width)")
     _check_values("latents", latents)
-    return Inputs(
+    return CallInputs(
         prompt=prompts,
         negative_prompt=_negatives(negative_prompt, count),
         prompt_embeds=prompt_embeds,

@@ -7,8 +7,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image import RGB, Images, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
-from .inputs import MAX_IMAGES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
+from .image import RGB, GivenImages, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
+from .inputs import MAX_IMAGES, CallInputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
 from .prompts import encode, lora_scaled
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_eta, check_scheduler, set_timesteps
@@ -230,7 +230,7 @@ class Prompted:
         zeroed = self._zero_padding
         return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, zeroed, clip_skip)
 
-    def _limits(self, images: Images | None) -> Limits:
+    def _limits(self, images: GivenImages | None) -> Limits:
         """Return what the components can do; images: those whose size is the default."""
         denoiser, size = self.denoiser.config, self.denoiser.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
@@ -251,7 +251,9 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, images: Images | None, mask_image: Any, strength: float) -> StartImage | None:
+    def _start(
+        self, inputs: CallInputs, images: GivenImages | None, mask_image: Any, strength: float
+    ) -> StartImage | None:
         """Return what the latents start from besides noise; the posterior is drawn before the noise."""
         if images is not None and not is_latents(images) and self.vae is None:
             raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from; give latents")
@@ -273,7 +275,7 @@ class Prompted:
 
     def _denoise(
         self,
-        inputs: Inputs,
+        inputs: CallInputs,
         timesteps: torch.Tensor,
         start: StartImage | None,
         callback: StepCallback | None,

@@ -9,7 +9,7 @@ from .guidance import guide
 from .image import StartImage
 from .schedulers import step_options, takes_variance
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PredictOutput = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From x_t and the timestep to what the scheduler takes."""
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]]
 """From step number, timestep and x_t to the x_t to go on with, and whether to stop."""
@@ -19,7 +19,7 @@ StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]
 
 
 def denoise(
-    predict: Predict,
+    predict: PredictOutput,
     scheduler: Any,
     noise: torch.Tensor,
     timesteps: torch.Tensor,

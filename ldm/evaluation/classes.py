@@ -8,9 +8,10 @@ from typing import cast
 import numpy as np
 
 from ldm.evaluation.distances import Features
-from ldm.evaluation.images import Images, contact_sheet
+from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.measure import Indices, mean_of
 from ldm.evaluation.report import Figure, Row, Section
+from ldm.models.vision import Images
 
 RIDGE = 0.1
 """Share of the features' mean variance that is added to the variance of each."""

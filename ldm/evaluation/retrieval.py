@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.evaluation.images import Images
 from ldm.evaluation.measure import Indices, Measure, mean_of
+from ldm.models.vision import Images
 
 COARSE_SIZE = 16
 """Height and width, in pixels, that images are averaged to before they are compared."""

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ldm.evaluation.images import Images
 from ldm.models.pipeline import plain_call
+from ldm.models.vision import Images
 
 CHUNK = 50
 """Images that one call of the pipeline samples."""

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from ldm.evaluation.distances import Features, frechet_distance, kid
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families
 from ldm.evaluation.gain import Losses
-from ldm.evaluation.images import Images, comparison_sheet, contact_sheet, labelled_sheet, pixel_values
+from ldm.evaluation.images import comparison_sheet, contact_sheet, labelled_sheet, pixel_values
 from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Curve, Figure, Row, Section
 from ldm.evaluation.retrieval import Distances, feature_distances, ranks_among, recalls
 from ldm.evaluation.subject import Subject
+from ldm.models.vision import Images
 
 SHEET_IMAGES = 24
 """Images on a sheet of samples."""

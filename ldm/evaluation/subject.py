@@ -8,9 +8,9 @@ from functools import cached_property
 
 from ldm.evaluation.baselines import derangement
 from ldm.evaluation.distances import Features
-from ldm.evaluation.images import Images
 from ldm.evaluation.measure import Indices
 from ldm.evaluation.retrieval import Distances, pixel_distances
+from ldm.models.vision import Images
 
 
 @dataclass(frozen=True)
