@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_digest
-from ldm.data.headers import decode, metadata_fault, open_image
+from ldm.data.headers import decode_pixels, metadata_fault, open_image
 from ldm.data.inspection import inspect
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import checked_source
@@ -194,7 +194,7 @@ def test_r26_no_chunk_beside_the_pixels_costs_a_png_its_pixels(name, place, tmp_
         image = open_image(file)
         fault = metadata_fault(image)
         assert (said in fault) if said and (place == "before" or said != "EXIF or XMP") else fault is None
-        assert np.array_equal(np.asarray(to_rgb(decode(image))), COLOURS)
+        assert np.array_equal(np.asarray(to_rgb(decode_pixels(image))), COLOURS)
 
 
 def jpeg(segment):

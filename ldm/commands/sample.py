@@ -16,9 +16,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config.places import made_folder
-from ldm.data.headers import ImageError, decode, open_image
+from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
-from ldm.models.pipeline import asked_by, call_settings, kept_size, load_pipeline, plain_call, starting_from
+from ldm.models.pipeline import asked_by, call_settings, load_pipeline, plain_call, size_arguments, starting_from
 
 NAME_LETTERS, NAME_BYTES = 80, 200
 """Limits of the prompt in a file name. File systems take 255 bytes, and seed, number and suffix follow."""
@@ -73,7 +73,7 @@ def sample(
     if image is not None:
         images = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
-        settings |= kept_size(pipeline, *images["image"].size)
+        settings |= size_arguments(pipeline, *images["image"].size)
     made_folder(out)
     written = []
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
@@ -118,7 +118,7 @@ def started(**files: str | None) -> dict[str, Image.Image]:
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                images[name] = to_rgb(decode(open_image(file)), behind)
+                images[name] = to_rgb(decode_pixels(open_image(file)), behind)
             except (OSError, ImageError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return images
