@@ -127,7 +127,7 @@ def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfi
     if stopping and config.on_bad_data == "error":
         raise ConfigError(
             f"{len(stopping)} problem(s) in data.path {config.path}, which has {len(source)} rows:\n"
-            f"{listing(stopping)}\nMend them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
+            f"{listing(stopping)}\nCorrect them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
         )
     bad = {problem.row for problem in stopping}
     good = [row for row in range(len(source)) if row not in bad]
