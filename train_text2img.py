@@ -1,4 +1,7 @@
-"""Train a diffusion stage: accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml."""
+"""Train a diffusion stage.
+
+accelerate launch train_text2img.py --config configs/stable_diffusion/openmoji/text2img.yaml
+"""
 
 from __future__ import annotations
 

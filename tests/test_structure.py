@@ -5,8 +5,6 @@ import re
 import subprocess
 from pathlib import Path
 
-from ldm.commands.cli import COMMANDS
-
 from .reliability import ROWS, rows_of
 
 ROOT = Path(__file__).parent.parent
@@ -124,22 +122,6 @@ def test_the_file_map_of_the_readme_names_every_module_and_nothing_else():
     for file in tracked.stdout.split():
         if file.endswith(".py") and not file.endswith("__init__.py"):
             assert file in named or any(file.startswith(folder) for folder in folders), f"README leaves {file} out"
-
-
-def test_the_commands_of_the_readme_exist():
-    commands = re.findall(r"^(?:\.venv/bin/)?(?:accelerate launch )?(\S+\.py|ldm \w+|make \w+)", readme(), re.MULTILINE)
-    assert {"make demo", "make test"} <= set(commands)
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for command in commands:
-        kind, _, word = command.partition(" ")
-        if kind == "make":
-            assert word in targets
-        elif kind == "ldm":
-            assert word in COMMANDS
-        else:
-            assert (ROOT / command).exists()
-    for config in re.findall(r"configs/[\w/.-]+\.(?:yaml|txt)", readme()):
-        assert (ROOT / config).exists(), config
 
 
 def test_the_page_on_reliability_names_every_test_of_every_row():

@@ -1,4 +1,4 @@
-"""What the measures of a training show to be wrong, in plain sentences: once each, as early as it is certain.
+"""Alarms: plain sentences on what a training does wrong. Each is said once, as early as it is certain.
 
 An alarm stops nothing. What another alarm explains is not said: a learning rate of 0 leaves the text unused, too.
 """
@@ -23,7 +23,7 @@ STILL = "the denoiser stands still"
 NOT_FINITE = "losses are not finite"
 TEXT = "text is not used"
 EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
-"""What by itself keeps a model from using its text."""
+"""Alarms that by themselves explain a text that is not used."""
 MAX_NULL_DIFFERENCE = 1e-3
 """rms over rms: above rounding."""
 MAX_CUT_TOKENS = 0.25

@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder: its reconstructions and the scale of its latents."""
+"""Measures of an autoencoder: its reconstructions and the scale of its latents."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rehearse_saving(autoencoder: AutoencoderKL, pixel_values: Tensor, where: str
 
 @torch.no_grad()
 def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count: int = 4096) -> tuple[Tensor, Tensor]:
-    """Return mean and std, (C,), of latents drawn for up to `count` training images, posterior spread included."""
+    """Return mean and std, (C,), of latents sampled for up to `count` training images, posterior spread included."""
     device = next(autoencoder.parameters()).device
     pixel_values = fixed_batch(train, count).pixel_values
     if pixel_values is None:

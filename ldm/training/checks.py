@@ -30,7 +30,7 @@ class Scale:
 
     @property
     def unit(self) -> bool:
-        """Whether noise of std 1 is a match for it: std in [0.5, 2], mean in [-0.5, 0.5]."""
+        """Return whether noise of std 1 fits it: std in [0.5, 2], mean in [-0.5, 0.5]."""
         return 0.5 <= self.std <= 2 and abs(self.mean) <= 0.5
 
 
@@ -64,17 +64,17 @@ def truncation(tokenizer: Any, captions: Sequence[str]) -> Truncation:
 def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float | None:
     """Return how far apart training's null and the pipeline's are: the rms of what differs over the pipeline's rms.
 
-    Training's null is what the denoiser is told for dropped captions of `batch`, the pipeline's what `encode_prompt`
-    makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
+    Training's null is the conditioning of dropped captions of `batch`, the pipeline's what `encode_prompt` makes of no
+    negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
     conditioner = None if step.asked is None else step.averaged.conditioners[step.asked]
     if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
-    told = conditioner(**inputs["text"]).kwargs
-    trained = told["encoder_hidden_states"].float()
-    if (mask := told.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
+    kwargs = conditioner(**inputs["text"]).kwargs
+    trained = kwargs["encoder_hidden_states"].float()
+    if (mask := kwargs.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
         trained = trained * mask[..., None].to(trained)
     _, sampled = pipeline.encode_prompt("", step.run.device)
     if trained.shape[1:] != sampled.shape[1:]:
@@ -85,14 +85,14 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
 
 @dataclass(frozen=True)
 class Gain:
-    """Loss with shuffled captions minus that with the right ones, same noise: 0 if the text tells the model nothing."""
+    """Loss with exchanged captions minus loss with the right ones, same noise: 0 if the model does not use the text."""
 
     by_level: list[float]
     """Mean over the samples, at each noise level."""
     mean: float
     """Mean of those."""
     standard_error: float
-    """Of `mean`, from the spread over the samples."""
+    """Standard error of `mean`, from the spread over the samples."""
 
 
 def conditional_gain(

@@ -36,7 +36,7 @@ TIMED_STEPS = 20
 """Steps whose time turns `max_train_seconds` into a number of steps; none of them sees a learning-rate decay."""
 MAX_SKIPPED_IN_A_ROW = 10
 Event = tuple[int | None, Callable[[int], None]]
-"""What is called with the step, and every how many steps, the last one included; None: never."""
+"""Every how many steps, the last step included, and what is called with the step; None: never."""
 
 
 class SizedBatch(Protocol):
@@ -51,14 +51,14 @@ C = TypeVar("C", bound=SizedBatch, covariant=True)
 
 
 class Batches(Protocol[C]):
-    """Where a step's samples come from."""
+    """The source of a step's samples."""
 
     def __call__(self, start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[Sequence[C]]:
         """Yield, for each optimiser step from `start_step` on, the micro-batches of process `rank` of `world`."""
 
 
 class TrainingStep(Protocol[B]):
-    """What is trained and how a batch becomes losses."""
+    """The trained modules, and the way from a batch to losses."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -113,7 +113,7 @@ class Loop(Generic[B]):
 
     @property
     def done(self) -> bool:
-        """Whether the last step has been taken."""
+        """Return whether the last step has been taken."""
         return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
 
     @property

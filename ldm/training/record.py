@@ -61,7 +61,7 @@ DECIDED_BY = {
 }
 """Values that only say where something is: facts of these names say whether it is the same."""
 GROUP = "record"
-"""Of a checkpoint's tensors."""
+"""Name of the record's tensors in a checkpoint."""
 
 
 class RecordedStep(Protocol):
@@ -81,9 +81,9 @@ class RunRecord:
     """All that decides where a training arrives, besides its weights; a part of every checkpoint."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """As JSON: the config without folders of this machine, and hashes of all that it only names."""
+    """JSON: the config without folders of this machine, and hashes of everything that it only names."""
     tokenizer: str | None = None
-    """As JSON, see `tokenizer_json`; the weights of a text encoder belong to its token numbers."""
+    """JSON, see `tokenizer_json`. The weights of a text encoder belong to its token numbers."""
     trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """Keys of the images that were trained on up to here, see `image_keys`."""
     held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))

@@ -181,7 +181,7 @@ class DiffusionStep:
         ]
 
     def x0(self, batch: Batch) -> Tensor:
-        """Return what is diffused, drawn anew from the posterior, on the run's device."""
+        """Return x0, sampled from the posterior, on the run's device."""
         if batch.moments is not None:
             moments = Moments(*(tensor.to(self.run.device) for tensor in batch.moments))
         else:
@@ -189,10 +189,10 @@ class DiffusionStep:
         return moments.sample(generators(self.run.seed, batch.positions, "posterior"))
 
     def inputs(self, batch: Batch, x0: Tensor, dropped: bool | None = None) -> dict[str, Inputs]:
-        """Return each conditioner's inputs, on the run's device, the nulls where dropped.
+        """Return the inputs of each conditioner, on the run's device; the null where it is dropped.
 
-        dropped: None, as in training: of each conditioner its share, drawn for each sample; False: none; True: all that
-        training drops, which is what guidance compares with.
+        dropped: None, as in training: each conditioner drops its share of the samples, at random; False: none; True:
+        all that training ever drops, which is what guidance compares with.
         """
         inputs = {}
         for name in self.stage.model.conditioners:
@@ -242,7 +242,7 @@ class Autoencoding(nn.Module):
 
 
 class AutoencoderStep:
-    """An autoencoder: encode, draw, decode, compare; with a discriminator, if asked for, that is trained along."""
+    """An autoencoder: encode, sample, decode, compare; with a discriminator if the config has one."""
 
     def __init__(self, autoencoder: AutoencoderKL, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config

@@ -1,4 +1,4 @@
-"""What is looked at while a diffusion stage trains: held-out loss, images, retrieval; always the averaged weights."""
+"""Validation of a diffusion stage: held-out loss, images, retrieval; always with the averaged weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Validation:
 
     @cached_property
     def truncation(self) -> Truncation:
-        """What the tokenizer cuts of the training captions; nothing where there is none."""
+        """The share of the training captions that the tokenizer cuts; 0 without a tokenizer."""
         return truncation(self.step.tokenizer, self.images.captions("train"))
 
     @cached_property
@@ -80,7 +80,7 @@ class Validation:
             )
 
     def __call__(self, global_step: int) -> None:
-        """Measure, log, draw."""
+        """Measure, log, sample."""
         metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
         rows = [row for row in self.rows if self.asked([row]) != [""]][:count]
