@@ -90,7 +90,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the posterior, (B, C, H/f, W/f)."""
+        """Return mean and std of the posterior, (B, C, H/f, W/f)."""
         factor, size = ae.downsampling_factor(self.autoencoder), pixel_values.shape[-1]
         if size % factor:
             near = size // factor * factor

@@ -195,7 +195,7 @@ def _check_values(name: str, tensor: torch.Tensor | None) -> None:
         return
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"{name}: got {tensor.dtype}, {tensor.layout} on {tensor.device}; expected dense floats")
-    if not float(tensor.abs().max()) <= MAX_LATENT:  # NaN is not; as a float, since in float16 infinity is
+    if not float(tensor.abs().max()) <= MAX_LATENT:  # false for NaN; a float, since MAX_LATENT is infinity in float16
         raise ValueError(f"{name}: has values that are NaN, infinite or beyond {MAX_LATENT:g}")
 
 

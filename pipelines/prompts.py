@@ -24,8 +24,8 @@ def encode(
     """Return the embeddings of `prompts`, padded or cut to `length` tokens: (B, length, D), on `device`.
 
     They are the encoder's first output. The encoder gets the attention mask if its config has `use_attention_mask`, as
-    in `StableDiffusionPipeline`. If a prompt is cut, one warning gives the number of its tokens. name: the argument, for
-    the warning and errors. zero_padding: embeddings of padding are set to zero. clip_skip: as in `hidden_states`.
+    in `StableDiffusionPipeline`. If a prompt is cut, one warning gives the number of its tokens. name: the argument's,
+    for the warning and errors. zero_padding: embeddings of padding are set to zero. clip_skip: as in `hidden_states`.
     ValueError if the encoder cannot read `length` tokens, or if the tokenizer needs more than that for "".
     """
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
@@ -38,7 +38,7 @@ def encode(
     if longest > length:
         logger.warning("%s: %d tokens, of which the text encoder reads %d; the rest is cut", name, longest, length)
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    if tokens.input_ids.shape[1] != length:  # begin and end are never cut
+    if tokens.input_ids.shape[1] != length:  # more than `length`: begin and end are never cut
         raise ValueError(
             f"{name}: {tokens.input_ids.shape[1]} tokens at least, but prompt_embeds have {length}; give "
             f"{name}_embeds too, or longer ones"

@@ -199,7 +199,7 @@ def _check_variance(name: str, variance_type: str | None, channels: int, out_cha
             f"variance_type {variance_type!r} needs a denoiser with {2 * channels} output channels, this one has "
             f"{out_channels}: pass variance_type='fixed_small' to from_config"
         )
-    if name != "DDPMScheduler" and channels != 3:  # the slice [:, :3] in diffusers' DPM solvers
+    if name != "DDPMScheduler" and channels != 3:  # diffusers' DPM solvers slice [:, :3]
         raise ValueError(
             f"{name} with variance_type {variance_type!r} keeps 3 of {channels} channels: pass variance_type=None "
             "to from_config; the learned variance is for DDPMScheduler"

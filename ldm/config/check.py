@@ -65,13 +65,13 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
         "limit": COUNT,
-        "held_out_percent": Numbers(0, 50, below=True),  # as many again are for test
+        "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
         "batch_size": Numbers(1, 2**20),
         "workers": Numbers(0, 1024),
         "timeout_seconds": Numbers(1, 1e7),
     },
     SpaceConfig: {},
-    # below 514 there is no entry for every byte; begin, end and a token between them
+    # 514: two entries for every byte, begin and end; 3: begin, end and a token between them
     TextConfig: {"vocab_size": Numbers(514, 2**20), "max_length": Numbers(3, 2**16), "dropout": SHARE},
     LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
     ImageConfig: {"dropout": SHARE},
@@ -99,7 +99,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     OptimConfig: {
         "learning_rate": POSITIVE,
         "betas": SHARE,
-        "eps": Numbers(1e-37, math.inf, below=True),  # less is 0 in float32, and 0 / 0 the first update
+        "eps": Numbers(1e-37, math.inf, below=True),  # less is 0 in float32, and the first update would be 0 / 0
         "weight_decay": WEIGHT,
         "max_grad_norm": Numbers(0, math.inf, above=True),  # infinity: gradients are not clipped
         "warmup_steps": COUNT_OR_NONE,
@@ -128,7 +128,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     RunConfig: {"seed": SEED, "push_every_steps": COUNT},
     StageConfig: {
         "snapshot_every_steps": COUNT,
-        "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # all steps alike are 0.2887
+        "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # the average over all steps alike has 0.2887
     },
     AutoencoderConfig: {},
 }

@@ -133,7 +133,7 @@ def resolve(name: str) -> str:
 def _portable_path(text: str) -> str:
     if _WINDOWS.match(text):
         return _last_name(PureWindowsPath(text))
-    if text.startswith("~") and not text.startswith("~/"):  # a home
+    if text.startswith("~") and not text.startswith("~/"):  # a user's home
         return _last_name(PurePosixPath(text)) if "/" in text else "."
     whole = os.path.expanduser(text)
     if not os.path.isabs(whole):
@@ -142,7 +142,7 @@ def _portable_path(text: str) -> str:
     pairs: tuple[tuple[str, str], ...] = ()
     try:
         here = os.getcwd()
-        pairs = (here, os.path.normpath(whole)), (os.path.realpath(here), os.path.realpath(whole))  # links on the way
+        pairs = (here, os.path.normpath(whole)), (os.path.realpath(here), os.path.realpath(whole))  # links resolved
     except (OSError, ValueError):  # a working folder that is gone; characters that no path has
         pass
     for base, path in pairs:

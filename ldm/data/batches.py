@@ -135,7 +135,7 @@ class CaptionedImages:
         return [caption for row in self.splits[split] for caption in self.source.captions(row)]
 
     def names(self, *splits: str) -> set[str]:
-        """Return the names, as in `hashes`, of the images of some splits."""
+        """Return the entries of `hashes` for the images of some splits."""
         return {self.hashes[row] for split in splits for row in self.splits[split]}
 
     def first_images(self, split: str, count: int) -> Tensor:

@@ -43,7 +43,7 @@ class CachedRows:
         if missing := [start for start in starts if start not in found]:
             found |= self._build(missing, count, compute)
         if len(found) < len(starts):
-            found |= self._sound_shards()  # of other processes of the run
+            found |= self._sound_shards()  # written by other processes of the run
         if len(found) < len(starts):
             raise OSError(f"{self.folder}: shards that were just written are gone or damaged")
         self._shards: list[Any] = [safe_open(found[start], framework="pt") for start in starts]
@@ -73,7 +73,7 @@ class CachedRows:
         with tqdm(total=rows, desc=f"caching {self.kind}", unit="row", mininterval=1) as bar:
             for start in _from_own_share(missing):
                 if any(name.startswith(f"{start:09d}-") for name in _names_in(self.folder)):
-                    bar.update(stops[start] - start)  # by now, from another process of the run
+                    bar.update(stops[start] - start)  # another process of the run has written it meanwhile
                     continue
                 parts = []
                 for first in range(start, stops[start], 64):

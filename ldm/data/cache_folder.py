@@ -15,7 +15,7 @@ DIGEST_SIZE = 12
 _ENTRY = rf"[0-9a-f]{{{2 * DIGEST_SIZE}}}"
 _OURS = re.compile(
     rf"{_ENTRY}/(\d{{9}}(-[0-9a-f]{{32}})?\.safetensors|hashes\.safetensors|[\w.]+\.tmp|\.lock)"
-    r"|openmoji-[\d.]+-\d+(\.\d+)?\.(safetensors|tmp)"  # of 0.1.0, as are shards without a hash
+    r"|openmoji-[\d.]+-\d+(\.\d+)?\.(safetensors|tmp)"  # written by version 0.1.0, as are shards without a hash
 )
 """Paths, relative to a kind's folder, of files that this project writes; the folder may contain other files."""
 
@@ -60,7 +60,7 @@ def clear(kind: str) -> None:
     for file in files:
         file.unlink(missing_ok=True)
     for folder in [*{file.parent for file in files}, cache_folder() / kind]:
-        with suppress(OSError):  # something else is in it, or it is gone
+        with suppress(OSError):  # it holds other files, or is gone
             folder.rmdir()
 
 

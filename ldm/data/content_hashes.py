@@ -104,7 +104,7 @@ def _read(files: dict[str, os.stat_result]) -> Iterator[tuple[str, bytes | None,
 
     def read(path: str) -> tuple[str, bytes | None, bytes] | None:
         try:
-            state = os.stat(path)  # before its bytes: if they change meanwhile, that state will not come again
+            state = os.stat(path)  # before the bytes: if they change meanwhile, this state never occurs again
             settled = _settled_at(state) < time.time_ns()
             return path, _key(path, state) if settled else None, file_hash(path)
         except OSError:

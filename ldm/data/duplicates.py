@@ -53,7 +53,7 @@ def look(image: Image.Image) -> Look:
     grey = np.asarray(small, dtype=np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     right, down = grey[:8, 1:] - grey[:8, :-1], grey[1:, :8] - grey[:-1, :8]
     bits = np.concatenate([right.ravel(), down.ravel()]) > STEP
-    # HAMMING neither blurs an image that is as small as this nor shifts what a larger one shows
+    # HAMMING does not blur an image of this size, and does not shift the contents of a larger one
     pixels = image.resize((PLACES, PLACES), Image.Resampling.HAMMING, reducing_gap=3).convert("YCbCr")
     return Look(np.packbits(bits).tobytes(), pixels.tobytes(), min(image.size) >= PLACES)
 
@@ -105,7 +105,7 @@ def _labels(looks: Sequence[Look]) -> Indices:
 def _candidates(bits: NDArray[np.uint8], coarse: NDArray[np.uint8]) -> Iterator[tuple[Indices, Indices]]:
     """Yield pairs with similar bits and colours, each pair once; `bits` is (N, 16), `coarse` (N, 3, 16, 16)."""
     rng, count, side = np.random.default_rng(0), len(bits), COARSE // 4
-    shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # no band is one place
+    shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # so that a band is not one region
     bands = np.ascontiguousarray(np.packbits(shuffled, axis=1)).view(np.uint16).T
     first, second = np.ascontiguousarray(bits.view(np.uint64).T)
     colours = coarse.reshape(count, 3, 4, side, 4, side).sum((3, 5), dtype=np.int32).reshape(count, -1)

@@ -106,7 +106,7 @@ def inside(root: str, path: str) -> str:
     real = os.path.realpath(os.path.join(root, path))
     if not real.startswith(os.path.join(root, "")):
         raise ImageError("the path leads out of the folder", "outside")
-    if not os.path.isfile(real):  # also no pipe, which would be waited for
+    if not os.path.isfile(real):  # a pipe is refused too: opening it would wait forever
         raise ImageError("no such file", "missing")
     return real
 

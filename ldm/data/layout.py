@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
-FilesBySplit = dict[str, list[str]]
+SplitFiles = dict[str, list[str]]
 """Relative paths of the files of each split."""
 
 
@@ -51,7 +51,7 @@ def source_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
     return "imagefolder"
 
 
-def tables(path: str) -> FilesBySplit:
+def tables(path: str) -> SplitFiles:
     """Return the paths of the Parquet files of each split of a folder; a single file is "train".
 
     Raises:
@@ -67,7 +67,7 @@ def tables(path: str) -> FilesBySplit:
     return {split: [os.path.join(path, name) for name in files] for split, files in found.items()}
 
 
-def image_files(folder: str, names: Sequence[str]) -> FilesBySplit:
+def image_files(folder: str, names: Sequence[str]) -> SplitFiles:
     """Return the files of each split of a folder; `names` are its image and metadata files.
 
     It differs from `datasets` in two ways. First, names of image files (test-1.png) define splits only if every image
@@ -87,7 +87,7 @@ def image_files(folder: str, names: Sequence[str]) -> FilesBySplit:
     return found or {"train": list(names)}
 
 
-def by_card(folder: str, names: Sequence[str]) -> FilesBySplit:
+def by_card(folder: str, names: Sequence[str]) -> SplitFiles:
     """Return the splits in the ``configs`` of the folder's README.md, none if there are none.
 
     Raises:
@@ -114,7 +114,7 @@ def by_card(folder: str, names: Sequence[str]) -> FilesBySplit:
     return {} if patterns is None else _matching(names, sanitize_patterns(patterns))
 
 
-def by_shard(names: Sequence[str]) -> FilesBySplit:
+def by_shard(names: Sequence[str]) -> SplitFiles:
     """Return the splits of files called ``data/SPLIT-00000-of-00001.*``, none if there are none."""
     from datasets.data_files import SPLIT_PATTERN_SHARDED as PATTERN
 
@@ -122,7 +122,7 @@ def by_shard(names: Sequence[str]) -> FilesBySplit:
     return _matching(names, {match[1]: [PATTERN.format(split=match[1])] for match in found if match})
 
 
-def by_folder(names: Sequence[str]) -> FilesBySplit:
+def by_folder(names: Sequence[str]) -> SplitFiles:
     """Return the splits by the names of the files' folders, none if no folder is named like a split."""
     from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME as PATTERNS
 
@@ -131,7 +131,7 @@ def by_folder(names: Sequence[str]) -> FilesBySplit:
     return {split: [name for name in names if f"{os.path.dirname(name)}/" in chosen] for split, chosen in members}
 
 
-def by_file_name(names: Sequence[str]) -> FilesBySplit:
+def by_file_name(names: Sequence[str]) -> SplitFiles:
     """Return the splits by the names of the files, none if no file is named like a split."""
     from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_FILENAME as PATTERNS
 
@@ -146,7 +146,7 @@ def chosen_splits(splits: Mapping[str, object], wanted: str) -> list[str]:
     return names
 
 
-def _matching(names: Iterable[str], patterns: Mapping[Any, Sequence[str]]) -> FilesBySplit:
+def _matching(names: Iterable[str], patterns: Mapping[Any, Sequence[str]]) -> SplitFiles:
     """Return for each split the names that match one of its patterns; splits without names are left out."""
     names = list(names)
     found = {}

@@ -99,7 +99,7 @@ def _from_processes(watched: _Watched, timeout_seconds: float, following: Callab
         raise
     except Exception as error:
         _kill_loaders()
-        if isinstance(error, RuntimeError | OSError | EOFError):  # the latter two: it ended while handing a batch over
+        if isinstance(error, RuntimeError | OSError | EOFError):  # the last two: it ended while it sent a batch
             raise watched.failed(error) from error
         raise
 

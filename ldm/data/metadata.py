@@ -42,7 +42,7 @@ def image_key(wanted: str | None, keys: Sequence[str]) -> str:
         return choose_column("data.image_column", marked if wanted not in keys and marked in keys else wanted, keys)
     first = MARK, f"image_{MARK}"
     usual = [f"{name}_{MARK}" for name in IMAGE_COLUMNS if f"{name}_{MARK}" not in first]
-    texts = {f"{name}_{MARK}" for name in CAPTION_COLUMNS}  # files too, but no images
+    texts = {f"{name}_{MARK}" for name in CAPTION_COLUMNS}  # columns of files too, but not of images
     others = [key for key in keys if key.endswith(f"_{MARK}") and key not in texts]
     return choose_column("data.image_column", None, keys, first, usual, [*IMAGE_COLUMNS, *others])
 

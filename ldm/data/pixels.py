@@ -53,7 +53,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8, of an image, decoded or not; damaged EXIF raises nearly any error."""
     if isinstance(image, TiffImageFile) or image._exif is not None or any(entry in image.info for entry in ORIENTED):
-        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of PngImageFile would decode
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PngImageFile's own getexif would decode
         return found if found in TURNS else 1
     return 1
 
@@ -62,7 +62,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Return an upright copy of the image, without its entries on orientation."""
     try:
         turn = TURNS.get(orientation(image))
-    except Exception:  # the pixels are sound: metadata is not worth losing them
+    except Exception:  # the pixels are sound: damaged metadata is ignored
         turn = None
     upright = image.copy() if turn is None else image.transpose(turn)
     upright.info = {key: value for key, value in upright.info.items() if key not in ORIENTED}

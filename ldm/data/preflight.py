@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 LISTED = 20
 """Problems of a kind that a message lists one by one."""
-SAID = {
+WARNINGS = {
     "unlisted": "%d images of the folder are in no row, such as %s",
     "in no split": "%d rows are of images in no split and left out, such as %s",
     "ignored metadata": "%d images have metadata that cannot be read and is ignored, such as %s",
@@ -43,7 +43,7 @@ def checked_source(config: DataConfig) -> Source:
     began = time.perf_counter()
     found = list(quick_problems(source, config))
     log.info("looked at %d images and captions in %.1f s", len(source), time.perf_counter() - began)
-    for kind, words in SAID.items():
+    for kind, words in WARNINGS.items():
         if of := [problem for problem in found if problem.kind == kind]:
             log.warning(words, len(of), of[0].where)
     stopping = [problem for problem in found if problem.stops]
@@ -127,7 +127,7 @@ def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfi
     if stopping and config.on_bad_data == "error":
         raise ConfigError(
             f"{len(stopping)} problem(s) in data.path {config.path}, which has {len(source)} rows:\n"
-            f"{listing(stopping)}\nMend them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
+            f"{listing(stopping)}\nCorrect them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
         )
     bad = {problem.row for problem in stopping}
     good = [row for row in range(len(source)) if row not in bad]

@@ -74,7 +74,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         return wanted, None if _is_identity(transform, wanted) else transform
     except ProfileError:
         raise
-    except Exception as error:  # OSError, PyCMSError, and what is wrong with a header
+    except Exception as error:  # OSError, PyCMSError, and errors of a damaged header
         raise ProfileError(f"a colour profile that cannot be used: {error}") from error
 
 

@@ -30,9 +30,9 @@ class Splits:
         if not self[name]:
             count = sum(map(len, self.indices.values()))
             raise ConfigError(
-                f"the {name} split has no images, of {count} in all; a training needs two or more that differ, one "
-                "of them for validation: by data.held_out_percent above 0, or by captions in data.held_out; data.limit "
-                "may leave too few"
+                f"the {name} split has no images, of {count} in all; a training needs two or more that differ, one of "
+                "them for validation: set data.held_out_percent above 0, or name captions in data.held_out; data.limit "
+                "may be too small"
             )
         return self[name]
 
@@ -90,8 +90,8 @@ def _hold_one_out(owner: dict[str, str], kept: Collection[str], percent: float) 
         return
     owner[min(train, key=_place)] = "validation"
     log.warning(
-        "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and goes back "
-        "to it when the set grows; raise it, or name captions in data.held_out, to hold images out for good",
+        "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and may go back "
+        "when the set grows; to hold images out for good, raise it, or name captions in data.held_out",
         percent, len(kept),
     )  # fmt: skip
 

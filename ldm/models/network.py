@@ -176,7 +176,7 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
         if enable is None:
             raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
         enable()
-    # networks of transformers have no such switch, and need none: their attention is short
+    # networks of transformers have no such switch and need none: their sequences are short
     if xformers and hasattr(network, "enable_xformers_memory_efficient_attention"):
         if importlib.util.find_spec("xformers") is None:
             raise ImportError("loop.xformers: pip install xformers, or set it to false for the attention of torch")
@@ -209,7 +209,7 @@ def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) ->
     called = set[nn.Module]()
     hooks = [part.register_forward_hook(lambda part, *_: called.add(part)) for part in module.modules()]
     training = module.training
-    module.eval()  # no layer is dropped
+    module.eval()  # no dropout
     with torch.enable_grad():
         unused = unreached(module, forward())
     module.train(training)

@@ -71,17 +71,17 @@ def read_provenance(name: str | Path) -> Provenance | None:
     try:
         known, others = _known_values(read_object(path), Provenance)
         if missing := [one.name for one in fields(Provenance) if one.name not in known and _is_required(one)]:
-            raise ValueError(f"{path}: it has no {missing[0]} as we write it")
+            raise ValueError(f"{path}: {missing[0]} is missing or of another type")
     except (ValueError, OSError) as error:
-        _say(f"no record of ours, and not read: {error}")
+        _warn_once(f"no record of ours, and not read: {error}")
         return None
     if others:
-        _say(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
+        _warn_once(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
     return Provenance(**known)
 
 
 @cache
-def _say(message: str) -> None:
+def _warn_once(message: str) -> None:
     """Log a warning, each message once: a record is read several times."""
     log.warning(message)
 
@@ -90,18 +90,18 @@ def _file_of(name: str | Path, file: str) -> Path | None:
     """Return the path of a `file` beside a model, downloaded from the Hub if needed; None if there is none."""
     try:
         folder = Path(resolve(str(name)))
-        if folder.exists():  # a component's record is its pipeline's
+        if folder.exists():  # a component has the record of its pipeline
             return next((path for path in (folder / file, folder.parent / file) if path.is_file()), None)
-    except (ImportError, OSError, ValueError):  # no such package, no such path: loading the model says it
+    except (ImportError, OSError, ValueError):  # no such package or path: loading the model raises the error
         return None
     if isinstance(name, Path) or not on_hub(name):
         return None
     try:
         repository, revision = pinned(name)
         return Path(hf_hub_download(repository, file, revision=revision.get("revision")))
-    except Exception as error:  # of the client, of its HTTP library, of the disk
+    except Exception as error:  # errors of the client, of its HTTP library, of the disk
         if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-            _say(f"{name}: whether it has a {file}, which says what it has seen, was not checked: {_line(error)}")
+            _warn_once(f"{name}: its {file}, the record of its training images, was not checked: {_line(error)}")
         return None
 
 
@@ -174,7 +174,7 @@ def read_trained_images(name: str | Path) -> Tensor | None:
     try:
         keys = load_file(path)["keys"]
     except (SafetensorError, OSError, KeyError) as error:
-        _say(f"{path}: no record of ours, and not read: {_line(error)}")
+        _warn_once(f"{path}: no record of ours, and not read: {_line(error)}")
         return None
     return keys
 

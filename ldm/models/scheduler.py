@@ -54,7 +54,7 @@ def _build(config: ObjectiveConfig, sampler: SamplerConfig, clip_sample: bool) -
         "num_train_timesteps": steps,
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": "trailing",  # from the last step on, as zero terminal SNR needs (Lin et al. 2024)
+        "timestep_spacing": "trailing",  # starts at the last timestep, as zero terminal SNR needs (Lin et al. 2024)
         "beta_schedule": "squaredcos_cap_v2",
     }
     if config.path in BETAS:

@@ -111,7 +111,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> tuple[list[tuple[str, s
     left, right = pair
     merged: list[str] = []
     done = place = 0
-    with suppress(ValueError):  # no more of them
+    with suppress(ValueError):  # `left` does not occur any more
         while True:
             place = symbols.index(left, place, -1)
             if symbols[place + 1] != right:

@@ -190,7 +190,7 @@ def _read(name: str, kinds: Sequence[str]) -> _Loaded:
         place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **revision
     )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name} lacks {missing[0]} of {kind.__name__}; what random weights measure says nothing")
+        raise ValueError(f"{name} lacks {missing[0]} of {kind.__name__}; random weights in its place measure nothing")
     network = network.eval().requires_grad_(False).to(_device())
 
     def embed(pixel_values: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def _inception() -> FeatureNetwork:
     network = network.eval().requires_grad_(False).to(_device())
 
     def embed(pixels: Tensor) -> Tensor:
-        return cast(Tensor, network((255 * pixels).round().to(torch.uint8))[0])  # takes whole grey levels only
+        return cast(Tensor, network((255 * pixels).round().to(torch.uint8))[0])  # it takes uint8 only
 
     return FeatureNetwork("inception", weights_sha256(network), INCEPTION_SIZE, NONE, embed, _device())
 
