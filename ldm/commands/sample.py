@@ -44,14 +44,14 @@ def sample(
         prompts: Prompts, one image each: texts; or numbers of classes; or "" for an unconditional model.
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         out: Folder for the images.
-        negative_prompt: What to steer away from.
+        negative_prompt: Prompt that guidance steers away from.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
-        image: Image to start from, which keeps its size; transparent parts are white.
-        mask_image: Mask, white where the image is sampled anew; transparent parts are black.
-        strength: Share of the steps that the image goes through; left out: 0.8, and with a mask all.
-        overwrite: Write over files of the same name; left out, the next free name is taken (a-cat-0-2.png).
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        image: Image to start from, whose size is kept; transparent parts become white.
+        mask_image: Mask, white where the image is sampled anew; transparent parts become black.
+        strength: Share of the steps that are run on the start image. Default: 0.8, and 1 with a mask.
+        overwrite: Replace files of the same name; otherwise the next free name is used (a-cat-0-2.png).
         trust_remote_code: Run the pipeline code that came with the model.
 
     """

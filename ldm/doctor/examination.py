@@ -126,7 +126,7 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
     try:
         generated = validation.sample(validation.asked(batch.rows), guidance_scale=1.0)
     except FloatingPointError as error:
-        log.warning("no image of what was learned: %s", error)
+        log.warning("no sample of the learned images: %s", error)
     else:
         true = np.stack([np.asarray(train.images.image(row)) for row in batch.rows])
         sheet = comparison_sheet(written(validation.asked(batch.rows)), generated, true)

@@ -23,7 +23,7 @@ def markdown(report: Report) -> str:
     for section in report.sections:
         parts += _section(section)
     if report.settings:
-        items = (f"- {plain(key)}: {plain(said(value))}" for key, value in report.settings.items())
+        items = (f"- {plain(key)}: {plain(setting_text(value))}" for key, value in report.settings.items())
         parts += ["### Settings", "\n".join(items)]
     return "\n\n".join(parts) + "\n"
 
@@ -36,12 +36,12 @@ def plain(text: str) -> str:
     return re.sub(r"^([-+](?=[- ]|$)|\d+(?=[.)]( |$)))", lambda start: _start(start[0]), escaped)
 
 
-def said(value: JSON) -> str:
+def setting_text(value: JSON) -> str:
     """Return the value of a setting as one line of text: members are joined by commas, other values are as in JSON."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {setting_text(inner)}" for key, inner in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(said, value))
+        return ", ".join(map(setting_text, value))
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .markdown import ARROWS, COPIED, said
+from .markdown import ARROWS, COPIED, setting_text
 from .plot import LINE_HUES, svg
 from .report import BESIDE, Report, Row
 
@@ -41,7 +41,7 @@ def html(report: Report) -> str:
     The same report gives the same page, and the page can be written as UTF-8.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"strip": strip, "svg": svg, "png": png, "said": said, "paragraphs": _paragraphs}
+    environment.filters |= {"strip": strip, "svg": svg, "png": png, "setting": setting_text, "paragraphs": _paragraphs}
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
     words = {"arrows": ARROWS, "copied": COPIED, "usual": BESIDE, "line_colours": LINE_HUES}
     words |= {"enlarged_to": ENLARGED_TO, "column_width": COLUMN_WIDTH}
