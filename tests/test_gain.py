@@ -123,5 +123,5 @@ def test_equal_captions_are_never_exchanged():
 
 
 def test_pipelines_that_are_not_known_are_refused():
-    with pytest.raises(ValueError, match="SimpleNamespace: known are StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match="got a SimpleNamespace; expected one of StableDiffusionPipeline"):
         losses_with_and_without(SimpleNamespace(), images(), CAPTIONS, 0)

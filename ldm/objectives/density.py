@@ -62,12 +62,12 @@ class LogitNormalDensity(UniformDensity):
 
 
 class LossSecondMomentDensity:
-    """Importance sampling: each of T timesteps is as likely as the root of its mean squared loss.
+    """Importance sampling: the probability of a timestep is proportional to the root of its mean squared loss.
 
-    The mean is over the last `HISTORY` losses of the timestep. The weights undo the density, so the mean loss does not
-    change, and only its variance falls: the terms of the variational bound differ by orders of magnitude (Nichol &
-    Dhariwal 2021, section 3.3 and eq. 18). The density is uniform until every timestep has been seen `HISTORY` times,
-    and by the share `UNIFORM` after that.
+    There are T timesteps, and the mean is over the last `HISTORY` losses of each. The weights undo the density, so the
+    mean loss does not change, and only its variance falls: the terms of the variational bound differ by orders of
+    magnitude (Nichol & Dhariwal 2021, section 3.3 and eq. 18). The density is uniform until every timestep was seen
+    `HISTORY` times, and by the share `UNIFORM` after that.
     """
 
     HISTORY = 10
