@@ -55,8 +55,8 @@ def test_every_question_is_answered_with_its_baselines(evaluated):
     report, rows = read(evaluated)
     titles = [section["title"] for section in report["sections"]]
     assert titles == [
-        "Does it draw what the caption says?",
-        "Which words are drawn?",
+        "Does it follow the caption?",
+        "Which words does it follow?",
         "CLIP score",
         "What are the captions worth?",
         "Do its images look like true ones?",
@@ -98,7 +98,7 @@ def test_nothing_tells_where_it_was_measured(evaluated, place):
 def test_the_card_has_the_results(evaluated, place):
     card = ModelCard.load(place / "model" / "README.md")
     assert "# Mine" in card.text
-    assert "### Does it draw what the caption says?" in card.text
+    assert "### Does it follow the caption?" in card.text
     assert "R@1, pixels" in {result.metric_name for result in card.data.eval_results}
 
 

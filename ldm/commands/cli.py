@@ -35,7 +35,7 @@ A_PIPELINE = "folder or Hub name of a pipeline, user/name or user/name@revision"
 COMMANDS = {
     "validate": Command(
         "ldm.commands.validate",
-        "Look at every image and caption of a data set; exit code 1: a training would stop.",
+        "Check every image and caption of a data set; exit code 1 if a training would stop.",
         "ldm validate my_images --out out/my/validation",
         {"data": "a folder of images, Parquet, a data set, or openmoji"},
         lambda report: sys.exit(1) if report.stops else None,

@@ -40,7 +40,7 @@ def retrieval(subject: Subject, network: str) -> Section:
         "distance in pixels is the RGB difference at 16 x 16, the smallest over small shifts. The distance in "
         f"{network} is one minus the cosine of the features. Ties are misses."
     )
-    return Section("Does it draw what the caption says?", text, rows, (), [Figure("Generated and true", "", sheet)])
+    return Section("Does it follow the caption?", text, rows, (), [Figure("Generated and true", "", sheet)])
 
 
 def _recall_rows(subject: Subject, distances: NamedDistances, where: str) -> list[Row]:
@@ -75,7 +75,7 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
         "The share of captions whose true image is the nearest of its family: the images whose captions differ in this "
         "factor alone. The distance is that in pixels. A copier of training images gets other members of the family."
     )
-    return Section("Which words are drawn?", text, rows)
+    return Section("Which words does it follow?", text, rows)
 
 
 def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
