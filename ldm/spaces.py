@@ -48,7 +48,7 @@ class Space(Protocol):
     """Networks that encode and decode; `moments` and `decode` compute on their device."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the distribution of x0 given (B, 3, H, W) in [-1, 1]; no gradient."""
+        """Return the distribution of x0 for images (B, 3, H, W) in [-1, 1]; no gradient."""
 
     def decode(self, x0: Tensor) -> Tensor:
         """Return x0 decoded: (B, 3, H, W) pixel values, not clipped, or (B, D) embeddings."""

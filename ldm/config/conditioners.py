@@ -57,7 +57,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class LowResConfig:
-    """The image itself, smaller, as three more input channels: a cascade's next stage."""
+    """The image itself at a lower resolution, as three more input channels: for super-resolution in a cascade."""
 
     image_size: int
     """Pixels, height and width, of the small image."""

@@ -105,13 +105,13 @@ class ObjectiveConfig:
     path: PathName = "scaled_linear"
     prediction_type: PredictionType = "epsilon"
     num_train_timesteps: int = 1000
-    """Steps of the discrete paths; the flow path is continuous and only scales its time by it."""
+    """Number of steps of the discrete paths; the flow path is continuous, and only its time is scaled by it."""
     zero_terminal_snr: bool = False
     """Rescale a discrete path so that its last step is pure noise (Lin et al. 2024)."""
     timestep_density: Literal["uniform", "logit_normal", "loss_second_moment"] = "uniform"
     """logit_normal: Esser et al. 2024; loss_second_moment: for variational_only (Nichol & Dhariwal 2021, eq. 18)."""
     logit_mean: float = 0.0
-    """Mean of the logit of the time (0: data, 1: noise) under logit_normal; positive: more noise."""
+    """Mean of logit(t) for logit_normal, where t is 0 at the data and 1 at the noise; positive: more noise."""
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
@@ -213,7 +213,7 @@ class ValidationConfig:
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     loss_images: int = 128
-    """Images of the validation split that the held-out loss is measured on."""
+    """Number of images of the validation split for the held-out loss."""
     retrieval_images: int = 0
     """Captions of the validation split for which images are sampled and held-out retrieval is measured; 0: none."""
 
@@ -244,7 +244,7 @@ class RunConfig:
     allow_config_change: bool = False
     """Resume even if the config or the images have changed since the training began."""
     push_to_hub: str | None = None
-    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
+    """Hub repository, user/name, to which the finished model is pushed. Token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
     """Push the current model after every so many steps too; None: only the finished one."""
     push_private: bool = False

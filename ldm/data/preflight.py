@@ -18,7 +18,7 @@ from ldm.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LISTED = 20
-"""Problems of a kind that a message lists one by one."""
+"""Most problems of one kind that a message lists one by one."""
 WARNINGS = {
     "unlisted": "%d images of the folder are in no row, such as %s",
     "in no split": "%d rows are of images in no split and left out, such as %s",

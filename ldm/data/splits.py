@@ -1,4 +1,4 @@
-"""Train, validation and test: by image, never by caption."""
+"""The split into train, validation and test: by image, never by caption."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 CHUNK = 32
-"""Images that pass through an autoencoder at once."""
+"""Images that an autoencoder encodes or decodes at once."""
 
 
 def downsampling_factor(autoencoder: AutoencoderKL | VQModel) -> int:
