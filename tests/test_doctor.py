@@ -243,6 +243,7 @@ def test_the_plan_in_words():
         ({"save_every_steps": 801}, "loop.save_every_steps 801 is longer than the run of 800 steps: a kill would lose"),
         ({"validate_every_steps": 801}, "loop.validate_every_steps 801 is longer than the run of 800 steps"),
         ({"optim": OptimConfig(warmup_steps=400)}, "optim.warmup_steps: 50% of the run is warm-up"),
+        ({"optim": OptimConfig(decay="cosine")}, "optim.decay_fraction 1: the number of steps is fixed when the decay"),
     ],
 )
 def test_odd_plans_are_warned_of(changes, words):
