@@ -139,7 +139,8 @@ def bound_section(bits: Bound, true: Images, training: Images) -> Section:
         f"this model, estimated without bias from {len(bits.steps)} timesteps of each. Pixel by pixel: with the "
         "training images' frequency of each grey level at that place and colour alone."
     )
-    return Section("How many bits is an image?", text, [row], [curve])
+    meaning = "Bits that each colour value of a true image costs to send with this model."
+    return Section("How many bits is an image?", text, [row], [curve], meaning=meaning)
 
 
 def independent_bits(true: Images, training: Images) -> Bits:

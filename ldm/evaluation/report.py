@@ -72,7 +72,7 @@ class Section:
     """One question and what was measured to answer it.
 
     `text` is plain, its paragraphs apart by an empty line. The first row is the section's headline: it stands in the
-    summary of the report.
+    summary of the report. `meaning` says in a sentence what that number means, for who reads nothing else.
     """
 
     title: str
@@ -80,6 +80,7 @@ class Section:
     rows: Sequence[Row] = ()
     curves: Sequence[Curve] = ()
     figures: Sequence[Figure] = ()
+    meaning: str = ""
 
     @property
     def beside(self) -> tuple[str, ...]:

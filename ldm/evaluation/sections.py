@@ -38,7 +38,9 @@ def retrieval(subject: Subject, network: str) -> Section:
         "images included. In pixels the distance is the RGB difference at 16 x 16, the smallest over small shifts; "
         f"in {network} one minus the cosine of the features. Ties are misses."
     )
-    return Section("Does it draw what the caption says?", text, rows, (), [Figure("Generated and true", "", sheet)])
+    meaning = f"Share of the captions whose image has its true image as the nearest of {len(subject.gallery):,}."
+    figures = [Figure("Generated and true", "", sheet)]
+    return Section("Does it draw what the caption says?", text, rows, (), figures, meaning)
 
 
 def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row]:
@@ -74,7 +76,8 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
         "captions differ in this factor alone? By the pixel distance. A copier of training images stands on other "
         "members of the family."
     )
-    return Section("Which words are drawn?", text, rows)
+    meaning = "Share of the images that show this word of their caption, and not another of its kind."
+    return Section("Which words are drawn?", text, rows, meaning=meaning)
 
 
 def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
@@ -87,7 +90,7 @@ def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArr
     }
     row = Row(f"CLIP score, {name}", mean_of(score(subject.generated, subject.captions)), "higher", beside)
     text = "100 times the cosine of a CLIP's embeddings of image and caption, not below 0. Ceiling: the true images."
-    return Section("CLIP score", text, [row])
+    return Section("CLIP score", text, [row], meaning="Agreement of image and caption, as a CLIP sees it.")
 
 
 def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Section:
@@ -109,7 +112,8 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
         "The loss on held-out images with the captions of others, minus that with their own, with the same noise. "
         "0: the text is not used."
     )
-    return Section("What are the captions worth?", text, [row], curves)
+    meaning = "Rise of the loss on true images when they get the captions of others; 0: captions are not used."
+    return Section("What are the captions worth?", text, [row], curves, meaning=meaning)
 
 
 def drawn(subject: Subject) -> Section:
@@ -144,7 +148,8 @@ def likeness(subject: Subject, network: str) -> Section:
         f"images: each takes {len(half)} images of one half of the captions against the true images of the other "
         "half. Ceiling: the true images through the autoencoder. Copy: the images of the nearest training captions."
     )
-    return Section("Do its images look like true ones?", text, rows)
+    meaning = "Distance between the images, as a set, and the true ones; the floor is that of true images alone."
+    return Section("Do its images look like true ones?", text, rows, meaning=meaning)
 
 
 def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Measure]) -> Row:
@@ -162,7 +167,8 @@ def autoencoder(subject: Subject, rebuilt_images: Images, network: str) -> Secti
         Row(f"KID of reconstructions, {network}", kid(features["ceiling"], features["true"]), "lower", {}),
     ]
     text = "The true images of the held-out captions through the autoencoder and back."
-    return Section("What can the latents carry?", text, rows)
+    meaning = "Likeness of true images to what the autoencoder makes of them: no sampled image can be better."
+    return Section("What can the latents carry?", text, rows, meaning=meaning)
 
 
 def memorisation(subject: Subject, network: str) -> Section:
@@ -195,7 +201,8 @@ def memorisation(subject: Subject, network: str) -> Section:
         "of the same caption is to its own. About one half is what new images would have; 1 is a copier."
     )
     title = f"The {len(closest)} generated images nearest to training"
-    return Section("Does it copy its training images?", text, rows, (), [Figure(title, "", sheet)])
+    meaning = "About 0.5: the images are as new as unseen true ones; 1: they are copies of training images."
+    return Section("Does it copy its training images?", text, rows, (), [Figure(title, "", sheet)], meaning)
 
 
 def variety(captions: Sequence[str], images: Images, features: Features, per_prompt: int, network: str) -> Section:
@@ -209,7 +216,9 @@ def variety(captions: Sequence[str], images: Images, features: Features, per_pro
         f"{per_prompt} images of each of {len(captions)} prompts, other seeds. 0: every seed draws the same image; "
         "1: the prompt decides nothing."
     )
-    return Section("How much do images of one prompt differ?", text, [row], (), [Figure("Same prompt", "", sheet)])
+    meaning = "0: all seeds give the same image of a caption; 1: the caption decides nothing."
+    figures = [Figure("Same prompt", "", sheet)]
+    return Section("How much do images of one prompt differ?", text, [row], (), figures, meaning)
 
 
 def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:
