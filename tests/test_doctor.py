@@ -243,6 +243,7 @@ def test_the_plan_in_words():
         ({"save_every_steps": 801}, "loop.save_every_steps 801 is longer than the run of 800 steps: a kill would lose"),
         ({"validate_every_steps": 801}, "loop.validate_every_steps 801 is longer than the run of 800 steps"),
         ({"optim": OptimConfig(warmup_steps=400)}, "optim.warmup_steps: 50% of the run is warm-up"),
+        ({"optim": OptimConfig(decay="cosine")}, "optim.decay_fraction 1: the number of steps is fixed when the decay"),
     ],
 )
 def test_odd_plans_are_warned_of(changes, words):
@@ -290,7 +291,7 @@ def test_seconds_of_a_run_are_steps_validations_and_checkpoints():
 
 def test_a_limit_of_seconds_becomes_the_steps_that_the_loop_makes_of_it():
     assert COST.steps(600.0) == 300
-    assert COST.steps(1.0) == 21  # the loop times 20, and takes one more
+    assert COST.steps(1.0) == 2  # the loop sees after the first that the time is over, and takes one more
 
 
 def test_another_machine_is_reckoned_from_flops_and_memory():

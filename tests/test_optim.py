@@ -59,6 +59,17 @@ def test_decay_ends_exactly_on_the_final_fraction_of_the_setting(decay):
     assert learning_rate(9, 10, config) == pytest.approx(1.5e-4, rel=1e-12)  # the only step after the warm-up
 
 
+@pytest.mark.parametrize("fraction", [0.001, 0.2, 0.5, 1])
+def test_a_decay_over_the_last_part_is_the_constant_rate_before_it_and_a_whole_decay_in_it(fraction):
+    found = rates(200, decay="linear", warmup_steps=10, decay_fraction=fraction)
+    start = min(199, max(10, round((1 - fraction) * 200)))
+    assert found[10:start] == [1.0] * (start - 10)
+    assert found[start:] == (rates(200 - start, decay="linear") if start < 199 else [0.0])
+    decided = OptimConfig(learning_rate=1.0, decay="linear", warmup_steps=10, decay_fraction=0.7)
+    assert found == [learning_rate(step, 200, decided, decay_start=start) for step in range(200)]
+    assert found[:start] == [learning_rate(step, None, decided) for step in range(start)]  # before it is known
+
+
 def test_a_constant_run_may_end_in_its_warm_up():
     assert rates(2, warmup_steps=100) == pytest.approx([0.01, 0.02], rel=1e-12)
 
@@ -73,6 +84,8 @@ def test_a_constant_run_may_end_in_its_warm_up():
         (0, 5, {"learning_rate": math.inf}, r"optim\.learning_rate: got inf"),
         (0, 5, {"warmup_steps": -1}, r"optim\.warmup_steps: got -1; expected 0"),
         (0, 5, {"final_fraction": 1.5}, r"optim\.final_fraction: got 1\.5; expected 0 to 1"),
+        (0, 5, {"decay_fraction": 0.0}, r"optim\.decay_fraction: got 0\.0; expected above 0, to 1"),
+        (-1, None, {}, "global_step: got -1; expected 0 or more"),
         (0, 5, {"decay": "cosine", "warmup_steps": 5}, "leaves none of 5 steps for decay: cosine"),
     ],
 )

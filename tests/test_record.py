@@ -126,6 +126,16 @@ def test_r24_r25_a_record_of_an_earlier_version_is_compared_as_far_as_it_goes_an
         refuse_changes(old, record(count=40), allowed=False)
 
 
+def test_r24_a_field_that_an_earlier_version_did_not_have_is_compared_as_what_it_did(caplog):
+    old, now = record(), record()
+    del old["config"]["optim"]["decay_fraction"]
+    caplog.clear()
+    refuse_changes(old, now, allowed=False)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"optim\.decay_fraction: 1\.0 -> 0\.3"):
+        refuse_changes(old, record(replace(CONFIG, optim=OptimConfig(decay_fraction=0.3))), allowed=False)
+
+
 def test_r25_images_that_were_trained_on_and_are_held_out_now_are_refused_and_stay_on_record_where_allowed(caplog):
     now = whole_record(count=40)
     assert len(now.held_out_images)

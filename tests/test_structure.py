@@ -12,27 +12,29 @@ MODULES = sorted([*ROOT.glob("ldm/**/*.py"), *ROOT.glob("pipelines/*.py"), *ROOT
 MAY_IMPORT = {  # part of ldm -> parts that it may import, besides itself; nothing imports a part further down here
     "errors": set(),
     "files": set(),
+    "terminal": set(),
     "machine": set(),
     "config": {"errors"},
     "objectives": {"config"},
-    "data": {"config", "errors", "files"},
-    "models": {"config", "errors", "files", "machine", "objectives"},
+    "data": {"config", "errors", "files", "terminal"},
+    "models": {"config", "errors", "files", "machine", "objectives", "terminal"},
     "conditioners": {"config", "models", "objectives"},
     "spaces": {"config", "errors", "models", "objectives"},
     "stage": {"conditioners", "config", "errors", "models", "objectives", "spaces"},
-    "evaluation": {"config", "data", "errors", "files", "machine", "models", "objectives"},
+    "evaluation": {"config", "data", "errors", "files", "machine", "models", "objectives", "terminal"},
     "training": {
         *("conditioners", "config", "data", "errors", "evaluation", "files", "machine", "models", "objectives"),
-        *("spaces", "stage"),
+        *("spaces", "stage", "terminal"),
     },
     "export": {
         *("conditioners", "config", "data", "errors", "evaluation", "files", "models", "stage", "training"),
     },
     "doctor": {"config", "data", "evaluation", "export", "machine", "models", "objectives", "spaces", "training"},
     "recipes": {
-        *("config", "data", "doctor", "errors", "evaluation", "export", "models", "spaces", "stage", "training"),
+        *("config", "data", "doctor", "errors", "evaluation", "export", "models", "spaces", "stage", "terminal"),
+        "training",
     },
-    "commands": {"config", "data", "errors", "evaluation", "export", "machine", "models", "training"},
+    "commands": {"config", "data", "errors", "evaluation", "export", "machine", "models", "terminal", "training"},
 }
 
 

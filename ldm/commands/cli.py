@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from ldm.config.places import expanded
+from ldm.terminal import write_lines
 from ldm.training.signals import exit_on_interrupt
 
 
@@ -129,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = f"ldm: no command {name!r}" if name else "ldm: name a command"
         print(f"{overview()}\n\n{wrong}{f'; did you mean {meant[0]}?' if meant else ''}", file=sys.stderr)
         sys.exit(2)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ldm").setLevel(logging.INFO)
+    write_lines()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files are shown, whatever their script
     function = __getattr__(name)

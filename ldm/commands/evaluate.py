@@ -14,6 +14,7 @@ from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.markdown import markdown
 from ldm.evaluation.page import html
 from ldm.evaluation.report import Report
+from ldm.evaluation.summary import summary
 from ldm.export.evaluation_card import merge_into_card
 
 VARIETY_SEED = 2**20
@@ -116,7 +117,7 @@ def write(report: Report, folder: Path, model: Path | None) -> Report:
     sheet.save(folder / "samples.png")
     if model is not None and model.is_dir():
         merge_into_card(model, report)
-    for row in report.headlines:
-        print(f"{row.name}: {row.measure}{'; a copier reaches this' if row.copied else ''}")
+    print(f"\n{summary(report)}\n")
+    print(f"images:           {folder / 'samples.png'}")
     print(f"the whole report: {folder / 'report.html'}")
     return report

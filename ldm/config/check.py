@@ -103,6 +103,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "weight_decay": WEIGHT,
         "max_grad_norm": Numbers(0, math.inf, above=True),  # infinity: gradients are not clipped
         "warmup_steps": COUNT_OR_NONE,
+        "decay_fraction": Numbers(0, 1, above=True),
         "final_fraction": Numbers(0, 1),
         "ema_decay": SHARE,
     },

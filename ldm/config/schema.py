@@ -174,6 +174,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
     decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay_fraction: float = 1.0
+    """Share of the training, at its end, in which the learning rate decays; 1: all of it that follows the warm-up."""
     final_fraction: float = 0.0
     """Share of the learning rate that is left at the last step of a decay."""
     ema_decay: float = 0.999
@@ -187,7 +189,8 @@ class LoopConfig:
     max_train_steps: int | None = None
     max_train_epochs: float | None = None
     max_train_seconds: float | None = None
-    """Set exactly one of the three. Seconds are turned into steps once, by the time of the first steps."""
+    """Set exactly one of the three. Seconds, of steps alone, become a number of steps when the learning rate begins to
+    decay. With optim.decay_fraction 0.3 they are kept even if the machine slows down in the first half."""
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes faster with it (measured), else float32."""

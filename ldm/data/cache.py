@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ldm.data.cache_folder import entry_folder
 from ldm.data.content_hashes import content_hashes, file_hash
 from ldm.files import locked, put_in_place, written_aside
+from ldm.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class CachedRows:
         built = {}
         stops = {start: min(start + self.rows_per_shard, count) for start in missing}
         rows = sum(stop - start for start, stop in stops.items())
-        with tqdm(total=rows, desc=f"caching {self.kind}", unit="row", mininterval=1) as bar:
+        with progress_bar(rows, f"caching {self.kind}", "row") as bar:
             for start in _from_own_share(missing):
                 if any(name.startswith(f"{start:09d}-") for name in _names_in(self.folder)):
                     bar.update(stops[start] - start)  # another process of the run has written it meanwhile

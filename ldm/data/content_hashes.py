@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from ldm.data.cache_folder import entry_folder
 from ldm.files import locked, put_in_place, written_aside
+from ldm.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _read(files: dict[str, os.stat_result]) -> Iterator[tuple[str, bytes | None,
     total, rest = sum(state.st_size for state in files.values()), iter(files)
     with (
         ThreadPoolExecutor(READERS) as readers,  # reading and hashing release the interpreter lock
-        tqdm(total=total, desc="hashing files", unit="B", unit_scale=True, mininterval=1, delay=1) as bar,
+        progress_bar(total, "hashing files", "B", unit_scale=True) as bar,
     ):
         while some := list(islice(rest, FILES_AT_ONCE)):
             for done in readers.map(read, some):

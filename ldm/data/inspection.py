@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
@@ -22,6 +21,7 @@ from ldm.data.profiles import profile_name
 from ldm.data.rows import Problem, RowSource
 from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, split_images
+from ldm.terminal import progress_bar
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """From captions to their numbers of tokens, begin and end included."""
@@ -162,7 +162,7 @@ class _Decoding(Dataset[Facts | Problem]):
 def _decoded(source: Source, config: DataConfig, rows: Sequence[int], workers: int) -> Iterator[Facts | Problem]:
     dataset = _Decoding(source, config.background, rows)
     loader = DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(rows), desc="decoding", unit="image", mininterval=1) as bar:
+    with progress_bar(len(rows), "decoding", "image") as bar:
         for several in loader:
             yield from several
             bar.update(len(several))

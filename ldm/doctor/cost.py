@@ -23,7 +23,7 @@ from ldm.data.loader import training_batches
 from ldm.doctor.overfit import bounded
 from ldm.doctor.plan import Plan
 from ldm.machine import memory_bytes
-from ldm.training.loop import TIMED_STEPS, Loop
+from ldm.training.loop import Loop
 from ldm.training.run import Run
 from ldm.training.steps import Step
 from ldm.training.updates import update_norms, weights
@@ -85,8 +85,8 @@ class Cost:
     """Most bytes that the GPU's allocator held; None without a GPU."""
 
     def steps(self, max_train_seconds: float) -> int:
-        """Return the number of steps that the loop will take in ``loop.max_train_seconds``; see `TIMED_STEPS`."""
-        return max(TIMED_STEPS + 1, round(max_train_seconds / self.step_seconds))
+        """Return the number of steps that the loop will take in ``loop.max_train_seconds``; see `fix_total_steps`."""
+        return max(2, round(max_train_seconds / self.step_seconds))
 
     def seconds(self, plan: Plan) -> float:
         """Return the seconds of a run from its first step to its last checkpoint."""

@@ -31,6 +31,7 @@ from ldm.evaluation.images import comparison_sheet, image_grid, written
 from ldm.evaluation.sampling import sample_images
 from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
+from ldm.models.quiet import quietly
 from ldm.training.alarms import SCALE, faults_before
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
@@ -188,7 +189,7 @@ def same_sample(
         guidance_scale=config.validation.guidance_scale,
     )
     name = "saved and reloaded"
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=folder) as place, quietly():
         pipeline.save_pretrained(place)
         try:
             loaded = loader.from_pretrained(place, use_safetensors=True).to(pipeline.device)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from ldm.config import LoopConfig, OptimConfig
 
+EARLY_DECAY = 0.4
+"""Share of a run that may decay: a change of the machine's speed in the first half is known before it does."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -76,6 +79,13 @@ class Plan:
         if 0.3 * self.steps < self.optim.warmup_steps < self.steps:
             share = self.optim.warmup_steps / self.steps
             yield f"optim.warmup_steps: {share:.0%} of the run is warm-up; a tenth is usual"
+        decays_early = self.optim.decay != "constant" and self.optim.decay_fraction > EARLY_DECAY
+        if loop.max_train_seconds is not None and decays_early:
+            yield (
+                f"optim.decay_fraction {self.optim.decay_fraction:g}: the number of steps is fixed when the decay "
+                f"begins, and a machine that becomes slower after it takes longer than {loop.max_train_seconds:g} s; "
+                "0.3 is usual"
+            )
         if self.epochs < 1:
             yield f"less than one epoch: {1 - self.epochs:.0%} of the images are never seen; train longer"
         if self.batch_size > self.images:

@@ -82,4 +82,5 @@ def class_section(
         "training images, says which class each image shows. Ceiling: the true held-out images of these "
         "classes. Shuffled: the generated images of the class before."
     )
-    return Section("Which class is it?", text, rows, (), [Figure("Images of classes", "", sheet)])
+    meaning = "Share of the images that a judge, trained on true ones, puts into the class that was asked for."
+    return Section("Which class is it?", text, rows, (), [Figure("Images of classes", "", sheet)], meaning)

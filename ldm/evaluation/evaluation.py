@@ -113,6 +113,7 @@ class Evaluation:
         Raises ValueError if the model or a part of it was trained on these images, or with the network that measures.
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
+        self.pipeline.set_progress_bar_config(disable=True)  # `sample_images` has one over all its calls
         self.condition, self.record = CONDITIONS[asked_by(self.pipeline)], read_provenance(model)
         if self.condition is not CONDITIONS["class_labels"]:
             if options.get("class_column") is not None:
@@ -127,11 +128,21 @@ class Evaluation:
         self.gallery, self.place = self.images.gallery()
         self.gallery_features = self._gallery_features()
         self.captions, self.rows = self._held_out(config.held_out.get("test"))
+        self._say_what_is_cut()
 
     @property
     def validation(self) -> str:
         """The path of the file of validation captions."""
         return self.images.config.held_out["validation"]
+
+    def _say_what_is_cut(self) -> None:
+        tokenizer = self.pipeline.components.get("tokenizer")
+        if tokenizer is None:
+            return
+        most = tokenizer.model_max_length
+        cut = sum(len(ids) > most for ids in tokenizer(self.captions, verbose=False)["input_ids"])
+        if cut:
+            log.info("the model reads %d tokens, and cuts %d of %d captions", most, cut, len(self.captions))
 
     def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
         """Return the held-out captions and the rows of their images in the source, one of each per image."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.evaluation.baselines import exchanged_captions
 from ldm.models.autoencoder import posterior_moments
+from ldm.models.quiet import quietly
 from ldm.models.scheduler import schedule_of
 from ldm.objectives.schedule import target_coefficients
 
@@ -29,6 +30,7 @@ Losses = NDArray[np.float64]
 """(levels, N): the squared error of each image at each noise level, averaged over its elements."""
 
 
+@quietly()
 def losses_with_and_without(
     pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
 ) -> tuple[Losses, Losses]:

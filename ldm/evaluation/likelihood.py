@@ -139,7 +139,8 @@ def bound_section(bits: Bound, true: Images, training: Images) -> Section:
         f"send them with this model. The estimate is unbiased, from {len(bits.steps)} timesteps of each image. Pixel "
         "by pixel: each value is sent alone, by how often the training images have it at that place and colour."
     )
-    return Section("How many bits is an image?", text, [row], [curve])
+    meaning = "Bits that each colour value of a true image costs to send with this model."
+    return Section("How many bits is an image?", text, [row], [curve], meaning=meaning)
 
 
 def independent_bits(true: Images, training: Images) -> Bits:

@@ -72,7 +72,7 @@ class Section:
     """One question and the measurements that answer it.
 
     `text` is plain; an empty line separates paragraphs. The first row is the section's headline, which the summary of
-    the report shows.
+    the report shows. `meaning` says in a sentence what that number means.
     """
 
     title: str
@@ -80,6 +80,7 @@ class Section:
     rows: Sequence[Row] = ()
     curves: Sequence[Curve] = ()
     figures: Sequence[Figure] = ()
+    meaning: str = ""
 
     @property
     def beside(self) -> tuple[str, ...]:

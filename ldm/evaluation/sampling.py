@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ldm.models.pipeline import plain_call
+from ldm.models.quiet import quietly
 from ldm.models.vision import Images
+from ldm.terminal import progress_bar
 
 CHUNK = 50
 """Images that one call of the pipeline samples."""
 
 
+@quietly()
 def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str = "prompt", **call: Any) -> Images:
     """Return one image per prompt, (N, H, W, 3) uint8; the image of prompt i depends on it and on seed + i alone.
 
@@ -30,13 +32,14 @@ def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str =
     chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
     state, plain = PartialState(), plain_call(pipeline)
     mine = chunks[state.process_index :: state.num_processes]
-    drawn: list[tuple[int, Images]] = []
-    quiet = len(mine) < 2 or not state.is_main_process
-    for start, part in tqdm(mine, desc=f"drawing {len(prompts)} images", unit="call", disable=quiet, leave=False):
-        draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        nothing = asked == "batch_size" or all(prompt is None for prompt in part)
-        wanted = {"batch_size": len(part)} if nothing else {asked: part}
-        images = pipeline(**wanted, **plain, generator=draws, output_type="np", **call).images
-        drawn.append((start, (np.asarray(images) * 255).round().astype(np.uint8)))
-    parts = dict(gather_object(drawn))
+    sampled: list[tuple[int, Images]] = []
+    with progress_bar(sum(len(part) for _, part in mine), "sampling", "image", not state.is_main_process) as bar:
+        for start, part in mine:
+            generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
+            nothing = asked == "batch_size" or all(prompt is None for prompt in part)
+            wanted = {"batch_size": len(part)} if nothing else {asked: part}
+            images = pipeline(**wanted, **plain, generator=generators, output_type="np", **call).images
+            sampled.append((start, (np.asarray(images) * 255).round().astype(np.uint8)))
+            bar.update(len(part))
+    parts = dict(gather_object(sampled))
     return np.concatenate([parts[start] for start, _ in chunks])

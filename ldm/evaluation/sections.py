@@ -40,7 +40,9 @@ def retrieval(subject: Subject, network: str) -> Section:
         "distance in pixels is the RGB difference at 16 x 16, the smallest over small shifts. The distance in "
         f"{network} is one minus the cosine of the features. Ties are misses."
     )
-    return Section("Does it follow the caption?", text, rows, (), [Figure("Generated and true", "", sheet)])
+    meaning = f"Share of the captions whose image has its true image as the nearest of {len(subject.gallery):,}."
+    figures = [Figure("Generated and true", "", sheet)]
+    return Section("Does it follow the caption?", text, rows, (), figures, meaning)
 
 
 def _recall_rows(subject: Subject, distances: NamedDistances, where: str) -> list[Row]:
@@ -75,7 +77,8 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
         "The share of captions whose true image is the nearest of its family: the images whose captions differ in this "
         "factor alone. The distance is that in pixels. A copier of training images gets other members of the family."
     )
-    return Section("Which words does it follow?", text, rows)
+    meaning = "Share of the images that show this word of their caption, and not another of its kind."
+    return Section("Which words does it follow?", text, rows, meaning=meaning)
 
 
 def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
@@ -88,7 +91,7 @@ def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArr
     }
     row = Row(f"CLIP score, {name}", mean_of(score(subject.generated, subject.captions)), "higher", beside)
     text = "100 times the cosine of a CLIP's embeddings of image and caption, not below 0. Ceiling: the true images."
-    return Section("CLIP score", text, [row])
+    return Section("CLIP score", text, [row], meaning="Agreement of image and caption, as a CLIP sees it.")
 
 
 def caption_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Section:
@@ -110,7 +113,8 @@ def caption_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Sect
         "The loss on held-out images with the captions of others, minus the loss with their own, at the same noise. "
         "0: the model does not use the text."
     )
-    return Section("What are the captions worth?", text, [row], curves)
+    meaning = "Rise of the loss on true images when they get the captions of others; 0: captions are not used."
+    return Section("What are the captions worth?", text, [row], curves, meaning=meaning)
 
 
 def samples(subject: Subject) -> Section:
@@ -145,7 +149,8 @@ def likeness(subject: Subject, network: str) -> Section:
         f"each compares {len(half)} images of one half of the captions with the true images of the other half. "
         "Ceiling: the true images through the autoencoder. Copy: the images of the nearest training captions."
     )
-    return Section("Do its images look like true ones?", text, rows)
+    meaning = "Distance between the images, as a set, and the true ones; the floor is that of true images alone."
+    return Section("Do its images look like true ones?", text, rows, meaning=meaning)
 
 
 def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Measure]) -> Row:
@@ -163,7 +168,8 @@ def autoencoder(subject: Subject, rebuilt_images: Images, network: str) -> Secti
         Row(f"KID of reconstructions, {network}", kid(features["ceiling"], features["true"]), "lower", {}),
     ]
     text = "The true images of the held-out captions through the autoencoder and back."
-    return Section("What can the latents carry?", text, rows)
+    meaning = "Likeness of true images to what the autoencoder makes of them: no sampled image can be better."
+    return Section("What can the latents carry?", text, rows, meaning=meaning)
 
 
 def memorisation(subject: Subject, network: str) -> Section:
@@ -196,7 +202,8 @@ def memorisation(subject: Subject, network: str) -> Section:
         "the same caption is to its own. New images have about one half; a copier has 1."
     )
     title = f"The {len(closest)} generated images nearest to training"
-    return Section("Does it copy its training images?", text, rows, (), [Figure(title, "", sheet)])
+    meaning = "About 0.5: the images are as new as unseen true ones; 1: they are copies of training images."
+    return Section("Does it copy its training images?", text, rows, (), [Figure(title, "", sheet)], meaning)
 
 
 def variety(captions: Sequence[str], images: Images, features: Features, per_prompt: int, network: str) -> Section:
@@ -210,7 +217,9 @@ def variety(captions: Sequence[str], images: Images, features: Features, per_pro
         f"{per_prompt} images of each of {len(captions)} prompts, with different seeds. 0: every seed gives the same "
         "image; 1: the prompt decides nothing."
     )
-    return Section("How much do images of one prompt differ?", text, [row], (), [Figure("Same prompt", "", sheet)])
+    meaning = "0: all seeds give the same image of a caption; 1: the caption decides nothing."
+    figures = [Figure("Same prompt", "", sheet)]
+    return Section("How much do images of one prompt differ?", text, [row], (), figures, meaning)
 
 
 def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:

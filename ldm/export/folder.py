@@ -22,6 +22,7 @@ from ldm.export.hub import check, push
 from ldm.export.kinds import kinds_named
 from ldm.files import read_object
 from ldm.models.provenance import read_provenance, save_trained_images
+from ldm.models.quiet import quietly
 from ldm.training.loop import Loop
 from ldm.training.posthoc import averaged_weights
 from ldm.training.record import all_trained_images, provenance
@@ -87,6 +88,7 @@ class ModelFolder:
             log.info("%s is finished and stays as it is; delete it to have it written again", self.folder)
         else:
             self._write()
+            log.info("the model is in %s", self.folder)
         if self.config.push_to_hub is not None:
             log.info("pushed to %s", push(self.folder, self.config.push_to_hub, self.config.push_private))
 
@@ -99,7 +101,8 @@ class ModelFolder:
     def _write(self) -> None:
         with self.run.stop.held():  # weights, record and card are of one step
             (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
-            self.save(self.folder)
+            with quietly():
+                self.save(self.folder)
             record = provenance(self.loop.progress, self.train, self.networks, self.parts)
             record.save(self.folder)
             save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, self.parts))

@@ -14,6 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ldm.errors import explained
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
+from ldm.models.quiet import quietly
 
 
 class ImageEncoder(nn.Module):
@@ -50,6 +51,7 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.network(normalised.to(self.network.dtype)).image_embeds.float())
 
 
+@quietly()
 def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
     """Return the image encoder in a folder or on the Hub (``user/name@revision`` too), alone or in a pipeline.
 

@@ -14,8 +14,10 @@ from ldm.config.check import shown
 from ldm.errors import explained
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
+from ldm.models.quiet import quietly
 
 
+@quietly()
 def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     """Return the pipeline in folder or Hub repository `model`, ``user/name`` or ``user/name@revision``.
 
@@ -43,6 +45,7 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     return pipeline.to(PartialState().device)
 
 
+@quietly()
 def starting_from(pipeline: Any, masked: bool) -> Any:
     """Return a pipeline of the same parts that takes an ``image``, and a ``mask_image`` if `masked`.
 
@@ -54,7 +57,7 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
     """
     if "image" in inspect.signature(pipeline.__call__).parameters:
         return pipeline
-    # imported here: they import every pipeline of diffusers, which takes a second and warns about torchvision
+    # imported here: they import every pipeline of diffusers, which takes a second
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image

@@ -16,7 +16,6 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForTextEncoding,
@@ -33,6 +32,8 @@ from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
+from ldm.models.quiet import quietly
+from ldm.terminal import progress_bar
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -82,7 +83,7 @@ def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple
     heap = [(-occurring, pair) for pair, occurring in counts.items()]
     heapify(heap)
     merges: list[tuple[str, str]] = []
-    with tqdm(total=count, desc="learning the tokenizer", unit="merge", delay=2, leave=False) as bar:
+    with progress_bar(count, "learning the tokenizer", "merge") as bar:
         while heap and len(merges) < count:
             occurring, best = heappop(heap)
             if -occurring != counts[best]:
@@ -202,6 +203,7 @@ def build_text_encoder(
     return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
 
 
+@quietly()
 def load_text_encoder(
     pretrained: str, max_length: int, tokenizer: Any | None = None, outputs: Collection[str] = ("prompt_embeds",)
 ) -> tuple[nn.Module, Any]:

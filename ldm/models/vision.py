@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -34,6 +33,8 @@ from ldm.errors import explained
 from ldm.models.features import EFFICIENTNETS, efficientnet
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import weights_sha256
+from ldm.models.quiet import quietly
+from ldm.terminal import progress_bar
 
 Images = NDArray[np.uint8]
 """Images, (N, H, W, 3), RGB in [0, 255]."""
@@ -58,8 +59,6 @@ nothing for 64-pixel images."""
 
 INCEPTION_SIZE = 299
 CHUNK = 64
-LONG = 8
-"""Smallest number of chunks for which a progress bar is shown."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +177,7 @@ def _load(name: str, kinds: Sequence[str]) -> _Loaded:
         return _read(name, kinds)
 
 
+@quietly()
 def _read(name: str, kinds: Sequence[str]) -> _Loaded:
     place, revision = pinned(name)
     with own_code_refused("a feature network", name):
@@ -235,8 +235,7 @@ def _inception() -> FeatureNetwork:
 def _chunks(images: Images, name: str) -> Iterator[Images]:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError(f"images is {images.dtype} {images.shape}; expected at least one image, uint8 (N, H, W, 3)")
-    short = len(images) < LONG * CHUNK
-    with tqdm(total=len(images), desc=f"measuring with {name}", unit="image", disable=short) as bar:
+    with progress_bar(len(images), f"measuring with {name}", "image") as bar:
         for start in range(0, len(images), CHUNK):
             yield images[start : start + CHUNK]
             bar.update(min(CHUNK, len(images) - start))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from ldm.training.rehearsal import first_batch, rehearse
 from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep
 
+log = logging.getLogger(__name__)
 LOADING = """\
 ```python
 import torch
@@ -58,6 +60,8 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     def validate(global_step: int) -> None:
         metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)
         run.log_metrics(metrics, global_step)
+        said = [f"{name.removeprefix('validation/')} {value:.3g}" for name, value in metrics.items()]
+        log.info("step %d: held-out %s", global_step, ", ".join(said))
         run.log_image("reconstructions", sheet, global_step)
 
     def events(loop: Loop[Batch]) -> Sequence[Event]:

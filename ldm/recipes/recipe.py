@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,12 @@ from ldm.doctor.findings import Finding, report
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.card import CardText
 from ldm.export.folder import ModelFolder, check_push
+from ldm.terminal import write_lines
 from ldm.training.alarms import Alarms
 from ldm.training.loop import Event, Loop
 from ldm.training.record import run_record
 from ldm.training.resume_check import check_resume
-from ldm.training.run import Run, log_to_stderr, opened
+from ldm.training.run import Run, opened
 from ldm.training.steps import Step
 
 C = TypeVar("C", bound=RunConfig)
@@ -63,7 +66,7 @@ def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], scr
     `script` is the entry script; ``config.resume_check`` runs it again. With ``config.doctor`` the training is only
     examined.
     """
-    log_to_stderr()
+    write_lines(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     if config.resume_check:
         return check_resume(script, sys.argv[1:], Path(config.output_dir))
     if config.doctor:

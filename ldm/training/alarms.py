@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ldm.config import OptimConfig, StageConfig
 from ldm.data.batches import PositionDataset
 from ldm.training.checks import null_difference
-from ldm.training.progress import Progress
+from ldm.training.progress import Progress, expected_steps
 from ldm.training.run import Run
 from ldm.training.validation import Validation
 
@@ -82,7 +82,7 @@ class Alarms:
                 )
         if "learning_rate" in row:
             rates = self._rate, row["learning_rate"]
-            self.say(RATE, no_rate(rates, self.optim, self.progress.total_steps, global_step), global_step)
+            self.say(RATE, no_rate(rates, self.optim, self._steps, global_step), global_step)
             self.say(STILL, stands_still(row, global_step), global_step)
             self._rate = row["learning_rate"]
         if "conditional_gain/mean" in row:
@@ -91,8 +91,12 @@ class Alarms:
                 self.say(TEXT, _text_sentence(row, global_step, self.progress.images), global_step)
             self._unused = unused
 
+    @property
+    def _steps(self) -> int | None:
+        return expected_steps(self.progress, self.run.config)
+
     def _has_seen_enough(self, global_step: int) -> bool:
-        images, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
+        images, least_steps = self.progress.images, LEAST_SHARE * (self._steps or 0)
         least, most = IMAGES
         return images >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
             self.optim.warmup_steps, least_steps
