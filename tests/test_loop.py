@@ -15,6 +15,8 @@ from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
 from ldm.training.progress import planned_steps
 from ldm.training.run import Run, finishing
 
+from .table import table
+
 
 @dataclass
 class Points:
@@ -177,7 +179,7 @@ def test_seconds_become_a_number_of_steps_once(tmp_path):
     assert again.progress.total_steps == progress.total_steps
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
+@table("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
 def test_exactly_one_limit_is_required(limits):
     with pytest.raises(ValueError, match="set one of max_train_steps"):
         planned_steps(LoopConfig(**limits), 10)

@@ -9,6 +9,8 @@ import torch
 from ldm.config import StageConfig
 from ldm.config.file import load_config
 
+from .table import table
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED = {
     "ddpm/paper/cifar10.yaml": 35.7e6,  # Ho et al. 2020, appendix B
@@ -24,7 +26,7 @@ def test_every_paper_is_counted():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/paper/*.yaml")} == PUBLISHED.keys()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@table("name", PUBLISHED)
 def test_the_denoiser_has_the_published_number_of_parameters(name):
     config = load_config(StageConfig, ["--config", str(CONFIGS / name)])
     keys = dict(config.denoiser)
