@@ -20,7 +20,7 @@ $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/accelerate launch train_text2img.py --config configs/openmoji/text2img.yaml --output_dir $(DEMO) $(OPTIONS)
+	$(BIN)/accelerate launch train_text2img.py --config configs/stable_diffusion/openmoji/text2img.yaml --output_dir $(DEMO) $(OPTIONS)
 	$(BIN)/ldm evaluate $(DEMO)/model --data openmoji --captions configs/openmoji/heldout.txt \
 		--validation_captions configs/openmoji/validation.txt --factors configs/openmoji/factors.json \
 		--guidance_scale 1.25 --trust_remote_code true --out $(DEMO)

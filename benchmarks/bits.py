@@ -1,6 +1,6 @@
 """Bits per dimension of models of pixels, beside the first: python -m benchmarks.bits MODEL OTHER ...
 
-Of the pictures of OpenMoji that are held out by hash, `--held_out_percent` as in the trainings, which must all have
+Of the images of OpenMoji that are held out by hash, `--held_out_percent` as in the trainings, which must all have
 it. MODEL is a pipeline folder, with ``:fixed_small`` or ``:fixed_large`` behind it for another variance than the one
 that was saved. All see the same timesteps and noise, so that the difference is known better than either.
 """
@@ -12,9 +12,9 @@ import torch
 
 from ldm.config import DataOptions
 from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.images import pixel_values
 from ldm.evaluation.likelihood import variational_bound
 from ldm.evaluation.measure import mean_of
-from ldm.evaluation.pictures import pixel_values
 
 
 def main() -> None:

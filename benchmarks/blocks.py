@@ -2,7 +2,7 @@
 
 Each variant of configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance. Their steps are timed first, in turn,
 which gives each the number of steps that `--seconds` are on this machine; then each trains that many from the same seed
-on the same pictures, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
+on the same images, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
 Measured: the held-out loss, the squared error of the noise at five levels with fixed noise. The table is printed as
 Markdown, the numbers are written to docs/blocks.json.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -35,7 +35,7 @@ from ldm.objectives.denoising import Objective
 from ldm.spaces import build_space
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.loop import Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.steps import DiffusionStep
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +137,7 @@ def build(keys: dict[str, Any]) -> nn.Module:
 
 
 class Bench:
-    """The pictures and the config that all variants share."""
+    """The images and the config that all variants share."""
 
     def __init__(self) -> None:
         self.config: StageConfig = load_config(StageConfig, ["--config", CONFIG, "--output_dir", "unused", *FIXED])
@@ -154,14 +154,14 @@ class Bench:
                 yield batch
                 seconds.append(time.perf_counter() - given)
 
-        with tempfile.TemporaryDirectory() as folder, finishing(Run(folder, seed, loop_config)) as run:
+        with tempfile.TemporaryDirectory() as folder, opened(Run(folder, seed, loop_config)) as run:
             torch.manual_seed(seed)
             space = build_space(self.config.space, None)
             model = ConditionedDenoiser(build(keys), {})
             stage = Stage(space, model, Objective(self.config.objective, space.grid_step))
             step = DiffusionStep(stage, run, self.config.optim.ema_decay)
             train = PositionDataset(self.images, "train", seed)
-            loop: Loop[Any] = Loop(cast(Any, step), self.config.optim, loop_config, run, epoch_steps=1)
+            loop: Loop[Batch] = Loop(step, self.config.optim, loop_config, run, epoch_steps=1)
             loop.fit(lambda start_step, **share: timed(training_batches(train, start_step, **share)))
         return step, seconds
 
@@ -170,7 +170,7 @@ class Bench:
         return statistics.median(self.train(keys, TIMED_STEPS, seed=0)[1][10:])
 
     def held_out_loss(self, step: DiffusionStep) -> float:
-        """Return the loss on validation pictures, with the averaged weights and fixed noise."""
+        """Return the loss on validation images, with the averaged weights and fixed noise."""
         batch = fixed_batch(PositionDataset(self.images, "validation", 0), HELD_OUT)
         return float(step.held_out_losses(batch, LEVELS).mean())
 

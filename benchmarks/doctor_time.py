@@ -27,7 +27,7 @@ def run(words: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/openmoji/text2img.yaml")
+    parser.add_argument("--config", default="configs/stable_diffusion/openmoji/text2img.yaml")
     parser.add_argument("--seconds", type=float, default=300.0)
     known, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:

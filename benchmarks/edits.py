@@ -1,4 +1,4 @@
-"""Image to image, inpainting and the way between two prompts, as a picture: python -m benchmarks.edits MODEL
+"""Image to image, inpainting and the way between two prompts, as an image: python -m benchmarks.edits MODEL
 
 MODEL: the folder of a text-to-image pipeline trained here, such as out/demo/model. Nothing is chosen: seed 0.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.evaluation.pictures import contact_sheet
+from ldm.evaluation.images import contact_sheet
 from ldm.models.pipeline import image_size, load_pipeline
 
 FIRST, SECOND = "woman astronaut light skin tone", "man cook dark skin tone"
@@ -20,8 +20,8 @@ CALL = {"num_inference_steps": 25, "guidance_scale": 1.25}
 
 def drawn(pipeline: Any, prompt: str, **more: Any) -> Image.Image:
     """Return what seed 0 draws."""
-    picture: Image.Image = pipeline(prompt, generator=torch.Generator().manual_seed(0), **CALL, **more).images[0]
-    return picture
+    image: Image.Image = pipeline(prompt, generator=torch.Generator().manual_seed(0), **CALL, **more).images[0]
+    return image
 
 
 def main() -> None:
@@ -35,15 +35,15 @@ def main() -> None:
     upper, lower = Image.new("L", (size, size)), Image.new("L", (size, size), 255)
     upper.paste(255, (0, 0, size, size // 2))
     lower.paste(0, (0, 0, size, size // 2))
-    pictures = {FIRST: image}
-    pictures |= {f"strength {share}": drawn(pipeline, SECOND, image=image, strength=share) for share in STRENGTHS}
-    pictures |= {
+    images = {FIRST: image}
+    images |= {f"strength {share}": drawn(pipeline, SECOND, image=image, strength=share) for share in STRENGTHS}
+    images |= {
         "upper half anew": drawn(pipeline, SECOND, image=image, mask_image=upper),
         "lower half anew": drawn(pipeline, SECOND, image=image, mask_image=lower),
     }
     between = pipeline.interpolate(FIRST, SECOND, 8, generator=torch.Generator().manual_seed(0), **CALL).images
-    pictures |= {f"{number} of 7 between": picture for number, picture in enumerate(between)}
-    sheet = contact_sheet(list(pictures), np.stack([np.asarray(picture) for picture in pictures.values()]), columns=8)
+    images |= {f"{number} of 7 between": image for number, image in enumerate(between)}
+    sheet = contact_sheet(list(images), np.stack([np.asarray(image) for image in images.values()]), columns=8)
     sheet.save(known.out)
 
 

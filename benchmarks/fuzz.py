@@ -28,7 +28,7 @@ SHARES = {
     "command lines": 0.04,
     "metadata": 0.08,
     "tables": 0.04,
-    "picture files": 0.08,
+    "image files": 0.08,
 }
 """Of all examples."""
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "jsonargparse", "pyyaml", "pillow", "hypothesis")

@@ -1,4 +1,4 @@
-"""Linear against cosine schedule, log-SNR by time and a picture being noised: python -m benchmarks.schedules.
+"""Linear against cosine schedule, log-SNR by time and an image being noised: python -m benchmarks.schedules.
 
 Linear: Ho et al. 2020, section 4. Cosine: Nichol & Dhariwal 2021, eq. 17. Both with 1000 steps, and the same noise.
 """
@@ -33,8 +33,8 @@ def main() -> None:
     known = parser.parse_args()
     config = DataConfig(source="openmoji", image_size=64)
     images = CaptionedImages(build_source(config), config)
-    (picture,) = images.pictures_of([known.caption])
-    x0 = images.pixel_values(picture)
+    (image,) = images.rows_of([known.caption])
+    x0 = images.pixel_values(image)
 
     figure = plt.figure(figsize=(12, 6.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.5, 1])

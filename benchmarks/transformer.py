@@ -1,10 +1,10 @@
 """U-Net or transformer, of as many parameters, after ten minutes of training: python -m benchmarks.transformer
 
-configs/openmoji/text2img.yaml against text2img_transformer.yaml. Their steps are timed first, in turn, which gives each
-the number of steps that `--seconds` are on this machine; then each trains that many with every seed, wherever, and
-however disturbed: `--steps N M` are the two numbers, if they are known. All are measured by ``ldm evaluate`` on the
-held-out captions, with the demo's guidance; what is in `--out` already is not done again. The table is printed as
-Markdown, the numbers are in docs/transformer.json.
+configs/stable_diffusion/openmoji/text2img.yaml against text2img_transformer.yaml. Their steps are timed first, in turn,
+which gives each the number of steps that `--seconds` are on this machine; then each trains that many with every seed,
+wherever, and however disturbed: `--steps N M` are the two numbers, if they are known. All are measured by
+``ldm evaluate`` on the held-out captions, with the demo's guidance; what is in `--out` already is not done again. The
+table is printed as Markdown, the numbers are in docs/transformer.json.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from ldm.machine import hardware
 from .trainings import ROOT, step_seconds, train
 
 CONFIGS = {
-    "U-Net": ["--config", "configs/openmoji/text2img.yaml"],
-    "transformer": ["--config", "configs/openmoji/text2img_transformer.yaml"],
+    "U-Net": ["--config", "configs/stable_diffusion/openmoji/text2img.yaml"],
+    "transformer": ["--config", "configs/stable_diffusion/openmoji/text2img_transformer.yaml"],
 }
 HELD_OUT = (
     *("--captions", "configs/openmoji/heldout.txt", "--validation_captions", "configs/openmoji/validation.txt"),

@@ -1,4 +1,4 @@
-"""How long 10,000 pictures take to validate and to look at before a training: python -m benchmarks.validate_speed."""
+"""How long 10,000 images take to validate and to look at before a training: python -m benchmarks.validate_speed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ldm.commands.validate import validate
 from ldm.config import DataConfig
 from ldm.data.preflight import quick_problems
 from ldm.data.sources import build_source
-from tests.picture_folders import write_folder
+from tests.image_folders import write_folder
 
-PICTURES = 10_000
+IMAGES = 10_000
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_folder(folder, PICTURES, suffixes=("png", "jpg", "webp"))
+        write_folder(folder, IMAGES, suffixes=("png", "jpg", "webp"))
         for attempt in ("first", "second"):
             began = time.perf_counter()
             config = DataConfig(source="imagefolder", path=name)
@@ -34,7 +34,7 @@ def main() -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         kinds = dict(Counter(problem.kind for problem in report.problems))
-        print(f"validate: {seconds:.1f} s, {PICTURES / seconds:.0f} pictures/s, {kinds}", file=sys.stderr)
+        print(f"validate: {seconds:.1f} s, {IMAGES / seconds:.0f} images/s, {kinds}", file=sys.stderr)
         print(f"memory: {grown:.0f} MB more in this process, {worker:.0f} MB in a worker at most", file=sys.stderr)
 
 

@@ -35,13 +35,15 @@ class Space(Protocol):
     """A space to diffuse in."""
 
     key: str
-    """Names what `moments` computes: equal keys, equal moments of equal pictures."""
+    """Names what `moments` computes: equal keys, equal moments of equal images."""
     frozen: bool
     """Whether `moments` costs enough to be worth keeping."""
     grid_step: float
     """Distance of two values that x0 can take, 0 if it is continuous."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and std, (C,), that the denoiser must keep so that its pipeline can undo them; None: there are none."""
+    clipped: bool
+    """Whether x0 is an image in [-1, 1], which a sampler may clip to."""
     networks: tuple[nn.Module, ...]
     """What encodes and decodes; `moments` and `decode` work where these are."""
 
@@ -53,16 +55,17 @@ class Space(Protocol):
 
 
 class PixelSpace:
-    """The pictures themselves."""
+    """The images themselves."""
 
     key = "pixel"
     frozen = False
+    clipped = True
     grid_step = GREY_STEP
     statistics: tuple[Tensor, Tensor] | None = None
     networks: tuple[nn.Module, ...] = ()
 
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the pictures with std 0."""
+        """Return the images with std 0."""
         return Moments(pixel_values, torch.zeros_like(pixel_values))
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -74,6 +77,7 @@ class LatentSpace:
     """The latents of a frozen autoencoder."""
 
     frozen = True
+    clipped = False
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None = None
 
@@ -100,7 +104,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Return the pictures of latents."""
+        """Return the images of latents."""
         parameter = next(self.autoencoder.parameters())
         return ae.decode(self.autoencoder, x0.to(parameter.device, parameter.dtype)).float()
 
@@ -109,17 +113,18 @@ class EmbeddingSpace:
     """The embeddings of a frozen image encoder, each dimension brought to zero mean and unit std."""
 
     frozen = True
+    clipped = False
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None
 
-    def __init__(self, image_encoder: ImageEncoder, pictures: Tensor):
-        """Take the statistics from `pictures`, (N, 3, H, W) in [-1, 1], at least two."""
+    def __init__(self, image_encoder: ImageEncoder, images: Tensor):
+        """Take the statistics from `images`, (N, 3, H, W) in [-1, 1], at least two."""
         self.image_encoder = image_encoder
         self.networks: tuple[nn.Module, ...] = (image_encoder,)
-        embeds = torch.cat([image_encoder(some).cpu() for some in torch.split(pictures, 64)])
+        embeds = torch.cat([image_encoder(some).cpu() for some in torch.split(images, 64)])
         mean, std = embeds.mean(0), embeds.std(0)
         if not (std > 0).all():
-            raise ValueError(f"{int((std <= 0).sum())} dimensions of the image embeddings are equal for all pictures")
+            raise ValueError(f"{int((std <= 0).sum())} dimensions of the image embeddings are equal for all images")
         self.statistics, self.mean, self.std = (mean, std), mean, std
         self.key = f"embedding-{weights_hash(image_encoder)}-{float(mean.sum()):.6g}-{float(std.sum()):.6g}"
 
@@ -134,16 +139,16 @@ class EmbeddingSpace:
         return x0 * self.std.to(x0) + self.mean.to(x0)
 
 
-def build_space(config: SpaceConfig, pictures: Callable[[], Tensor] | None = None) -> Space:
-    """Return the space that `config` names; `pictures` returns training pictures, for its statistics."""
+def build_space(config: SpaceConfig, images: Callable[[], Tensor] | None = None) -> Space:
+    """Return the space that `config` names; `images` returns training images, for its statistics."""
     if config.kind == "pixel":
         return PixelSpace()
     if config.kind == "embedding":
         if config.image_encoder is None:
             raise ValueError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")
-        if pictures is None:
-            raise ValueError("an embedding space needs training pictures for its statistics")
-        return EmbeddingSpace(load_image_encoder(config.image_encoder, "space.image_encoder"), pictures())
+        if images is None:
+            raise ValueError("an embedding space needs training images for its statistics")
+        return EmbeddingSpace(load_image_encoder(config.image_encoder, "space.image_encoder"), images())
     if config.autoencoder is None:
         raise ValueError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
     network = build_network({"pretrained": config.autoencoder}, "space.autoencoder", AUTOENCODERS)

@@ -59,7 +59,7 @@ class ConditionedDenoiser(nn.Module):
 
     @property
     def reads_pixels(self) -> bool:
-        """Whether a conditioner needs the pictures themselves."""
+        """Whether a conditioner needs the images themselves."""
         return any(self.conditioner(name).reads_pixels for name in self.conditioners)
 
     def conditioner(self, name: str) -> Conditioner:
@@ -79,17 +79,17 @@ class Stage:
 def build_stage(
     config: StageConfig,
     captions: Sequence[str],
-    pictures: Callable[[], Tensor] | None = None,
+    images: Callable[[], Tensor] | None = None,
     tokenizer: Any | None = None,
 ) -> Stage:
     """Return the stage that `config` describes.
 
     Weights are drawn from the global generator, seeded by ``config.seed`` here. `captions` are those of the training
-    split, for the tokenizer unless one is given; `pictures` returns pictures of it, (N, 3, H, W), for the statistics of
+    split, for the tokenizer unless one is given; `images` returns images of it, (N, 3, H, W), for the statistics of
     a space that needs them (an embedding space).
     """
     torch.manual_seed(config.seed)
-    space = build_space(config.space, pictures)
+    space = build_space(config.space, images)
     conditioners = build_conditioners(config.conditioners, captions, tokenizer)
     denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
@@ -108,7 +108,7 @@ def build_conditioners(
     conditioners: dict[str, nn.Module] = {}
     if (text := config.text) is not None:
         if not captions:
-            raise ConfigError("conditioners.text: no training picture has a caption; name them in data.caption_column")
+            raise ConfigError("conditioners.text: no training image has a caption; name them in data.caption_column")
         encoder, tokenizer = build_text_encoder(text, captions, tokenizer)
         with explained("conditioners.text"):
             conditioners["text"] = TextConditioner(

@@ -1,11 +1,7 @@
-"""What to draw with, by the class of the denoiser."""
+"""The pipelines that travel with a model, by their names."""
 
 from .pixels import PixelPipeline
 from .text2img import TextToImagePipeline
 from .transformer import TransformerPipeline
 
-PIPELINES = {
-    "UNet2DConditionModel": TextToImagePipeline,
-    "PixArtTransformer2DModel": TransformerPipeline,
-    "UNet2DModel": PixelPipeline,
-}
+PIPELINES = {kind.__name__: kind for kind in (TextToImagePipeline, TransformerPipeline, PixelPipeline)}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 MAX_PIXELS = 2**24
-"""Of one picture. Attention and decoding need memory in proportion, or to the square of it."""
+"""Of one image. Attention and decoding need memory in proportion, or to the square of it."""
 
-MAX_PICTURES = 4096
+MAX_IMAGES = 4096
 """Of one call."""
 MAX_GUIDANCE = 1e6
 MAX_LATENT = 1e6
@@ -52,10 +52,10 @@ class Inputs:
     num_inference_steps: int
     num_images_per_prompt: int
     generator: torch.Generator | list[torch.Generator] | None
-    """A list: one a picture."""
+    """A list: one an image."""
     latents: torch.Tensor | None
     latents_shape: tuple[int, int, int, int]
-    """Pictures, channels, height, width."""
+    """Images, channels, height, width."""
     callback_on_step_end_tensor_inputs: Sequence[str]
 
 
@@ -91,10 +91,10 @@ def check_inputs(
     whole_number("num_inference_steps", num_inference_steps, *limits.inference_steps)
     check_guidance(guidance_scale)
     whole_number("num_images_per_prompt", num_images_per_prompt, 1, None)
-    if count * num_images_per_prompt > MAX_PICTURES:
+    if count * num_images_per_prompt > MAX_IMAGES:
         raise ValueError(
             f"num_images_per_prompt: got {shown(num_images_per_prompt)} for {count} prompts; expected at most "
-            f"{MAX_PICTURES} pictures in a call"
+            f"{MAX_IMAGES} images in a call"
         )
     check_output(output_type, return_dict)
     check_callback(callback_on_step_end)
@@ -107,7 +107,7 @@ def check_inputs(
     shape = (count * num_images_per_prompt, limits.latent_channels, *latent_size)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
-        raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (pictures, channels, height, width)")
+        raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (images, channels, height, width)")
     _check_values("latents", latents)
     return Inputs(
         prompt=prompts,
@@ -200,17 +200,17 @@ def _check_values(name: str, tensor: torch.Tensor | None) -> None:
 
 
 def check_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, pictures: int
+    generator: torch.Generator | Sequence[torch.Generator] | None, images: int
 ) -> torch.Generator | list[torch.Generator] | None:
-    """Return a generator, or a list of one for each picture; ValueError for anything else."""
+    """Return a generator, or a list of one for each image; ValueError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
         raise ValueError(
             f"generator: got {type(generator).__name__}; expected torch.Generator().manual_seed(SEED) or a list of them"
         )
-    if len(generator) != pictures:
-        raise ValueError(f"generator: got a list of {len(generator)} for {pictures} pictures; expected one a picture")
+    if len(generator) != images:
+        raise ValueError(f"generator: got a list of {len(generator)} for {images} images; expected one an image")
     return list(generator)
 
 

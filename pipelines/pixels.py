@@ -1,4 +1,4 @@
-"""Pictures in pixel space, of classes or of none, in the layout of DDPM."""
+"""Images in pixel space, of classes or of none, in the layout of DDPM."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .image import RGB, checked_strength, given_images, kept_size, start_image
 from .inputs import (
-    MAX_PICTURES,
+    MAX_IMAGES,
     check_callback,
     check_generators,
     check_guidance,
@@ -19,7 +20,6 @@ from .inputs import (
     checked_size,
     whole_number,
 )
-from .picture import RGB, checked_strength, given_images, kept_size, picture
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_eta, check_scheduler, set_timesteps
 from .source import Portable, single_file
@@ -29,10 +29,10 @@ class PixelPipeline(
     Portable,
     DiffusionPipeline,  # type: ignore[misc]
 ):
-    """Pictures from noise, as `DDPMPipeline` makes them; of classes, with guidance, if the denoiser knows classes.
+    """Images from noise, as `DDPMPipeline` makes them; of classes, with guidance, if the denoiser knows classes.
 
     The components are that class's, and it reads a saved folder; but it tells a denoiser no classes, and takes a
-    learned variance only with `DDPMScheduler`. Same components, same generator: same pictures.
+    learned variance only with `DDPMScheduler`. Same components, same generator: same images.
 
     unet: with ``num_class_embeds: N + 1`` it knows N classes, and the last number is the null of guidance.
     """
@@ -81,10 +81,10 @@ class PixelPipeline(
         classes can be asked for.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
-        list makes picture i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
-        noisy pictures, and returns others or nothing; it may set `_interrupt`.
+        list makes image i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
+        noisy images, and returns others or nothing; it may set `_interrupt`.
         image: PIL, arrays or tensors (`given_images`), drawn anew in the last `strength` of the steps (0.8; with a mask
-        1), and only where `mask_image` is white (`picture`). It keeps its size, rounded down to what the denoiser
+        1), and only where `mask_image` is white (`start_image`). It keeps its size, rounded down to what the denoiser
         takes, unless height or width is said. timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's.
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
@@ -112,7 +112,7 @@ class PixelPipeline(
             return pixel_values.to(device)
 
         share = checked_strength(strength, image, mask_image)
-        start = picture(self.image_processor, encoded, images, mask_image, share, size, shape, generators)
+        start = start_image(self.image_processor, encoded, images, mask_image, share, size, shape, generators)
         times = set_timesteps(self.scheduler, num_inference_steps, device, share, timesteps, sigmas)
         noise = randn_tensor(shape, generators, device, torch.float32)
         kwargs, scale = self._told(labels, guidance_scale, device)
@@ -142,12 +142,12 @@ class PixelPipeline(
         return {"class_labels": both(null, given) if guidance_scale > 1 else given}, guidance_scale
 
     def _labels(self, class_labels: Sequence[int | None] | int | None, batch_size: int) -> list[int]:
-        """Return the number that the denoiser is told for each picture."""
-        whole_number("batch_size", batch_size, 1, MAX_PICTURES)
+        """Return the number that the denoiser is told for each image."""
+        whole_number("batch_size", batch_size, 1, MAX_IMAGES)
         several = isinstance(class_labels, list | tuple)
         wanted: Sequence[Any] = class_labels if several else [class_labels] * batch_size  # type: ignore[assignment]
-        if not 1 <= len(wanted) <= MAX_PICTURES:
-            raise ValueError(f"class_labels: got {len(wanted)}; expected 1 to {MAX_PICTURES}")
+        if not 1 <= len(wanted) <= MAX_IMAGES:
+            raise ValueError(f"class_labels: got {len(wanted)}; expected 1 to {MAX_IMAGES}")
         for label in wanted:
             if label is not None and not self.num_classes:
                 raise ValueError("class_labels: the denoiser knows no classes; leave them out")

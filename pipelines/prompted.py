@@ -1,4 +1,4 @@
-"""Pictures from prompts in a latent space, whatever the denoiser."""
+"""Images from prompts in a latent space, whatever the denoiser."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -7,8 +7,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .inputs import MAX_PICTURES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
-from .picture import RGB, Images, Picture, checked_strength, given_images, is_latents, kept_size, picture
+from .image import RGB, Images, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
+from .inputs import MAX_IMAGES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
 from .prompts import encode, lora_scaled
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_eta, check_scheduler, set_timesteps
@@ -104,10 +104,10 @@ class Prompted:
 
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w), float32.
         guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
-        picture i from generator i, whatever the batch. latents: unit noise. Rows of zeros in prompt embeddings are
+        image i from generator i, whatever the batch. latents: unit noise. Rows of zeros in prompt embeddings are
         padding, for a denoiser that is to see none.
         image: PIL, arrays, tensors or latents (`given_images`), drawn anew in the last `strength` of the steps (0.8;
-        with a mask 1), and only where `mask_image` is white (`picture`). It keeps its size, rounded down to whole
+        with a mask 1), and only where `mask_image` is white (`start_image`). It keeps its size, rounded down to whole
         latents, unless height or width is said.
         timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's. clip_skip: layers of the text encoder that
         prompts, negative ones excepted, leave out. cross_attention_kwargs: its ``scale`` is that of LoRA layers in
@@ -157,10 +157,10 @@ class Prompted:
 
         All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
         else a call takes, one generator and `latents` (1, C, h, w) too. A denoiser that sees no padding sees the tokens
-        that only the longer prompt has in every picture but that of the shorter one.
+        that only the longer prompt has in every image but that of the shorter one.
         ValueError for fewer than two, and as a call.
         """
-        whole_number("num_images", num_images, 2, MAX_PICTURES)
+        whole_number("num_images", num_images, 2, MAX_IMAGES)
         start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]
         share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
         prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
@@ -251,7 +251,7 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, images: Images | None, mask_image: Any, strength: float) -> Picture | None:
+    def _start(self, inputs: Inputs, images: Images | None, mask_image: Any, strength: float) -> StartImage | None:
         """Return what the latents start from besides noise; the posterior is drawn before the noise."""
         if images is not None and not is_latents(images) and self.vae is None:
             raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from; give latents")
@@ -267,12 +267,17 @@ class Prompted:
 
         size, shape = (rows * self.vae_scale_factor, columns * self.vae_scale_factor), inputs.latents_shape
         copies = inputs.num_images_per_prompt
-        return picture(
+        return start_image(
             self.image_processor, encoded, images, mask_image, strength, size, shape, inputs.generator, copies
         )
 
     def _denoise(
-        self, inputs: Inputs, timesteps: torch.Tensor, start: Picture | None, callback: StepCallback | None, eta: float
+        self,
+        inputs: Inputs,
+        timesteps: torch.Tensor,
+        start: StartImage | None,
+        callback: StepCallback | None,
+        eta: float,
     ) -> torch.Tensor:
         """Return the latents after the last step, float32."""
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(

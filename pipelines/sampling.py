@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .guidance import guide
-from .picture import Picture
+from .image import StartImage
 from .schedulers import step_options, takes_variance
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -26,21 +26,21 @@ def denoise(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     after_step: AfterStep | None = None,
     progress: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter,
-    picture: Picture | None = None,
+    start_image: StartImage | None = None,
     eta: float = 0.0,
 ) -> torch.Tensor:
     """Return x0 of unit `noise`, both (B, C, ...), after one step of `scheduler` at each of its `timesteps`.
 
     Float32 throughout: bfloat16 would lose the small steps. `generator` and `eta` are for schedulers that add noise
-    (`step_options`); `progress` iterates over the timesteps, with a bar; `picture` is what else to start from, at the
-    first of them.
+    (`step_options`); `progress` iterates over the timesteps, with a bar; `start_image` is another start than noise, at
+    the first of them.
     FloatingPointError if a step gives NaN or infinity.
     """
     options = step_options(scheduler, generator, eta)
     noise = noise.float()
     x_t: torch.Tensor = noise * scheduler.init_noise_sigma
-    if picture is not None:
-        x_t = picture.start(scheduler, noise, timesteps)
+    if start_image is not None:
+        x_t = start_image.start(scheduler, noise, timesteps)
     for step, timestep in enumerate(progress(timesteps)):
         x_t = scheduler.step(predict(x_t, timestep), timestep, x_t, **options, return_dict=False)[0]
         if not x_t.isfinite().all():
@@ -48,8 +48,8 @@ def denoise(
                 f"non-finite latents at step {step} of {len(timesteps)}: check the denoiser's weights and the "
                 "conditions for NaN and infinity, or leave half precision for float32"
             )
-        if picture is not None:
-            x_t = picture.keep(scheduler, noise, timesteps[step + 1 :], x_t)
+        if start_image is not None:
+            x_t = start_image.keep(scheduler, noise, timesteps[step + 1 :], x_t)
         stop = False
         if after_step is not None:
             x_t, stop = after_step(step, timestep, x_t)

@@ -51,7 +51,7 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
     """Raise ValueError, with the remedy, if `scheduler` would run but sample wrongly, or not run at all.
 
     channels, out_channels: of the denoiser; out_channels is ``2 * channels`` with a learned variance. may_clip: x0 is
-    in [-1, 1], as that of pictures, and ``clip_sample`` and ``thresholding`` are right.
+    in [-1, 1], as that of images, and ``clip_sample`` and ``thresholding`` are right.
     """
     name, config = type(scheduler).__name__, scheduler.config
     path = "flow" if config.get("use_flow_sigmas") else "diffusion"

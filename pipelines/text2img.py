@@ -22,14 +22,14 @@ class TextToImagePipeline(
     TextualInversionLoaderMixin,  # type: ignore[misc]
     StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
 ):
-    """Pictures from prompts, as `StableDiffusionPipeline` makes them, with every input checked.
+    """Images from prompts, as `StableDiffusionPipeline` makes them, with every input checked.
 
     The components are that class's, and a saved folder is read by both: ``from_pretrained(folder)`` of
     `DiffusionPipeline` gives the stock pipeline, ``from_pretrained(folder, custom_pipeline=folder,
-    trust_remote_code=True)`` this one, from its source in the folder. Same components, same noise: same pictures.
+    trust_remote_code=True)`` this one, from its source in the folder. Same components, same noise: same images.
 
     Beyond the stock pipeline: denoisers with a learned variance (twice the latent channels), ValueError for
-    schedulers that would run but sample wrongly (`check_scheduler`), FloatingPointError for black pictures.
+    schedulers that would run but sample wrongly (`check_scheduler`), FloatingPointError for black images.
 
     text_encoder: its first output, (B, L, D), is the embeddings; if its config has `use_attention_mask`, as BERT-like
     ones need, it is given the mask. safety_checker: None. Components that a call does not need may be None.

@@ -17,10 +17,10 @@ class TransformerPipeline(
     Prompted,
     DiffusionPipeline,  # type: ignore[misc]
 ):
-    """Pictures from prompts, as `PixArtAlphaPipeline` makes them (Chen et al. 2023), with every input checked.
+    """Images from prompts, as `PixArtAlphaPipeline` makes them (Chen et al. 2023), with every input checked.
 
     The components are that class's, with a text encoder of any kind, and it reads a saved folder. Same components, same
-    noise: same pictures, if it is told ``use_resolution_binning=False, clean_caption=False`` and
+    noise: same images, if it is told ``use_resolution_binning=False, clean_caption=False`` and
     ``max_sequence_length=pipe.tokenizer.model_max_length``, prompts are in lower case, which is how it reads all, and
     no denoiser with micro-conditions is used.
 

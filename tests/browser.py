@@ -29,7 +29,7 @@ SWITCHES = (
 LOOK = """
 const found = [];
 for (const image of document.images)
-  if (!image.complete || !image.naturalWidth) found.push('a picture is not shown: ' + image.alt);
+  if (!image.complete || !image.naturalWidth) found.push('an image is not shown: ' + image.alt);
 for (const drawn of document.querySelectorAll('svg')) {
   const box = drawn.getBoundingClientRect();
   if (!box.width || !box.height) found.push('an svg has no box: ' + drawn.outerHTML.slice(0, 80));
@@ -101,9 +101,9 @@ def look(ask, session, page, window, shot):
     found, images, drawings, tall = ask("POST", f"{session}/execute/sync", {"script": LOOK, "args": [width]})
     found += [entry["message"] for entry in ask("POST", f"{session}/se/log", {"type": "browser"})]
     clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
-    picture = chrome("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
-    shot.write_bytes(base64.b64decode(picture))
-    print(f"{shot}: {width} x {tall} px, {images} pictures, {drawings} drawings")
+    image = chrome("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+    shot.write_bytes(base64.b64decode(image))
+    print(f"{shot}: {width} x {tall} px, {images} images, {drawings} drawings")
     return found
 
 
@@ -125,10 +125,10 @@ def main(page=None, shot=None):
     folder.mkdir(parents=True, exist_ok=True)
     wrong = []
     for one in [Path(page)] if page else pages(folder):
-        picture = Path(shot or one.with_suffix(".png"))
+        image = Path(shot or one.with_suffix(".png"))
         with driver() as ask, browser(ask) as session:
             for name, window in WINDOWS.items():
-                found = look(ask, session, one, window, picture.with_stem(f"{picture.stem}-{name}"))
+                found = look(ask, session, one, window, image.with_stem(f"{image.stem}-{name}"))
                 wrong += [f"{one}, {name}: {sentence}" for sentence in found]
     print("\n".join(wrong) or "nothing is wrong")
     return bool(wrong)

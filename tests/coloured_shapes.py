@@ -1,4 +1,4 @@
-"""Small pictures that their captions describe in full: "red circle left". All is known of what a model could learn."""
+"""Small images that their captions describe in full: "red circle left". All is known of what a model could learn."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def write_shapes(folder, copies=4):
     """Write `copies` of each combination, a pixel apart at most; return the captions of every fifth combination."""
     captions, rows = [" ".join(combination) for combination in COMBINATIONS], []
     for copy in range(copies):
-        for caption, image in zip(captions, pictures(copy), strict=True):
+        for caption, image in zip(captions, images(copy), strict=True):
             name = f"{copy}-{caption.replace(' ', '-')}.png"
             image.save(folder / name)
             rows.append({"file_name": name, "text": caption})
@@ -34,14 +34,14 @@ def write_shapes(folder, copies=4):
     return captions[::5]
 
 
-def pictures(seed):
-    """Return one picture of each combination."""
+def images(seed):
+    """Return one image of each combination."""
     draw = random.Random(seed)
-    return [picture(*combination, draw) for combination in COMBINATIONS]
+    return [image(*combination, draw) for combination in COMBINATIONS]
 
 
-def picture(colour, shape, place, draw):
-    """Return one of these pictures: its own place within a pixel, and a grey of its own behind it."""
+def image(colour, shape, place, draw):
+    """Return one of these images: its own place within a pixel, and a grey of its own behind it."""
     grey = draw.randrange(160, 256)
     image = Image.new("RGB", (PIXELS, PIXELS), (grey, grey, grey))
     x, y = (middle + draw.choice((-1, 0, 1)) for middle in PLACES[place])
@@ -52,8 +52,8 @@ def picture(colour, shape, place, draw):
     return image
 
 
-def save_autoencoder(folder, pictures, scale=1.0):
-    """Write an autoencoder with random weights whose latents of `pictures` (N, 3, H, W) have mean 0 and std `scale`."""
+def save_autoencoder(folder, images, scale=1.0):
+    """Write an autoencoder with random weights whose latents of `images` (N, 3, H, W) have mean 0 and std `scale`."""
     torch.manual_seed(3)
     blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": PIXELS}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -61,7 +61,7 @@ def save_autoencoder(folder, pictures, scale=1.0):
     with torch.no_grad():
         autoencoder.quant_conv.weight[4:] = 0
         autoencoder.quant_conv.bias[4:] = -10  # next to no spread: random weights would draw little but noise
-        latents = autoencoder.encode(pictures).latent_dist.mean
+        latents = autoencoder.encode(images).latent_dist.mean
     fold_statistics(autoencoder, latents.mean((0, 2, 3)), latents.std((0, 2, 3)) / scale)
     autoencoder.save_pretrained(folder)
 

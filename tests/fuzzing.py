@@ -45,25 +45,26 @@ from ldm.data.preflight import caption_fault, checked_source
 from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, texts
 from ldm.data.sources import build_source, source_config
 from ldm.errors import ConfigError
+from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.leaks import refuse_leaks
-from ldm.evaluation.pictures import contact_sheet
-from ldm.export.kinds import export
+from ldm.export import kinds
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.provenance import Provenance
 from ldm.models.text_encoder import train_tokenizer
 from ldm.stage import build_stage, pretrained_parts
+from ldm.training.autoencoding import rehearse_saving
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.progress import planned_steps
 from ldm.training.record import run_record
-from ldm.training.rehearsal import rehearse
+from ldm.training.rehearsal import first_batch, rehearse
 from ldm.training.run import refuse_missing_trackers
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
 from pipelines import PIPELINES, inputs
 
 from . import tiny_pipeline
-from .picture_folders import encoded, noise_picture, write_metadata
+from .image_folders import encoded, noise_image, write_metadata
 from .tiny_evaluation import write_place
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
@@ -134,7 +135,7 @@ def names_path(message, path):
 
 
 class Shades:
-    """Captioned pictures, one of them transparent, that no file holds."""
+    """Captioned images, one of them transparent, that no file holds."""
 
     fingerprint = "shades"
     names = None
@@ -143,10 +144,10 @@ class Shades:
         return 40
 
     def image(self, index):
-        picture = noise_picture(np.random.default_rng(index), 16)
+        image = noise_image(np.random.default_rng(index), 16)
         if index == 0:
-            picture.putalpha(128)
-        return picture
+            image.putalpha(128)
+        return image
 
     def captions(self, index):
         return (CAPTIONS[index % 3],)
@@ -199,18 +200,18 @@ class Bench:
         self.usual = tiny_pipeline.arrays(self.pipeline, steps=2)
         self.tokenizer = train_tokenizer(CAPTIONS, 560, 12)
         self.files = odd_files()
-        self.pictures = self.folder / "pictures"
-        self.pictures.mkdir()
+        self.images = self.folder / "images"
+        self.images.mkdir()
         for number in range(4):
-            noise_picture(np.random.default_rng(number), 16).save(self.pictures / f"{number}.png")
+            noise_image(np.random.default_rng(number), 16).save(self.images / f"{number}.png")
 
     def odd_folder(self, more=()):
-        """A folder with three pictures, some of them also elsewhere in it, and no metadata."""
+        """A folder with three images, some of them also elsewhere in it, and no metadata."""
         folder = self.folder / "odd"
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("0.png", "1.png", "2.png", *more):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.pictures / Path(name).name, folder / name)
+            shutil.copy(self.images / Path(name).name, folder / name)
         return folder
 
     def write_place(self):
@@ -392,7 +393,7 @@ def _large(config):
 
 
 def prepare(config, bench, name):
-    """Do what the entry scripts do before the first step, in their order, on pictures that no file holds."""
+    """Do what the entry scripts do before the first step, in their order, on images that no file holds."""
     if config.data.source != "openmoji" or config.data.languages != ("en",):
         build_source(config.data)
     refuse_missing_trackers(config.loop.trackers)
@@ -403,13 +404,19 @@ def prepare(config, bench, name):
         refuse_leaks([config.autoencoder.get("pretrained")], images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
+        batch, start = first_batch(images, 2), config.reconstruction.discriminator_start_step
     else:
         refuse_leaks(pretrained_parts(config), images)
-        stage = build_stage(config, images.captions("train"), lambda: images.first_pictures("train", 40))
+        stage = build_stage(config, images.captions("train"), lambda: images.first_images("train", 40))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
-    rehearse(step, images, config)
+        frames = config.conditioners.frames
+        batch, start = first_batch(images, frames.num_frames if frames else 2), 0
+    rehearse(step, batch, "config", start)
+    if isinstance(config, AutoencoderConfig):
+        rehearse_saving(step.averaged, batch.pixel_values, "config")
     if isinstance(config, StageConfig) and name == "stable diffusion":
-        pipeline = export(step, config, PIPELINES)
+        kind = kinds.kind_of(stage, config.space.kind)
+        pipeline = kinds.build_pipeline(kind, stage, step.averaged, config, PIPELINES)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
         Validation(config_, images, step, pipeline, run).rehearse()
     json.dumps(run_record(config, images, step, "no").state())
@@ -508,7 +515,7 @@ embeds = st.builds(
     st.sampled_from([1, 2, 3, tiny_pipeline.LENGTH, tiny_pipeline.LENGTH + 1, 40]),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
 )
-pictures = st.builds(
+images = st.builds(
     Image.new,
     st.sampled_from(["RGB", "RGBA", "L", "1", "P", "PA", "LA", "CMYK", "HSV", "I", "I;16", "F"]),
     st.sampled_from([(16, 16), (1, 1), (5, 40), (0, 5)]),
@@ -541,8 +548,8 @@ ARGUMENTS = {
     "negative_prompt_embeds": tensors | embeds,
     "output_type": st.sampled_from(["pil", "np", "pt", "latent", "PIL", "", None, 5, ["pil"]]),
     "return_dict": st.booleans() | st.none(),
-    "image": pictures | tensors | arrays | st.lists(pictures | arrays | tensors | st.none(), max_size=3),
-    "mask_image": pictures | tensors | arrays | st.lists(pictures | tensors | arrays, max_size=2),
+    "image": images | tensors | arrays | st.lists(images | arrays | tensors | st.none(), max_size=3),
+    "mask_image": images | tensors | arrays | st.lists(images | tensors | arrays, max_size=2),
     "strength": numbers | st.sampled_from([0.5, 1, 1.0, 0.4, True, "1", 1e-300, np.float32(0.5)]),
     "timesteps": times,
     "sigmas": times,
@@ -573,9 +580,9 @@ pipeline_cases = st.one_of(
         st.fixed_dictionaries({"prompt": st.none(), "prompt_embeds": embeds}),
         st.lists(st.sampled_from(sorted(ARGUMENTS)).flatmap(_argument), max_size=2).map(dict),
     ).map(lambda both: both[0] | both[1]),
-    # a picture, without which there is no mask and no strength
+    # an image, without which there is no mask and no strength
     st.tuples(
-        st.fixed_dictionaries({"image": pictures | tensors}),
+        st.fixed_dictionaries({"image": images | tensors}),
         st.lists(st.sampled_from(["mask_image", "strength", *sorted(ARGUMENTS)]).flatmap(_argument), max_size=3).map(
             dict
         ),
@@ -584,7 +591,7 @@ pipeline_cases = st.one_of(
 
 
 def check_call(bench, call):
-    """A call gives finite pictures of the right shape, or a ValueError that names an argument; the next is as ever."""
+    """A call gives finite images of the right shape, or a ValueError that names an argument; the next is as ever."""
     pipeline = bench.pipeline
     usual = {"prompt": None if torch.is_tensor(call.get("prompt_embeds")) else "a cat", "num_inference_steps": 2}
     arguments = {**usual, "generator": tiny_pipeline.seeds(0)[0], "output_type": "np"} | call
@@ -598,7 +605,7 @@ def check_call(bench, call):
     else:
         images = found.images if arguments.get("return_dict", True) else found[0]
         _check_images(images, arguments)
-    assert np.array_equal(tiny_pipeline.arrays(pipeline, steps=2), bench.usual), "the next call gives another picture"
+    assert np.array_equal(tiny_pipeline.arrays(pipeline, steps=2), bench.usual), "the next call gives another image"
 
 
 def _check_images(images, arguments):
@@ -690,8 +697,8 @@ def check_captions(bench, case):
     """Captions that are text go all the way, to tokens, sheets, prompts and files; others are found before training."""
     values, learn = case
     rows = [{"file_name": f"{number}.png", "text": value} for number, value in enumerate(values)]
-    write_metadata(bench.pictures, rows)
-    config = source_config(str(bench.pictures), image_size=PIXELS, held_out_percent=0.0)
+    write_metadata(bench.images, rows)
+    config = source_config(str(bench.images), image_size=PIXELS, held_out_percent=0.0)
     strings = [text for value in values for text in (value if isinstance(value, list) else [value]) if text is not None]
     wrong = [number for number, value in enumerate(values) if caption_fault(value)]
     assert bool(wrong) == any(not isinstance(text, str) or not is_text(text) for text in strings)
@@ -760,9 +767,9 @@ def _check_prompt(bench, text):
     with patch.object(sample_module, "load_pipeline", lambda *_: bench.pipeline), patch("builtins.print"):
         (path,) = sample([text], "model", str(bench.folder / "out"), negative_prompt=text, num_inference_steps=1)
     assert path.parent == bench.folder / "out"
-    with Image.open(path) as picture:
-        assert picture.text["prompt"] == text
-        assert picture.text["negative_prompt"] == text
+    with Image.open(path) as image:
+        assert image.text["prompt"] == text
+        assert image.text["negative_prompt"] == text
     path.unlink()
 
 
@@ -784,7 +791,7 @@ sample_cases = st.tuples(
 
 
 def check_sample(bench, case):
-    """`ldm sample` writes one picture for a prompt, or exits with a message or jsonargparse's code 2."""
+    """`ldm sample` writes one image for a prompt, or exits with a message or jsonargparse's code 2."""
     prompt, options = case
     out = bench.folder / "sampled"
     command = ["sample", "--model", "model", "--out", str(out), "--num_inference_steps=1"]
@@ -943,19 +950,19 @@ file_cases = st.tuples(
 ) | st.tuples(st.integers(0, 11), st.lists(st.tuples(st.floats(0, 0.2), st.binary(min_size=1, max_size=2)), max_size=3))
 
 
-def check_picture_file(bench, case):
-    """A file of a picture with any bytes changed is read alike by validate and train, or refused by both."""
+def check_image_file(bench, case):
+    """A file of an image with any bytes changed is read alike by validate and train, or refused by both."""
     number, changes = case
     folder = bench.odd_folder()
     data = mutated(bench.files[number % len(bench.files)], changes)
     (folder / "0.png").write_bytes(data)
-    write_metadata(folder, [{"file_name": name, "text": "a picture"} for name in ("0.png", "1.png", "2.png")])
+    write_metadata(folder, [{"file_name": name, "text": "an image"} for name in ("0.png", "1.png", "2.png")])
     check_data(bench, source_config(str(folder), image_size=PIXELS, held_out_percent=20.0))
 
 
 def odd_files():
-    """Pictures of every format that is read, with a profile, EXIF, XMP and texts where the format has them."""
-    picture = noise_picture(np.random.default_rng(7), 16)
+    """Images of every format that is read, with a profile, EXIF, XMP and texts where the format has them."""
+    image = noise_image(np.random.default_rng(7), 16)
     exif, texts_ = Image.Exif(), PngImagePlugin.PngInfo()
     exif[0x0112] = 6
     texts_.add_text("parameters", "a cat", zip=True)
@@ -963,14 +970,14 @@ def odd_files():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     more = {"exif": exif, "icc_profile": profile}
     return [
-        *(encoded(picture, kind, **more) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
-        *(encoded(picture, kind) for kind in ("GIF", "BMP")),
-        encoded(picture, "PNG", pnginfo=texts_),
-        encoded(picture.convert("P"), "PNG", transparency=3),
-        encoded(picture.convert("CMYK"), "JPEG", **more),
-        encoded(picture.convert("LA"), "PNG", **more),
-        encoded(picture.convert("RGBA"), "WEBP", lossless=True, **more),
-        encoded(picture.convert("I;16"), "PNG"),
+        *(encoded(image, kind, **more) for kind in ("PNG", "JPEG", "WEBP", "TIFF")),
+        *(encoded(image, kind) for kind in ("GIF", "BMP")),
+        encoded(image, "PNG", pnginfo=texts_),
+        encoded(image.convert("P"), "PNG", transparency=3),
+        encoded(image.convert("CMYK"), "JPEG", **more),
+        encoded(image.convert("LA"), "PNG", **more),
+        encoded(image.convert("RGBA"), "WEBP", lossless=True, **more),
+        encoded(image.convert("I;16"), "PNG"),
     ]
 
 
@@ -1009,7 +1016,7 @@ def _check_refusal(error):
 
 OPTIONS = {name: sorted(_options_of(name)) for name in cli.COMMANDS}
 PLACES = (
-    *("place/model", "place/stock", "place/pixels", "place/clip", "place/pictures", "place/heldout.txt", "run"),
+    *("place/model", "place/stock", "place/pixels", "place/clip", "place/images", "place/heldout.txt", "run"),
     *("place/validation.txt", "place/factors.yaml", "run/model", "nowhere/at/all", "user/name@v1", "openmoji"),
     *("~/x", "~", "$HOME/y", "$NOWHERE", "${", "a*b", "package:ldm/x", "new/folder"),
 )
@@ -1030,14 +1037,14 @@ USUAL = {
     "validate": {"workers": "0"},
     "sample": {"model": "place/model", "num_inference_steps": "1"},
     "evaluate": {
-        **{"data": "place/pictures", "captions": "place/heldout.txt", "validation_captions": "place/validation.txt"},
+        **{"data": "place/images", "captions": "place/heldout.txt", "validation_captions": "place/validation.txt"},
         **{"network": "place/clip", "num_inference_steps": "1", "variety_prompts": "0", "num_images_per_prompt": "2"},
     },
     "average": {"sigma_rel": "0.05", "network": "place/clip", "num_inference_steps": "1"},
     "push": {},
     "cache": {},
 }
-RIGHT = {"validate": "place/pictures", "evaluate": "place/model", "average": "run", "push": "place/model"}
+RIGHT = {"validate": "place/images", "evaluate": "place/model", "average": "run", "push": "place/model"}
 """What a command line says unless something else was drawn."""
 
 
@@ -1073,7 +1080,7 @@ AREAS = {
     "ldm sample": (sample_cases, check_sample),
     "metadata": (metadata_cases, check_metadata),
     "tables": (table_cases, check_table),
-    "picture files": (file_cases, check_picture_file),
+    "image files": (file_cases, check_image_file),
     "command lines": (command_lines, check_line),
 }
 """Strategy, or what makes it for a `Bench`, and check of each area."""

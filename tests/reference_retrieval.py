@@ -1,9 +1,9 @@
 """The held-out retrieval metric, written out once so that nobody has to guess.
 
-Gallery: every *distinct* picture of the data set, training pictures included. A generated picture is
-right (R@1) if the nearest picture of the gallery is its caption's own. Distance: root mean squared RGB
-difference after area-averaging to 16x16, the smallest over shifts of the generated picture by up to 3 px
-(white border) at 64 px. Copying a training picture scores 0: the copy is nearest to what it copied. Colour
+Gallery: every *distinct* image of the data set, training images included. A generated image is
+right (R@1) if the nearest image of the gallery is its caption's own. Distance: root mean squared RGB
+difference after area-averaging to 16x16, the smallest over shifts of the generated image by up to 3 px
+(white border) at 64 px. Copying a training image scores 0: the copy is nearest to what it copied. Colour
 (skin tone) and shape both count. Ties count as misses.
 
     ranks = retrieval_ranks(generated, gallery, own_index)     # 0 = right

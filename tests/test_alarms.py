@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """A folder: pictures, the same with the training captions shuffled, a list of held-out captions, autoencoders."""
+    """A folder: images, the same with the training captions shuffled, a list of held-out captions, autoencoders."""
     folder = tmp_path_factory.mktemp("shapes")
     for name in ("right", "shuffled"):
         (folder / name).mkdir()
@@ -45,9 +45,9 @@ def shapes(tmp_path_factory):
     for row, caption in zip(trained, captions, strict=True):
         row["text"] = caption
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pictures = [to_pixel_values(picture) for picture in coloured_shapes.pictures(1)]
+    images = [to_pixel_values(image) for image in coloured_shapes.images(1)]
     for name, scale in (("unit", 1.0), ("small", 0.18215)):
-        coloured_shapes.save_autoencoder(folder / name, torch.stack(pictures), scale)
+        coloured_shapes.save_autoencoder(folder / name, torch.stack(images), scale)
     coloured_shapes.save_text_encoder(folder / "clip")
     return folder
 
@@ -58,13 +58,13 @@ def train(shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # one: see conftest
 
-    def run(steps, *more, pictures="right", autoencoder="unit", folder="run"):
+    def run(steps, *more, images="right", autoencoder="unit", folder="run"):
         words = {
             "config": "configs/tiny/text2img.yaml",
             "output_dir": tmp_path / folder,
             "space.autoencoder": shapes / autoencoder,
             "data.source": "imagefolder",
-            "data.path": shapes / pictures,
+            "data.path": shapes / images,
             "data.image_size": coloured_shapes.PIXELS,
             "data.limit": "null",
             "data.held_out": f"{{validation: {shapes / 'held_out.txt'}}}",
@@ -98,8 +98,8 @@ def said(folder):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Ask after 320 pictures whether text is used, so that a short training is told, or wrongly told."""
-    monkeypatch.setattr(alarms_module, "PICTURES", (320, 100_000))
+    """Ask after 320 images whether text is used, so that a short training is told, or wrongly told."""
+    monkeypatch.setattr(alarms_module, "IMAGES", (320, 100_000))
     monkeypatch.setattr(alarms_module, "EPOCHS", 0)
 
 
@@ -109,7 +109,7 @@ FAST = ("objective", "{path: cosine, prediction_type: v_prediction}"), ("optim.o
 
 
 def test_shuffled_captions_leave_the_text_unused(train, impatient):
-    ((name, sentence),) = train(60, *FAST, pictures="shuffled")
+    ((name, sentence),) = train(60, *FAST, images="shuffled")
     assert name == TEXT
     assert re.search(r"conditional gain -?0\.000\d \+- 0\.000\d of a loss of 0\.\d+ after [46]0 steps", sentence)
 
@@ -137,7 +137,7 @@ def test_a_denoiser_that_stands_still(train, monkeypatch, how):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in denoiser]
             return super()._take_step(micro_batches)
 
-    monkeypatch.setattr(train_text2img, "Loop", Still)
+    monkeypatch.setattr("ldm.recipes.recipe.Loop", Still)
     ((name, sentence),) = train(4, ("optim.warmup_steps", 1))
     assert name == STILL
     assert "other parts moved" in sentence
@@ -172,7 +172,7 @@ def test_a_warm_up_that_training_never_leaves(train):
     assert "4 of 1,000 steps of warm-up, at 0.4%" in sentence
 
 
-def test_a_loss_that_is_infinite_near_the_picture(train, monkeypatch):
+def test_a_loss_that_is_infinite_near_the_image(train, monkeypatch):
     weight = Objective.weight
 
     def infinite(self, alpha, sigma):
@@ -249,10 +249,10 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
     run = SimpleNamespace(
         accelerator=SimpleNamespace(scaler=scaler), log_alarm=lambda name, sentence, step: names.append((name, step))
     )
-    Alarms(run, progress, OptimConfig(**optim), epoch, lambda: list(levels))
+    alarms = Alarms(run, progress, OptimConfig(**optim), epoch, lambda: list(levels))
     for step, row in rows:
         progress.global_step, progress.images = step, step * batch_size
-        run.watch(row, step)
+        alarms(row, step)
     return names
 
 
@@ -263,7 +263,7 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
         (series(0.0, 0.0, (100, 200)), [(TEXT, 200)]),
         (series(-0.003, 0.001, (100, 200)), [(TEXT, 200)]),
         (series(0.0021, 0.001, (100, 200, 300)), []),  # little, but surely above 0
-        (series(0.01, 0.01, (100, 200, 300)), []),  # too few pictures to tell
+        (series(0.01, 0.01, (100, 200, 300)), []),  # too few images to tell
         (series(0.0001, 0.001, (100, 200, 300), explained=0.05), []),  # nothing is learned yet
         (series(0.0001, 0.001, (10, 20, 30)), []),  # before four epochs
         (series(0.0001, 0.001, (200,)), []),  # once is chance
@@ -275,12 +275,12 @@ def test_text_is_unused_only_if_that_is_certain(rows, expected):
     assert heard(rows) == expected
 
 
-def test_a_text_is_given_time_by_pictures_epochs_warm_up_and_length():
+def test_a_text_is_given_time_by_images_epochs_warm_up_and_length():
     rows = series(0.0, 0.001, range(10, 1010, 10))
     assert heard(rows, epoch=20) == [(TEXT, 110)]  # a tenth of the training
-    assert heard(rows, epoch=20, total=None) == [(TEXT, 30)]  # 2,000 pictures
+    assert heard(rows, epoch=20, total=None) == [(TEXT, 30)]  # 2,000 images
     assert heard(rows, epoch=10_000) == [(TEXT, 410)]  # four epochs
-    assert heard(rows, epoch=10**9, batch_size=1000) == [(TEXT, 110)]  # 100,000 pictures
+    assert heard(rows, epoch=10**9, batch_size=1000) == [(TEXT, 110)]  # 100,000 images
     assert heard(rows, epoch=20, warmup_steps=500) == [(TEXT, 510)]
 
 

@@ -63,6 +63,7 @@ def fit(run, folder, steps, config=CONFIG):
     step = make_step(run, config)
     loop_config = LoopConfig(max_train_steps=steps, save_every_steps=steps, log_every_steps=1, trackers=())
     loop = Loop(step, OPTIM, loop_config, run, 1.0)
+    loop.resume()
     folder.mkdir(exist_ok=True)
     loop.fit(batches)
     return step
@@ -164,8 +165,8 @@ def test_fp16_with_a_discriminator_is_refused(run, monkeypatch):
         make_step(run)
 
 
-def test_pictures_too_small_for_the_measuring_network_are_measured_without_it():
-    """Its last convolution sees 4 x 4 of a picture of 16 pixels, and is 5 x 5."""
+def test_images_too_small_for_the_measuring_network_are_measured_without_it():
+    """Its last convolution sees 4 x 4 of an image of 16 pixels, and is 5 x 5."""
     assert measuring_distance(16) is None
     distance = measuring_distance(32)
     assert distance is not None

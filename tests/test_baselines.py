@@ -1,4 +1,4 @@
-"""Floors and ceiling: each has pictures for which its number is known."""
+"""Floors and ceiling: each has images for which its number is known."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from ldm.evaluation.baselines import (
 from .table import table
 
 
-def pictures(count: int, seed: int = 0) -> np.ndarray:
+def images(count: int, seed: int = 0) -> np.ndarray:
     squares = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     return squares.repeat(4, axis=1).repeat(4, axis=2)
 
@@ -81,7 +81,7 @@ def test_a_derangement_is_a_permutation_without_fixed_point(count: int) -> None:
     np.testing.assert_array_equal(derangement(np.arange(count)), derangement(np.arange(count)))
 
 
-def test_a_derangement_gives_no_caption_another_one_of_its_own_picture() -> None:
+def test_a_derangement_gives_no_caption_another_one_of_its_own_image() -> None:
     own = np.array([5, 2, 5, 9, 2, 5])
     for seed in range(20):
         result = derangement(own, seed)

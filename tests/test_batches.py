@@ -13,7 +13,7 @@ from .table import table
 
 
 class Shades:
-    """Pictures of one grey each; some have no caption, one has two."""
+    """Images of one grey each; some have no caption, one has two."""
 
     fingerprint = "shades"
     names = None
@@ -25,9 +25,9 @@ class Shades:
         return self.count
 
     def image(self, index):
-        picture = Image.new("RGB", (8, 8), (index * 10,) * 3)
-        picture.putpixel((0, 0), (255, 255, 255))  # so that a mirror image differs
-        return picture
+        image = Image.new("RGB", (8, 8), (index * 10,) * 3)
+        image.putpixel((0, 0), (255, 255, 255))  # so that a mirror image differs
+        return image
 
     def captions(self, index):
         return {0: (), 1: ("one", "eins")}.get(index, (f"shade {index}",))
@@ -54,9 +54,9 @@ def encode(pixel_values):
 def test_a_sample_is_a_function_of_seed_and_position():
     for position in (0, 5, 100):
         one, two = dataset()[position], dataset()[position]
-        assert (one.picture, one.caption) == (two.picture, two.caption)
+        assert (one.row, one.caption) == (two.row, two.caption)
         assert torch.equal(one.pixel_values, two.pixel_values)
-    assert [dataset(1)[p].picture for p in range(12)] != [dataset()[p].picture for p in range(12)]
+    assert [dataset(1)[p].row for p in range(12)] != [dataset()[p].row for p in range(12)]
 
 
 @table("workers", [0, 2])
@@ -68,14 +68,14 @@ def test_r05_batches_from_any_step_on_are_the_same(workers):
     assert resumed == straight[6:]
 
 
-def test_r05_r20_every_picture_is_seen_once_an_epoch_over_two_processes():
+def test_r05_r20_every_image_is_seen_once_an_epoch_over_two_processes():
     data = dataset(batch_size=4)
     seen = [
-        picture
+        image
         for rank in (0, 1)
         for step in islice(training_batches(data, 0, rank=rank, world=2), 3)
         for batch in step
-        for picture in batch.pictures
+        for image in batch.rows
     ]
     assert sorted(seen) == list(range(12))
 
@@ -83,8 +83,8 @@ def test_r05_r20_every_picture_is_seen_once_an_epoch_over_two_processes():
 def test_r15_captions_are_chosen_evenly_and_a_missing_one_is_the_null():
     data = dataset()
     chosen = [data[p] for p in range(12 * 200)]
-    assert {s.caption for s in chosen if s.picture == 0} == {""}
-    share = np.mean([s.caption == "one" for s in chosen if s.picture == 1])
+    assert {s.caption for s in chosen if s.row == 0} == {""}
+    share = np.mean([s.caption == "one" for s in chosen if s.row == 1])
     assert abs(share - 0.5) < 4 * 0.5 / 200**0.5
 
 
@@ -97,13 +97,13 @@ def test_flips_are_drawn_only_where_asked():
 
 
 @table("flip", [False, True])
-def test_cached_moments_are_those_of_the_picture_that_would_have_been_loaded(flip):
+def test_cached_moments_are_those_of_the_image_that_would_have_been_loaded(flip):
     source = images(flip=flip)
     cached = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode))
     plain = PositionDataset(source, "train", 0)
     for position in range(30):
         with_cache, without = cached[position], plain[position]
-        assert (with_cache.picture, with_cache.caption) == (without.picture, without.caption)
+        assert (with_cache.row, with_cache.caption) == (without.row, without.caption)
         mean, std = encode(without.pixel_values[None])
         assert torch.allclose(with_cache.moments[0], mean[0])
         assert torch.equal(with_cache.moments[1], std[0])
@@ -113,7 +113,7 @@ def test_cached_moments_are_those_of_the_picture_that_would_have_been_loaded(fli
     assert torch.equal(both[3].moments[0], cached[3].moments[0])
 
 
-def test_of_a_limited_set_no_other_picture_is_encoded():
+def test_of_a_limited_set_no_other_image_is_encoded():
     seen = []
 
     def counting(pixel_values):
@@ -124,13 +124,13 @@ def test_of_a_limited_set_no_other_picture_is_encoded():
     cached = PositionDataset(source, "train", 0, source.encoded("test-limit", counting))
     assert sum(seen) == sum(map(len, source.splits.indices.values())) == 7
     for position in range(12):
-        picture = cached[position].picture
-        assert torch.allclose(cached[position].moments[0], encode(source.pixel_values(picture)[None])[0][0])
+        image = cached[position].row
+        assert torch.allclose(cached[position].moments[0], encode(source.pixel_values(image)[None])[0][0])
 
 
-def test_class_labels_follow_their_pictures():
+def test_class_labels_follow_their_images():
     batch = fixed_batch(dataset(), 12)
-    assert batch.class_labels.tolist() == [picture % 3 for picture in batch.pictures]
+    assert batch.class_labels.tolist() == [image % 3 for image in batch.rows]
 
 
 def test_known_captions_are_those_that_training_and_validation_may_show():
@@ -140,16 +140,16 @@ def test_known_captions_are_those_that_training_and_validation_may_show():
     assert len(split.known_captions()) < 100
 
 
-def test_first_pictures_are_of_their_split_whatever_its_order():
+def test_first_images_are_of_their_split_whatever_its_order():
     split = images()
-    few = split.first_pictures("train", 5)
+    few = split.first_images("train", 5)
     assert few.shape == (5, 3, 8, 8)
     levels = {round(float(value)) for value in (few[:, 0, 4, 4] + 1) * 12.75}
     assert levels != set(range(5)), "the first by hash, not by row"
-    assert len(split.first_pictures("train", 100)) == 12
+    assert len(split.first_images("train", 100)) == 12
 
 
-def test_pictures_of_equal_pixels_share_a_place_in_the_gallery():
+def test_rows_of_equal_pixels_share_a_place_in_the_gallery():
     class Twins(Shades):
         fingerprint = "twins"
 
@@ -184,10 +184,10 @@ def test_stages_of_different_sizes_split_alike():
     assert small.splits == large.splits
 
 
-def test_captions_lead_to_their_pictures():
-    assert images().pictures_of(["shade 5", "eins"]) == [5, 1]
+def test_captions_lead_to_their_images():
+    assert images().rows_of(["shade 5", "eins"]) == [5, 1]
     with pytest.raises(ValueError, match="'nothing'"):
-        images().pictures_of(["nothing"])
+        images().rows_of(["nothing"])
 
 
 def test_a_fixed_batch_is_no_larger_than_its_data_set():
@@ -196,5 +196,5 @@ def test_a_fixed_batch_is_no_larger_than_its_data_set():
 
 
 def test_an_empty_split_is_refused():
-    with pytest.raises(ValueError, match="validation split has no pictures"):
+    with pytest.raises(ValueError, match="validation split has no images"):
         PositionDataset(images(), "validation", 0)

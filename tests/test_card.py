@@ -14,7 +14,10 @@ from PIL import Image
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config.file import load_config
 from ldm.export.card import CARD, with_name, write_card
+from ldm.export.kinds import KINDS
+from ldm.export.pipeline_card import pipeline_card
 from ldm.models.provenance import Provenance
+from ldm.recipes.autoencoder import autoencoder_card
 from tests.tiny_pipeline import FLOW, PIXELS, pipeline, vae
 
 from .table import table
@@ -47,8 +50,21 @@ def autoencoder(*words):
     return load_config(AutoencoderConfig, ["--config", str(ROOT / "configs/tiny/vae.yaml"), *words])
 
 
+WORDS = {StageConfig: lambda config: pipeline_card(kind_of_config(config), config), AutoencoderConfig: autoencoder_card}
+
+
+def kind_of_config(config):
+    """The kind of the pipeline that a stage becomes, by its config alone."""
+    asks = "prompt" if config.conditioners.text else "class_labels" if config.conditioners.label else "batch_size"
+    return next(kind for kind in KINDS if (kind.space, kind.asks) == (config.space.kind, asks))
+
+
+def worded(config):
+    return config, WORDS[type(config)](config)
+
+
 def card(run, config):
-    write_card(run / "model", run, config, RECORD)
+    write_card(run / "model", run, *worded(config), RECORD)
     return ModelCard.load(run / "model" / CARD)
 
 
@@ -77,8 +93,8 @@ def test_what_was_measured_and_how_is_said(run):
     text = " ".join(card(run, stage(*words)).text.split())
     for expected in (
         *("At step 40", "at most 77", "| loss | 1.25 |", "| loss at noise level 0.10 | nan |", "in 4 steps"),
-        *("guidance 1.75", "seeds from 11", "3,553 training pictures", "`fingerprint-7`", "`" + "ab" * 16 + "`"),
-        *("[OpenMoji](https://openmoji.org)", "Licence of the pictures: CC BY-SA 4.0.", "a processor", "torch 2.13.0"),
+        *("guidance 1.75", "seeds from 11", "3,553 training images", "`fingerprint-7`", "`" + "ab" * 16 + "`"),
+        *("[OpenMoji](https://openmoji.org)", "Licence of the images: CC BY-SA 4.0.", "a processor", "torch 2.13.0"),
     ):
         assert expected in text
     assert "Retrieval" not in text
@@ -93,7 +109,7 @@ def test_what_was_measured_and_how_is_said(run):
 def test_nothing_measured_and_nothing_drawn_is_said(run, tmp_path):
     (run / "bare").mkdir()
     found = card(run, stage())
-    write_card(run / "model", run / "bare", stage(), RECORD)
+    write_card(run / "model", run / "bare", *worded(stage()), RECORD)
     bare = ModelCard.load(run / "model" / CARD)
     assert "Nothing was measured." in bare.text
     assert "samples.png" in found.text
@@ -104,19 +120,19 @@ def test_nothing_measured_and_nothing_drawn_is_said(run, tmp_path):
 @table(
     ("licence", "metadata", "said"),
     [
-        (None, None, "Licence of the pictures: not stated."),
-        ("CC BY 4.0", "cc-by-4.0", "Licence of the pictures: CC BY 4.0."),
-        ("only among friends", "other", "Licence of the pictures: only among friends."),
+        (None, None, "Licence of the images: not stated."),
+        ("CC BY 4.0", "cc-by-4.0", "Licence of the images: CC BY 4.0."),
+        ("only among friends", "other", "Licence of the images: only among friends."),
     ],
 )
-def test_the_licence_of_the_pictures_is_said(run, licence, metadata, said):
+def test_the_licence_of_the_images_is_said(run, licence, metadata, said):
     words = ["--data.source", "imagefolder", "--data.path", str(run)]
     found = card(run, stage(*words, *(["--data.licence", licence] if licence else [])))
     assert found.data.license == metadata
     assert said in found.text
 
 
-def test_a_licence_that_is_given_counts_also_for_known_pictures(run):
+def test_a_licence_that_is_given_counts_also_for_known_images(run):
     assert card(run, stage("--data.licence", "MIT")).data.license == "mit"
 
 
@@ -159,8 +175,8 @@ def test_the_pipeline_is_loaded_as_the_card_says(run, monkeypatch):
     for snippet in (stock, own):
         left = {}
         exec(snippet, left)  # noqa: S102
-        assert Image.open(run / "picture.png").size == (PIXELS, PIXELS)
-        (run / "picture.png").unlink()
+        assert Image.open(run / "image.png").size == (PIXELS, PIXELS)
+        (run / "image.png").unlink()
         kinds.append(type(left["pipe"]).__name__)
     assert kinds == ["StableDiffusionPipeline", "TextToImagePipeline"]
 

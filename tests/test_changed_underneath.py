@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ldm.models.provenance import image_keys, in_both, read_trained_images
 
-from .picture_folders import noise_picture, write_metadata
+from .image_folders import noise_image, write_metadata
 from .test_entry import train_autoencoder, train_model
 
 WORDS = ("harbour", "lantern", "kettle", "bridge", "violin", "feather", "saddle", "compass", "cushion", "trumpet")
@@ -37,7 +37,7 @@ def write_data(folder, count, word="beside"):
     rng = np.random.default_rng(0)
     rows = []
     for index in range(count):
-        noise_picture(rng, 32).save(folder / f"{index}.png")
+        noise_image(rng, 32).save(folder / f"{index}.png")
         rows.append({"file_name": f"{index}.png", "text": f"a {WORDS[index % 10]} {word} a {WORDS[index * 7 % 9]}"})
     write_metadata(folder, rows)
 
@@ -134,7 +134,7 @@ def test_r25_an_autoencoder_that_was_trained_on_under_the_same_path_is_refused(p
 
 
 def test_r25_a_grown_data_set_needs_leave_and_then_trains_with_the_autoencoder_of_before(place, monkeypatch, capsys):
-    """Split by hash: pictures that are new in the held-out part were trained on by nobody."""
+    """Split by hash: images that are new in the held-out part were trained on by nobody."""
     held_out_before = json.loads((place.folder / "vae" / "model" / "training.json").read_text())["held_out_hash"]
     write_data(place.folder / "data", 60)
     said = place.refused(monkeypatch, capsys, 6)
@@ -149,7 +149,7 @@ def test_r25_a_grown_data_set_needs_leave_and_then_trains_with_the_autoencoder_o
 
 def test_r25_other_images_held_out_than_before_are_said_by_their_number(place, monkeypatch, capsys):
     said = place.refused(monkeypatch, capsys, 6, "--data.held_out_percent", 30)
-    assert "pictures that are held out here, which it would be measured on" in said
+    assert "images that are held out here, which it would be measured on" in said
 
 
 def test_r25_the_same_bytes_elsewhere_are_the_same_data_and_networks(place, monkeypatch, caplog):

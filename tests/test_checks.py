@@ -77,7 +77,7 @@ def test_without_dropout_there_is_no_null(run):
 
 
 def told(count=24):
-    """A batch of `count` noisy pictures, bright or dark as their captions say."""
+    """A batch of `count` noisy images, bright or dark as their captions say."""
     plain = batch(range(count))
     bright = torch.tensor([position % 2 for position in plain.positions]).view(-1, 1, 1, 1)
     captions = ["a cat" if position % 2 else "three dogs" for position in plain.positions]
@@ -85,7 +85,7 @@ def told(count=24):
 
 
 def reads(model, monkeypatch):
-    """Let a model know of a picture exactly whether it is bright, if its caption says so."""
+    """Let a model know of an image exactly whether it is bright, if its caption says so."""
 
     def forward(x_t, timesteps, inputs):
         bright = (inputs["text"]["input_ids"] == cat).all(1).float().view(-1, 1, 1, 1)
@@ -99,7 +99,7 @@ def test_the_gain_of_a_model_that_reads_is_what_reading_is_worth(run, monkeypatc
     step = DiffusionStep(build_stage(config(prediction_type="sample"), CAPTIONS), run, 0.9)
     reads(step.averaged, monkeypatch)
     gain = conditional_gain(step, told(), (0.3, 0.7))
-    # the wrong half is 1 off: its loss is (1 + e)^2 in place of e^2, and e is the noise of a picture, 0.06 rms
+    # the wrong half is 1 off: its loss is (1 + e)^2 in place of e^2, and e is the noise of an image, 0.06 rms
     assert gain.by_level == pytest.approx([1, 1], abs=0.05)
     assert gain.mean == pytest.approx(sum(gain.by_level) / 2)
     assert 0 < gain.standard_error < 0.02

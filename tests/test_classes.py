@@ -1,4 +1,4 @@
-"""Whether pictures show their class: the judge against data whose best judge is known, and its section."""
+"""Whether images show their class: the judge against data whose best judge is known, and its section."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_only_chosen_classes_are_told_apart():
     judge = ClassJudge(*features([50] * 4), chosen=[7, 2])
     assert judge.classes.tolist() == [2, 7]
     assert set(judge(features([50] * 4, seed=1)[0])) == {2, 7}
-    with pytest.raises(ValueError, match="no training picture has 3; there are"):
+    with pytest.raises(ValueError, match="no training image has 3; there are"):
         ClassJudge(*features([50] * 4), chosen=[2, 3])
     with pytest.raises(ValueError, match="expected two or more"):
         ClassJudge(*features([50] * 4), chosen=[2])
@@ -54,5 +54,5 @@ def test_the_section_counts_what_was_asked_for():
     assert (two.measure.value, five.measure.value) == (pytest.approx(2 / 3), 1)
     assert not overall.copied
     blind = class_section(drawn, {"generated": (asked[::-1], asked)}, classes, 3, "net")
-    assert "ceiling" not in blind.rows[0].beside, "no picture of them is held out"
-    assert blind.rows[0].copied, "pictures of the other class are as good"
+    assert "ceiling" not in blind.rows[0].beside, "no image of them is held out"
+    assert blind.rows[0].copied, "images of the other class are as good"

@@ -41,7 +41,7 @@ class Some:
     pixel_values: torch.Tensor | None = None
 
 
-def pictures(count, size=16):
+def images(count, size=16):
     return torch.stack([torch.rand(3, size, size, generator=draw) * 2 - 1 for draw in generators(5, range(count), "p")])
 
 
@@ -196,20 +196,20 @@ def test_image_embeddings_are_those_of_the_models_own_processor():
 def test_the_null_of_image_embeddings(null):
     encoder = image_encoder()
     conditioner = ImageConditioner(encoder, null, 0.5)
-    told = tell(conditioner, Some(pixel_values=pictures(2)), 2, [True, False])["image_embeds"]
+    told = tell(conditioner, Some(pixel_values=images(2)), 2, [True, False])["image_embeds"]
     zero = encoder.network(torch.zeros(1, 3, 8, 8)).image_embeds[0]  # as KandinskyV22PriorPipeline.get_zero_embed
     torch.testing.assert_close(told[0], torch.zeros(12) if null == "zeros" else zero)
-    torch.testing.assert_close(told[1], encoder(pictures(2))[1])
+    torch.testing.assert_close(told[1], encoder(images(2))[1])
 
 
-def test_the_small_picture_is_eight_bits_and_enlarged_keeps_a_plain_colour():
+def test_the_small_image_is_eight_bits_and_enlarged_keeps_a_plain_colour():
     plain = torch.full((1, 3, 16, 16), 0.5)
     small = shrunk(plain, 4)
     assert small.shape == (1, 3, 4, 4)
     levels = (small + 1) * 127.5
     torch.testing.assert_close(levels, levels.round())
     torch.testing.assert_close(enlarged(small, 16), small[:, :, :1, :1].expand(1, 3, 16, 16))
-    assert shrunk(pictures(8), 4).abs().max() <= 1
+    assert shrunk(images(8), 4).abs().max() <= 1
 
 
 def test_low_res_noise_is_that_of_the_cosine_path_at_the_level_it_tells():
@@ -221,7 +221,7 @@ def test_low_res_noise_is_that_of_the_cosine_path_at_the_level_it_tells():
     alpha_bar = torch.cos((told["levels"].double() + 1) / 1000 / 1.008 * torch.pi / 2 + 0.008 / 1.008 * torch.pi / 2)
     alpha = (alpha_bar / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2))).view(-1, 1, 1, 1)
     middle = (told["levels"] > 20) & (told["levels"] < 950)  # the path is clipped at its end
-    noise = ((told["pictures"] - alpha * clean) / (1 - alpha**2).sqrt())[middle]
+    noise = ((told["images"] - alpha * clean) / (1 - alpha**2).sqrt())[middle]
     assert float(noise.mean()) == pytest.approx(0, abs=4 / noise.numel() ** 0.5)
     assert float(noise.std()) == pytest.approx(1, abs=4 / (2 * noise.numel()) ** 0.5)
     assert abs(float(told["levels"].float().mean()) - 499.5) < 4 * 289 / count**0.5
@@ -230,11 +230,11 @@ def test_low_res_noise_is_that_of_the_cosine_path_at_the_level_it_tells():
 
 def test_without_noise_low_res_tells_no_level():
     conditioner = LowResConditioner(4, 0)
-    told = tell(conditioner, Some(pixel_values=pictures(2)), 2)
+    told = tell(conditioner, Some(pixel_values=images(2)), 2)
     conditions = conditioner(**told)
     assert conditions.kwargs == {}
     assert conditioner.keywords == ()
-    torch.testing.assert_close(conditions.channels[0], enlarged(shrunk(pictures(2), 4), 16))
+    torch.testing.assert_close(conditions.channels[0], enlarged(shrunk(images(2), 4), 16))
 
 
 def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
@@ -256,7 +256,7 @@ def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
 @table("kind", ["low_res", "frames"])
 def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
     conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(2, 1, 0.5)
-    x0 = pictures(40)
+    x0 = images(40)
     whole = tell(conditioner, Some(pixel_values=x0), 40, x0=x0)
     for first in range(0, 40, 2):
         some = x0[first : first + 2]
@@ -278,11 +278,11 @@ def test_conditioners_that_set_the_same_keyword_are_refused_when_the_stage_is_bu
 
 def test_embedding_space_has_unit_scale_and_decodes_to_the_encoders_embeddings():
     encoder = image_encoder()
-    space = EmbeddingSpace(encoder, pictures(200))
-    x0 = space.moments(pictures(200)).mean
+    space = EmbeddingSpace(encoder, images(200))
+    x0 = space.moments(images(200)).mean
     torch.testing.assert_close(x0.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
     torch.testing.assert_close(x0.std(0), torch.ones(12), atol=1e-4, rtol=0)
-    torch.testing.assert_close(space.decode(x0), encoder(pictures(200)), atol=1e-5, rtol=1e-4)
-    assert space.key != EmbeddingSpace(encoder, pictures(50)).key
-    with pytest.raises(ValueError, match="equal for all pictures"):
+    torch.testing.assert_close(space.decode(x0), encoder(images(200)), atol=1e-5, rtol=1e-4)
+    assert space.key != EmbeddingSpace(encoder, images(50)).key
+    with pytest.raises(ValueError, match="equal for all images"):
         EmbeddingSpace(encoder, torch.zeros(3, 3, 16, 16))

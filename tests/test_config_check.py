@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config.check import RANGES, Numbers, shown
+from ldm.config.check import RANGES, Numbers, ranges_of, shown
 from ldm.config.file import load_config
 from ldm.errors import ConfigError, explained
 from ldm.models import network
@@ -63,10 +63,10 @@ def test_every_number_of_a_config_has_a_range(kind):
 
     hints = get_type_hints(kind)
     numbers = {name for name, hint in hints.items() if has_numbers(hint) and hint not in (bool, NoneType)}
-    assert numbers == RANGES[kind].keys()
+    assert numbers == ranges_of(kind).keys()
     defaults = [getattr(kind, field.name, None) for field in fields(kind) if field.name in numbers]
     for allowed, default in zip(
-        (RANGES[kind][field.name] for field in fields(kind) if field.name in numbers), defaults, strict=True
+        (ranges_of(kind)[field.name] for field in fields(kind) if field.name in numbers), defaults, strict=True
     ):
         assert all(
             value in allowed for value in (default if isinstance(default, tuple) else [default]) if value is not None
@@ -232,7 +232,7 @@ def test_a_denoiser_is_no_autoencoder(bench):
         ("stable diffusion", {"denoiser__cross_attention_dim": 32}, "do not fit together: RuntimeError: mat1 and mat2"),
         ("stable diffusion", {"conditioners__text__keywords": {"no_such": "prompt_embeds"}}, ".*'no_such'"),
         ("stable diffusion", {"data__image_size": 17}, "data.image_size 17 is not a multiple of the auto"),
-        ("stable diffusion", {"denoiser__sample_size": 16}, "denoiser.sample_size: pictures are sampled at 32 x"),
+        ("stable diffusion", {"denoiser__sample_size": 16}, "denoiser.sample_size: images are sampled at 32 x"),
         ("stable diffusion", {"denoiser__sample_size": None}, "^validation or denoiser.sample_size: "),
         ("stable diffusion", {"validation__num_inference_steps": 61}, "num_inference_steps: 61 make DPMSolver"),
         ("dit", {"denoiser__norm_eps": -1.0}, "first losses are not finite"),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm.config import AutoencoderConfig, DoctorConfig, OptimConfig, StageConfig
-from ldm.config.check import FILES
+from ldm.config.check import FILES, field_hints
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config.file import exit_on_config_error, load_config, save_config, tree_differences
 from ldm.config.places import expanded, portable
@@ -25,7 +25,7 @@ from ldm.errors import ConfigError
 
 from .table import table
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
 STAGE = """
 output_dir: runs/emoji
 denoiser: {_class_name: UNet2DConditionModel, layers_per_block: 2, block_out_channels: [32, 64], eps: 1e-5}
@@ -92,14 +92,25 @@ def test_yaml_becomes_the_dataclasses(tmp_path):
     )
 
 
-@table("file", CONFIGS)
-def test_our_own_configs_are_read(file):
-    written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    kind = AutoencoderConfig if "autoencoder" in written else StageConfig
-    config = load_config(kind, ["--config", str(file)])
+def our_own(file: str | Path) -> AutoencoderConfig | StageConfig:
+    kind = AutoencoderConfig if Path(file).stem.startswith("vae") else StageConfig
+    return load_config(kind, ["--config", str(file)])
+
+
+@table("name", sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")))
+def test_our_own_configs_are_read(name):
+    written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    config = our_own(CONFIGS / name)
     assert config.output_dir == written["output_dir"]
-    assert config.data.held_out == written["data"]["held_out"]
+    assert config.data.held_out == written["data"].get("held_out", {})
     assert config.optim.learning_rate == float(written["optim"]["learning_rate"])
+
+
+def test_the_first_places_of_the_configs_of_stable_diffusion_still_hold_them():
+    first, now = CONFIGS / "openmoji", CONFIGS / "stable_diffusion/openmoji"
+    names = {file.name for file in first.glob("*.yaml")}
+    assert {"text2img.yaml", "text2img_1h.yaml", "vae.yaml"} <= names
+    assert all(our_own(first / name) == our_own(now / name) for name in names)
 
 
 def test_scalars_mean_what_they_look_like(tmp_path):
@@ -142,7 +153,7 @@ def test_the_command_line_is_the_default_and_needs_no_file(monkeypatch):
     assert load_config(Outer) == Outer("from argv", pair=(2, "b"))
 
 
-@pytest.mark.parametrize(
+@table(
     ("overrides", "expected"),
     [
         (["--inner.rate=0.25", "--inner.rate", "1e-3"], {"inner": Inner(rate=1e-3, mode="slow")}),
@@ -328,7 +339,7 @@ def test_a_process_prints_no_traceback():
 def leaves(kind: type, prefix: str = "") -> list[str]:
     """Return the path of every field below a dataclass, by the dataclasses alone."""
     paths = []
-    for name, annotation in get_type_hints(kind).items():
+    for name, annotation in field_hints(kind).items():
         inner = [arm for arm in (annotation, *get_args(annotation)) if is_dataclass(arm)]
         paths += leaves(inner[0], f"{prefix}{name}.") if inner else [prefix + name]
     return paths
@@ -453,10 +464,10 @@ def test_differences_are_leaves_with_both_values(tmp_path):
     overrides = ["--optim.learning_rate", "3e-4", "--denoiser.layers_per_block", "1", "--denoiser.new", "a"]
     new = load(StageConfig, STAGE, tmp_path, *overrides, "--data.languages", "[de]")
     assert list(tree_differences(asdict(old), asdict(new))) == [
-        "denoiser.layers_per_block: 2 -> 1",
-        "denoiser.new: not set -> 'a'",
         "data.languages: ('en',) -> ('de',)",
         "optim.learning_rate: 0.0001 -> 0.0003",
+        "denoiser.layers_per_block: 2 -> 1",
+        "denoiser.new: not set -> 'a'",
     ]
     assert "denoiser.new: 'a' -> not set" in tree_differences(asdict(new), asdict(old))
     assert list(tree_differences({"note": None}, {"note": "n"})) == ["note: None -> 'n'"]
@@ -482,7 +493,7 @@ def annotation_of(path: str) -> Any:
     kind: Any = StageConfig
     for name in path.split("."):
         kind = next((arm for arm in get_args(kind) if is_dataclass(arm)), kind)
-        kind = get_type_hints(kind)[name]
+        kind = field_hints(kind)[name]
     return kind
 
 

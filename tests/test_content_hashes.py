@@ -18,7 +18,7 @@ from ldm.data.openmoji import OpenMoji
 from ldm.data.sources import build_source
 from ldm.files import locked
 
-from .picture_folders import write_folder, write_metadata
+from .image_folders import write_folder, write_metadata
 from .table import table
 from .test_batches import encode
 

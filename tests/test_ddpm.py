@@ -65,7 +65,7 @@ def test_sampling_is_algorithm_2(t, variance):
     torch.testing.assert_close(found, mean + sigma * z, rtol=1e-5, atol=2e-4 if t <= 2 else 2e-5)
 
 
-def test_what_is_thought_of_a_picture_is_clipped():
+def test_what_is_thought_of_an_image_is_clipped():
     """As the authors sample (not in the paper): x0 in [-1, 1], and the posterior's mean of that, eq. 7."""
     scheduler = build_scheduler(LINEAR, SamplerConfig("ddpm"), clip_sample=True)
     scheduler.set_timesteps(T)

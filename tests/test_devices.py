@@ -22,7 +22,7 @@ from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
 from .test_network import CAPTIONS
-from .test_ten_stages import NAMES, batch, pictures
+from .test_ten_stages import NAMES, batch, images
 from .tiny_stages import save_parts, stages
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def losses(parts, folder):
     for name in NAMES:
         file = folder / "stage.yaml"
         file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[name]}))
-        stage = build_stage(load_config(StageConfig, ["--config", str(file)]), CAPTIONS, lambda: pictures(range(40)))
+        stage = build_stage(load_config(StageConfig, ["--config", str(file)]), CAPTIONS, lambda: images(range(40)))
         step = DiffusionStep(stage, run, 0.99)
         loss = step.losses(batch(), 0)["denoiser"]
         loss.backward()

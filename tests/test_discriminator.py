@@ -8,30 +8,30 @@ def test_its_receptive_field_is_the_papers():
     """Isola et al. 2017: 70 pixels with three layers, 34 with two."""
     for layers, field in ((3, 70), (2, 34)):
         discriminator = PatchDiscriminator(8, layers)
-        for module in discriminator.modules():  # the norm sees the whole picture: the field is that of the convolutions
+        for module in discriminator.modules():  # the norm sees the whole image: the field is that of the convolutions
             if isinstance(module, torch.nn.GroupNorm):
                 module.forward = lambda hidden: hidden
-        picture = torch.zeros(1, 3, 160, 160, requires_grad=True)
-        logits = discriminator(picture)
+        image = torch.zeros(1, 3, 160, 160, requires_grad=True)
+        logits = discriminator(image)
         logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
-        seen = picture.grad.abs().sum((0, 1)).nonzero()
+        seen = image.grad.abs().sum((0, 1)).nonzero()
         assert int(seen[:, 0].max() - seen[:, 0].min()) + 1 == field
 
 
-def test_a_pictures_logits_do_not_depend_on_its_batch():
+def test_an_images_logits_do_not_depend_on_its_batch():
     torch.manual_seed(0)
-    discriminator, pictures = PatchDiscriminator(8, 2).train(), torch.rand(4, 3, 32, 32)
-    assert torch.allclose(discriminator(pictures)[:1], discriminator(pictures[:1]), atol=1e-6)
+    discriminator, images = PatchDiscriminator(8, 2).train(), torch.rand(4, 3, 32, 32)
+    assert torch.allclose(discriminator(images)[:1], discriminator(images[:1]), atol=1e-6)
 
 
 def test_frozen_gives_the_same_logits_and_no_gradient_to_itself():
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2)
-    pictures = torch.rand(2, 3, 32, 32, requires_grad=True)
-    logits = discriminator.frozen(pictures)
-    assert torch.equal(logits, discriminator(pictures))
-    discriminator.frozen(pictures).sum().backward()
-    assert pictures.grad.abs().max() > 0
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits = discriminator.frozen(images)
+    assert torch.equal(logits, discriminator(images))
+    discriminator.frozen(images).sum().backward()
+    assert images.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 

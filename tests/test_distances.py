@@ -14,7 +14,7 @@ from .table import table
 
 
 class Rows(torch.nn.Module):
-    """Takes features for pictures and gives them back."""
+    """Takes features for images and gives them back."""
 
     num_features = 6
 
@@ -34,7 +34,7 @@ def whitened(count, width, seed):
     return np.linalg.qr(rows)[0] * np.sqrt(count - 1)
 
 
-@table("width", [2, 6, 60])  # more pictures than features, and fewer
+@table("width", [2, 6, 60])  # more images than features, and fewer
 def test_kid_is_that_of_torchmetrics(width):
     one, two = clouds(width=width)
     theirs = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=len(one))
@@ -58,7 +58,7 @@ def test_kid_is_its_formula_for_sets_of_two_sizes():
 
 
 def test_the_interval_of_kid_is_that_of_resampled_features():
-    """Resamples written out, with pairs of one picture with itself left out."""
+    """Resamples written out, with pairs of one image with itself left out."""
     one, two = clouds(12, 3, 15)
     rng = np.random.default_rng(3)
 
@@ -103,13 +103,13 @@ def test_frechet_distance_is_that_of_torchmetrics(count):
     theirs.set_dtype(torch.float64)
     theirs.update(torch.from_numpy(two), real=True)
     theirs.update(torch.from_numpy(one), real=False)
-    # theirs takes square roots of eigenvalues that are 0 but for rounding where pictures are fewer than features
+    # theirs takes square roots of eigenvalues that are 0 but for rounding where images are fewer than features
     assert frechet_distance(one, two, draws=2).value == pytest.approx(float(theirs.compute()), rel=1e-4)
 
 
 @table("count", [9, 30, 200])
 def test_frechet_distance_of_gaussians_on_common_axes_is_its_closed_form(count):
-    """|m1 - m2|^2 + sum (s1 - s2)^2; with fewer pictures than axes, or axes without spread, as well."""
+    """|m1 - m2|^2 + sum (s1 - s2)^2; with fewer images than axes, or axes without spread, as well."""
     deviations, others = np.array([1, 2, 0.5, 0, 3, 0]), np.array([2, 1, 0.5, 1, 0, 0])
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(20, 20)))[0][:6]  # six axes of twenty
     one = whitened(count, 6, 1) * deviations @ turn + 0.1
@@ -129,7 +129,7 @@ def test_frechet_distance_of_gaussians_on_crossed_axes_is_its_closed_form():
     assert frechet_distance(one, two, draws=2).value == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_and_falls_with_the_number_of_pictures():
+def test_frechet_distance_of_a_set_to_itself_is_zero_and_falls_with_the_number_of_images():
     one = clouds(80, 10)[0]
     assert frechet_distance(one, one, draws=2).value == pytest.approx(0, abs=1e-9)
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_float32_features_are_measured_in_float64():
 
 def test_what_cannot_be_compared_is_refused():
     one, two = clouds(8)
-    with pytest.raises(ValueError, match=r"8 pictures against 7: .* take as many"):
+    with pytest.raises(ValueError, match=r"8 images against 7: .* take as many"):
         frechet_distance(one, two[:7])
     for distance in (kid, frechet_distance):
         with pytest.raises(ValueError, match=r"features \(8, 5\), reference \(8, 6\)"):

@@ -34,7 +34,7 @@ from ldm.objectives.denoising import Objective
 from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from pipelines.text2img import TextToImagePipeline
 
 from .table import table
@@ -55,8 +55,8 @@ AUTOENCODER = ("--config", "configs/tiny/vae.yaml", "--doctor", "--loop.mixed_pr
 def _quick(monkeypatch):
     monkeypatch.setattr(overfit_module, "MAX_STEPS", 6)  # fewer than are enough: they only have to help
     monkeypatch.setattr(cost_module, "MEASURED_SECONDS", 0.1)
-    monkeypatch.setattr(examination, "SCALE_PICTURES", 48)
-    monkeypatch.setattr(examination, "ROUND_TRIP_PICTURES", 8)
+    monkeypatch.setattr(examination, "SCALE_IMAGES", 48)
+    monkeypatch.setattr(examination, "ROUND_TRIP_IMAGES", 8)
 
 
 def examine(monkeypatch, main, folder, *words):
@@ -92,9 +92,9 @@ def test_a_healthy_stage_passes_and_leaves_a_report_alone(tmp_path, monkeypatch,
         "latent scale", "autoencoder", "objective and scheduler", "conditions", "overfits one batch",
         "saved and reloaded", "plan", "cost", "another machine",
     ]  # fmt: skip
-    assert "exactly the picture" in text(report, "saved and reloaded")
+    assert "exactly the image" in text(report, "saved and reloaded")
     assert "StableDiffusionPipeline" in text(report, "saved and reloaded")
-    assert "60 training pictures, 8 a step: 7.5 steps an epoch; 40 steps = 5.3 epochs" in text(report, "plan")
+    assert "60 training images, 8 a step: 7.5 steps an epoch; 40 steps = 5.3 epochs" in text(report, "plan")
     assert [path.name for path in tmp_path.iterdir()] == ["doctor"]
     left = {path.name for path in (tmp_path / "doctor").iterdir()} - {".lock"}
     assert left == {"report.txt", "report.json", "overfit.png", "round_trip.png"}
@@ -219,8 +219,8 @@ def test_it_runs_in_one_process_and_empties_its_own_folder_only(tmp_path, monkey
 # ---- the plan: by hand ----
 
 
-def plan(steps=800, batch_size=128, pictures=3553, optim=None, **loop):
-    return Plan(pictures, batch_size, steps, LoopConfig(**{"max_train_seconds": 600.0} | loop), optim or OptimConfig())
+def plan(steps=800, batch_size=128, images=3553, optim=None, **loop):
+    return Plan(images, batch_size, steps, LoopConfig(**{"max_train_seconds": 600.0} | loop), optim or OptimConfig())
 
 
 def test_the_plan_in_words():
@@ -230,8 +230,8 @@ def test_the_plan_in_words():
     """
     optim = OptimConfig(warmup_steps=100, ema_decay=0.99)
     assert plan(optim=optim, validate_every_steps=300, save_every_steps=800).text() == (
-        "3,553 training pictures, 128 a step: 27.8 steps an epoch; 600 s are about 800 steps = 28.8 epochs: each "
-        "picture is seen 29 times; validation every 300 steps (3 in all), checkpoints every 800 (1 in all); warm-up "
+        "3,553 training images, 128 a step: 27.8 steps an epoch; 600 s are about 800 steps = 28.8 epochs: each "
+        "image is seen 29 times; validation every 300 steps (3 in all), checkpoints every 800 (1 in all); warm-up "
         "is 12.5% of the steps, the half-life of the averages 62 steps"
     )
 
@@ -239,8 +239,8 @@ def test_the_plan_in_words():
 @table(
     ("changes", "words"),
     [
-        ({"steps": 20}, "less than one epoch: 28% of the pictures are never seen"),  # 20 * 128 / 3553 = 0.72
-        ({"batch_size": 8000}, "data.batch_size 8,000 is larger than the data: each step sees a picture 2.3 times"),
+        ({"steps": 20}, "less than one epoch: 28% of the images are never seen"),  # 20 * 128 / 3553 = 0.72
+        ({"batch_size": 8000}, "data.batch_size 8,000 is larger than the data: each step sees an image 2.3 times"),
         ({"save_every_steps": 801}, "loop.save_every_steps 801 is longer than the run of 800 steps: a kill would lose"),
         ({"validate_every_steps": 801}, "loop.validate_every_steps 801 is longer than the run of 800 steps"),
         ({"optim": OptimConfig(warmup_steps=400)}, "optim.warmup_steps: 50% of the run is warm-up"),
@@ -346,7 +346,7 @@ def test_flops_and_activations_of_a_known_network():
 @table("optimizer", ["adamw", "muon"])
 def test_the_memory_is_what_a_logged_step_holds_at_its_peak(optimizer, tmp_path):
     """As torch's profiler counts what is allocated; two modules, a text encoder's frozen half and a small batch."""
-    with finishing(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
+    with opened(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
         frozen = nn.Linear(64, 256).requires_grad_(False)
         step = Layers(nn.Sequential(nn.Linear(8, 64), frozen, nn.Linear(256, 128), nn.Linear(128, 256)))
         step.modules["other"] = other = nn.Linear(8, 512)
@@ -487,7 +487,7 @@ def test_draws_are_fixed_and_have_other_positions():
     batches = drawn(Batch([7, 9], [1, 2], ["a", "b"]))
     positions = [position for batch in batches for position in batch.positions]
     assert len(set(positions)) == len(positions) == 2 * overfit_module.DRAWS
-    assert all(batch.pictures == [1, 2] for batch in batches)
+    assert all(batch.rows == [1, 2] for batch in batches)
 
 
 def test_weights_and_averages_are_put_back():
@@ -508,7 +508,7 @@ def test_weights_and_averages_are_put_back():
 def test_a_round_trip_is_judged_by_its_error(noise, ok, tmp_path):
     """Noise of std 0.05 in a range of 2 is 32 dB, of 0.3 16.5 dB."""
     side = torch.linspace(-0.9, 0.9, 32)
-    pictures = (side[:, None] * side).sign().mul(0.5).expand(4, 3, 32, 32).contiguous()
+    images = (side[:, None] * side).sign().mul(0.5).expand(4, 3, 32, 32).contiguous()
 
     class Noisy:
         def moments(self, pixel_values):
@@ -517,7 +517,7 @@ def test_a_round_trip_is_judged_by_its_error(noise, ok, tmp_path):
         def decode(self, x0):
             return x0 + noise * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
 
-    finding = round_trip(Noisy(), pictures, tmp_path)
+    finding = round_trip(Noisy(), images, tmp_path)
     assert finding.ok is ok
     assert (
         f"PSNR {-20 * math.log10(noise / 2):.0f}" in finding.text.replace(".0 dB", " dB").replace("25.9", "26")

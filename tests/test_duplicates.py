@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from ldm.data.duplicates import BANDS, BITS, MOST_COLOUR, WINDOW, Look, _candidates, groups, look
 from tests.edited_images import EDITS, KINDS, icon, originals
-from tests.picture_folders import noise_picture
+from tests.image_folders import noise_image
 
 from .table import table
 
@@ -50,7 +50,7 @@ def test_grain_on_an_even_image_is_no_difference():
 
 
 def test_mirrors_and_other_colours_do_not_look_alike():
-    image = noise_picture(np.random.default_rng(2))
+    image = noise_image(np.random.default_rng(2))
     red = Image.merge("RGB", image.split()[::-1])
     assert groups([look(image), look(ImageOps.mirror(image)), look(red), look(ImageOps.invert(image))]) == []
 

@@ -94,15 +94,15 @@ def refused(train, monkeypatch, capsys, folder, *arguments):
     return capsys.readouterr().err
 
 
-def test_an_autoencoder_that_was_trained_on_held_out_pictures_is_refused(vae, tmp_path, monkeypatch, capsys):
-    leak = re.compile(r"was trained on \d+ of the \d+ pictures that are held out here")
+def test_an_autoencoder_that_was_trained_on_held_out_images_is_refused(vae, tmp_path, monkeypatch, capsys):
+    leak = re.compile(r"was trained on \d+ of the \d+ images that are held out here")
     assert leak.search(refused(train_model, monkeypatch, capsys, tmp_path / "stage", vae, *OTHERS))
     further = ("--autoencoder", f"{{pretrained: {vae}}}")
     assert leak.search(refused(train_autoencoder, monkeypatch, capsys, tmp_path / "vae", *further, *OTHERS))
 
 
 @pytest.mark.parametrize("part", ["denoiser", "text", "vae of a pipeline"])
-def test_any_pretrained_part_of_an_earlier_version_with_other_pictures_held_out_is_refused(
+def test_any_pretrained_part_of_an_earlier_version_with_other_images_held_out_is_refused(
     part, model, tmp_path, monkeypatch, capsys
 ):
     other = tmp_path / "other"
@@ -117,7 +117,7 @@ def test_any_pretrained_part_of_an_earlier_version_with_other_pictures_held_out_
     }
     vae = other / "vae" if part == "vae of a pipeline" else model / "vae"
     said = refused(train_model, monkeypatch, capsys, tmp_path / "out", vae, *more[part])
-    assert "other pictures held out" in said
+    assert "other images held out" in said
 
 
 def test_a_learned_variance_trains_and_samples(vae, tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_samples_carry_their_settings_and_repeat(model, tmp_path):
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_samples_start_from_a_picture(model, tmp_path, trust):
+def test_samples_start_from_an_image(model, tmp_path, trust):
     Image.new("RGBA", (51, 41), (200, 0, 0, 255)).save(tmp_path / "red.png")
     Image.new("RGBA", (50, 40), (255, 255, 255, 0)).save(tmp_path / "nothing.png")
     more = {"num_inference_steps": 4, "guidance_scale": 1.0, "trust_remote_code": trust}
@@ -162,7 +162,7 @@ def test_samples_start_from_a_picture(model, tmp_path, trust):
     for wrong, message in (
         ({"strength": 0.5}, "say of which --image"),
         ({"image": "none.png"}, "image: none.png: .*No such file"),
-        ({"image": str(model / "model_index.json")}, "image: .*not a picture in"),
+        ({"image": str(model / "model_index.json")}, "image: .*not an image in"),
         ({"image": str(tmp_path / "red.png"), "strength": 7.0}, "strength: got 7; expected at most 1"),
         ({"image": str(tmp_path / "red.png"), "strength": 0.0}, "strength: got 0; expected at most 1"),
         ({"image": str(tmp_path / "red.png"), "strength": 0.2}, "strength: got 0.2; .* at least one of the 4 steps"),

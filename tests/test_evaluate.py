@@ -61,10 +61,10 @@ def test_every_question_is_answered_with_its_baselines(evaluated):
         "Which words are drawn?",
         "CLIP score",
         "What are the captions worth?",
-        "Do its pictures look like true ones?",
+        "Do its images look like true ones?",
         "What can the latents carry?",
-        "Does it copy its training pictures?",
-        "How much do pictures of one prompt differ?",
+        "Does it copy its training images?",
+        "How much do images of one prompt differ?",
         "By guidance_scale",
         "By num_inference_steps",
     ]
@@ -72,11 +72,11 @@ def test_every_question_is_answered_with_its_baselines(evaluated):
     assert at_1["n"] == COUNT // 3
     assert at_1["low"] <= at_1["value"] <= at_1["high"]
     assert at_1["beside"].keys() == {"copy", "shuffled", "ceiling"}
-    assert at_1["beside"]["copy"]["value"] == 0, "a training picture is not the caption's own"
+    assert at_1["beside"]["copy"]["value"] == 0, "a training image is not the caption's own"
     assert at_1["copied"], "random weights draw nothing that is right"
     assert rows["colour"]["beside"]["chance"]["value"] == pytest.approx(1 / 4)
     assert rows["KID, clip"]["beside"].keys() == {"floor", "copy", "ceiling"}
-    assert rows["nearer to training than the true picture, pixels"]["beside"]["copy"]["value"] == 1
+    assert rows["nearer to training than the true image, pixels"]["beside"]["copy"]["value"] == 1
     assert not rows["conditional gain, mean over noise levels"]["beside"]
 
 
@@ -115,26 +115,26 @@ def test_a_stock_pipeline_is_measured_alike(evaluated, place, tmp_path):
     assert not (place / "stock" / "README.md").exists()
 
 
-def test_a_model_that_is_told_nothing_is_measured_by_its_pictures(place, tmp_path):
+def test_a_model_that_is_told_nothing_is_measured_by_its_images(place, tmp_path):
     more = ("--guidance_scale", "1")
     cli.main(words(place, "pixels", tmp_path / "stock", *more))
     cli.main(words(place, "pixels", tmp_path / "ours", *more, "--trust_remote_code", "true"))
     (report, stock), (_, ours) = read(tmp_path / "stock"), read(tmp_path / "ours")
     assert [section["title"] for section in report["sections"]] == [
-        "What does it draw?", "Do its pictures look like true ones?", "Does it copy its training pictures?",
+        "What does it draw?", "Do its images look like true ones?", "Does it copy its training images?",
     ]  # fmt: skip
     assert stock["KID, clip"]["value"] == pytest.approx(ours["KID, clip"]["value"], abs=1e-4)
     assert Image.open(tmp_path / "stock" / "samples.png").width > 100
     with pytest.raises(ValueError, match="sweeps are measured on captions"):
-        evaluate(str(place / "pixels"), str(place / "pictures"), str(tmp_path), str(place / "heldout.txt"),
+        evaluate(str(place / "pixels"), str(place / "images"), str(tmp_path), str(place / "heldout.txt"),
                  str(place / "validation.txt"), network=str(place / "clip"), steps_sweep="1,2")  # fmt: skip
 
 
 def test_without_a_list_of_captions_the_test_split_by_hash_is_measured(place, tmp_path):
-    named = {"model": str(place / "model"), "data": str(place / "pictures"), "out": str(tmp_path)}
+    named = {"model": str(place / "model"), "data": str(place / "images"), "out": str(tmp_path)}
     settings = {"num_inference_steps": 1, "variety_prompts": 0, "card": False, "network": str(place / "clip")}
     report = evaluate(**named, **settings, held_out_percent=20)
-    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out_percent=20, image_size=16)
+    config = DataConfig(source="imagefolder", path=str(place / "images"), held_out_percent=20, image_size=16)
     held_out = CaptionedImages(build_source(config), config).splits["test"]
     (first, *_) = report.sections[0].rows
     assert first.measure.n == len(held_out) > 2
@@ -160,15 +160,15 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
 @table(
     ("settings", "said"),
     [
-        ({"num_images_per_prompt": 1}, "pictures of each; expected 2 or more"),
+        ({"num_images_per_prompt": 1}, "images of each; expected 2 or more"),
         ({"classes": "0,1"}, "classes: the data has none; name their column in class_column"),
-        ({"class_column": "kind"}, "class_column: model is told no classes"),
+        ({"class_column": "kind"}, "class_column: model is conditioned on no classes"),
         ({"bound_timesteps": 3}, "TextToImagePipeline diffuses latents|StableDiffusionPipeline diffuses latents"),
         ({"captions": None}, "validation_captions: without captions"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_path, monkeypatch, settings, said):
-    monkeypatch.setattr("ldm.evaluation.evaluation.sample_pictures", None)  # it cannot be called
+    monkeypatch.setattr("ldm.evaluation.evaluation.sample_images", None)  # it cannot be called
     named = dict(zip(("model", "data", "out", "captions"), arguments(place, tmp_path), strict=True))
     named |= {"validation_captions": str(place / "validation.txt"), "network": str(place / "clip")} | settings
     with pytest.raises(ValueError, match=said):
@@ -195,12 +195,12 @@ def test_numbers_do_not_depend_on_the_number_of_processes(place, tmp_path):
 
 
 def arguments(place, out):
-    return str(place / "model"), str(place / "pictures"), str(out), str(place / "heldout.txt")
+    return str(place / "model"), str(place / "images"), str(out), str(place / "heldout.txt")
 
 
 def record(place, path, held_out_hash=None, networks=()):
     held_out = {"test": str(place / "heldout.txt")}
-    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out=held_out, image_size=16)
+    config = DataConfig(source="imagefolder", path=str(place / "images"), held_out=held_out, image_size=16)
     found = CaptionedImages(build_source(config), config).splits.held_out_hash
     Provenance("data", held_out_hash or found, 1, 1, 1.0, 1.0, "none", {}, networks).save(path.parent)
 
@@ -215,19 +215,19 @@ def test_the_gallery_is_looked_at_once(place, monkeypatch):
 
 
 def titled(place, folder):
-    """Pictures whose captions stand in a column called title, and the model with a record that says so."""
-    shutil.copytree(place / "pictures", folder / "pictures")
+    """Images whose captions stand in a column called title, and the model with a record that says so."""
+    shutil.copytree(place / "images", folder / "images")
     shutil.copytree(place / "stock", folder / "model")
-    metadata = folder / "pictures" / "metadata.jsonl"
+    metadata = folder / "images" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"text"', '"title"'))
     options = {"caption_column": "title", "held_out_percent": 20.0, "background": "black", "source": "imagefolder"}
-    config = DataConfig(path=str(folder / "pictures"), image_size=16, **options)
+    config = DataConfig(path=str(folder / "images"), image_size=16, **options)
     images = CaptionedImages(build_source(config), config)
     record = Provenance(
         "data", images.splits.held_out_hash, 1, 1, 1.0, 1.0, "none", {}, data_options=data_options(config)
     )
     record.save(folder / "model")
-    return images, ["evaluate", str(folder / "model"), "--data", str(folder / "pictures"), "--card=false"]
+    return images, ["evaluate", str(folder / "model"), "--data", str(folder / "images"), "--card=false"]
 
 
 def test_data_are_read_as_the_model_was_trained_on_them_which_is_said(place, tmp_path, caplog):
@@ -245,7 +245,7 @@ def test_data_are_read_as_the_model_was_trained_on_them_which_is_said(place, tmp
         cli.main([*command, *few, "--caption_column=null"])
     with pytest.raises(SystemExit, match=r"data.caption_column: no column 'name' among the columns .*title"):
         cli.main([*command, *few, "--caption_column=name"])
-    with pytest.raises(SystemExit, match="other pictures held out"):
+    with pytest.raises(SystemExit, match="other images held out"):
         cli.main([*command, *few, "--held_out_percent=10"])
 
 
@@ -260,14 +260,14 @@ def test_a_model_of_classes_that_needs_them_asks_for_their_column(place, tmp_pat
 def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(place, tmp_path, monkeypatch):
     shutil.copytree(place / "stock", tmp_path / "run" / "model")
     lists = {"test": str(place / "heldout.txt"), "validation": str(place / "validation.txt")}
-    config = DataConfig(source="imagefolder", path=str(place / "pictures"), held_out=lists, image_size=16)
+    config = DataConfig(source="imagefolder", path=str(place / "images"), held_out=lists, image_size=16)
     held_out_hash = CaptionedImages(build_source(config), config).splits.held_out_hash
     options = {"held_out": {"test": "heldout.txt", "validation": "validation.txt"}}
     Provenance("x", held_out_hash, 1, 1, 1.0, 1.0, "", {}, data_options=options).save(tmp_path / "run" / "model")
     monkeypatch.setattr(
         "ldm.commands.average.averaged_model", lambda run, length, to: Path(shutil.copytree(run / "model", to))
     )
-    command = ["average", str(tmp_path / "run"), "--sigma_rel", "0.1", "--data", str(place / "pictures")]
+    command = ["average", str(tmp_path / "run"), "--sigma_rel", "0.1", "--data", str(place / "images")]
     command += ["--network", str(place / "clip"), "--num_inference_steps", "1"]
     with pytest.raises(
         SystemExit, match=r"captions in heldout\.txt, and there is no such file here; name it, --captions"

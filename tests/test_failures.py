@@ -19,7 +19,7 @@ from ldm.data.loader import LoadingError, _kill_loaders, training_batches
 from ldm.training.averages import Average, exponential
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.state import training_state
 
 from .table import table
@@ -48,10 +48,11 @@ def fit(folder, stream, steps, poison=(), planned=40, settings=None):
     config = LoopConfig(
         max_train_steps=planned, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1
     )
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         step.modules["other"][1].p = 0.0  # dropout draws by the step's number, which differs here
         loop = Loop(step, OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(stream, (steps, interrupt))
     return loop
@@ -79,8 +80,8 @@ def test_r08_a_step_that_is_not_finite_changes_nothing_as_if_its_batch_had_not_b
     assert rates["a"][5:] == rates["b"][4:], "the schedule stood still"
 
 
-def test_r08_many_in_a_row_stop_the_run_name_the_pictures_and_leave_the_last_good_state(tmp_path):
-    with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED_IN_A_ROW} steps in a row .* on pictures"):
+def test_r08_many_in_a_row_stop_the_run_name_the_images_and_leave_the_last_good_state(tmp_path):
+    with pytest.raises(FloatingPointError, match=rf"{MAX_SKIPPED_IN_A_ROW} steps in a row .* on images"):
         train(tmp_path, 50, poison=range(12, 400), save_every_steps=1)
     saved = CheckpointStore.load(CheckpointStore(tmp_path / "checkpoints", 1).latest())
     before = fit(tmp_path / "before", batches(), 3, planned=50)
@@ -88,21 +89,21 @@ def test_r08_many_in_a_row_stop_the_run_name_the_pictures_and_leave_the_last_goo
     assert torch.equal(saved.tensors["main-weights"]["weight"], before.step.modules["main"].weight.detach())
 
 
-def test_r08_the_message_names_the_pictures_of_the_batch(tmp_path):
+def test_r08_the_message_names_the_rows_of_the_batch(tmp_path):
     @dataclass
-    class Pictured:
+    class Imaged:
         positions: list[int]
-        pictures: list[int]
+        images: list[int]
 
         def __len__(self):
             return len(self.positions)
 
-    def pictured(start_step, **share):
+    def imaged(start_step, **share):
         for (points,) in batches()(start_step, **share):
-            yield [Pictured(points.positions, [1000 + position for position in points.positions])]
+            yield [Imaged(points.positions, [1000 + position for position in points.positions])]
 
-    with pytest.raises(FloatingPointError, match=r"pictures \[\[1048, 1049, 1050, 1051\]\]"):
-        fit(tmp_path, pictured, 30, poison=range(12, 400))
+    with pytest.raises(FloatingPointError, match=r"images \[\[1048, 1049, 1050, 1051\]\]"):
+        fit(tmp_path, imaged, 30, poison=range(12, 400))
 
 
 def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -113,7 +114,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
     config = LoopConfig(max_train_steps=9, save_every_steps=1, trackers=(), mixed_precision="no")
     loop_ = []
     refused = pytest.raises(FloatingPointError, match=r"step 5: main-weights: weight is not finite, so nothing was")
-    with refused, finishing(Run(str(tmp_path), 0, config)) as run:
+    with refused, opened(Run(str(tmp_path), 0, config)) as run:
         loop_.append(Loop(Quadratic(run), OptimConfig(), config, run, 10))
         loop_[0].fit(batches(), (1, spoil))
     assert CheckpointStore(tmp_path / "checkpoints", 1).latest().name == "step-4"
@@ -122,7 +123,7 @@ def test_r08_weights_that_are_not_finite_are_never_saved(tmp_path):
 def scaled(folder, steps, scale):
     """Train one module in float32 with float16's loss scaling, which a processor can do too."""
     config = LoopConfig(max_train_steps=40, log_every_steps=1, trackers=(), mixed_precision="no", save_every_steps=1)
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
         step = Quadratic(run)
         del step.modules["other"], step.forwards["other"]
@@ -130,6 +131,7 @@ def scaled(folder, steps, scale):
         step.losses = lambda batch, global_step: {"main": one(batch, global_step)["main"]}
         step.forwards["other"] = torch.nn.Sequential(torch.nn.Linear(2, 1))
         loop = Loop(step, OptimConfig(learning_rate=0.05), config, run, 10)
+        loop.resume()
         with pytest.raises(KeyboardInterrupt):
             loop.fit(batches(), (steps, interrupt))
     return loop
@@ -189,7 +191,7 @@ def test_r07_a_checkpoint_without_one_tensor_is_refused(tmp_path):
 
 
 class Failing(Shades):
-    """Pictures one of which ends, holds up or fails its loader process."""
+    """Images one of which ends, holds up or fails its loader process."""
 
     def __init__(self, how):
         super().__init__()
@@ -205,12 +207,12 @@ class Failing(Shades):
                 case "stands still":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "raises":
-                    raise ValueError("picture 7: cannot be read")
+                    raise ValueError("image 7: cannot be read")
         return super().image(index)
 
 
 @table("how", ["dies", "hangs", "stands still", "raises"])
-def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_time(how):
+def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_images_in_time(how):
     seconds = 5 if how in ("hangs", "stands still") else 200  # the others are to be noticed without it
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=seconds)
     data = PositionDataset(CaptionedImages(Failing(how), config), "train", 0)
@@ -230,10 +232,10 @@ def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_pictures_in_
         assert len(named) <= 2, "one for each loader process"
 
 
-def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one_before_it():
+def test_r18_what_is_named_are_the_rows_of_the_stream_that_failed_not_of_one_before_it():
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2)
     earlier, later = (PositionDataset(CaptionedImages(Shades(), config), "train", seed) for seed in (0, 23))
-    assert all(earlier.picture(position) != later.picture(position) for position in range(36))
+    assert all(earlier.image(position) != later.image(position) for position in range(36))
     dead = []
 
     def of_torch(number, frame):
@@ -252,15 +254,15 @@ def test_r18_what_is_named_are_the_pictures_of_the_stream_that_failed_not_of_one
             process.join(timeout=30)  # their deaths are not for the handler that is put back
     finally:
         signal.signal(signal.SIGCHLD, before)
-    pictures, positions = (
+    images, positions = (
         [int(number) for number in found.split(", ")] for found in re.findall(r"\[(.*?)\]", str(error.value))
     )
-    assert pictures == [later.picture(position) for position in positions]
-    assert pictures != [earlier.picture(position) for position in positions]
+    assert images == [later.image(position) for position in positions]
+    assert images != [earlier.image(position) for position in positions]
 
 
 class Locking(Shades):
-    """Pictures one of which ends its loader process with the lock of the event by which torch tells it to end."""
+    """Images one of which ends its loader process with the lock of the event by which torch tells it to end."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +308,7 @@ def test_r18_a_loader_process_that_dies_with_a_lock_holds_up_nobody():
 
 
 class Unserved(Shades):
-    """Pictures whose loader processes announce their batches and never hand them over."""
+    """Images whose loader processes announce their batches and never hand them over."""
 
     def image(self, index):
         sharer = resource_sharer._resource_sharer
@@ -319,6 +321,6 @@ def test_r18_a_loader_process_that_stops_between_announcing_a_batch_and_handing_
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=2)
     data = PositionDataset(CaptionedImages(Unserved(), config), "train", 0)
     began = time.monotonic()
-    with pytest.raises(LoadingError, match=r"No batch came within 2 seconds.*were at the pictures"):
+    with pytest.raises(LoadingError, match=r"No batch came within 2 seconds.*were at the images"):
         next(training_batches(data, 0))
     assert time.monotonic() - began < 30

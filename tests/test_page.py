@@ -19,7 +19,7 @@ from ldm.evaluation.markdown import COPIED, markdown, plain
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.page import html, png, strip
 from ldm.evaluation.plot import svg
-from ldm.evaluation.report import Curve, Picture, Report, Row, Section
+from ldm.evaluation.report import Curve, Figure, Report, Row, Section
 from ldm.export.evaluation_card import BEGIN, END, merge_into_card
 from tests.tiny_report import HOSTILE, UNICODE, around, tiny_report
 
@@ -75,27 +75,27 @@ def words():
     return Page(MarkdownIt("commonmark").enable("table").render(markdown(tiny_report())))
 
 
-def pictures():
-    return [picture for section in tiny_report().sections for picture in section.pictures]
+def figures():
+    return [figure for section in tiny_report().sections for figure in section.figures]
 
 
-def test_every_picture_is_in_the_page_with_its_pixels_and_without_metadata(page):
+def test_every_image_is_in_the_page_with_its_pixels_and_without_metadata(page):
     images = page.all("img")
-    assert len(images) == len(pictures()) == 2
-    for attributes, picture in zip(images, pictures(), strict=True):
+    assert len(images) == len(figures()) == 2
+    for attributes, figure in zip(images, figures(), strict=True):
         data = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"), validate=True)
         with Image.open(io.BytesIO(data)) as decoded:
-            np.testing.assert_array_equal(decoded, picture.image.convert("RGB"))
+            np.testing.assert_array_equal(decoded, figure.image.convert("RGB"))
         assert set(re.findall(rb"IHDR|IDAT|IEND|tEXt|iTXt|zTXt|tIME|eXIf|iCCP|pHYs", data)) == {
             b"IHDR",
             b"IDAT",
             b"IEND",
         }
-    assert [attributes["width"] for attributes in images] == [str(pictures()[0].image.width), "256"]
+    assert [attributes["width"] for attributes in images] == [str(figures()[0].image.width), "256"]
 
 
 @table("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
-def test_pictures_of_any_mode_lose_what_they_say_of_their_making(mode):
+def test_rows_of_any_mode_lose_what_they_say_of_their_making(mode):
     image = Image.new(mode, (3, 2))
     image.info |= {
         "icc_profile": b"of a device",
@@ -150,7 +150,7 @@ def test_names_of_everything_are_escaped():
     measure = around(0.5)
     row = Row(HOSTILE, measure, "higher", {HOSTILE: measure}, HOSTILE)
     curve = Curve(HOSTILE, HOSTILE, HOSTILE, {HOSTILE: [(1, measure)], "b": []})
-    section = Section(HOSTILE, HOSTILE, [row], [curve], [Picture(HOSTILE, HOSTILE, Image.new("RGB", (1, 1)))])
+    section = Section(HOSTILE, HOSTILE, [row], [curve], [Figure(HOSTILE, HOSTILE, Image.new("RGB", (1, 1)))])
     report = Report(HOSTILE, HOSTILE, {HOSTILE: {HOSTILE: [HOSTILE]}}, [section])
     found = Page(html(report))
     assert not {"script", "strong", "code"} & {tag for tag, _ in found.elements}

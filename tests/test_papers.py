@@ -1,25 +1,29 @@
 """The published sizes: every config of a paper has the number of parameters that was published."""
 
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
-from ldm.config import StageConfig
+from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config.file import load_config
 
 from .table import table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+rounded = partial(pytest.approx, rel=2e-3)
 PUBLISHED = {
-    "ddpm/paper/cifar10.yaml": 35.7e6,  # Ho et al. 2020, appendix B
-    "improved_ddpm/paper/imagenet64.yaml": 121e6,  # Nichol & Dhariwal 2021, section 6, rounds it to 120 M
-    "improved_ddpm/paper/cifar10_likelihood.yaml": 52.5e6,  # the same network's count in their code
-    "adm/paper/imagenet64.yaml": 296e6,  # Dhariwal & Nichol 2021, table 5
-    "adm/paper/imagenet256.yaml": 554e6,
+    "ddpm/paper/cifar10.yaml": rounded(35.7e6),  # Ho et al. 2020, appendix B
+    "improved_ddpm/paper/imagenet64.yaml": rounded(121e6),  # Nichol & Dhariwal 2021, section 6, rounds it to 120 M
+    "improved_ddpm/paper/cifar10_likelihood.yaml": rounded(52.5e6),  # the same network's count in their code
+    "adm/paper/imagenet64.yaml": rounded(296e6),  # Dhariwal & Nichol 2021, table 5
+    "adm/paper/imagenet256.yaml": rounded(554e6),
+    "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
+    "stable_diffusion/paper/vae.yaml": 83_653_863,
 }
-"""Parameters of the denoiser."""
+"""Parameters of the denoiser or the autoencoder."""
 
 
 def test_every_paper_is_counted():
@@ -27,10 +31,9 @@ def test_every_paper_is_counted():
 
 
 @table("name", PUBLISHED)
-def test_the_denoiser_has_the_published_number_of_parameters(name):
-    config = load_config(StageConfig, ["--config", str(CONFIGS / name)])
-    keys = dict(config.denoiser)
+def test_the_network_has_the_published_number_of_parameters(name):
+    kind, network = (AutoencoderConfig, "autoencoder") if name.endswith("vae.yaml") else (StageConfig, "denoiser")
+    keys = dict(getattr(load_config(kind, ["--config", str(CONFIGS / name)]), network))
     with torch.device("meta"):
-        denoiser = getattr(diffusers, keys.pop("_class_name"))(**keys)
-    count = sum(parameter.numel() for parameter in denoiser.parameters())
-    assert count == pytest.approx(PUBLISHED[name], rel=2e-3)
+        built = getattr(diffusers, keys.pop("_class_name"))(**keys)
+    assert sum(parameter.numel() for parameter in built.parameters()) == PUBLISHED[name]

@@ -43,7 +43,7 @@ UNUSABLE = {
     "width 1": ({"width": 1}, "width: got 1"),
     "pixels": ({"height": 2**13, "width": 2**13}, "got 8192 . 8192 pixels; expected at most 16777216"),
     "output_type": ({"output_type": "bogus"}, "output_type: got 'bogus'; expected one of pil, np, pt, latent"),
-    "generators": ({"generator": seeds(0, 1)}, "generator: got a list of 2 for 1 pictures"),
+    "generators": ({"generator": seeds(0, 1)}, "generator: got a list of 2 for 1 images"),
     "generator 5": ({"generator": 5}, "generator: got int; expected torch.Generator"),
     "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2 for 1 prompts"),
     "negative 5": ({"negative_prompt": 5}, "negative_prompt: got int"),

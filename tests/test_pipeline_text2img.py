@@ -90,16 +90,16 @@ def test_the_mask_reaches_only_encoders_that_ask_for_it():
 # What a call does
 
 
-@table(("guidance_scale", "pictures"), [(0.0, 2), (1.0, 2), (1.5, 4)])
-def test_one_pass_a_step_without_guidance(guidance_scale, pictures):
+@table(("guidance_scale", "images"), [(0.0, 2), (1.0, 2), (1.5, 4)])
+def test_one_pass_a_step_without_guidance(guidance_scale, images):
     denoiser = unet()
     seen = []
     denoiser.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     arrays(pipeline(unet=denoiser), ["a", "b"], guidance_scale=guidance_scale)
-    assert seen == [pictures] * 3
+    assert seen == [images] * 3
 
 
-def test_item_of_a_batch_is_the_single_picture(pipe):
+def test_item_of_a_batch_is_the_single_image(pipe):
     prompts = ["a cat", "two", "III"]
     batch = arrays(pipe, prompts, num_images_per_prompt=2, generator=seeds(*range(6)))
     for index in (0, 3, 5):
@@ -115,9 +115,9 @@ def test_latents_are_the_noise(pipe):
 def test_output_types_agree(pipe):
     expected = arrays(pipe)
     np.testing.assert_allclose(arrays(pipe, output_type="pt").permute(0, 2, 3, 1), expected)
-    (picture,) = arrays(pipe, output_type="pil")
-    assert isinstance(picture, Image.Image)
-    np.testing.assert_array_equal(np.asarray(picture), (expected[0] * 255).round())
+    (image,) = arrays(pipe, output_type="pil")
+    assert isinstance(image, Image.Image)
+    np.testing.assert_array_equal(np.asarray(image), (expected[0] * 255).round())
     (as_tuple,) = pipe("a cat", 16, 16, 3, 3.0, generator=seeds(0)[0], output_type="np", return_dict=False)
     np.testing.assert_array_equal(as_tuple, expected)
     latents = arrays(pipe, output_type="latent")
@@ -130,10 +130,10 @@ def test_prompts_encoded_apart():
     prompt_embeds, negative_prompt_embeds = words.encode_prompt(["a cat", "two"], negative_prompt="no")
     assert prompt_embeds.shape == negative_prompt_embeds.shape == (2, LENGTH, WIDTH)
     assert words.encode_prompt("a", num_images_per_prompt=3, do_classifier_free_guidance=False)[1] is None
-    pictures = pipeline(text_encoder=None, tokenizer=None)
+    images = pipeline(text_encoder=None, tokenizer=None)
     embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
     np.testing.assert_array_equal(
-        arrays(pictures, None, **embeds), arrays(pipeline(), ["a cat", "two"], negative_prompt="no")
+        arrays(images, None, **embeds), arrays(pipeline(), ["a cat", "two"], negative_prompt="no")
     )
 
 

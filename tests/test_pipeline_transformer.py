@@ -89,7 +89,7 @@ def test_a_transformer_that_wants_sizes_is_refused():
         pipeline(transformer=transformer(use_additional_conditions=True))
 
 
-def test_one_more_prompt_in_the_batch_changes_no_picture():
+def test_one_more_prompt_in_the_batch_changes_no_image():
     pipe = pipeline()
     batch = arrays(pipe, ["a cat", "something much longer"], generator=seeds(0, 1))
     np.testing.assert_allclose(batch[0], arrays(pipe, "a cat", generator=seeds(0))[0], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Pictures from noise and of classes: as the stock pipelines draw them, and by a loop written out."""
+"""Images from noise and of classes: as the stock pipelines draw them, and by a loop written out."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_it_draws_as_the_stock_ddpm_pipeline(variance):
 
 @table("limit", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}])
 @table("eta", [0.0, 0.5])
-def test_it_draws_as_the_stock_ddim_pipeline_with_the_noise_of_the_clipped_picture(limit, eta):
+def test_it_draws_as_the_stock_ddim_pipeline_with_the_noise_of_the_clipped_image(limit, eta):
     ours = drawing(scheduler=DDIMScheduler(num_train_timesteps=STEPS, **{"clip_sample": False} | limit))
     stock = quiet(DDIMPipeline(ours.unet, ours.scheduler))
     call = {"batch_size": 2, "eta": eta}
@@ -114,7 +114,7 @@ def test_no_class_is_the_null():
     np.testing.assert_array_equal(after[1], before[1])
 
 
-def test_picture_i_is_that_of_generator_i_whatever_the_batch():
+def test_image_i_is_that_of_generator_i_whatever_the_batch():
     pipe = drawing(CLASSES)
     call = {"num_inference_steps": STEPS, "output_type": "np"}
     together = pipe(class_labels=[0, 1, None], generator=[seeded(i) for i in range(3)], **call).images
@@ -122,7 +122,7 @@ def test_picture_i_is_that_of_generator_i_whatever_the_batch():
     np.testing.assert_allclose(alone[0], together[1], atol=1e-5)
 
 
-def test_a_callback_sees_every_step_changes_pictures_and_stops():
+def test_a_callback_sees_every_step_changes_images_and_stops():
     seen = []
 
     def callback(pipe, step, timestep, tensors):
@@ -170,7 +170,7 @@ def test_folders_of_both_kinds_are_loaded_in_turn(tmp_path):
         ({"num_inference_steps": 13}, "num_inference_steps: got 13; expected a whole number from 1 to 12"),
         ({"guidance_scale": float("nan")}, "guidance_scale: got nan; expected"),
         ({"output_type": "jpeg"}, "output_type: got 'jpeg'; expected one of"),
-        ({"generator": [seeded()], "batch_size": 2}, "generator: got a list of 1 for 2 pictures"),
+        ({"generator": [seeded()], "batch_size": 2}, "generator: got a list of 1 for 2 images"),
         ({"callback_on_step_end": 3}, "callback_on_step_end: got 3; expected a function"),
     ],
 )

@@ -15,7 +15,7 @@ from ldm.training.loop import Loop
 from ldm.training.optim import build_optimizer, flatten_optimizer, restore_optimizer
 from ldm.training.precision import LAUNCHED, chosen_precision
 from ldm.training.record import RunRecord
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 
 from .table import table
 from .test_loop import Quadratic, batches
@@ -68,10 +68,11 @@ def test_r25_a_resume_computes_in_the_precision_of_its_checkpoint_whatever_is_me
         monkeypatch.setattr(precision_module, "native_precision", lambda: measured)
         monkeypatch.setattr("ldm.training.muon.native_precision", lambda: measured)
         config = LoopConfig(max_train_steps=steps, save_every_steps=1, trackers=(), mixed_precision="auto")
-        with finishing(Run(str(tmp_path), 0, config)) as run:
+        with opened(Run(str(tmp_path), 0, config)) as run:
             record = RunRecord({"captions": "", "precision": run.precision})
             optim = OptimConfig(optimizer="muon")
-            loop = Loop(Quadratic(run), optim, config, run, 10, record)
+            loop = Loop(Quadratic(run), optim, config, run, 10)
+            loop.resume(record)
             loop.fit(batches())
             return run.precision, {group["iterate_in"] for group in loop.optimizers["main"].param_groups}
 

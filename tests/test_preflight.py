@@ -23,14 +23,14 @@ from ldm.config import DataConfig
 from ldm.data import headers
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.data.hashes import pixel_digest
-from ldm.data.headers import PictureError, open_picture
+from ldm.data.headers import ImageError, open_image
 from ldm.data.inspection import inspect
 from ldm.data.openmoji import OpenMoji
 from ldm.data.preflight import caption_fault, checked_source
 from ldm.data.rows import RowSource, TableRows
 from ldm.data.sources import build_source, source_config
 from ldm.models.text_encoder import train_tokenizer
-from tests.picture_folders import corrupt, encoded, noise_picture, png, write_folder, write_metadata
+from tests.image_folders import corrupt, encoded, noise_image, png, write_folder, write_metadata
 
 from .table import table
 
@@ -61,8 +61,8 @@ def report_of(folder, workers=0, **more):
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory):
-    """A thousand pictures, about two percent spoiled, and what must be found."""
-    folder = tmp_path_factory.mktemp("spoiled") / "pictures"
+    """A thousand images, about two percent spoiled, and what must be found."""
+    folder = tmp_path_factory.mktemp("spoiled") / "images"
     folder.mkdir()
     rows = write_folder(folder, 1000)
     return folder, corrupt(folder, rows)
@@ -92,7 +92,7 @@ def test_the_reason_says_what_to_look_for(spoiled):
     reasons = "\n".join(map(str, report_of(spoiled[0]).problems))
     for reason in (
         "the file is empty",
-        "not a picture in JPEG, PNG, WEBP, GIF, BMP or TIFF, or its header is cut short",
+        "not an image in JPEG, PNG, WEBP, GIF, BMP or TIFF, or its header is cut short",
         "12000x12000 pixels; at most 64,000,000 are read",
         "no such file",
         "the path leads out of the folder",
@@ -147,8 +147,8 @@ def test_near_duplicates_across_the_split_are_told_from_those_within(clean, tmp_
     image.save(folder / "same.bmp")
     rows.append({"file_name": "same.bmp", "text": "the same"})
     write_metadata(folder, rows)
-    (tmp_path / "test.txt").write_text("picture number 0\ncopy 1\n")
-    (tmp_path / "validation.txt").write_text("picture number 9\n")
+    (tmp_path / "test.txt").write_text("image number 0\ncopy 1\n")
+    (tmp_path / "validation.txt").write_text("image number 9\n")
     report = report_of(folder, held_out={name: str(tmp_path / f"{name}.txt") for name in ("test", "validation")})
     assert report.near_duplicates == [
         {"train": ["copy-0.jpg"], "test": ["0000.png", "copy-1.jpg"]},
@@ -206,7 +206,7 @@ def test_r11_a_training_can_leave_out_what_is_bad_and_counts_it(spoiled, caplog)
     assert len(source) == rows - len(bad - expected["bad row"])
     assert f"{len(bad)} rows left out (" in caplog.text
     assert f"make an epoch of {len(source) / 10:.1f} steps of 10" in caplog.text
-    assert "2 pictures of the folder are in no row" in caplog.text
+    assert "2 images of the folder are in no row" in caplog.text
     data = PositionDataset(CaptionedImages(source, chosen), "train", 0)
     captions = {data[position].caption for position in range(len(data))}
     given = [row["text"] for row in read_rows(folder) if row["file_name"] not in bad]
@@ -263,7 +263,7 @@ def test_openmoji_passes_unseen(monkeypatch):
     assert isinstance(checked_source(DataConfig()), OpenMoji)
 
 
-def test_leaving_out_another_row_is_another_set_of_pictures(clean):
+def test_leaving_out_another_row_is_another_set_of_images(clean):
     folder, rows = clean
 
     def hashes_without(number):
@@ -291,7 +291,7 @@ def test_a_split_folder_is_read_alone(tmp_path):
         build_source(config(empty))
 
 
-def test_r11_a_pipe_is_no_picture_and_is_not_waited_for(clean):
+def test_r11_a_pipe_is_no_image_and_is_not_waited_for(clean):
     folder, _ = clean
     (folder / "0000.png").unlink()
     os.mkfifo(folder / "0000.png")
@@ -299,15 +299,15 @@ def test_r11_a_pipe_is_no_picture_and_is_not_waited_for(clean):
 
 
 def table_of(tmp_path, cells):
-    pictures = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    images = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = {"image": cells, "text": [f"row {index}" for index in range(len(cells))]}
-    datasets.Dataset.from_dict(rows, features=pictures).to_parquet(tmp_path / "table.parquet")
+    datasets.Dataset.from_dict(rows, features=images).to_parquet(tmp_path / "table.parquet")
     return DataConfig(source="parquet", path=str(tmp_path))
 
 
 def test_r11_r15_rows_of_a_table_are_checked_as_well(tmp_path):
     rng = np.random.default_rng(0)
-    whole = [encoded(noise_picture(rng), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    whole = [encoded(noise_image(rng), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
     cells = [{"bytes": data, "path": None} for data in whole]
     cells += [{"bytes": data, "path": None} for data in (whole[0][:500], b"", b"text", png(9000, 9000))]
     chosen = table_of(tmp_path, [*cells, None])
@@ -317,7 +317,7 @@ def test_r11_r15_rows_of_a_table_are_checked_as_well(tmp_path):
         "too large": {"row 9"},
         "missing": {"row 10"},
     }
-    with pytest.raises(ValueError, match="row 10: the row has no picture"):
+    with pytest.raises(ValueError, match="row 10: the row has no image"):
         checked_source(chosen)
     assert report.statistics["formats"].keys() == {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"}
 
@@ -336,19 +336,19 @@ def test_classes_that_are_none_are_found_before_training_and_left_out(tmp_path):
     assert "bad class" not in found(report_of(tmp_path)), "no column named, no classes wanted"
 
 
-def test_pictures_of_equal_pixels_in_another_shape_are_others():
+def test_rows_of_equal_pixels_in_another_shape_are_others():
     assert pixel_digest(Image.new("RGB", (4, 1))) != pixel_digest(Image.new("RGB", (1, 4)))
     assert pixel_digest(Image.new("RGB", (2, 2))) == pixel_digest(Image.new("RGB", (2, 2)))
 
 
 def test_s05_a_table_cannot_read_files_beside_its_folder(tmp_path):
-    noise_picture(np.random.default_rng(0)).save(tmp_path / "secret.png")
-    pictures = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    noise_image(np.random.default_rng(0)).save(tmp_path / "secret.png")
+    images = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = {"image": [str(tmp_path / "secret.png")], "text": ["secret"]}
-    table = datasets.Dataset.from_dict(rows, features=pictures)
+    table = datasets.Dataset.from_dict(rows, features=images)
     assert RowSource(TableRows(table, None, None, root=os.path.realpath(tmp_path))).image(0).size == (64, 64)
     for elsewhere in (os.path.realpath(tmp_path) + "/data", None):
-        with pytest.raises(PictureError, match="leads out of the folder"):
+        with pytest.raises(ImageError, match="leads out of the folder"):
             RowSource(TableRows(table, None, None, root=elsewhere)).image(0)
 
 
@@ -388,22 +388,22 @@ def test_r13_a_bomb_costs_no_memory(tmp_path):
     assert grown < 50_000  # kilobytes
 
 
-def test_errors_of_the_disk_are_not_blamed_on_the_picture(monkeypatch, tmp_path):
-    noise_picture(np.random.default_rng(0)).save(tmp_path / "sound.png")
+def test_errors_of_the_disk_are_not_blamed_on_the_image(monkeypatch, tmp_path):
+    noise_image(np.random.default_rng(0)).save(tmp_path / "sound.png")
 
     def failing(*_, **__):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(headers.Image, "open", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        open_picture(str(tmp_path / "sound.png"))
+        open_image(str(tmp_path / "sound.png"))
 
 
 def test_kinds_of_data_are_told_apart(tmp_path, clean):
     folder, _ = clean
     assert source_config("openmoji").source == "openmoji"
     assert source_config(str(folder)).source == "imagefolder"
-    assert source_config("someone/pictures").source == "dataset"
+    assert source_config("someone/images").source == "dataset"
     table_of(tmp_path, [None])
     assert source_config(str(tmp_path / "table.parquet")).source == "parquet"
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
@@ -431,7 +431,7 @@ def test_the_command_ends_well_on_good_data_and_counts_with_the_tokenizer_given(
     folder, rows = clean
     rows[0]["text"] = "x " * 20
     write_metadata(folder, rows)
-    train_tokenizer(["picture number"], 600, 10).save_pretrained(tmp_path / "model" / "tokenizer")
+    train_tokenizer(["image number"], 600, 10).save_pretrained(tmp_path / "model" / "tokenizer")
     for tokenizer in (tmp_path / "model", tmp_path / "model" / "tokenizer"):
         chosen = ["--tokenizer", str(tokenizer), "--max_length", "10", "--workers", "0"]
         cli.main(["validate", str(folder), "--out", str(tmp_path), *chosen])
@@ -453,8 +453,8 @@ def test_a_file_name_of_any_bytes_can_be_read_and_reported(clean, tmp_path):
 
 def test_held_out_lists_reach_the_command(clean, tmp_path):
     folder, _ = clean
-    (tmp_path / "test.txt").write_text("picture number 3\n")
-    (tmp_path / "validation.txt").write_text("picture number 4\n")
+    (tmp_path / "test.txt").write_text("image number 3\n")
+    (tmp_path / "validation.txt").write_text("image number 4\n")
     held_out = json.dumps({name: str(tmp_path / f"{name}.txt") for name in ("test", "validation")})
     cli.main(["validate", str(folder), "--out", str(tmp_path), "--held_out", held_out, "--workers", "0"])
     assert json.loads((tmp_path / "validation.json").read_text())["splits"] == {"train": 28, "validation": 1, "test": 1}

@@ -1,4 +1,4 @@
-"""Colour profiles against the formulas of their colour spaces, and metadata that may not cost a picture its pixels."""
+"""Colour profiles against the formulas of their colour spaces, and metadata that may not cost an image its pixels."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_digest
-from ldm.data.headers import decode, metadata_fault, open_picture
+from ldm.data.headers import decode, metadata_fault, open_image
 from ldm.data.inspection import inspect
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import checked_source
@@ -104,7 +104,7 @@ def saved(image, kind, **more):
 def test_r26_a_wide_gamut_becomes_srgb():
     expected = encode((COLOURS / 255) ** GAMMA @ WIDE.T @ np.linalg.inv(TO_XYZ).T)
     for image in (Image.fromarray(COLOURS), Image.fromarray(np.dstack([COLOURS, np.full_like(RAMP, 255)]))):
-        found = np.asarray(to_rgb(open_picture(saved(image, "PNG", icc_profile=wide_gamut()))))
+        found = np.asarray(to_rgb(open_image(saved(image, "PNG", icc_profile=wide_gamut()))))
         assert np.abs(found - expected).max() < 2.5  # rounded tables of littleCMS, most in the dark
         assert np.abs(found - COLOURS.astype(float)).max() > 30
 
@@ -113,7 +113,7 @@ def test_r26_a_grey_of_another_gamma_becomes_that_of_srgb():
     expected = encode((RAMP / 255) ** 1.8)[..., None]
     transparent = Image.fromarray(np.dstack([RAMP, np.full_like(RAMP, 255)]))
     for image in (Image.fromarray(RAMP), transparent):
-        found = np.asarray(to_rgb(open_picture(saved(image, "PNG", icc_profile=grey_gamma(1.8)))))
+        found = np.asarray(to_rgb(open_image(saved(image, "PNG", icc_profile=grey_gamma(1.8)))))
         assert np.abs(found - expected).max() < 2.5
 
 
@@ -121,17 +121,17 @@ def test_r26_inks_are_those_of_their_profile():
     corners = Image.fromarray(
         np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0]]], np.uint8), "CMYK"
     )
-    found = np.asarray(to_rgb(open_picture(saved(corners, "TIFF", icc_profile=inks()))))[0]
+    found = np.asarray(to_rgb(open_image(saved(corners, "TIFF", icc_profile=inks()))))[0]
     expected = grey_of_lightness(np.array([100, 60, 50, 90]))
     assert np.abs(found - expected[:, None]).max() < 2.5
-    plain = np.asarray(to_rgb(open_picture(saved(corners, "TIFF"))))[0]
+    plain = np.asarray(to_rgb(open_image(saved(corners, "TIFF"))))[0]
     assert plain[1].tolist() == [0, 255, 255]
 
 
 @table("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_r26_a_profile_that_is_srgb_changes_no_pixel(kind):
     image = Image.fromarray(COLOURS)
-    with_profile, without = (to_rgb(open_picture(saved(image, kind, icc_profile=one))) for one in (SRGB, None))
+    with_profile, without = (to_rgb(open_image(saved(image, kind, icc_profile=one))) for one in (SRGB, None))
     assert pixel_digest(with_profile) == pixel_digest(without)
     assert profile_name(SRGB, "RGB") == "sRGB"
 
@@ -139,9 +139,9 @@ def test_r26_a_profile_that_is_srgb_changes_no_pixel(kind):
 MISFITS = {
     "junk": (b"no profile" * 30, "RGB"),
     "cut short": (SRGB[:200], "RGB"),
-    "inks of a picture in RGB": (inks(), "RGB"),
-    "RGB of a picture in inks": (SRGB, "CMYK"),
-    "grey of a picture in RGB": (grey_gamma(1.8), "RGB"),
+    "inks of an image in RGB": (inks(), "RGB"),
+    "RGB of an image in inks": (SRGB, "CMYK"),
+    "grey of an image in RGB": (grey_gamma(1.8), "RGB"),
 }
 
 
@@ -150,13 +150,13 @@ def test_r26_a_profile_that_cannot_be_used_changes_no_pixel_and_is_said(misfit):
     profile, mode = MISFITS[misfit]
     image = Image.fromarray(COLOURS).convert(mode)
     file = saved(image, "TIFF", icc_profile=profile)
-    assert "colour profile" in metadata_fault(open_picture(file))
-    assert pixel_digest(to_rgb(open_picture(file))) == pixel_digest(to_rgb(image))
+    assert "colour profile" in metadata_fault(open_image(file))
+    assert pixel_digest(to_rgb(open_image(file))) == pixel_digest(to_rgb(image))
     assert profile_name(profile, mode) == "unusable"
 
 
 def test_pixels_are_converted_once():
-    once = to_rgb(open_picture(saved(Image.fromarray(COLOURS), "PNG", icc_profile=wide_gamut())))
+    once = to_rgb(open_image(saved(Image.fromarray(COLOURS), "PNG", icc_profile=wide_gamut())))
     assert pixel_digest(to_rgb(once)) == pixel_digest(once)
 
 
@@ -192,7 +192,7 @@ def test_r26_no_chunk_beside_the_pixels_costs_a_png_its_pixels(name, place, tmp_
     at = 33 if place == "before" else len(plain) - 12
     (tmp_path / "a.png").write_bytes(plain[:at] + data + plain[at:])
     for file in (str(tmp_path / "a.png"), BytesIO((tmp_path / "a.png").read_bytes())):
-        image = open_picture(file)
+        image = open_image(file)
         fault = metadata_fault(image)
         assert (said in fault) if said and (place == "before" or said != "EXIF or XMP") else fault is None
         assert np.array_equal(np.asarray(to_rgb(decode(image))), COLOURS)
@@ -220,7 +220,7 @@ def test_r26_exif_that_cannot_be_read_changes_no_pixel(name, kind):
     image = Image.fromarray(COLOURS)
     file = BytesIO(jpeg(SEGMENTS[name])) if kind == "JPEG" else saved(image, kind, lossless=True, exif=SEGMENTS[name])
     plain = saved(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    assert pixel_digest(to_rgb(open_picture(file))) == pixel_digest(to_rgb(open_picture(plain)))
+    assert pixel_digest(to_rgb(open_image(file))) == pixel_digest(to_rgb(open_image(plain)))
 
 
 def test_r26_validate_counts_profiles_and_ignored_metadata_and_a_training_says_it_in_one_line(tmp_path, caplog):
@@ -247,5 +247,5 @@ def test_r26_validate_counts_profiles_and_ignored_metadata_and_a_training_says_i
     }
     assert len(checked_source(config)) == 5
     assert [record.getMessage() for record in caplog.records if "metadata" in record.getMessage()] == [
-        "2 pictures have metadata that cannot be read and is ignored, such as junk.png"
+        "2 images have metadata that cannot be read and is ignored, such as junk.png"
     ]

@@ -37,7 +37,7 @@ from tests.test_entry import train_autoencoder, train_model
 
 from .table import table
 
-RECORD = Provenance("pictures", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
+RECORD = Provenance("images", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
 TEACHER, OTHER = (EFFICIENTNETS[name] for name in ("efficientnet_lite2", "efficientnet_lite0"))
 TAUGHT = ["efficientnet_lite2 9656183eaeafe8cb"]
 
@@ -174,8 +174,8 @@ def test_a_part_has_the_teachers_of_its_pipeline(tmp_path):
         ("abcd", "same", "ef", None),
         ("abcd", "other", "ef", None),  # a grown set: nobody trained on what is held out beside
         ("abcd", "other", "", None),
-        ("abcd", "other", "aef", "trained on 1 of the 3 pictures"),
-        ("abcd", "same", "ab", "trained on 2 of the 2 pictures"),  # the images count, not the hash
+        ("abcd", "other", "aef", "trained on 1 of the 3 images"),
+        ("abcd", "same", "ab", "trained on 2 of the 2 images"),  # the images count, not the hash
         (None, "same", "ab", None),
         (None, "other", "ef", "of an earlier version"),
     ],

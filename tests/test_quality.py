@@ -10,13 +10,13 @@ def test_psnr_of_a_constant_error_is_its_closed_form():
     assert psnr(shifted, original).tolist() == pytest.approx([20, 40, 100], abs=1e-4)  # 20 log10(2 / error)
 
 
-def test_psnr_sees_pictures_as_they_are_shown():
+def test_psnr_sees_images_as_they_are_shown():
     assert psnr(torch.full((1, 3, 16, 16), 7.0), torch.ones(1, 3, 16, 16)).item() == 100
 
 
-def test_ssim_is_1_for_equal_pictures_and_falls_with_noise():
+def test_ssim_is_1_for_equal_images_and_falls_with_noise():
     torch.manual_seed(0)
-    picture = torch.rand(2, 3, 32, 32) * 2 - 1
-    values = [float(ssim(picture + level * torch.randn_like(picture), picture).mean()) for level in (0, 0.1, 0.5)]
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    values = [float(ssim(image + level * torch.randn_like(image), image).mean()) for level in (0, 0.1, 0.5)]
     assert values[0] == pytest.approx(1, abs=1e-5)
     assert values[0] > values[1] > values[2]

@@ -26,11 +26,11 @@ def test_kl_is_that_of_torch_distributions():
 
 
 def test_each_error_has_its_weight():
-    picture, rebuilt = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    image, rebuilt = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
     config = ReconstructionConfig(l1_weight=2, l2_weight=3, perceptual_weight=5)
-    terms = reconstruction_error(picture, rebuilt, config, lambda one, two: (one - two).flatten(1).sum(1))
+    terms = reconstruction_error(image, rebuilt, config, lambda one, two: (one - two).flatten(1).sum(1))
     assert {name: float(term) for name, term in terms.items()} == {"l1": 1.0, "l2": 0.75, "perceptual": 5 * 24}
-    assert "perceptual" not in reconstruction_error(picture, rebuilt, config)
+    assert "perceptual" not in reconstruction_error(image, rebuilt, config)
 
 
 def test_elbo_is_below_the_exact_likelihood_of_a_linear_gaussian_autoencoder():

@@ -75,7 +75,7 @@ def test_r22_what_decides_the_result_is_refused_with_both_values_unless_allowed(
     assert line in caplog.text
 
 
-def test_r22_other_pictures_are_refused():
+def test_r22_other_images_are_refused():
     with pytest.raises(ValueError, match=r"pictures\.fingerprint: 'images-12' -> 'images-13'"):
         refuse_changes(record(), record(count=13), allowed=False)
 
@@ -115,8 +115,8 @@ def test_r25_the_same_data_and_precision_by_other_names_are_the_same(changed, ca
 
 def test_r24_r25_a_record_of_an_earlier_version_is_compared_as_far_as_it_goes_and_one_line_says_so(caplog):
     now = record()
-    pictures = {**now["pictures"], "fingerprint": "folder-of-paths-and-times"}
-    old = {"config": now["config"], "pictures": pictures}
+    images = {**now["pictures"], "fingerprint": "folder-of-paths-and-times"}
+    old = {"config": now["config"], "pictures": images}
     caplog.clear()
     refuse_changes(old, now, allowed=False)
     (line,) = caplog.messages
@@ -163,11 +163,11 @@ def test_snapshots_and_the_doctor_decide_nothing_of_where_a_training_arrives(cap
 
 def test_s04_records_and_saved_configs_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    below, elsewhere = tmp_path / "a" / "b", "/home/somebody/pictures"
+    below, elsewhere = tmp_path / "a" / "b", "/home/somebody/images"
     config = replace(CONFIG, output_dir=str(below), data=DataConfig(path=elsewhere, image_size=8))
     written = portable(asdict(config))
     assert written["output_dir"] == "a/b"
-    assert written["data"]["path"] == "pictures"
+    assert written["data"]["path"] == "images"
     assert portable("~/x/y") == "y"
     assert portable("me/data") == "me/data"
     assert portable("configs/a.txt") == "configs/a.txt"

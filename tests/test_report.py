@@ -6,7 +6,7 @@ from math import inf, nan
 from PIL import Image
 
 from ldm.evaluation.measure import Measure
-from ldm.evaluation.report import Curve, Picture, Report, Row, Section
+from ldm.evaluation.report import Curve, Figure, Report, Row, Section
 
 from .table import table
 
@@ -47,9 +47,9 @@ def refuse(constant):
 def test_the_json_has_every_number_and_is_strict():
     row = Row("R@1", Measure(0.5, 0.4, 0.6, 200), "higher", {"copy": exactly(0.4)}, "of 3,731")
     curve = Curve("Loss", "noise level", "loss", {"model": [(0.1, exactly(0.2)), (0.9, exactly(inf))]}, log_x=True)
-    picture = Picture("Held out", "a cat", Image.new("RGB", (2, 2)))
+    image = Figure("Held out", "a cat", Image.new("RGB", (2, 2)))
     settings = {"guidance_scale": 1.25, "seeds": (0, 1), "versions": {"torch": "2.13.0"}, "missing": nan}
-    report = Report("Birds", "me/birds", settings, [Section("Captions", "Text.", [row], [curve], [picture])])
+    report = Report("Birds", "me/birds", settings, [Section("Captions", "Text.", [row], [curve], [image])])
     found = json.loads(json.dumps(report.as_json(), allow_nan=False), parse_constant=refuse)
     assert found == {
         "title": "Birds",

@@ -15,7 +15,7 @@ from .trainers import KILLED, QUICK, STEPS, Fault, ended, killed, ledger, loader
 VAE = ("--config", "configs/tiny/vae.yaml", *QUICK, "--data.limit", 26)
 STAGE = ("--config", "configs/tiny/text2img.yaml", *QUICK, "--data.limit", 26)
 EPOCH = 3
-"""Steps: 24 pictures in batches of 8; two of 26 are held out."""
+"""Steps: 24 images in batches of 8; two of 26 are held out."""
 
 GAN = "{adversarial: hinge, adversarial_weight: 0.5, discriminator_start_step: 2, discriminator_channels: 8}"
 
@@ -77,7 +77,7 @@ def test_r04_a_killed_and_resumed_autoencoder_equals_one_that_was_not(kills, mor
     assert differences_by_kills("train_vae.py", (*VAE, *more), kills, tmp_path) == []
 
 
-def test_r05_over_kills_every_picture_is_trained_on_exactly_once_an_epoch(tmp_path):
+def test_r05_over_kills_every_image_is_trained_on_exactly_once_an_epoch(tmp_path):
     for step in (2, 3, 4, 7):
         killing = [Fault(killed, step)]
         process = start("train_vae.py", (*VAE, "--output_dir", tmp_path / "run"), tmp_path / "log", killing)
@@ -85,8 +85,8 @@ def test_r05_over_kills_every_picture_is_trained_on_exactly_once_an_epoch(tmp_pa
     run("train_vae.py", (*VAE, "--output_dir", tmp_path / "run"), tmp_path / "log")
     trained = ledger(tmp_path / "run")
     for first in (0, EPOCH):
-        pictures = [picture for step in range(first, first + EPOCH) for _, picture, _ in trained[step]]
-        assert len(pictures) == len(set(pictures)) == 24
+        images = [image for step in range(first, first + EPOCH) for _, image, _ in trained[step]]
+        assert len(images) == len(set(images)) == 24
     assert [position for samples in trained.values() for position, _, _ in samples] == list(range(8 * STEPS))
 
 
@@ -107,7 +107,7 @@ def test_r18_a_training_whose_loader_process_dies_ends_and_is_resumed_exactly(tm
     arguments = (*VAE, "--data.workers", 2)
     dying = [Fault(loaders_killed, 4)]
     assert ended(start("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log", dying)) == 1
-    assert "The loader processes were at the pictures [" in (tmp_path / "log").read_text()
+    assert "The loader processes were at the images [" in (tmp_path / "log").read_text()
     run("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log")
     run("train_vae.py", (*arguments, "--output_dir", tmp_path / "whole"), tmp_path / "log-whole")
     assert list(differences(tmp_path / "whole", tmp_path / "run")) == []

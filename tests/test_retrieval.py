@@ -1,4 +1,4 @@
-"""The retrieval metric against the written-out reference, and against what must hold on any pictures."""
+"""The retrieval metric against the written-out reference, and against what must hold on any images."""
 
 import math
 
@@ -18,13 +18,13 @@ from .table import table
 
 
 def blocky(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
-    """Random pictures of 8 x 8 coloured squares: far apart, so float32 ranks them like exact arithmetic."""
+    """Random images of 8 x 8 coloured squares: far apart, so float32 ranks them like exact arithmetic."""
     squares = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     return squares.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
 
 
 def framed(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
-    """Random pictures in the middle of white paper, an eighth of the size on each side."""
+    """Random images in the middle of white paper, an eighth of the size on each side."""
     images = blocky(count, seed, size)
     edge = size // 8
     for side in (np.s_[:, :edge], np.s_[:, -edge:], np.s_[:, :, :edge], np.s_[:, :, -edge:]):
@@ -55,7 +55,7 @@ def test_recall_and_interval_equal_the_reference() -> None:
         assert (measure.low, measure.high) == reference.bootstrap_interval(ranks, k)
 
 
-def test_a_true_picture_is_right_under_every_shift_up_to_3_pixels() -> None:
+def test_a_true_image_is_right_under_every_shift_up_to_3_pixels() -> None:
     gallery = framed(10)
     for dy in range(-3, 4):
         for dx in range(-3, 4):
@@ -64,9 +64,9 @@ def test_a_true_picture_is_right_under_every_shift_up_to_3_pixels() -> None:
 
 
 def test_a_shift_of_4_pixels_is_too_far() -> None:
-    picture = framed(1)
-    gallery = np.concatenate([picture, np.roll(picture, 1, axis=2)])
-    generated = np.roll(picture, 4, axis=2)  # 3 pixels from the second picture, 4 from the first
+    image = framed(1)
+    gallery = np.concatenate([image, np.roll(image, 1, axis=2)])
+    generated = np.roll(image, 4, axis=2)  # 3 pixels from the second image, 4 from the first
     assert retrieval_ranks(generated, gallery, np.array([0])) == [1]
     assert retrieval_ranks(generated, gallery, np.array([1])) == [0]
 
@@ -78,7 +78,7 @@ def test_ties_are_misses() -> None:
     np.testing.assert_array_equal(ranks, [0, 0, 1, 0, 1, 0])
 
 
-def test_pictures_that_differ_by_one_level_of_one_pixel_are_told_apart() -> None:
+def test_images_that_differ_by_one_level_of_one_pixel_are_told_apart() -> None:
     """Float32 cannot: its rounding of |q|^2 + |k|^2 - 2qk is a hundred times their distance."""
     gallery = blocky(1).repeat(8, axis=0)
     for index in range(8):
@@ -86,7 +86,7 @@ def test_pictures_that_differ_by_one_level_of_one_pixel_are_told_apart() -> None
     np.testing.assert_array_equal(retrieval_ranks(gallery, gallery, np.arange(8)), np.zeros(8))
 
 
-def test_copying_another_picture_of_the_gallery_is_never_right() -> None:
+def test_copying_another_image_of_the_gallery_is_never_right() -> None:
     gallery = blocky(1).repeat(8, axis=0)
     for index in range(8):
         gallery[index, 8 * index, 30, 1] ^= 1
@@ -95,7 +95,7 @@ def test_copying_another_picture_of_the_gallery_is_never_right() -> None:
 
 
 def test_ranks_do_not_depend_on_the_resolution() -> None:
-    """Shifts are 3/64 of the size: pictures of doubled pixels are shifted by twice as many of them."""
+    """Shifts are 3/64 of the size: images of doubled pixels are shifted by twice as many of them."""
     gallery, own = blocky(40), np.arange(12)
     generated = noisy(gallery[own], 400)
     doubled = [images.repeat(2, axis=1).repeat(2, axis=2) for images in (generated, gallery)]
@@ -111,7 +111,7 @@ def test_every_multiple_of_16_pixels_is_taken(size: int, shift: int) -> None:
     np.testing.assert_array_equal(retrieval_ranks(generated, gallery, np.arange(6)), np.zeros(6))
 
 
-def test_a_part_of_the_pictures_has_the_ranks_it_has_among_all() -> None:
+def test_a_part_of_the_images_has_the_ranks_it_has_among_all() -> None:
     gallery, own = blocky(50), np.arange(20)
     generated = noisy(gallery[own], 600)
     ranks = retrieval_ranks(generated, gallery, own)

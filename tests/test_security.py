@@ -29,7 +29,7 @@ from ldm.config import DataConfig, StageConfig
 from ldm.config.file import load_config, save_config
 from ldm.config.places import on_hub, pinned, portable
 from ldm.data import headers
-from ldm.data.headers import PictureError
+from ldm.data.headers import ImageError
 from ldm.data.preflight import checked_source
 from ldm.data.rows import RowSource, TableRows
 from ldm.data.sources import build_source
@@ -39,7 +39,7 @@ from ldm.models.text_encoder import load_text_encoder
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 from tests.fake_hub import TOKEN, FakeHub
-from tests.picture_folders import noise_picture, write_folder, write_metadata
+from tests.image_folders import noise_image, write_folder, write_metadata
 from tests.tiny_pipeline import FLOW, LENGTH, WIDTH, pipeline
 
 from .table import table
@@ -208,30 +208,30 @@ def train(monkeypatch, *words):
         torch.set_num_threads(1)
 
 
-def tiny(pictures, steps):
-    """Options of a training of a few steps on a folder of pictures."""
-    words = ["--data.source", "imagefolder", "--data.path", str(pictures), "--data.held_out", "{}"]
+def tiny(images, steps):
+    """Options of a training of a few steps on a folder of images."""
+    words = ["--data.source", "imagefolder", "--data.path", str(images), "--data.held_out", "{}"]
     words += ["--data.held_out_percent", "20", "--loop.max_train_steps", str(steps), "--optim.warmup_steps", "0"]
     return [*words, "--loop.save_every_steps", "2", "--loop.validate_every_steps", "2", "--loop.log_every_steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "pictures-of-someone"
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "images-of-someone"
     folder.mkdir()
     write_folder(folder, 24, suffixes=("png",))
     return folder
 
 
-def test_s01_pickles_in_the_folder_of_a_training_are_not_loaded(pictures, marker, tmp_path, monkeypatch):
+def test_s01_pickles_in_the_folder_of_a_training_are_not_loaded(images, marker, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for folder in (out, out / "checkpoints", out / "model", out / "checkpoints" / "step-1"):
         plant(folder, marker)
     shutil.move(out / "checkpoints" / "step-1", out / "checkpoints" / "checkpoint-1")  # as accelerate calls them
     quiet = ["--output_dir", out, "--loop.trackers", "[]"]
-    train(monkeypatch, *tiny(pictures, 2), *quiet)
+    train(monkeypatch, *tiny(images, 2), *quiet)
     plant(out / "checkpoints" / "step-2", marker)
-    train(monkeypatch, *tiny(pictures, 4), *quiet)
+    train(monkeypatch, *tiny(images, 4), *quiet)
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2, 3, 4, 4]
     assert not marker.exists()
 
@@ -397,7 +397,7 @@ def test_s02_revisions_are_told_from_paths(tmp_path, monkeypatch):
         pinned("me/model@")
 
 
-# ---- S3 and S8: a training, a push and a picture, watched ----
+# ---- S3 and S8: a training, a push and an image, watched ----
 
 WATCHED = """
 import json, os, platform, socket, sys
@@ -435,8 +435,8 @@ json.dump({"tried": tried, "telemetry": not constants.HF_HUB_DISABLE_TELEMETRY},
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, saved, pictures):
-    """A user's session in a process of its own: an autoencoder, a stage that is pushed, a picture."""
+def watched(tmp_path_factory, saved, images):
+    """A user's session in a process of its own: an autoencoder, a stage that is pushed, an image."""
     machine = tmp_path_factory.mktemp("machine")
     home, work = machine / "home" / "zaphod-beeblebrox", machine / "working-folder"
     home.mkdir(parents=True)
@@ -446,12 +446,12 @@ def watched(tmp_path_factory, saved, pictures):
     own += ["--conditioners.text.pretrained", str(saved), "--conditioners.text.encoder", "{}"]
     own += ["--conditioners.text.max_length", str(LENGTH), "--denoiser.cross_attention_dim", str(WIDTH)]
     own += ["--validation.num_inference_steps", "2", "--push_to_hub", "me/model", "--push_every_steps", "1"]
-    both = [*tiny(pictures, 2), "--loop.trackers", json.dumps(installed_trackers())]
+    both = [*tiny(images, 2), "--loop.trackers", json.dumps(installed_trackers())]
     prompt = "../../../" + str(machine / "a") + " cat" * 40
     session = {
         "train_vae": ["--config", str(ROOT / "configs/tiny/vae.yaml"), "--output_dir", str(work / "out/vae"), *both],
         "train_text2img": [*own, "--output_dir", str(machine / "link/out/stage"), *both],
-        "sample": ["sample", prompt, "--model", str(work / "out/stage/model"), "--out", "out/pictures"],
+        "sample": ["sample", prompt, "--model", str(work / "out/stage/model"), "--out", "out/images"],
     }
     session["sample"] += ["--num_inference_steps", "2"]
     with FakeHub() as hub:
@@ -476,7 +476,7 @@ def installed_trackers():
 
 
 def written(watched):
-    """Every byte that was written or sent, by where it was found: names of files too, and texts of pictures."""
+    """Every byte that was written or sent, by where it was found: names of files too, and texts of images."""
     found = {}
     for folder in (watched["work"], watched["machine"] / "cache"):
         for path in folder.rglob("*"):
@@ -499,7 +499,7 @@ def test_s03_no_byte_that_is_written_or_sent_tells_of_token_user_host_or_folders
     found = written(watched)
     assert {"working-folder/out/vae/config.yaml", "me/model 0 README.md"} <= found.keys()
     assert any("tfevents" in place and "localhost" in place for place in found)
-    (drawn,) = [place for place in found if place.startswith("working-folder/out/pictures/")]
+    (drawn,) = [place for place in found if place.startswith("working-folder/out/images/")]
     secrets = [TOKEN, watched["home"].name, "host-of-someone", str(ROOT), str(watched["machine"]), "/tmp/"]  # noqa: S108
     secrets += [watched["work"].name, "/home/"]
     told = [
@@ -524,8 +524,8 @@ def test_s05_what_is_drawn_and_trained_is_written_below_the_folders_that_were_as
         "home", "working-folder", "link", "cache", "report.json",
     }  # fmt: skip
     assert {path.name for path in watched["work"].iterdir()} == {"out"}
-    assert {path.name for path in (watched["work"] / "out").iterdir()} == {"vae", "stage", "pictures"}
-    (drawn,) = (watched["work"] / "out" / "pictures").iterdir()
+    assert {path.name for path in (watched["work"] / "out").iterdir()} == {"vae", "stage", "images"}
+    (drawn,) = (watched["work"] / "out" / "images").iterdir()
     assert len(drawn.stem.removesuffix("-0")) <= 80
     assert {path.name for path in watched["home"].iterdir()} <= {"hf", ".cache", ".config", ".triton"}
 
@@ -618,7 +618,7 @@ def test_s04_data_of_the_hub_are_told_from_folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The real paths of the picture files that were opened."""
+    """The real paths of the image files that were opened."""
     paths, real = [], Image.open
 
     def watched_open(file, *arguments, **named):
@@ -634,7 +634,7 @@ def test_s05_metadata_and_links_cannot_lead_out_of_the_folder(tmp_path, opened):
     folder.mkdir()
     secret.mkdir()
     rows = write_folder(folder, 3, suffixes=("png",))
-    noise_picture(np.random.default_rng(9)).save(secret / "x.png")
+    noise_image(np.random.default_rng(9)).save(secret / "x.png")
     (folder / "file.png").symlink_to(secret / "x.png")
     (folder / "folder").symlink_to(secret)
     bad = ["../secret/x.png", str(secret / "x.png"), "/etc/passwd", "file.png", "folder/x.png", "a/../../secret/x.png"]
@@ -661,9 +661,9 @@ def test_s05_metadata_that_are_a_link_out_of_the_folder_are_not_read(tmp_path):
 def test_s05_rows_of_a_table_cannot_name_files_elsewhere(kind, tmp_path, opened, monkeypatch):
     folder, secret = tmp_path / "data", tmp_path / "secret.png"
     folder.mkdir()
-    noise_picture(np.random.default_rng(9)).save(secret)
+    noise_image(np.random.default_rng(9)).save(secret)
     (folder / "link.png").symlink_to(secret)
-    noise_picture(np.random.default_rng(9)).save(folder / "inside.png")
+    noise_image(np.random.default_rng(9)).save(folder / "inside.png")
     binary, string = datasets.Value("binary"), datasets.Value("string")
     image = datasets.Image() if kind == "hub" else {"bytes": binary, "path": string}  # else saving takes the files in
     features = datasets.Features({"image": image, "text": string})
@@ -681,7 +681,7 @@ def test_s05_rows_of_a_table_cannot_name_files_elsewhere(kind, tmp_path, opened,
         table.to_parquet(folder / "table.parquet")
         source = build_source(DataConfig(source="parquet", path=str(folder)))
     for row in range(len(names) - 1):
-        with pytest.raises(PictureError, match="leads out of the folder"):
+        with pytest.raises(ImageError, match="leads out of the folder"):
             source.image(row)
     assert opened == []
     assert source.image(len(names) - 1).size == (64, 64)

@@ -190,7 +190,7 @@ def test_r21_r27_the_end_of_the_launcher_cuts_no_save_short(sent, tmp_path, monk
     ("more", "when", "line"),
     [
         ((), "1 process(es)", "stopped by SIGINT"),
-        (("--doctor",), "learning 8 pictures by heart", "stopped by SIGINT"),
+        (("--doctor",), "learning 8 images by heart", "stopped by SIGINT"),
         (("--data.workers", 2), '"step": 3', "stopped by SIGINT at step"),
     ],
     ids=["before the loop", "in the doctor", "beside loaders"],

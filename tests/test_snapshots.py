@@ -27,10 +27,10 @@ from ldm.stage import ConditionedDenoiser
 from ldm.training.averages import Average, power_function
 from ldm.training.loop import Loop
 from ldm.training.posthoc import reconstruct
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.signals import StopSignals
 from ldm.training.snapshots import Snapshots, read_snapshots, read_tensors
-from tests.test_card import RECORD, stage
+from tests.test_card import RECORD, stage, worded
 from tests.test_loop import Points
 from tests.tiny_pipeline import pipeline, text_encoder, tokenizer, unet
 
@@ -79,11 +79,13 @@ def train(folder, steps, every_steps, sigma_rels=STORED, stored=STORED, poison=(
                 raise KeyboardInterrupt
             yield batch
 
-    with finishing(Run(str(folder), 0, config)) as run:
+    with opened(Run(str(folder), 0, config)) as run:
         step = Regression(run, sigma_rels)
         step.poison = poison
         loop = Loop(step, OptimConfig(learning_rate=0.01), config, run, 10)
-        event = Snapshots(run, loop, {value: step.by_length[value] for value in stored})
+        loop.resume()
+        event = Snapshots(run, loop.progress, {value: step.by_length[value] for value in stored})
+        event.forget_later()
         try:
             loop.fit(until, (every_steps, event))
         except KeyboardInterrupt:
@@ -170,8 +172,8 @@ def test_r17_a_full_disk_costs_snapshots_and_no_training(tmp_path, monkeypatch, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     run = SimpleNamespace(folder=tmp_path, is_main=True, stop=StopSignals())
     module = nn.Linear(30, 30)
-    loop = SimpleNamespace(progress=SimpleNamespace(global_step=7, steps_taken=7))
-    snapshots = Snapshots(run, loop, {0.05: Average(module, power_function(0.05))})
+    progress = SimpleNamespace(global_step=7, steps_taken=7)
+    snapshots = Snapshots(run, progress, {0.05: Average(module, power_function(0.05))})
     with caplog.at_level(logging.WARNING):
         snapshots(7)
     assert "step-0000007-0.05.safetensors, which needs 4242 bytes, was not written" in caplog.text
@@ -189,7 +191,7 @@ def test_tied_and_strided_weights_are_written(tmp_path):
     progress = SimpleNamespace(global_step=1, steps_taken=1)
     run = SimpleNamespace(folder=tmp_path, is_main=True, stop=StopSignals())
     average = Average(module, power_function(0.05))
-    Snapshots(run, SimpleNamespace(progress=progress), {0.05: average})(1)
+    Snapshots(run, progress, {0.05: average})(1)
     found = read_tensors(read_snapshots(tmp_path)[0])
     assert torch.equal(found["0.weight"], average.module[0].weight)
     assert torch.equal(found["1.weight"], average.module[0].weight)
@@ -214,7 +216,7 @@ def run(tmp_path):
     pipeline().save_pretrained(tmp_path / "model")
     RECORD.save(tmp_path / "model")
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 40, "validation/loss": 1.25}) + "\n")
-    write_card(tmp_path / "model", tmp_path, stage("--output_dir", str(tmp_path)), RECORD)
+    write_card(tmp_path / "model", tmp_path, *worded(stage("--output_dir", str(tmp_path))), RECORD)
     return tmp_path
 
 
@@ -225,7 +227,7 @@ def wander(folder, train_text=True, steps=40):
     averages = {value: Average(model, power_function(value)) for value in (*STORED, 0.08)}
     progress = SimpleNamespace(global_step=0, steps_taken=0)
     main = SimpleNamespace(folder=folder, is_main=True, stop=StopSignals())
-    keep = Snapshots(main, SimpleNamespace(progress=progress), {value: averages[value] for value in STORED})
+    keep = Snapshots(main, progress, {value: averages[value] for value in STORED})
     for step in range(steps):
         with torch.no_grad():
             for parameter in model.parameters():

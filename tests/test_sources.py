@@ -18,7 +18,7 @@ from ldm.evaluation.leaks import refuse_leaks
 CAPTIONS = ["a red square", None, "", "  ", ["green", "grün"], "blue"]
 
 
-def picture(index):
+def image(index):
     return Image.fromarray(np.full((10, 12, 3), index * 40, np.uint8))
 
 
@@ -26,7 +26,7 @@ def picture(index):
 def folder(tmp_path):
     rows = []
     for index, caption in enumerate(CAPTIONS):
-        picture(index).save(tmp_path / f"{index}.png")
+        image(index).save(tmp_path / f"{index}.png")
         rows.append({"file_name": f"{index}.png", "text": caption if isinstance(caption, str | None) else caption[0]})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return tmp_path
@@ -35,7 +35,7 @@ def folder(tmp_path):
 def table():
     captions = [c if isinstance(c, list) else [c] for c in CAPTIONS]
     return datasets.Dataset.from_dict(
-        {"picture": [picture(i) for i in range(6)], "captions": captions},
+        {"picture": [image(i) for i in range(6)], "captions": captions},
         features=datasets.Features({"picture": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}),
     )
 
@@ -80,10 +80,10 @@ def test_tables_with_lists_of_captions_are_read(kind, tmp_path):
     assert source.image(2).getpixel((3, 3)) == (80, 80, 80)
 
 
-def test_pictures_without_a_caption_train_unconditionally_and_are_counted(folder, caplog):
+def test_images_without_a_caption_train_unconditionally_and_are_counted(folder, caplog):
     config = DataConfig(source="imagefolder", path=str(folder), image_size=8, held_out_percent=0.0)
     data = PositionDataset(CaptionedImages(build_source(config), config), "train", 0)
-    assert "3 of 6 pictures have no caption" in caplog.text
+    assert "3 of 6 images have no caption" in caplog.text
     assert sorted(data[p].caption for p in range(6)) == ["", "", "", "a red square", "blue", "green"]
 
 
@@ -95,8 +95,8 @@ def test_columns_can_be_named_and_a_wrong_name_lists_what_there_is(tmp_path):
         build_source(DataConfig(**config, caption_column="txet"))
 
 
-def test_pictures_without_a_caption_column_have_no_captions(tmp_path, folder):
-    """CIFAR-10 has pictures and classes; whatever is told no captions trains on it."""
+def test_images_without_a_caption_column_have_no_captions(tmp_path, folder):
+    """CIFAR-10 has images and classes; whatever is told no captions trains on it."""
     bare = table().remove_columns("captions").add_column("label", [0, 1, 1, 0, 1, 0])
     bare.save_to_disk(tmp_path / "table")
     source = build_source(DataConfig(source="dataset", path=str(tmp_path / "table"), class_column="label"))
@@ -108,13 +108,13 @@ def test_pictures_without_a_caption_column_have_no_captions(tmp_path, folder):
     assert {source.captions(i) for i in range(len(source))} == {()}
 
 
-def test_r11_a_picture_that_cannot_be_read_names_its_file(tmp_path):
+def test_r11_an_image_that_cannot_be_read_names_its_file(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "0.png")
     (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:5000])
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "noise"}))
     source = build_source(DataConfig(source="imagefolder", path=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"^0\.png: the picture cannot be read: "):
+    with pytest.raises(ValueError, match=r"^0\.png: the image cannot be read: "):
         source.image(0)
 
 
@@ -130,7 +130,7 @@ def openmoji():
     return OpenMoji(64, ("en", "de"))
 
 
-def test_openmoji_has_its_pictures_and_captions(openmoji):
+def test_openmoji_has_its_images_and_captions(openmoji):
     assert len(openmoji) == 3953
     index = openmoji.names.index("1F469-1F3FE-200D-1F680")
     assert openmoji.captions(index)[0] == "woman astronaut medium-dark skin tone"
@@ -146,10 +146,10 @@ def test_openmoji_holds_the_committed_lists_out_of_training(openmoji):
     splits = images.splits
     assert len(splits["test"]) >= 200
     assert len(splits["validation"]) >= 200
-    train = {images.hashes[picture] for picture in splits["train"]}
-    assert not train & {images.hashes[picture] for name in ("test", "validation") for picture in splits[name]}
+    train = {images.hashes[image] for image in splits["train"]}
+    assert not train & {images.hashes[image] for name in ("test", "validation") for image in splits[name]}
     for asset in sorted(Path("assets").iterdir()):
-        refuse_leaks([str(asset)], images)  # on any machine: no shipped weights have seen those pictures
+        refuse_leaks([str(asset)], images)  # on any machine: no shipped weights have seen those images
 
 
 def test_openmoji_has_unicodes_groups_as_classes(openmoji):

@@ -14,7 +14,7 @@ PLACES = ("left", "right", "top", "bottom", "middle", "corner", "edge", "ring")
 SIZE = 32
 
 
-def picture(colour, place):
+def image(colour, place):
     """A block of a colour at a place, on white."""
     canvas = np.full((SIZE, SIZE, 3), 255, np.uint8)
     number = PLACES.index(place)
@@ -24,7 +24,7 @@ def picture(colour, place):
 
 
 CAPTIONS = [f"{colour} block {place}" for colour in COLOURS for place in PLACES]
-GALLERY = np.stack([picture(*caption.split(" block ")) for caption in CAPTIONS])
+GALLERY = np.stack([image(*caption.split(" block ")) for caption in CAPTIONS])
 HELD_OUT = [number for number in range(len(CAPTIONS)) if (number + number // 8) % 2]
 TRAINING = [number for number in range(len(CAPTIONS)) if number not in HELD_OUT]
 
@@ -45,7 +45,7 @@ def subject(generated, rebuilt=None):
         gallery=GALLERY,
         own_index=np.array(HELD_OUT),
         copied_index=np.array(TRAINING)[nearest_training_captions(captions(HELD_OUT), captions(TRAINING))],
-        training_pictures=np.array(TRAINING),
+        training_images=np.array(TRAINING),
         embed=embed,
         gallery_features=embed(GALLERY),
     )
@@ -60,7 +60,7 @@ def copier():
 
 
 def ignoring():
-    """Draws a held-out picture, but always that of another caption."""
+    """Draws a held-out image, but always that of another caption."""
     return subject(GALLERY[HELD_OUT][np.roll(np.arange(len(HELD_OUT)), 1)])
 
 
@@ -91,14 +91,14 @@ def test_a_factor_is_drawn_or_not():
     assert right["colour"].beside["chance"].value == 1 / 4
     assert right["place"].beside["chance"].value == 1 / 8
     assert "shape" not in right, "no caption has it"
-    grey = subject(np.stack([picture("grey", CAPTIONS[number].split(" block ")[1]) for number in HELD_OUT]))
+    grey = subject(np.stack([image("grey", CAPTIONS[number].split(" block ")[1]) for number in HELD_OUT]))
     wrong = rows(sections.caption_factors(grey, factors, known))
     assert wrong["place"].measure.value > 0.5
     share = np.mean([CAPTIONS[number].startswith("grey") for number in HELD_OUT])
     assert wrong["colour"].measure.value == pytest.approx(share)
 
 
-def test_likeness_of_the_true_pictures_is_none_and_a_copier_is_told():
+def test_likeness_of_the_true_images_is_none_and_a_copier_is_told():
     found = rows(sections.likeness(perfect(), "colours"))
     assert found["KID, colours"].measure.value < 1e-9
     assert found["KID, colours"].measure.value <= found["KID, colours"].beside["copy"].value
@@ -108,7 +108,7 @@ def test_likeness_of_the_true_pictures_is_none_and_a_copier_is_told():
     assert far["KID, colours"].copied
 
 
-def test_a_copier_is_nearer_to_training_than_any_true_picture_and_a_perfect_model_is_not():
+def test_a_copier_is_nearer_to_training_than_any_true_image_and_a_perfect_model_is_not():
     assert sections.memorisation(copier(), "colours").rows[0].measure.value == 1
     assert sections.memorisation(perfect(), "colours").rows[0].measure.value == 0.5, "as near as the true ones"
 
@@ -130,4 +130,4 @@ def test_every_section_can_be_written():
     ]
     for part in parts:
         json.dumps([row.measure.value for row in part.rows])
-        assert all(picture.image.width > 10 for picture in part.pictures)
+        assert all(image.image.width > 10 for image in part.images)

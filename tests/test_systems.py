@@ -80,7 +80,7 @@ def write_classes(folder):
     """Write shapes whose class is their colour."""
     rows = []
     for copy in range(2):
-        for combination, image in zip(coloured_shapes.COMBINATIONS, coloured_shapes.pictures(copy), strict=True):
+        for combination, image in zip(coloured_shapes.COMBINATIONS, coloured_shapes.images(copy), strict=True):
             name = f"{copy}-{'-'.join(combination)}.png"
             image.save(folder / name)
             rows.append({"file_name": name, "text": "", "colour": coloured_shapes.COLOURS.index(combination[0])})
@@ -216,8 +216,8 @@ def drawn_by_a_stranger(model, kind, to):
     be_without_this_project()
     pipe = DiffusionPipeline.from_pretrained(model) if kind == "DDPMPipeline" else own_pipeline(model)
     assert type(pipe).__name__ == kind
-    pictures = pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np")
-    np.save(to, pictures.images)
+    images = pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np")
+    np.save(to, images.images)
 
 
 def test_it_is_loaded_and_drawn_where_this_project_is_absent(trained, tmp_path):
@@ -232,7 +232,7 @@ def test_it_is_loaded_and_drawn_where_this_project_is_absent(trained, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "drawn.npy"), own, atol=1e-5)
 
 
-def test_it_is_measured_on_pictures_held_out_by_their_hash(trained, data, tmp_path):
+def test_it_is_measured_on_images_held_out_by_their_hash(trained, data, tmp_path):
     told, model = trained
     vision = CLIPVisionConfig(**TINY, image_size=16, patch_size=8, projection_dim=12)
     CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / "vision")
@@ -268,7 +268,7 @@ def test_its_card_says_how_it_is_loaded(trained, monkeypatch):
     monkeypatch.chdir(model.parent)
     for snippet in snippets:
         exec(snippet, {})  # noqa: S102
-        assert Image.open("picture.png").size == (16, 16)
+        assert Image.open("image.png").size == (16, 16)
 
 
 def test_what_is_pushed_of_it_is_the_pipeline_and_nothing_of_a_latent_one(trained):
@@ -304,13 +304,13 @@ def prompted_by_a_stranger(model, to):
     be_without_this_project()
     os.chdir(model.parent)
     (snippet, own) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)
-    np.save(to, np.stack([picture_of(code) for code in (snippet, own)]))
+    np.save(to, np.stack([image_of(code) for code in (snippet, own)]))
 
 
-def picture_of(snippet):
+def image_of(snippet):
     torch.manual_seed(0)
     exec(snippet, {})  # noqa: S102
-    return np.asarray(Image.open("picture.png"))
+    return np.asarray(Image.open("image.png"))
 
 
 def test_latents_are_drawn_where_this_project_is_absent(latent, tmp_path):
@@ -338,5 +338,5 @@ def test_latents_are_drawn_by_the_shell_and_what_is_pushed_is_whole(latent, tmp_
     (own,) = sample(["a cat"], str(model), str(tmp_path / "own"), **call)
     levels = np.asarray(Image.open(plain)).astype(int) - np.asarray(Image.open(own))
     assert np.abs(levels).max() <= 1, "drawn by the stock class as by ours"
-    with pytest.raises(ValueError, match="PixArtAlphaPipeline starts from no picture, and diffusers has no other"):
+    with pytest.raises(ValueError, match="PixArtAlphaPipeline starts from no image, and diffusers has no other"):
         sample(["a cat"], str(model), str(tmp_path), num_inference_steps=4, **start)

@@ -36,8 +36,8 @@ NAMES = [
 ]
 
 
-def pictures(positions):
-    draws = generators(9, positions, "picture")
+def images(positions):
+    draws = generators(9, positions, "image")
     return torch.stack([torch.rand(3, PIXELS, PIXELS, generator=draw) * 2 - 1 for draw in draws])
 
 
@@ -45,7 +45,7 @@ def batch(positions=range(4)):
     positions = list(positions)
     labels = torch.tensor([position % CLASSES for position in positions])
     captions = [CAPTIONS[position % 3] for position in positions]
-    return Batch(positions, positions, captions, pictures(positions), None, labels)
+    return Batch(positions, positions, captions, images(positions), None, labels)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def build(name, parts, folder):
     file = folder / "stage.yaml"
     file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[name]}))
     config = load_config(StageConfig, ["--config", str(file)])
-    return build_stage(config, CAPTIONS, lambda: pictures(range(40))), config
+    return build_stage(config, CAPTIONS, lambda: images(range(40))), config
 
 
 def moved(stage, run):

@@ -1,7 +1,8 @@
-"""What trackers are told: metrics and pictures at their steps, the name of the run, and no place on this machine."""
+"""What trackers are told: metrics and images at their steps, the name of the run, and no place on this machine."""
 
 import io
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm.config import LoopConfig
-from ldm.training.run import Run, finishing
+from ldm.training.run import Run, opened
 from ldm.training.trackers import WANDB_SETTINGS
 
 ALL = LoopConfig(trackers=("tensorboard", "wandb", "trackio"), mixed_precision="no")
@@ -24,8 +25,8 @@ class FakePackage(ModuleType):
     """What accelerate and ldm use of wandb and of trackio: both have these names."""
 
     class Image:
-        def __init__(self, picture):
-            self.picture = picture
+        def __init__(self, image):
+            self.image = image
 
     def __init__(self, name):
         super().__init__(name)
@@ -53,41 +54,42 @@ def packages(monkeypatch):
     return fakes
 
 
-def picture(mode="RGB"):
+def random_image(mode="RGB"):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, len(mode)), dtype=np.uint8))
 
 
+@contextmanager
 def start(folder, config=ALL):
-    run = Run(str(folder), 0, config)
-    torch.set_num_threads(1)
-    return finishing(run)
+    with opened(Run(str(folder), 0, config)) as run:
+        torch.set_num_threads(1)
+        yield run
 
 
-def test_metrics_and_pictures_reach_every_tracker_at_their_steps(packages, tmp_path):
+def test_metrics_and_images_reach_every_tracker_at_their_steps(packages, tmp_path):
     with start(tmp_path / "run") as run:
         run.log_metrics({"loss/denoiser": 0.5}, 10)
-        run.log_picture("samples", picture(), 10)
+        run.log_image("samples", random_image(), 10)
         run.log_metrics({"loss/denoiser": 0.25}, 20)
     for package in packages.values():
         steps, values = zip(*package.rows, strict=True)
         assert steps == (10, 10, 20)
         assert values[::2] == ({"loss/denoiser": 0.5}, {"loss/denoiser": 0.25})
         assert values[1].keys() == {"samples"}
-        assert values[1]["samples"].picture.tobytes() == picture().tobytes()
+        assert values[1]["samples"].image.tobytes() == random_image().tobytes()
         assert package.finished
     (events,) = (tmp_path / "run" / "logs").rglob("events*localhost*")
     written = EventAccumulator(str(events.parent)).Reload()
     assert [(event.step, event.value) for event in written.Scalars("loss/denoiser")] == [(10, 0.5), (20, 0.25)]
-    (image,) = written.Images("samples")
-    assert image.step == 10
-    assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == picture().tobytes()
+    (logged,) = written.Images("samples")
+    assert logged.step == 10
+    assert Image.open(io.BytesIO(logged.encoded_image_string)).tobytes() == random_image().tobytes()
 
 
-def test_a_picture_with_alpha_is_logged_too(packages, tmp_path):
+def test_an_image_with_alpha_is_logged_too(packages, tmp_path):
     with start(tmp_path / "run") as run:
-        run.log_picture("samples", picture("RGBA"), 0)
-    assert packages["wandb"].rows[0][1]["samples"].picture.mode == "RGBA"
-    assert Image.open(tmp_path / "run" / "samples" / "step-0000000.png").tobytes() == picture("RGBA").tobytes()
+        run.log_image("samples", random_image("RGBA"), 0)
+    assert packages["wandb"].rows[0][1]["samples"].image.mode == "RGBA"
+    assert Image.open(tmp_path / "run" / "samples" / "step-0000000.png").tobytes() == random_image("RGBA").tobytes()
 
 
 def test_s03_trackers_are_told_the_name_of_the_run_and_no_absolute_path(packages, tmp_path, monkeypatch):

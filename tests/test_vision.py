@@ -33,7 +33,7 @@ def normalised(images, mean, std):
     return torch.from_numpy((images / 255 - np.array(mean)) / np.array(std)).permute(0, 3, 1, 2).float()
 
 
-def pictures(count=5, height=40, width=40):
+def random_images(count=5, height=40, width=40):
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
     vision_config = CLIPVisionConfig(**SIZES, image_size=32, patch_size=8, projection_dim=12)
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
     clip = CLIPModel(CLIPConfig(vision_config=vision_config.to_dict(), text_config=SIZES | text, projection_dim=12))
-    with torch.no_grad():  # random CLIPs see nearly the same in all pictures
+    with torch.no_grad():  # random CLIPs see nearly the same in all images
         for name, tensor in clip.named_parameters():
             if name != "logit_scale" and "norm" not in name:
                 tensor.normal_(0, 0.5)
@@ -65,7 +65,7 @@ def folders(tmp_path_factory):
 
 @table("shape", [(40, 40), (300, 300), (64, 96)])
 def test_the_resize_is_pillows_with_floats(shape):
-    images = pictures(2, *shape)
+    images = random_images(2, *shape)
     found = resized(images, 32).permute(0, 2, 3, 1).numpy() * 255
     for image, ours in zip(images, found, strict=True):
         for channel in range(3):
@@ -74,14 +74,16 @@ def test_the_resize_is_pillows_with_floats(shape):
             np.testing.assert_allclose(ours[..., channel], expected, atol=1e-2)  # of 255
 
 
-def test_pictures_of_the_networks_size_are_not_touched():
-    np.testing.assert_array_equal(resized(pictures(), 40).permute(0, 2, 3, 1).numpy(), pictures().astype("f") / 255)
+def test_rows_of_the_networks_size_are_not_touched():
+    np.testing.assert_array_equal(
+        resized(random_images(), 40).permute(0, 2, 3, 1).numpy(), random_images().astype("f") / 255
+    )
 
 
 @table("name", ["clip", "projected"])
 def test_clip_features_are_transformers_image_embeds(folders, name):
     model = CLIPModel.from_pretrained(folders / "clip", use_safetensors=True)
-    images = pictures(3, 32, 32)
+    images = random_images(3, 32, 32)
     pixel_values = normalised(images, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     with torch.no_grad():
         expected = model.get_image_features(pixel_values).pooler_output
@@ -93,16 +95,16 @@ def test_clip_features_are_transformers_image_embeds(folders, name):
 def test_a_vision_model_without_projection_gives_its_pooled_output(folders):
     network, whole = (build_feature_network(str(folders / name)) for name in ("pooled", "clip"))
     projection = CLIPModel.from_pretrained(folders / "clip", use_safetensors=True).visual_projection.weight
-    features = network(pictures())
+    features = network(random_images())
     assert features.shape == (5, 16)
-    np.testing.assert_allclose(features @ projection.detach().numpy().T, whole(pictures()), atol=1e-4)
+    np.testing.assert_allclose(features @ projection.detach().numpy().T, whole(random_images()), atol=1e-4)
 
 
 def test_dinov2_is_measured_at_224_pixels_with_the_statistics_of_imagenet(folders):
     network = build_feature_network(str(folders / "dino"))
     assert network.resize.endswith("224 x 224 px")
-    assert network(pictures()).shape == (5, 16)
-    images = pictures(2, 224, 224)
+    assert network(random_images()).shape == (5, 16)
+    images = random_images(2, 224, 224)
     model = Dinov2Model.from_pretrained(folders / "dino", use_safetensors=True)
     with torch.no_grad():
         expected = model(normalised(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)).pooler_output
@@ -121,9 +123,9 @@ def test_one_tower_has_one_hash_in_every_folder_and_precision(folders, tmp_path)
 
 
 @table("name", ["clip", "efficientnet_lite0"])
-def test_a_picture_has_the_same_features_whatever_the_chunk(folders, name, monkeypatch):
+def test_an_image_has_the_same_features_whatever_the_chunk(folders, name, monkeypatch):
     network = build_feature_network(str(folders / name) if name == "clip" else name)
-    images = pictures(7)
+    images = random_images(7)
     expected = network(images)
     assert expected.dtype == np.float32
     for chunk in (1, 3):
@@ -133,10 +135,10 @@ def test_a_picture_has_the_same_features_whatever_the_chunk(folders, name, monke
 
 
 def test_efficientnet_gives_what_its_classifier_sees():
-    """Its own whole pass is the classifier on our features: ImageNet's classes of the picture."""
+    """Its own whole pass is the classifier on our features: ImageNet's classes of the image."""
     network = build_feature_network("efficientnet_lite0")
     whole = vision.efficientnet("efficientnet_lite0").eval()
-    images = pictures(2, vision.EFFICIENTNET_SIZE, vision.EFFICIENTNET_SIZE)
+    images = random_images(2, vision.EFFICIENTNET_SIZE, vision.EFFICIENTNET_SIZE)
     features = torch.from_numpy(network(images))
     assert features.shape == (2, 1280)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_efficientnet_gives_what_its_classifier_sees():
 def test_image_text_similarity_is_transformers_logit(folders, chunk, monkeypatch):
     monkeypatch.setattr(vision, "CHUNK", chunk)
     score = ClipScore(str(folders / "clip"))
-    images = pictures(4, 32, 32)
+    images = random_images(4, 32, 32)
     model = CLIPModel.from_pretrained(folders / "clip", use_safetensors=True)
     read = score.tokenizer(list(WORDS), padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -164,9 +166,9 @@ def test_image_text_similarity_is_transformers_logit(folders, chunk, monkeypatch
 
 def test_a_caption_longer_than_clip_reads_is_cut(folders):
     score = ClipScore(str(folders / "clip"))
-    assert np.isfinite(score.image_text_similarity(pictures(1), ["a red cat " * 40])).all()
-    with pytest.raises(ValueError, match="1 pictures and 2 captions"):
-        score.image_text_similarity(pictures(1), ["a", "b"])
+    assert np.isfinite(score.image_text_similarity(random_images(1), ["a red cat " * 40])).all()
+    with pytest.raises(ValueError, match="1 images and 2 captions"):
+        score.image_text_similarity(random_images(1), ["a", "b"])
 
 
 def test_what_is_no_network_that_measures_is_refused(folders, tmp_path):
@@ -174,8 +176,8 @@ def test_what_is_no_network_that_measures_is_refused(folders, tmp_path):
         build_feature_network(str(folders / "text"))
     with pytest.raises(ValueError, match="is a clip_vision_model"):
         ClipScore(str(folders / "projected"))
-    with pytest.raises(ValueError, match=r"expected at least one picture, uint8"):
-        build_feature_network(str(folders / "clip"))(pictures() / 255)
+    with pytest.raises(ValueError, match=r"expected at least one image, uint8"):
+        build_feature_network(str(folders / "clip"))(random_images() / 255)
     for source in ("pooled", "clip"):
         (tmp_path / source).mkdir()
         for file in (folders / source).iterdir():

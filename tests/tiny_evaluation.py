@@ -1,4 +1,4 @@
-"""Everything that an evaluation needs, tiny: pictures, held-out captions, factors, three pipelines, a CLIP."""
+"""Everything that an evaluation needs, tiny: images, held-out captions, factors, three pipelines, a CLIP."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from ldm.config import ObjectiveConfig
 from ldm.models.scheduler import build_scheduler
 from ldm.models.text_encoder import train_tokenizer
 from pipelines.pixels import PixelPipeline
-from tests.picture_folders import noise_picture, write_metadata
+from tests.image_folders import noise_image, write_metadata
 from tests.tiny_pipeline import parts, pipeline
 
 COLOURS = ("red", "green", "blue", "grey")
@@ -20,13 +20,13 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 
 def write_place(folder):
     """Write it all into `folder`, which is there."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     rng = np.random.default_rng(0)
     captions = [f"{COLOURS[index % 4]} thing {index // 4}" for index in range(COUNT)]
     for index in range(COUNT):
-        noise_picture(rng, 16).save(pictures / f"{index}.png")
-    write_metadata(pictures, [{"file_name": f"{index}.png", "text": text} for index, text in enumerate(captions)])
+        noise_image(rng, 16).save(images / f"{index}.png")
+    write_metadata(images, [{"file_name": f"{index}.png", "text": text} for index, text in enumerate(captions)])
     (folder / "heldout.txt").write_text("\n".join(captions[::3]))
     (folder / "validation.txt").write_text("\n".join(captions[1::6]))
     (folder / "factors.yaml").write_text(f"colour: [{', '.join(COLOURS)}]\n")
@@ -46,7 +46,7 @@ def write_place(folder):
 
 def words(place, model, out, *more):
     named = {
-        "data": place / "pictures",
+        "data": place / "images",
         "captions": place / "heldout.txt",
         "validation_captions": place / "validation.txt",
         "network": place / "clip",

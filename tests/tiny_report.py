@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from ldm.evaluation.images import comparison_sheet
 from ldm.evaluation.measure import Measure
-from ldm.evaluation.pictures import comparison_sheet
-from ldm.evaluation.report import Curve, Picture, Report, Row, Section
+from ldm.evaluation.report import Curve, Figure, Report, Row, Section
 
 HOSTILE = '<script>alert("1")</script> | <img src=x onerror=alert(2)> & **bold** [link](http://a.b) `code` {{ 7 * 7 }}'
 """HTML, Markdown and a template in a caption."""
@@ -19,7 +19,7 @@ def around(value, width=0.05, n=200):
 
 
 def disc(colour, size=64):
-    """A picture of a disc, (S, S, 3)."""
+    """An image of a disc, (S, S, 3)."""
     y, x = np.mgrid[:size, :size] - size / 2
     return np.where((x**2 + y**2 < (size / 3) ** 2)[..., None], colour, 255).astype(np.uint8)
 
@@ -29,13 +29,13 @@ def tiny_report():
     copy, shuffled, ceiling = around(0.42), around(0.01, 0.01), around(0.985, 0.01)
     beside = {"floor": around(0.0003, 0.0001), "copy": around(0.0, 0.0), "shuffled": shuffled, "ceiling": ceiling}
     retrieval = [
-        Row("R@1", Measure(0.78, 0.72, 0.835, 200), "higher", beside, "of 3,731 pictures"),
+        Row("R@1", Measure(0.78, 0.72, 0.835, 200), "higher", beside, "of 3,731 images"),
         Row("R@5", Measure(0.45, 0.40, 0.52, 200), "higher", {**beside, "copy": copy}),
     ]
     factors = [
         Row("skin tone", around(0.91, 0.04, 133), "higher", {"chance": around(1 / 6, 0)}),
         Row("gender", around(0.62, 0.07, 96), "higher", {"chance": around(0.5, 0)}, HOSTILE),
-        Row("pictures in a family", around(5.2, 0.3, 133), "none", {}),
+        Row("images in a family", around(5.2, 0.3, 133), "none", {}),
     ]
     distances = [
         Row(
@@ -57,9 +57,9 @@ def tiny_report():
     drawn = np.stack([disc(np.array(colour)) for colour in colours])
     noisy = np.clip(drawn + np.random.default_rng(0).normal(0, 12, drawn.shape), 0, 255).astype(np.uint8)
     captions = ["red disc", "blue disc", "yellow disc medium-dark skin tone", "green disc", "violet disc", "grey disc"]
-    pictures = [
-        Picture("Held-out captions", f"{HOSTILE}\n{UNICODE}", comparison_sheet(captions, noisy, drawn)),
-        Picture("One picture", "a disc of 64 pixels, enlarged", Image.fromarray(noisy[0]).convert("P")),
+    images = [
+        Figure("Held-out captions", f"{HOSTILE}\n{UNICODE}", comparison_sheet(captions, noisy, drawn)),
+        Figure("One image", "a disc of 64 pixels, enlarged", Image.fromarray(noisy[0]).convert("P")),
     ]
     settings = {
         **{
@@ -71,14 +71,14 @@ def tiny_report():
         **{"hardware": "2 threads, AVX512", "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}, "note": HOSTILE},
     }
     sections = [
-        Section("Does it follow the caption?", "Retrieval among all pictures.\n\n" + HOSTILE, retrieval, [], pictures),
+        Section("Does it follow the caption?", "Retrieval among all images.\n\n" + HOSTILE, retrieval, [], images),
         Section("Which part of the caption?", UNICODE, factors),
         Section(
             "Does it look like the data?",
             "",
             distances,
             [
-                Curve("Loss by noise level", "noise level (0: picture, 1: noise)", "loss", loss),
+                Curve("Loss by noise level", "noise level (0: image, 1: noise)", "loss", loss),
                 Curve("Retrieval by steps", "steps", "R@1", sweep, log_x=True),
             ],
         ),

@@ -130,7 +130,7 @@ def run(script: str, arguments: Sequence[object], log: Path, faults: Sequence[Fa
 
 
 def ledger(folder: Path) -> dict[int, list[list[Any]]]:
-    """Return, by step, the [position, picture, caption] of each sample trained on; of repetitions the last."""
+    """Return, by step, the [position, image, caption] of each sample trained on; of repetitions the last."""
     steps: dict[int, dict[int, list[Any]]] = {}
     for file in sorted(folder.glob("ledger-*.jsonl")):
         for line in file.read_text().splitlines():
@@ -192,7 +192,7 @@ def _watch(kind: type, folder: Path, rank: int, faults: list[Fault]) -> None:
             if (fault.step, fault.micro_step) == (global_step, seen.count(global_step)):
                 fault.do()
         seen.append(global_step)
-        samples = list(zip(batch.positions, batch.pictures, batch.captions, strict=True))
+        samples = list(zip(batch.positions, batch.rows, batch.captions, strict=True))
         with (folder / f"ledger-{rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": global_step, "samples": samples}) + "\n")
         return losses(self, batch, global_step)

@@ -41,7 +41,7 @@ def average(
         data: What `evaluate` takes.
         captions: File of the held-out captions: held_out.test.
         validation_captions: File of the captions that are drawn to choose: held_out.validation.
-        seed: Seed of the first picture; the next ones count up.
+        seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
         network: What measures the KID, as in `evaluate`.

@@ -1,4 +1,4 @@
-"""``ldm evaluate``: how good a pipeline is on pictures that it has never seen, and what that has to be read beside."""
+"""``ldm evaluate``: how good a pipeline is on images that it has never seen, and what that has to be read beside."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def evaluate(
         validation_captions: File of the validation captions, which the model was not trained on either:
             held_out.validation.
         classes: Those to draw and tell apart, such as 0,3,5; none: all of class_column.
-        seed: Seed of the first picture; the next ones count up.
+        seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
         network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
         factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.
-        variety_prompts: The first captions, of which several pictures are drawn, 2 or more; 0: not measured.
+        variety_prompts: The first captions, of which several images are drawn, 2 or more; 0: not measured.
         num_images_per_prompt: How many of each, and of each class, 2 or more.
         guidance_sweep: Guidance scales to draw the validation captions with, such as 1,1.25,1.5,2.
         steps_sweep: Numbers of steps to draw the validation captions with, such as 5,10,25,50.
-        bound_timesteps: Of a model of pixels, timesteps of the bound of each picture, for bits per dimension; 0: none.
+        bound_timesteps: Of a model of pixels, timesteps of the bound of each image, for bits per dimension; 0: none.
         card: Put the results into the model's README.md, if the model is a folder that has one.
         trust_remote_code: Run the pipeline code that came with the model.
         options: As the fields of data of a training.
@@ -112,7 +112,7 @@ def write(report: Report, folder: Path, model: Path | None) -> Report:
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
-    sheet = report.sections[0].pictures[0].image
+    sheet = report.sections[0].figures[0].image
     sheet.save(folder / "samples.png")
     if model is not None and model.is_dir():
         merge_into_card(model, report)

@@ -16,9 +16,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config.places import made_folder
-from ldm.data.headers import PictureError, decode, open_picture
+from ldm.data.headers import ImageError, decode, open_image
 from ldm.data.pixels import to_rgb
-from ldm.models.pipeline import call_settings, kept_size, load_pipeline, plain_call, starting_from, told_by
+from ldm.models.pipeline import asked_by, call_settings, kept_size, load_pipeline, plain_call, starting_from
 
 NAME_LETTERS, NAME_BYTES = 80, 200
 """Of a prompt in a file name: file systems take 255 bytes, and seed, number and suffix follow."""
@@ -115,27 +115,27 @@ def started(**files: str | None) -> dict[str, Image.Image]:
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                images[name] = to_rgb(decode(open_picture(file)), behind)
-            except (OSError, PictureError) as error:
+                images[name] = to_rgb(decode(open_image(file)), behind)
+            except (OSError, ImageError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return images
 
 
 def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
     """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
-    told, takes = told_by(pipeline), inspect.signature(pipeline.__call__).parameters
+    keyword, takes = asked_by(pipeline), inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
-    if negative_prompt and (told != "prompt" or "negative_prompt" not in takes):
+    if negative_prompt and (keyword != "prompt" or "negative_prompt" not in takes):
         raise ValueError(f"negative_prompt: {name} takes none; leave it out")
-    if told == "prompt":
+    if keyword == "prompt":
         return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
-    if not prompt and takes[told].default is not inspect.Parameter.empty:
+    if not prompt and takes[keyword].default is not inspect.Parameter.empty:
         return {}
-    if told == "class_labels" and prompt.isdecimal():
+    if keyword == "class_labels" and prompt.isdecimal():
         return {"class_labels": [int(prompt)]}
     if not prompt:
         raise ValueError(f"prompts: got {prompt!r}; name a class of {name} by its number")
-    raise ValueError(f"prompts: got {prompt!r}; {name} takes {told} and no text")
+    raise ValueError(f"prompts: got {prompt!r}; {name} takes {keyword} and no text")
 
 
 def slug(text: str) -> str:

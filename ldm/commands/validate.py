@@ -1,4 +1,4 @@
-"""``ldm validate``: what is wrong with which picture and caption of a data set, in words, JSON and a picture."""
+"""``ldm validate``: what is wrong with which image and caption of a data set, in words, JSON and an image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Report, inspect, place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.errors import explained
-from ldm.evaluation.pictures import CELL_WIDTH, contact_sheet
+from ldm.evaluation.images import CELL_WIDTH, contact_sheet
 from ldm.machine import cores
 from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import load_tokenizer, train_tokenizer
@@ -39,12 +39,12 @@ def validate(
     workers: int | None = None,
     **options: Unpack[DataOptions],
 ) -> Report:
-    """Look at every picture and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
+    """Look at every image and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
 
     Args:
-        data: A folder of pictures with a metadata file, Parquet, a saved or named data set, or "openmoji".
+        data: A folder of images with a metadata file, Parquet, a saved or named data set, or "openmoji".
         out: Folder for the results.
-        image_size: Pictures of fewer pixels on a side are counted.
+        image_size: Images of fewer pixels on a side are counted.
         tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.
         max_length: Tokens a caption may have, as conditioners.text.max_length.
         workers: Processes that decode; none: one a core.
@@ -77,7 +77,7 @@ def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
 
 
 def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.Image:
-    """Return a sheet of some good pictures and of some problems of each kind; grey: no picture can be shown."""
+    """Return a sheet of some good images and of some problems of each kind; grey: no image can be shown."""
     images = CaptionedImages(source, replace(config, image_size=CELL_WIDTH))
     cells: list[tuple[int | None, str]] = [
         (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in report.examples
@@ -87,7 +87,7 @@ def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.
             cells.append((problem.row, str(problem)))
             cells += [(row, place(source, row)) for row in problem.like[:SHEET_LIKE]]
 
-    def picture(row: int | None) -> NDArray[np.uint8]:
+    def shown(row: int | None) -> NDArray[np.uint8]:
         try:
             if row is not None:
                 return np.asarray(images.image(row))
@@ -96,4 +96,4 @@ def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.
         return np.full((CELL_WIDTH, CELL_WIDTH, 3), 224, np.uint8)
 
     captions = [text.encode(errors="backslashreplace").decode() for _, text in cells]  # a file name may be any bytes
-    return contact_sheet(captions, np.stack([picture(row) for row, _ in cells]))
+    return contact_sheet(captions, np.stack([shown(row) for row, _ in cells]))

@@ -71,7 +71,7 @@ class ConditioningBatch(Protocol):
 
     @property
     def pixel_values(self) -> Tensor | None:
-        """Return the pictures, (B, 3, H, W) in [-1, 1]; None if only their encodings were loaded."""
+        """Return the images, (B, 3, H, W) in [-1, 1]; None if only their encodings were loaded."""
 
 
 class Conditioner(Protocol):
@@ -82,7 +82,9 @@ class Conditioner(Protocol):
     frozen: bool
     """Whether `inputs` already holds what a frozen network computed."""
     reads_pixels: bool
-    """Whether `inputs` needs the batch's pictures."""
+    """Whether `inputs` needs the batch's images."""
+    asks: str | None
+    """The keyword of a pipeline's call that asks for its condition, as a user names it; None if a user does not."""
 
     @property
     def keywords(self) -> Collection[str]:

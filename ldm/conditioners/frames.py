@@ -18,6 +18,7 @@ class FramesConditioner(nn.Module):
     """
 
     frozen = True
+    asks: str | None = None
     reads_pixels = False
     keywords: tuple[str, ...] = ()
     networks: Sequence[nn.Module] = ()

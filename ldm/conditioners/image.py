@@ -1,4 +1,4 @@
-"""The picture itself, as its image embedding: what a prior predicts and a decoder is told."""
+"""The image itself, as its image embedding: what a prior predicts and a decoder is told."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ KEYWORD = "added_cond_kwargs.image_embeds"
 class ImageConditioner(nn.Module):
     """Image embeddings, (B, D), as a U-Net with ``addition_embed_type: image`` or ``text_image`` takes them.
 
-    The null is zeros (Ramesh et al. 2022, section 2.1), or as in Kandinsky 2.2 the embedding of a zero picture.
+    The null is zeros (Ramesh et al. 2022, section 2.1), or as in Kandinsky 2.2 the embedding of a zero image.
     """
 
     frozen = True
+    asks: str | None = None
     reads_pixels = True
     keywords = (KEYWORD,)
 
@@ -42,7 +43,7 @@ class ImageConditioner(nn.Module):
     ) -> Inputs:
         """Return ``image_embeds``, (B, D) float32."""
         if batch.pixel_values is None:
-            raise ValueError("conditioners.image: needs pictures, and the batch has only encodings")
+            raise ValueError("conditioners.image: needs images, and the batch has only encodings")
         embeds = self.image_encoder(batch.pixel_values.to(self.null.device))
         return {"image_embeds": torch.where(torch.tensor(dropped, device=embeds.device)[:, None], self.null, embeds)}
 

@@ -19,6 +19,7 @@ class LabelConditioner(nn.Module):
     """
 
     frozen = True
+    asks: str | None = "class_labels"
     reads_pixels = False
     keywords = ("class_labels",)
     networks: Sequence[nn.Module] = ()

@@ -1,4 +1,4 @@
-"""The picture itself, smaller: what a cascade's next stage makes large (Ho et al. 2022; Saharia et al. 2022)."""
+"""The image itself, smaller: what a cascade's next stage makes large (Ho et al. 2022; Saharia et al. 2022)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.objectives.schedule import build_schedule
 
 
 class LowResConditioner(nn.Module):
-    """Three channels: the picture at `image_size` pixels, enlarged again, with noise of a random level on it.
+    """Three channels: the image at `image_size` pixels, enlarged again, with noise of a random level on it.
 
     The noise keeps the stage from trusting details that the stage before gets wrong. Its level is an integer timestep
     of the cosine path of 1000 steps, drawn uniformly below `noise_timesteps` for each sample, and the denoiser is told
@@ -23,6 +23,7 @@ class LowResConditioner(nn.Module):
     """
 
     frozen = True
+    asks: str | None = None
     reads_pixels = True
     dropout = 0.0
     networks: Sequence[nn.Module] = ()
@@ -45,28 +46,28 @@ class LowResConditioner(nn.Module):
     def inputs(
         self, batch: ConditioningBatch, x0: Tensor, dropped: Sequence[bool], draws: Sequence[torch.Generator]
     ) -> Inputs:
-        """Return ``pictures``, (B, 3, H, W) float32, and with noise its ``levels``, (B,) int64."""
+        """Return ``images``, (B, 3, H, W) float32, and with noise its ``levels``, (B,) int64."""
         if batch.pixel_values is None:
-            raise ValueError("conditioners.low_res: needs pictures, and the batch has only encodings")
-        pictures = enlarged(shrunk(batch.pixel_values.float(), self.image_size), batch.pixel_values.shape[-1])
+            raise ValueError("conditioners.low_res: needs images, and the batch has only encodings")
+        images = enlarged(shrunk(batch.pixel_values.float(), self.image_size), batch.pixel_values.shape[-1])
         if not self.noise_timesteps:
-            return {"pictures": pictures}
+            return {"images": images}
         levels = torch.stack([torch.randint(self.noise_timesteps, (), generator=draw) for draw in draws])
-        noise = torch.stack([torch.randn(pictures.shape[1:], generator=draw) for draw in draws]).to(pictures)
-        alpha, sigma = (level.view(-1, 1, 1, 1).to(pictures) for level in self.schedule.alpha_sigma(levels))
-        return {"pictures": alpha * pictures + sigma * noise, "levels": levels}
+        noise = torch.stack([torch.randn(images.shape[1:], generator=draw) for draw in draws]).to(images)
+        alpha, sigma = (level.view(-1, 1, 1, 1).to(images) for level in self.schedule.alpha_sigma(levels))
+        return {"images": alpha * images + sigma * noise, "levels": levels}
 
-    def forward(self, pictures: Tensor, levels: Tensor | None = None) -> Conditions:
-        """Return the pictures as channels, and the levels."""
-        return Conditions((pictures,), {} if levels is None else {"class_labels": levels})
+    def forward(self, images: Tensor, levels: Tensor | None = None) -> Conditions:
+        """Return the images as channels, and the levels."""
+        return Conditions((images,), {} if levels is None else {"class_labels": levels})
 
 
 def shrunk(pixel_values: Tensor, size: int) -> Tensor:
-    """Return the pictures at `size` x `size` pixels, as a file of 8 bits would hold them, in [-1, 1]."""
+    """Return the images at `size` x `size` pixels, as a file of 8 bits would hold them, in [-1, 1]."""
     small = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
     return ((small.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def enlarged(pixel_values: Tensor, size: int) -> Tensor:
-    """Return the pictures at `size` x `size` pixels, as diffusers' IFSuperResolutionPipeline enlarges them."""
+    """Return the images at `size` x `size` pixels, as diffusers' IFSuperResolutionPipeline enlarges them."""
     return F.interpolate(pixel_values, size=(size, size), mode="bilinear", align_corners=True)

@@ -23,6 +23,7 @@ class TextConditioner(nn.Module):
     """Prompt embeddings of captions; the null is the caption ""."""
 
     reads_pixels = False
+    asks: str | None = "prompt"
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from PIL import ImageColor
 
@@ -17,6 +17,7 @@ from ldm.config import (
     ObjectiveConfig,
     OptimConfig,
     ReconstructionConfig,
+    RunConfig,
     SamplerConfig,
     SpaceConfig,
     StageConfig,
@@ -60,7 +61,6 @@ COUNT = Numbers(1, 2**31 - 1)
 COUNT_OR_NONE = Numbers(0, 2**31 - 1)
 PIXELS = Numbers(1, 8192)
 SEED = Numbers(-(2**62), 2**62)
-SHARED = {"seed": SEED, "push_every_steps": COUNT}
 RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
@@ -125,18 +125,17 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "retrieval_images": COUNT_OR_NONE,
     },
     DoctorConfig: {"price_per_hour": WEIGHT, "gpu_tflops": POSITIVE, "gpu_memory_gib": POSITIVE},
+    RunConfig: {"seed": SEED, "push_every_steps": COUNT},
     StageConfig: {
-        **SHARED,
         "snapshot_every_steps": COUNT,
         "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # all steps alike are 0.2887
     },
-    AutoencoderConfig: SHARED,
+    AutoencoderConfig: {},
 }
-"""Of each number of each part; of each entry, where a field holds several."""
+"""Ranges of each number that a part adds to those of its base class; of each entry, where a field holds several."""
 
 FILES = ("output_dir", "path", "held_out", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
 """Fields that name files."""
-NETWORKS = {(StageConfig, "denoiser"), (AutoencoderConfig, "autoencoder"), (TextConfig, "encoder")}
 NAMES = ("_class_name", "pretrained", "revision", "subfolder")
 """Keys of a network that are no arguments of it."""
 MAX_LAYERS = 1000
@@ -149,23 +148,42 @@ def faults(config: Any, path: str = "") -> Iterator[str]:
 
     What only building or trying the parts shows is found there, before training: see `explained`.
     """
-    ranges = RANGES.get(type(config))
+    ranges = ranges_of(type(config))
+    networks = network_fields(type(config))
     for field in fields(config):
         value, at = getattr(config, field.name), f"{path}.{field.name}" if path else field.name
         if value is None:
             continue
         if is_dataclass(value):
             yield from faults(value, at)
-        elif (type(config), field.name) in NETWORKS:
+        elif field.name in networks:
             yield from _network_faults(value, at)
-        elif ranges is not None:
+        elif any(base in RANGES for base in type(config).__mro__):
             allowed = ranges.get(field.name)
             for entry in value if isinstance(value, tuple) else [value]:
                 if allowed is not None and entry not in allowed:
                     yield f"{at}: got {shown(value)}; expected {allowed}"
                     break
             yield from _text_faults(value, at, field.name in FILES)
-    yield from _contradictions(config, path)
+    for kind in type(config).__mro__:
+        if kind in CONTRADICTIONS:
+            yield from CONTRADICTIONS[kind](config, path)
+
+
+def ranges_of(kind: type[Any]) -> dict[str, Numbers]:
+    """Return the range of each number of a dataclass, those of its base classes included."""
+    return {name: allowed for base in kind.__mro__ for name, allowed in RANGES.get(base, {}).items()}
+
+
+def network_fields(kind: type[Any]) -> set[str]:
+    """Return the names of a dataclass's fields that are annotated with `Network`, by that name."""
+    return {field.name for field in fields(kind) if field.type == "Network"}
+
+
+def field_hints(kind: type[Any]) -> dict[str, Any]:
+    """Return the annotation of each field of a dataclass, in the fields' order."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def checked(config: C, path: str = "") -> C:
@@ -175,50 +193,67 @@ def checked(config: C, path: str = "") -> C:
     return config
 
 
-def _contradictions(config: Any, path: str) -> Iterator[str]:
-    """Yield what single values do not show."""
-    if isinstance(config, DataConfig):
-        try:
-            ImageColor.getrgb(config.background)
-        except ValueError:
-            colour = shown(config.background)
-            yield f"{path}.background: got {colour}; expected a colour that PIL knows, such as white or #ffffff"
-    elif isinstance(config, FramesConfig) and config.max_context >= config.num_frames:
+def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
+    try:
+        ImageColor.getrgb(config.background)
+    except ValueError:
+        colour = shown(config.background)
+        yield f"{path}.background: got {colour}; expected a colour that PIL knows, such as white or #ffffff"
+
+
+def _frames_contradictions(config: FramesConfig, path: str) -> Iterator[str]:
+    if config.max_context >= config.num_frames:
         yield f"{path}.max_context: got {config.max_context} of num_frames {config.num_frames}; expected fewer"
-    elif isinstance(config, StageConfig | AutoencoderConfig):
-        batch, optim, loop = config.data.batch_size, config.optim, config.loop
-        parts = {"loop.gradient_accumulation_steps": loop.gradient_accumulation_steps}
-        if isinstance(config, StageConfig) and config.conditioners.frames:
-            parts["conditioners.frames.num_frames"] = config.conditioners.frames.num_frames
-        for name, part in parts.items():
-            if part > 0 and batch % part:
-                yield f"data.batch_size: got {batch}; expected a multiple of {name}, {part}"
-        if optim.decay != "constant" and 0 < (loop.max_train_steps or math.inf) <= optim.warmup_steps:
-            yield (
-                f"optim.warmup_steps: got {optim.warmup_steps} of loop.max_train_steps {loop.max_train_steps}, which "
-                f"leaves none for optim.decay {optim.decay}; expected fewer, or optim.decay: constant"
-            )
-    if isinstance(config, StageConfig):
-        most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
-        if steps > most:
-            yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
-        if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
-            yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
-        if steps < 2 and config.sampler.kind == "ddpm":
-            yield f"validation.num_inference_steps: got {steps}; expected 2 or more for sampler.kind ddpm"
-        learned = config.objective.variational_weight is not None
-        if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
-            yield (
-                f"sampler.variance_type: got {config.sampler.variance_type}, which only sampler.kind ddpm without "
-                "objective.variational_weight takes; expected fixed_small, the default"
-            )
-        if config.validation.retrieval_images and config.conditioners.text is None:
-            yield (
-                f"validation.retrieval_images: got {config.validation.retrieval_images} without conditioners.text; "
-                "expected 0: there is no caption to draw"
-            )
-        if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
-            yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
+
+
+def _run_contradictions(config: RunConfig, path: str) -> Iterator[str]:
+    optim, loop = config.optim, config.loop
+    yield from _indivisible(config, "loop.gradient_accumulation_steps", loop.gradient_accumulation_steps)
+    if optim.decay != "constant" and 0 < (loop.max_train_steps or math.inf) <= optim.warmup_steps:
+        yield (
+            f"optim.warmup_steps: got {optim.warmup_steps} of loop.max_train_steps {loop.max_train_steps}, which "
+            f"leaves none for optim.decay {optim.decay}; expected fewer, or optim.decay: constant"
+        )
+
+
+def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
+    if config.conditioners.frames:
+        yield from _indivisible(config, "conditioners.frames.num_frames", config.conditioners.frames.num_frames)
+    most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
+    if steps > most:
+        yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
+    if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
+        yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
+    if steps < 2 and config.sampler.kind == "ddpm":
+        yield f"validation.num_inference_steps: got {steps}; expected 2 or more for sampler.kind ddpm"
+    learned = config.objective.variational_weight is not None
+    if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
+        yield (
+            f"sampler.variance_type: got {config.sampler.variance_type}, which only sampler.kind ddpm without "
+            "objective.variational_weight takes; expected fixed_small, the default"
+        )
+    if config.validation.retrieval_images and config.conditioners.text is None:
+        yield (
+            f"validation.retrieval_images: got {config.validation.retrieval_images} without conditioners.text; "
+            "expected 0: there is no caption to draw"
+        )
+    if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
+        yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
+
+
+def _indivisible(config: RunConfig, name: str, part: int) -> Iterator[str]:
+    batch = config.data.batch_size
+    if part > 0 and batch % part:
+        yield f"data.batch_size: got {batch}; expected a multiple of {name}, {part}"
+
+
+CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
+    DataConfig: _data_contradictions,
+    FramesConfig: _frames_contradictions,
+    RunConfig: _run_contradictions,
+    StageConfig: _stage_contradictions,
+}
+"""Lines on what single values of a part do not show."""
 
 
 def _text_faults(value: object, at: str, files: bool) -> Iterator[str]:

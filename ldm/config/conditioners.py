@@ -31,7 +31,7 @@ class TextConfig:
 
 
 UNKNOWN_CLASS = -1
-"""In a batch, of a picture whose class is not known: it trains as if its class were dropped."""
+"""In a batch, of an image whose class is not known: it trains as if its class were dropped."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The embedding of the picture itself, which at sampling a prior predicts."""
+    """The embedding of the image itself, which at sampling a prior predicts."""
 
     pretrained: str
     """Folder or Hub name of a CLIP vision model with projection, or of a pipeline with it."""
     null: Literal["zeros", "zero_picture"] = "zeros"
-    """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero picture (Kandinsky 2.2)."""
+    """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero image (Kandinsky 2.2)."""
     dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class LowResConfig:
-    """The picture itself, smaller, as three more input channels: a cascade's next stage."""
+    """The image itself, smaller, as three more input channels: a cascade's next stage."""
 
     image_size: int
-    """Pixels, height and width, of the small picture."""
+    """Pixels, height and width, of the small image."""
     noise_timesteps: int = 0
     """Noise is put on it up to this step of the cosine path of 1000, and the level told as ``class_labels``; 0: no."""
 

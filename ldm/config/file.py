@@ -17,14 +17,14 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from ldm.errors import ConfigError
 
-from .check import FILES, NETWORKS, checked, shown
+from .check import FILES, checked, field_hints, network_fields, shown
 from .conditioners import Network
 from .places import expanded, portable
 
@@ -157,20 +157,20 @@ def _part(hint: Any) -> type[Any] | None:
 def _parts(kind: type[Any], path: str = "") -> Iterator[tuple[str, type[Any]]]:
     """Yield ``(path, dataclass)`` for a dataclass and those below it."""
     yield path, kind
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in field_hints(kind).items():
         if part := _part(hint):
             yield from _parts(part, _join(path, name))
 
 
 def _leaves(kind: type[Any]) -> Tree:
     """Return the annotation of each leaf by its path."""
-    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in get_type_hints(part).items())
+    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in field_hints(part).items())
     return {path: hint for path, hint in fields if not _part(hint)}
 
 
 def _switches(kind: type[Any]) -> set[str]:
     """Return the paths of what is on or off: fields that are true or false, and optional parts."""
-    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in get_type_hints(part).items())
+    fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in field_hints(part).items())
     return {path for path, hint in fields if hint is bool or (_part(hint) and NoneType in get_args(hint))}
 
 
@@ -182,7 +182,7 @@ def _parser(*parts: tuple[str, type[Any]]) -> ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", help="values of fields; the other options change them")
     for path, part in parts:
         group = parser.add_argument_group(path or "fields", inspect.getdoc(part))
-        below = {name for name, hint in get_type_hints(part).items() if _part(hint)}
+        below = {name for name, hint in field_hints(part).items() if _part(hint)}
         group.add_class_arguments(part, path or None, as_group=False, skip=below)
     return parser
 
@@ -244,7 +244,7 @@ def _read_file(file: str) -> Tree:
 
 def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | None:
     """Return the dataclass of a mapping; None if there are problems."""
-    hints = get_type_hints(kind)
+    hints = field_hints(kind)
     values: Tree = {}
     leaves: Tree = {}
     for key, value in tree.items():
@@ -269,7 +269,7 @@ def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | Non
 
 def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) -> Tree:
     """Return the leaves as jsonargparse reads them, networks as they are; what it refuses is a problem."""
-    hints = get_type_hints(kind)
+    hints = field_hints(kind)
     networks = {name: value for name, value in leaves.items() if hints[name] == Network}
     asked = leaves | {name: {} if isinstance(value, dict) else [] for name, value in networks.items()}
     while True:
@@ -291,13 +291,14 @@ def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) 
 def _with_places(config: T, path: str, problems: list[str]) -> T:
     """Return the config with `expanded` paths; a problem is noted."""
     changes: Tree = {}
+    networks = network_fields(type(config))
     for field in fields(config):  # type: ignore[arg-type]
         value, at = getattr(config, field.name), _join(path, field.name)
         if is_dataclass(value):
             changes[field.name] = _with_places(value, at, problems)
             continue
         try:
-            if (type(config), field.name) in NETWORKS:
+            if field.name in networks:
                 place = {"pretrained": value["pretrained"]} if "pretrained" in value else {}
                 changes[field.name] = value | expanded(place, at)
             elif field.name in FILES:

@@ -5,7 +5,7 @@ Nothing here computes. `ldm.config.file` reads and checks them; each part is bui
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypedDict
 
 from ldm.config.conditioners import ConditionersConfig, Network
@@ -42,7 +42,7 @@ class DataOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Captioned pictures and how they become batches."""
+    """Captioned images and how they become batches."""
 
     source: SourceName = "openmoji"
     path: str | None = None
@@ -51,9 +51,9 @@ class DataConfig:
     """Split to read, of those that `datasets` finds; our own train/validation/test split is made from it. A folder or
     table whose names of folders and files say nothing of splits is all train."""
     licence: str | None = None
-    """Licence of the pictures, for the model card, such as CC BY 4.0; that of openmoji is known."""
+    """Licence of the images, for the model card, such as CC BY 4.0; that of openmoji is known."""
     image_column: str | None = None
-    """None: file_name of metadata, the column of images of a table, or one of a usual name (image, picture, ...)."""
+    """None: file_name of metadata, the column of images of a table, or one of a usual name (image, image, ...)."""
     caption_column: str | None = None
     """None: the one of a usual name (text, caption, captions, prompt, ...); without one there are no captions."""
     class_column: str | None = None
@@ -65,24 +65,24 @@ class DataConfig:
     background: str = "white"
     """Colour under transparent pixels (any PIL colour)."""
     languages: tuple[str, ...] = ("en",)
-    """Caption languages of openmoji; several: one is drawn each time a picture is loaded."""
+    """Caption languages of openmoji; several: one is drawn each time an image is loaded."""
     flip: bool = False
-    """Mirror half of the pictures; only right where captions and pictures have no left and right."""
+    """Mirror half of the images; only right where captions and images have no left and right."""
     limit: int | None = None
-    """Keep only this many pictures of all splits together, the first by hash, for trials."""
+    """Keep only this many images of all splits together, the first by hash, for trials."""
     held_out: dict[str, str] = field(default_factory=dict)
-    """``{"validation": file, "test": file}``: captions, a line each, whose pictures no stage trains on."""
+    """``{"validation": file, "test": file}``: captions, a line each, whose images no stage trains on."""
     held_out_percent: float = 2.0
-    """Without `held_out`: percent of the pictures for validation, and as many for test, by pixel hash. One picture of
+    """Without `held_out`: percent of the images for validation, and as many for test, by pixel hash. One image of
     two or more is for validation at least, unless it is 0, with which nothing can be trained."""
     batch_size: int = 64
-    """Pictures per optimiser step, over all processes and accumulation steps."""
+    """Images per optimiser step, over all processes and accumulation steps."""
     workers: int = 0
     """Loader processes per training process; 0 loads in the training process."""
     timeout_seconds: float = 300.0
     """A loader process that takes longer than this for a batch ends the run."""
     cache: bool = True
-    """Keep what frozen networks compute from a picture or a caption (latents, prompt embeddings)."""
+    """Keep what frozen networks compute from an image or a caption (latents, prompt embeddings)."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Autoencoder losses; each is per element of the picture, so the weights do not depend on its size."""
+    """Autoencoder losses; each is per element of the image, so the weights do not depend on its size."""
 
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     kl_weight: float = 1e-6
-    """Weight of the KL to N(0, I), summed over the latent and divided by the number of picture elements."""
+    """Weight of the KL to N(0, I), summed over the latent and divided by the number of image elements."""
     learned_logvar: bool = False
     """Learn the scale of the error, so that the loss is a likelihood (Dai & Wipf 2019)."""
     perceptual: Literal["none", "efficientnet_lite2", "lpips_vgg"] = "none"
@@ -204,11 +204,11 @@ class ValidationConfig:
     """What is looked at during training, always with the averaged weights and fixed noise."""
 
     num_images: int = 8
-    """Held-out pictures on the sheet of each validation, generated (or reconstructed) beside true."""
+    """Held-out images on the sheet of each validation, generated (or reconstructed) beside true."""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     loss_images: int = 128
-    """Pictures of the validation split that the held-out loss is measured on."""
+    """Images of the validation split that the held-out loss is measured on."""
     retrieval_images: int = 0
     """Captions of the validation split that are sampled for held-out retrieval; 0: not measured."""
 
@@ -226,63 +226,54 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """A diffusion stage: space + denoiser + objective + conditioners, its data and its training."""
+class RunConfig:
+    """One run of any kind of training: its folder, its data, its optimiser and how long it takes."""
 
     output_dir: str
-    denoiser: Network
-    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
+    _: KW_ONLY
     seed: int = 0
     resume_check: bool = False
     """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
     doctor: DoctorConfig | None = None
     """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
     allow_config_change: bool = False
-    """Resume also if the config or the pictures are others than those the training was started with."""
+    """Resume also if the config or the images are others than those the training was started with."""
     push_to_hub: str | None = None
     """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
     """Push the model as it stands every so many steps too; None: only the finished one."""
     push_private: bool = False
     """Make the repository private; False: as the account has it, usually public."""
-    snapshot_every_steps: int | None = None
-    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
-    snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
-    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
     data: DataConfig = field(default_factory=DataConfig)
-    space: SpaceConfig = field(default_factory=SpaceConfig)
-    conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """An autoencoder, its losses, its data and its training."""
+class StageConfig(RunConfig):
+    """A diffusion stage: space + denoiser + objective + conditioners."""
 
-    output_dir: str
+    denoiser: Network
+    """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
+    _: KW_ONLY
+    snapshot_every_steps: int | None = None
+    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
+    snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(RunConfig):
+    """An autoencoder and its losses."""
+
     autoencoder: Network
     """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
-    seed: int = 0
+    _: KW_ONLY
     save_dtype: Literal["float32", "float16"] = "float32"
     """Of the weights in the model folder; checkpoints are always float32."""
-    resume_check: bool = False
-    """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
-    doctor: DoctorConfig | None = None
-    """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
-    allow_config_change: bool = False
-    """Resume also if the config or the pictures are others than those the training was started with."""
-    push_to_hub: str | None = None
-    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
-    push_every_steps: int | None = None
-    """Push the model as it stands every so many steps too; None: only the finished one."""
-    push_private: bool = False
-    """Make the repository private; False: as the account has it, usually public."""
-    data: DataConfig = field(default_factory=DataConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)

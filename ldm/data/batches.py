@@ -1,4 +1,4 @@
-"""From captioned pictures to typed batches; which and how is a function of the position."""
+"""From captioned images to typed batches; which and how is a function of the position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index
 from ldm.data.sources import Source
-from ldm.data.splits import SPLITS, Splits, split_pictures
+from ldm.data.splits import SPLITS, Splits, split_images
 
 log = logging.getLogger(__name__)
 Moments = tuple[Tensor, Tensor]
@@ -30,10 +30,10 @@ Encode = Callable[[Tensor], Moments]
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture at one position: pixels (3, H, W) in [-1, 1], its cached encoding's moments, or both."""
+    """One captioned image at one position: pixels (3, H, W) in [-1, 1], its cached encoding's moments, or both."""
 
     position: int
-    picture: int
+    row: int
     caption: str
     class_label: int | None = None
     pixel_values: Tensor | None = None
@@ -45,7 +45,7 @@ class Batch:
     """Samples, stacked."""
 
     positions: list[int]
-    pictures: list[int]
+    rows: list[int]
     captions: list[str]
     pixel_values: Tensor | None = None
     moments: Moments | None = None
@@ -63,7 +63,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     labels = [sample.class_label for sample in samples if sample.class_label is not None]
     return Batch(
         [sample.position for sample in samples],
-        [sample.picture for sample in samples],
+        [sample.row for sample in samples],
         [sample.caption for sample in samples],
         torch.stack(pixels) if pixels else None,
         (torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])) if moments else None,
@@ -72,26 +72,26 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class CaptionedImages:
-    """The pictures of a source at one size, and their split."""
+    """The images of a source at one size, and their split."""
 
     def __init__(self, source: Source, config: DataConfig):
         self.source, self.config = source, config
 
-    def image(self, picture: int) -> Image.Image:
-        """Return picture number `picture` of the source in RGB, as it is trained on."""
-        return resize_and_crop(self._rgb(picture), self.config.image_size)
+    def image(self, row: int) -> Image.Image:
+        """Return image `row` of the source in RGB, as it is trained on."""
+        return resize_and_crop(self._rgb(row), self.config.image_size)
 
-    def _rgb(self, picture: int) -> Image.Image:
-        return to_rgb(self.source.image(picture), self.config.background)
+    def _rgb(self, row: int) -> Image.Image:
+        return to_rgb(self.source.image(row), self.config.background)
 
-    def pixel_values(self, picture: int, mirrored: bool = False) -> Tensor:
-        """Return picture number `picture` of the source, (3, H, W) in [-1, 1]."""
-        values = to_pixel_values(self.image(picture))
+    def pixel_values(self, row: int, mirrored: bool = False) -> Tensor:
+        """Return image `row` of the source, (3, H, W) in [-1, 1]."""
+        values = to_pixel_values(self.image(row))
         return values.flip(2) if mirrored else values
 
     @cached_property
     def hashes(self) -> list[str]:
-        """Name of each picture's content: equal pixels, equal names. Computed once and kept.
+        """Name of each image's content: equal pixels, equal names. Computed once and kept.
 
         From the pixels before they are resized, so that stages of different sizes split alike; where the source
         has names of its own, the first of those with equal pixels, the same on machines that render differently.
@@ -99,55 +99,55 @@ class CaptionedImages:
         hashes = [value for value in pixel_hashes(self.source, self.config.background) if value is not None]
         if len(hashes) < len(self.source):
             bad = len(self.source) - len(hashes)
-            raise ValueError(f"{bad} of {len(self.source)} pictures cannot be decoded; ldm validate says which")
+            raise ValueError(f"{bad} of {len(self.source)} images cannot be decoded; ldm validate says which")
         return lasting_names(hashes, self.source.names)
 
     @cached_property
     def splits(self) -> Splits:
-        """Train, validation and test pictures; see `split_pictures`."""
+        """Train, validation and test images; see `split_images`."""
         held_out, percent, limit = self.config.held_out, self.config.held_out_percent, self.config.limit
-        return split_pictures(self.hashes, self.source.all_captions, held_out, percent, limit)
+        return split_images(self.hashes, self.source.all_captions, held_out, percent, limit)
 
     def gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
-        """Return the distinct pictures, (M, S, S, 3), and for each picture of the source its place among them."""
+        """Return the distinct images, (M, S, S, 3), and for each image of the source its place among them."""
         place: dict[str, int] = {}
-        pictures = []
-        for picture, value in enumerate(self.hashes):
+        shown = []
+        for row, value in enumerate(self.hashes):
             if value not in place:
                 place[value] = len(place)
-                pictures.append(np.asarray(self.image(picture)))
-        return np.stack(pictures), [place[value] for value in self.hashes]
+                shown.append(np.asarray(self.image(row)))
+        return np.stack(shown), [place[value] for value in self.hashes]
 
-    def pictures_of(self, captions: Sequence[str]) -> list[int]:
-        """Return the first picture that has each caption, in any language; raises ValueError if one has none."""
+    def rows_of(self, captions: Sequence[str]) -> list[int]:
+        """Return the first image that has each caption, in any language; raises ValueError if one has none."""
         owner: dict[str, int] = {}
-        for picture in range(len(self.source)):
-            for caption in self.source.all_captions(picture):
-                owner.setdefault(caption, picture)
+        for row in range(len(self.source)):
+            for caption in self.source.all_captions(row):
+                owner.setdefault(caption, row)
         if unknown := [caption for caption in captions if caption not in owner]:
-            raise ValueError(f"{len(unknown)} of {len(captions)} captions belong to no picture, such as {unknown[0]!r}")
+            raise ValueError(f"{len(unknown)} of {len(captions)} captions belong to no image, such as {unknown[0]!r}")
         return [owner[caption] for caption in captions]
 
     def captions(self, split: str) -> list[str]:
-        """Return every caption of a split's pictures."""
-        return [caption for picture in self.splits[split] for caption in self.source.captions(picture)]
+        """Return every caption of a split's images."""
+        return [caption for row in self.splits[split] for caption in self.source.captions(row)]
 
     def names(self, *splits: str) -> set[str]:
         """Return the names, as in `hashes`, of the images of some splits."""
-        return {self.hashes[picture] for split in splits for picture in self.splits[split]}
+        return {self.hashes[row] for split in splits for row in self.splits[split]}
 
-    def first_pictures(self, split: str, count: int) -> Tensor:
-        """Return up to `count` pictures of a split, (N, 3, H, W), in the order of their hashes: as good as random."""
-        pictures = sorted(self.splits[split], key=lambda picture: self.hashes[picture])[:count]
-        return torch.stack([self.pixel_values(picture) for picture in pictures])
+    def first_images(self, split: str, count: int) -> Tensor:
+        """Return up to `count` images of a split, (N, 3, H, W), in the order of their hashes: as good as random."""
+        rows = sorted(self.splits[split], key=lambda row: self.hashes[row])[:count]
+        return torch.stack([self.pixel_values(row) for row in rows])
 
     @property
     def key(self) -> str:
-        """Name of what the pictures look like: equal keys, equal pictures."""
+        """Name of what the images look like: equal keys, equal images."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
     def encoded(self, key: str, encode: Encode) -> EncodedImages:
-        """Return the moments that `encode` gives of each picture of the splits (with flips, of its mirror image too).
+        """Return the moments that `encode` gives of each image of the splits (with flips, of its mirror image too).
 
         They are cached; `key` names what `encode` computes. With ``data.limit`` the others are not encoded.
         """
@@ -155,32 +155,34 @@ class CaptionedImages:
 
     def known_captions(self) -> list[str]:
         """Return every caption that training or validation may show, "" included, in alphabetical order."""
-        pictures = (*self.splits["train"], *self.splits["validation"])
-        return sorted({""}.union(*(self.source.captions(picture) for picture in pictures)))
+        rows = (*self.splits["train"], *self.splits["validation"])
+        return sorted({""}.union(*(self.source.captions(row) for row in rows)))
 
 
 class EncodedImages:
-    """Mean and std of what is diffused, by picture and mirror image, kept as `CachedRows`."""
+    """Mean and std of what is diffused, by image and mirror image, kept as `CachedRows`."""
 
     def __init__(self, images: CaptionedImages, key: str, encode: Encode):
         self.views = 1 + images.config.flip
-        pictures = sorted(picture for split in SPLITS for picture in images.splits[split])
-        self._place = {picture: place for place, picture in enumerate(pictures)}
+        encoded_rows = sorted(row for split in SPLITS for row in images.splits[split])
+        self._place = {row: place for place, row in enumerate(encoded_rows)}
 
-        def compute(rows: range) -> dict[str, Tensor]:
-            views = (images.pixel_values(pictures[row // self.views], bool(row % self.views)) for row in rows)
+        def compute(places: range) -> dict[str, Tensor]:
+            views = (
+                images.pixel_values(encoded_rows[place // self.views], bool(place % self.views)) for place in places
+            )
             mean, std = encode(torch.stack([*views]))
             return {"mean": mean.cpu(), "std": std.cpu()}
 
         named = f"{images.key}/{self.views}/{key}"
-        if len(pictures) < len(images.source):
-            named += f"/{blake2b(','.join(map(str, pictures)).encode(), digest_size=16).hexdigest()}"
-        self._rows = CachedRows("latents", named, len(pictures) * self.views, compute)
+        if len(encoded_rows) < len(images.source):
+            named += f"/{blake2b(','.join(map(str, encoded_rows)).encode(), digest_size=16).hexdigest()}"
+        self._rows = CachedRows("latents", named, len(encoded_rows) * self.views, compute)
 
-    def moments(self, picture: int, mirrored: bool = False) -> Moments:
-        """Return mean and std of one picture, or with flips of its mirror image."""
-        row = self._rows[self._place[picture] * self.views + mirrored]
-        return row["mean"], row["std"]
+    def moments(self, row: int, mirrored: bool = False) -> Moments:
+        """Return mean and std of one image, or with flips of its mirror image."""
+        kept = self._rows[self._place[row] * self.views + mirrored]
+        return kept["mean"], kept["std"]
 
 
 class PositionDataset(Dataset[Sample]):
@@ -194,32 +196,32 @@ class PositionDataset(Dataset[Sample]):
         encoded: EncodedImages | None = None,
         with_pixels: bool = False,
     ):
-        """Read moments from `encoded` if it is given, the pictures if it is not or if `with_pixels` asks for both."""
+        """Read moments from `encoded` if it is given, the images if it is not or if `with_pixels` asks for both."""
         self.images, self.seed, self.encoded = images, seed, encoded
         self.with_pixels = with_pixels or encoded is None
-        self.pictures = images.splits.filled(split)
-        without = sum(not images.source.captions(picture) for picture in self.pictures)
+        self.rows = images.splits.filled(split)
+        without = sum(not images.source.captions(row) for row in self.rows)
         if without:
-            log.warning("%d of %d pictures have no caption; they train unconditionally", without, len(self.pictures))
+            log.warning("%d of %d images have no caption; they train unconditionally", without, len(self.rows))
 
     def __len__(self) -> int:
         """Return the number of samples in an epoch."""
-        return len(self.pictures)
+        return len(self.rows)
 
-    def picture(self, position: int) -> int:
-        """Return the number of the picture at any position >= 0."""
-        return self.pictures[sample_index(self.seed, position, len(self.pictures))]
+    def row(self, position: int) -> int:
+        """Return the row of the image at any position >= 0."""
+        return self.rows[sample_index(self.seed, position, len(self.rows))]
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at any position >= 0."""
-        picture = self.picture(position)
+        row = self.row(position)
         draw = torch.rand(2, generator=generator(self.seed, position, "sample")).tolist()
-        captions = self.images.source.captions(picture)
+        captions = self.images.source.captions(row)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
-        moments = None if self.encoded is None else self.encoded.moments(picture, mirrored)
-        pixel_values = self.images.pixel_values(picture, mirrored) if self.with_pixels else None
-        return Sample(position, picture, caption, self.images.source.class_label(picture), pixel_values, moments)
+        moments = None if self.encoded is None else self.encoded.moments(row, mirrored)
+        pixel_values = self.images.pixel_values(row, mirrored) if self.with_pixels else None
+        return Sample(position, row, caption, self.images.source.class_label(row), pixel_values, moments)
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

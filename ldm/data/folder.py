@@ -1,4 +1,4 @@
-"""A folder of pictures with a metadata file beside them.
+"""A folder of images with a metadata file beside them.
 
 Read by ourselves and not by `datasets`, which refuses the whole folder for one bad row, finds a missing file when
 training comes to it, and leaves out silently what no row names.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from ldm.data.content_hashes import content_hashes, images_fingerprint
-from ldm.data.headers import PictureError, inside
+from ldm.data.headers import ImageError, inside
 from ldm.data.layout import METADATA, files_below, image_files
 from ldm.data.metadata import Row, image_key, read_rows
 from ldm.data.rows import Problem, choose_column, find_captions
@@ -20,9 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class FolderRows:
-    """The pictures of a split that the metadata files of a folder name, in their order.
+    """The images of a split that the metadata files of a folder name, in their order.
 
-    Bad lines, rows of pictures in no split, and pictures that no row names, are among the `problems`.
+    Bad lines, rows of images in no split, and images that no row names, are among the `problems`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FolderRows:
                 self._captions.append(row.get(self.caption_column) if self.caption_column is not None else None)
                 self._labels.append(row.get(class_column) if class_column else None)
         if not self._paths and not any(problem.stops for problem in self.problems):
-            raise ValueError(f"data.split: no row of the metadata in {self._root} is of a picture in {split!r}")
+            raise ValueError(f"data.split: no row of the metadata in {self._root} is of an image in {split!r}")
         unlisted = members.difference(named)
         for path in images:
             if path in unlisted:
@@ -85,7 +85,7 @@ class FolderRows:
         for file in metadata:
             try:
                 path = inside(self._root, file)
-            except PictureError as error:
+            except ImageError as error:
                 bad.append((file, Problem(file, error.kind, str(error))))
                 continue
             for number, row in read_rows(path):
@@ -118,7 +118,7 @@ class FolderRows:
     def _readable(self, index: int) -> str | None:
         try:
             return self.file(index)
-        except PictureError:
+        except ImageError:
             return None
 
     def __len__(self) -> int:
@@ -126,11 +126,11 @@ class FolderRows:
         return len(self._paths)
 
     def where(self, index: int) -> str:
-        """Return the picture's path relative to the folder."""
+        """Return the image's path relative to the folder."""
         return self._paths[index]
 
     def file(self, index: int) -> str:
-        """Return the picture's real path, which lies in the folder."""
+        """Return the image's real path, which lies in the folder."""
         return inside(self._root, self._paths[index])
 
     def caption_values(self) -> Iterator[object]:

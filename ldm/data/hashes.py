@@ -1,4 +1,4 @@
-"""Names of pictures by their pixels."""
+"""Names of images by their pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ldm.data.cache import CachedRows
-from ldm.data.headers import PictureError, explained
+from ldm.data.headers import ImageError, explained
 from ldm.data.pixels import READING, to_rgb
 from ldm.data.sources import Source
 
@@ -20,13 +20,13 @@ DIGEST_SIZE = 16
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """Return the name of an RGB picture: equal size and pixels, equal names."""
+    """Return the name of an RGB image: equal size and pixels, equal names."""
     size = b"%dx%d" % image.size
     return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE, salt=size[:16]).digest()
 
 
 def pixel_hashes(source: Source, background: str) -> list[str | None]:
-    """Return `pixel_digest` of each picture in hex, None where it cannot be decoded. Computed once and kept."""
+    """Return `pixel_digest` of each image in hex, None where it cannot be decoded. Computed once and kept."""
 
     def compute(rows: range) -> dict[str, Tensor]:
         return {"hash": torch.stack([torch.tensor(list(digest(row)), dtype=torch.uint8) for row in rows])}
@@ -36,11 +36,11 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
             image = source.image(row)
             with explained():
                 return pixel_digest(to_rgb(image, background))
-        except PictureError:
+        except ImageError:
             return bytes(DIGEST_SIZE)
 
-    ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every picture
-    cached = CachedRows("picture-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
+    ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every image
+    cached = CachedRows("image-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
     digests = (row.tobytes() for row in cached.column("hash").numpy())
     return [value.hex() if any(value) else None for value in digests]
 
@@ -48,7 +48,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
 def lasting_names(hashes: Sequence[str], names: Sequence[str] | None) -> list[str]:
     """Return for each hash the first of the source's own `names` with it; the hashes where the source has none.
 
-    Names are the same on machines that render differently; pictures of equal pixels still share one.
+    Names are the same on machines that render differently; images of equal pixels still share one.
     """
     if names is None:
         return list(hashes)

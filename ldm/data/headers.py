@@ -1,4 +1,4 @@
-"""What a picture file says of itself before it is decoded: the one door for files of unknown origin."""
+"""What an image file says of itself before it is decoded: the one door for files of unknown origin."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ LEFT_OUT = "left out"
 """Entry of `Image.info`: chunks of a PNG that were not given to its reader."""
 
 
-class PictureError(ValueError):
-    """A picture cannot be read; the message says why. `kind` is one word or two for why, to count by."""
+class ImageError(ValueError):
+    """An image cannot be read; the message says why. `kind` is one word or two for why, to count by."""
 
     def __init__(self, reason: str, kind: str = "unreadable"):
         super().__init__(reason)
         self.kind = kind
 
 
-def open_picture(file: str | BinaryIO) -> Image.Image:
-    """Return the picture in `file` with its size, mode and format known and its pixels not yet decoded.
+def open_image(file: str | BinaryIO) -> Image.Image:
+    """Return the image in `file` with its size, mode and format known and its pixels not yet decoded.
 
     Raises:
-        PictureError: it is empty, of none of `FORMATS`, or of more than `MAX_PIXELS` pixels by its header.
+        ImageError: it is empty, of none of `FORMATS`, or of more than `MAX_PIXELS` pixels by its header.
         OSError: the file itself is missing or cannot be read.
 
     """
@@ -42,21 +42,21 @@ def open_picture(file: str | BinaryIO) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             sound, left_out = without_odd_chunks(file)
             image: Image.Image = Image.open(sound, formats=FORMATS)
-    except PictureError as error:
+    except ImageError as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
-        known = f"not a picture in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is cut short"
-        raise PictureError("the file is empty" if _is_empty(file) else known) from error
+        known = f"not an image in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or its header is cut short"
+        raise ImageError("the file is empty" if _is_empty(file) else known) from error
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height}"
         image.close()
-        raise PictureError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
+        raise ImageError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
     image.info |= {LEFT_OUT: left_out} if left_out else {}
     return image
 
 
 def metadata_fault(image: Image.Image) -> str | None:
-    """Return what of the metadata of a picture, not decoded yet, cannot be read and is ignored; None if all can."""
+    """Return what of the metadata of an image, not decoded yet, cannot be read and is ignored; None if all can."""
     if left_out := image.info.get(LEFT_OUT):
         return f"chunks that are damaged or too long: {', '.join(left_out)}"
     try:
@@ -67,7 +67,7 @@ def metadata_fault(image: Image.Image) -> str | None:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """Return the picture with its pixels decoded; raises PictureError if they are cut short or broken."""
+    """Return the image with its pixels decoded; raises ImageError if they are cut short or broken."""
     with explained():
         image.load()
     return image
@@ -75,36 +75,36 @@ def decode(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what readers of pictures raise on a broken file into a `PictureError`.
+    """Turn what readers of images raise on a broken file into a `ImageError`.
 
     Errors of the disk stay what they are: the file may be sound.
     """
     try:
         yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(f"too many pixels; at most {MAX_PIXELS:,} are read", "too large") from error
+        raise ImageError(f"too many pixels; at most {MAX_PIXELS:,} are read", "too large") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise PictureError(str(error)) from error
+        raise ImageError(str(error)) from error
     except Exception as error:  # nearly anything, from struct.error to IndexError
-        raise PictureError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 def inside(root: str, path: str) -> str:
     """Return the real path of file `path`, relative to the folder `root`, which is a real path itself.
 
     Raises:
-        PictureError: it leads out of the folder, also by a symbolic link, or there is no such file.
+        ImageError: it leads out of the folder, also by a symbolic link, or there is no such file.
 
     """
     real = os.path.realpath(os.path.join(root, path))
     if not real.startswith(os.path.join(root, "")):
-        raise PictureError("the path leads out of the folder", "outside")
+        raise ImageError("the path leads out of the folder", "outside")
     if not os.path.isfile(real):  # also no pipe, which would be waited for
-        raise PictureError("no such file", "missing")
+        raise ImageError("no such file", "missing")
     return real
 
 

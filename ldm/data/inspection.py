@@ -1,4 +1,4 @@
-"""What is worth knowing of a data set before a training: each picture decoded, repeats, captions, sizes."""
+"""What is worth knowing of a data set before a training: each image decoded, repeats, captions, sizes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import lasting_names, pixel_digest
-from ldm.data.headers import PictureError, decode, explained
+from ldm.data.headers import ImageError, decode, explained
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
 from ldm.data.profiles import profile_name
 from ldm.data.rows import Problem, RowSource
 from ldm.data.sources import Source
-from ldm.data.splits import SPLITS, split_pictures
+from ldm.data.splits import SPLITS, split_images
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
 """Tokens of each caption, begin and end included."""
@@ -32,7 +32,7 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What decoding a picture showed; `size` is width and height, upright."""
+    """What decoding an image showed; `size` is width and height, upright."""
 
     row: int
     size: tuple[int, int]
@@ -79,7 +79,7 @@ class Report:
 
 
 def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
-    """Return what is wrong with the pictures and captions of a source and what they are like.
+    """Return what is wrong with the images and captions of a source and what they are like.
 
     Decodes in `workers` processes (0: in this one); memory grows by some 10 KB an image. `max_length` is the
     number of tokens that a caption may have.
@@ -109,7 +109,7 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
         **_columns(source),
         "problem kinds": dict(Counter(problem.kind for problem in problems).most_common()),
         "splits": {name: list(owner.values()).count(name) for name in SPLITS},
-        **_picture_statistics(good, config.image_size),
+        **_image_statistics(good, config.image_size),
         "captions": _caption_statistics([source.captions(fact.row) for fact in good], count_tokens, max_length),
     }
     examples = [fact.row for fact in sorted(good, key=lambda fact: fact.digest)[:EXAMPLES]]
@@ -120,7 +120,7 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
 
 
 def place(source: Source, row: int) -> str:
-    """Return what a person finds a row by: the path of its picture in the folder, its name, or its number."""
+    """Return what a person finds a row by: the path of its image in the folder, its name, or its number."""
     if isinstance(source, RowSource):
         return source.where(row)
     return f"row {row}" if source.names is None else source.names[row]
@@ -151,7 +151,7 @@ class _Decoding(Dataset[Facts | Problem]):
                 profile = profile_name(image.info.get("icc_profile"), mode)
                 rgb = to_rgb(decode(image), self.background)
                 return Facts(row, rgb.size, mode, kind, profile, pixel_digest(rgb), look(rgb))
-        except PictureError as error:
+        except ImageError as error:
             return Problem(where, error.kind, str(error), row)
         except OSError as error:
             return Problem(where, "unreadable", error.strerror or str(error), row)
@@ -160,7 +160,7 @@ class _Decoding(Dataset[Facts | Problem]):
 def _decoded(source: Source, config: DataConfig, rows: Sequence[int], workers: int) -> Iterator[Facts | Problem]:
     dataset = _Decoding(source, config.background, rows)
     loader = DataLoader(dataset, batch_size=64, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(rows), desc="decoding", unit="picture", mininterval=1) as bar:
+    with tqdm(total=len(rows), desc="decoding", unit="image", mininterval=1) as bar:
         for several in loader:
             yield from several
             bar.update(len(several))
@@ -179,7 +179,7 @@ def _splits(
     captions, percent = (lambda index: source.all_captions(rows[index])), config.held_out_percent
     owner: dict[int, str] = {}
     try:
-        splits = split_pictures(hashes, captions, config.held_out, percent, config.limit)
+        splits = split_images(hashes, captions, config.held_out, percent, config.limit)
         owner = {rows[index]: name for name, members in splits.indices.items() for index in members}
         splits.filled("validation")
     except (ValueError, OSError) as error:
@@ -235,7 +235,7 @@ def _columns(source: Source) -> dict[str, Any]:
     return {"columns": {"images": source.rows.image_column, "captions": source.rows.caption_column or "none"}}
 
 
-def _picture_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, Any]:
+def _image_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, Any]:
     """Return sizes, modes and formats; `aspect` is width over height."""
     if not facts:
         return {}
@@ -259,14 +259,14 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _caption_statistics(
     captions: Sequence[Sequence[str]], count_tokens: CountTokens, max_length: int
 ) -> dict[str, Any]:
-    """Return how many there are, which stand at several pictures, and how much of them is cut off."""
-    pictures = Counter(caption for several in captions for caption in set(several))
+    """Return how many there are, which stand at several images, and how much of them is cut off."""
+    images = Counter(caption for several in captions for caption in set(several))
     everything = [caption for several in captions for caption in several]
-    repeated = [(caption, count) for caption, count in pictures.most_common() if count > 1]
+    repeated = [(caption, count) for caption, count in images.most_common() if count > 1]
     statistics: dict[str, Any] = {
         "captions": len(everything),
-        "pictures without": sum(not several for several in captions),
-        "at several pictures": len(repeated),
+        "images without": sum(not several for several in captions),
+        "at several images": len(repeated),
         "most repeated": dict(repeated[:EXAMPLES]),
         "longest, characters": max(map(len, everything), default=0),
     }

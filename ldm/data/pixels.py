@@ -1,4 +1,4 @@
-"""From any picture file's mode to RGB, and from RGB to ``pixel_values``."""
+"""From any image file's mode to RGB, and from RGB to ``pixel_values``."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ TURNS = {
 }
 """By EXIF's orientation (EXIF 2.32, table 6); 1 is upright."""
 ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Entries of `Image.info` that may say how a picture is turned."""
+"""Entries of `Image.info` that may say how an image is turned."""
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Return the picture upright, in sRGB, over `background` where it is transparent.
+    """Return the image upright, in sRGB, over `background` where it is transparent.
 
     16-bit and float greys are scaled (PIL's own conversion clips them), the EXIF orientation is applied once and
     its tag dropped, palette and key transparency become alpha before they are composited, a colour profile is
     applied. Metadata that cannot be read changes nothing.
     """
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"picture of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
+        raise ValueError(f"image of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
     image.load()
     image = _upright(image)
     profile = image.info.get("icc_profile")
@@ -51,7 +51,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of a picture, decoded or not; raises nearly anything if it is damaged."""
+    """Return the EXIF orientation, 1 to 8, of an image, decoded or not; raises nearly anything if it is damaged."""
     if isinstance(image, TiffImageFile) or image._exif is not None or any(entry in image.info for entry in ORIENTED):
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of PngImageFile would decode
         return found if found in TURNS else 1
@@ -59,7 +59,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return a copy of the picture as it is to be looked at, which says nothing more of how to turn it."""
+    """Return a copy of the image as it is to be looked at, which says nothing more of how to turn it."""
     try:
         turn = TURNS.get(orientation(image))
     except Exception:  # the pixels are sound: metadata is not worth losing them
@@ -70,9 +70,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:
-    """Return an 8-bit grey picture: integers are 16-bit (65535 is white), floats are 0..1, or 0..255 above that.
+    """Return an 8-bit grey image: integers are 16-bit (65535 is white), floats are 0..1, or 0..255 above that.
 
-    With alpha if the picture has a transparent key value, which has 16 bits too.
+    With alpha if the image has a transparent key value, which has 16 bits too.
     """
     values = np.asarray(image, dtype=np.float64)
     float_scale = 255.0 if values.max() <= 1 else 1.0
@@ -85,14 +85,14 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the central ``image_size`` square of the picture after its shorter side was resized to it."""
+    """Return the central ``image_size`` square of the image after its shorter side was resized to it."""
     if image.size == (image_size, image_size):
         return image
     return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)
 
 
 def to_pixel_values(image: Image.Image) -> Tensor:
-    """Return (3, H, W) float32 in [-1, 1] of an RGB picture."""
+    """Return (3, H, W) float32 in [-1, 1] of an RGB image."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 

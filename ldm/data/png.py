@@ -16,7 +16,7 @@ PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 SHORTEST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 """Bytes that a chunk must have."""
 MOST_TEXT = 2**20
-"""Bytes of all texts of a file, unpacked, and of its colour profile; Pillow refuses a picture with longer ones."""
+"""Bytes of all texts of a file, unpacked, and of its colour profile; Pillow refuses an image with longer ones."""
 
 
 def without_odd_chunks(file: str | BinaryIO) -> tuple[str | BinaryIO, list[str]]:

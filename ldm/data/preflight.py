@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
-from ldm.data.headers import PictureError, decode, explained, metadata_fault
+from ldm.data.headers import ImageError, decode, explained, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 LISTED = 20
 """Problems of a kind that a message lists one by one."""
 SAID = {
-    "unlisted": "%d pictures of the folder are in no row, such as %s",
-    "in no split": "%d rows are of pictures in no split and left out, such as %s",
-    "ignored metadata": "%d pictures have metadata that cannot be read and is ignored, such as %s",
+    "unlisted": "%d images of the folder are in no row, such as %s",
+    "in no split": "%d rows are of images in no split and left out, such as %s",
+    "ignored metadata": "%d images have metadata that cannot be read and is ignored, such as %s",
 }
 """What a training says of kinds of problems that do not stop it: how many, and one of them."""
 
 
 def checked_source(config: DataConfig) -> Source:
-    """Return the pictures that `config` names, all of which can be trained on.
+    """Return the images that `config` names, all of which can be trained on.
 
-    Metadata, paths, headers and captions are looked at, then every picture is decoded, which the split needs anyway
-    and which is kept. Pictures that we make ourselves (openmoji) pass unseen.
+    Metadata, paths, headers and captions are looked at, then every image is decoded, which the split needs anyway
+    and which is kept. Images that we make ourselves (openmoji) pass unseen.
 
     Raises:
         ValueError: something cannot be trained on and `data.on_bad_data` is "error", or nothing can be.
@@ -42,7 +42,7 @@ def checked_source(config: DataConfig) -> Source:
         return source
     began = time.perf_counter()
     found = list(quick_problems(source, config))
-    log.info("looked at %d pictures and captions in %.1f s", len(source), time.perf_counter() - began)
+    log.info("looked at %d images and captions in %.1f s", len(source), time.perf_counter() - began)
     for kind, words in SAID.items():
         if of := [problem for problem in found if problem.kind == kind]:
             log.warning(words, len(of), of[0].where)
@@ -64,7 +64,7 @@ def checked_source(config: DataConfig) -> Source:
 
 
 def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
-    """Yield what is wrong with metadata, paths, headers, captions and classes; no picture is decoded."""
+    """Yield what is wrong with metadata, paths, headers, captions and classes; no image is decoded."""
     yield from source.problems
     for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
@@ -72,7 +72,7 @@ def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
             with source.header(row) as image:
                 if ignored := metadata_fault(image):
                     yield Problem(where, "ignored metadata", ignored, row)
-        except PictureError as error:
+        except ImageError as error:
             yield Problem(where, error.kind, str(error), row)
         except OSError as error:
             yield Problem(where, "unreadable", error.strerror or str(error), row)
@@ -99,12 +99,12 @@ def caption_fault(value: object) -> str | None:
 
 
 def undecodable_problem(source: RowSource, row: int, background: str) -> Problem:
-    """Return why the picture of a row cannot be decoded."""
+    """Return why the image of a row cannot be decoded."""
     try:
         with explained():
             to_rgb(decode(source.header(row)), background)
         reason = "it cannot be decoded"
-    except (PictureError, OSError) as error:
+    except (ImageError, OSError) as error:
         reason = str(error)
     return Problem(source.where(row), "unreadable", reason, row)
 

@@ -1,4 +1,4 @@
-"""Colour profiles of picture files: what their numbers mean, and how they become sRGB, by littleCMS."""
+"""Colour profiles of image files: what their numbers mean, and how they become sRGB, by littleCMS."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Mode of a picture by the colour space of its profile."""
+"""Mode of an image by the colour space of its profile."""
 SAME = 2
 """Levels of 255 by which a profile that is sRGB differs from ours at most: its makers round differently."""
 
@@ -19,7 +19,7 @@ class ProfileError(ValueError):
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the picture, of mode L, RGB or CMYK, as RGB in sRGB, by perceptual intent.
+    """Return the image, of mode L, RGB or CMYK, as RGB in sRGB, by perceptual intent.
 
     A profile that is sRGB, none, or one that cannot be used, changes nothing: pixels are then taken for sRGB.
     """
@@ -34,7 +34,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def profile_name(profile: bytes | None, mode: str) -> str:
-    """Return what a profile of a picture of `mode` is called: "none", "sRGB", or its own description."""
+    """Return what a profile of an image of `mode` is called: "none", "sRGB", or its own description."""
     if not profile:
         return "none"
     try:
@@ -47,7 +47,7 @@ def profile_name(profile: bytes | None, mode: str) -> str:
 
 
 def profile_fault(profile: bytes | None, mode: str) -> str | None:
-    """Return why the profile of a picture of `mode` cannot be used; None if it can, or there is none."""
+    """Return why the profile of an image of `mode` cannot be used; None if it can, or there is none."""
     try:
         if profile:
             _transform(profile, _plain(mode))
@@ -57,11 +57,11 @@ def profile_fault(profile: bytes | None, mode: str) -> str | None:
 
 
 def _plain(mode: str) -> str:
-    """Return which of L, RGB and CMYK the colours of a picture of `mode` become."""
+    """Return which of L, RGB and CMYK the colours of an image of `mode` become."""
     return "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LIF" and mode != "LAB" else "RGB"
 
 
-@lru_cache(maxsize=32)  # the pictures of a data set share a few profiles, and a transform costs milliseconds
+@lru_cache(maxsize=32)  # the images of a data set share a few profiles, and a transform costs milliseconds
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """Return the mode that the profile is for and its transform to sRGB, None for the identity; raises ProfileError."""
     try:
@@ -69,7 +69,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         space = known.profile.xcolor_space
         wanted = MODES.get(space)
         if wanted is None or (wanted == "CMYK") != (mode == "CMYK") or (wanted == "L" and mode != "L"):
-            raise ProfileError(f"a colour profile of {space.strip()}, of a picture in {mode}")
+            raise ProfileError(f"a colour profile of {space.strip()}, of an image in {mode}")
         transform = ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), wanted, "RGB")
         return wanted, None if _is_identity(transform, wanted) else transform
     except ProfileError:

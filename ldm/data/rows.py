@@ -1,4 +1,4 @@
-"""Captioned pictures in rows that were written by others, so that anything in them may be wrong."""
+"""Captioned images in rows that were written by others, so that anything in them may be wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
-from ldm.data.headers import PictureError, decode, inside, open_picture
+from ldm.data.headers import ImageError, decode, inside, open_image
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
@@ -33,7 +33,7 @@ STOPPING = frozenset(
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with one picture or row."""
+    """Something wrong with one image or row."""
 
     where: str
     """Path relative to the folder, or "row 7"."""
@@ -55,7 +55,7 @@ class Problem:
 
 
 class Rows(Protocol):
-    """Where pictures and captions stand, as they stand there."""
+    """Where images and captions stand, as they stand there."""
 
     image_column: str
     caption_column: str | None
@@ -75,7 +75,7 @@ class Rows(Protocol):
         """Return what a person finds row `index` by."""
 
     def file(self, index: int) -> str | BinaryIO:
-        """Return the path or the bytes of a picture; raises PictureError if it has none that may be read."""
+        """Return the path or the bytes of an image; raises ImageError if it has none that may be read."""
 
     def caption_values(self) -> Iterator[object]:
         """Yield what stands in the caption column, row by row."""
@@ -88,7 +88,7 @@ class Rows(Protocol):
 
 
 class RowSource:
-    """A `Source` made of rows, that knows where each of its pictures comes from."""
+    """A `Source` made of rows, that knows where each of its images comes from."""
 
     names = None
 
@@ -105,15 +105,15 @@ class RowSource:
         return len(self.rows)
 
     def header(self, index: int) -> Image.Image:
-        """Return a picture that is not decoded yet; raises as `open_picture` and `Rows.file`."""
-        return open_picture(self.rows.file(index))
+        """Return an image that is not decoded yet; raises as `open_image` and `Rows.file`."""
+        return open_image(self.rows.file(index))
 
     def image(self, index: int) -> Image.Image:
-        """Return the picture of row `index`; raises PictureError with its place if it cannot be read."""
+        """Return the image of row `index`; raises ImageError with its place if it cannot be read."""
         try:
             return decode(self.header(index))
-        except PictureError as error:
-            raise PictureError(f"{self.where(index)}: the picture cannot be read: {error}", error.kind) from error
+        except ImageError as error:
+            raise ImageError(f"{self.where(index)}: the image cannot be read: {error}", error.kind) from error
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of row `index`; null and empty ones are left out."""
@@ -160,16 +160,16 @@ class TableRows:
         self.image_column = _images_of(table.features, image_column)
         self.caption_column = find_captions(caption_column, columns, self.image_column)
         if not isinstance(feature := table.features[self.image_column], datasets.Image):
-            table = _with_pictures(table, self.image_column, feature)
+            table = _with_images(table, self.image_column, feature)
         self.root, self.beside = root, beside
-        self._pictures = table.select_columns([self.image_column]).with_format("arrow")
+        self._images = table.select_columns([self.image_column]).with_format("arrow")
         self._captions = table[self.caption_column] if self.caption_column is not None else [None] * len(table)
         self._labels = table[choose_column("data.class_column", class_column, columns)] if class_column else None
         self._table = table
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._pictures)
+        return len(self._images)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -190,7 +190,7 @@ class TableRows:
 
     def _cell_hashes(self, rows: range) -> dict[str, Tensor]:
         """Return the hash of each row's bytes, 0 where it has none."""
-        cells = self._pictures[rows.start : rows.stop][self.image_column]
+        cells = self._images[rows.start : rows.stop][self.image_column]
         hashes = [
             content_hash(memoryview(cell["bytes"].as_buffer())) if cell.is_valid and cell["bytes"].is_valid else None
             for cell in cells
@@ -211,16 +211,16 @@ class TableRows:
         return f"row {index}"
 
     def file(self, index: int) -> str | BinaryIO:
-        """Return the bytes of the picture, mapped and not yet read, or the path of its file."""
+        """Return the bytes of the image, mapped and not yet read, or the path of its file."""
         from pyarrow import BufferReader
 
-        cell = self._pictures[index][self.image_column][0]
+        cell = self._images[index][self.image_column][0]
         if cell.is_valid and cell["bytes"].is_valid:
             data: BinaryIO = BufferReader(cell["bytes"].as_buffer())
             return data
         path: str | None = cell["path"].as_py() if cell.is_valid else None
         if path is None:
-            raise PictureError("the row has no picture", "missing")
+            raise ImageError("the row has no image", "missing")
         return _downloaded(path) if self.root is None else inside(self.root, os.path.join(self.beside, path))
 
     def caption_values(self) -> Iterator[object]:
@@ -237,7 +237,7 @@ class TableRows:
 
 
 def _downloaded(path: str) -> str:
-    """Return the real path of a file that came from the Hub; raises PictureError for any other: a row can name any."""
+    """Return the real path of a file that came from the Hub; raises ImageError for any other: a row can name any."""
     import datasets
     from huggingface_hub import constants
 
@@ -264,8 +264,8 @@ def _is_bytes(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in BYTES
 
 
-def _with_pictures(table: Any, column: str, feature: Any) -> Any:
-    """Return the table with pictures in `column`; raises ValueError if it holds neither pictures nor image files.
+def _with_images(table: Any, column: str, feature: Any) -> Any:
+    """Return the table with images in `column`; raises ValueError if it holds neither images nor image files.
 
     Parquet files that were not written by `datasets` hold the bytes of image files, or a struct of bytes and path.
     """
@@ -273,7 +273,7 @@ def _with_pictures(table: Any, column: str, feature: Any) -> Any:
 
     kind = getattr(feature, "dtype", "")
     if not _is_bytes(feature) and kind not in PATHS:
-        raise ValueError(f"data.image_column: {column!r} holds {feature}; expected pictures, or bytes of image files")
+        raise ValueError(f"data.image_column: {column!r} holds {feature}; expected images, or bytes of image files")
     if kind.endswith("_view"):  # that of polars, which casts to nothing else
         table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())

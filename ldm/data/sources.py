@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
+"""Where captioned images come from: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm.errors import explained
 
 
 class Source(Protocol):
-    """Captioned pictures by index."""
+    """Captioned images by index."""
 
     @property
     def fingerprint(self) -> str:
@@ -29,13 +29,13 @@ class Source(Protocol):
 
     @property
     def names(self) -> Sequence[str] | None:
-        """A name of each picture that outlives changes of its last bits, None if there is none but its pixels."""
+        """A name of each image that outlives changes of its last bits, None if there is none but its pixels."""
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
 
     def image(self, index: int) -> Image.Image:
-        """Return a picture in whatever mode it has."""
+        """Return an image in whatever mode it has."""
 
     def captions(self, index: int) -> Sequence[str]:
         """Return its captions to choose from, possibly none."""
@@ -61,7 +61,7 @@ class Subset:
         return len(self._rows)
 
     def image(self, index: int) -> Image.Image:
-        """Return a picture in whatever mode it has."""
+        """Return an image in whatever mode it has."""
         return self._source.image(self._rows[index])
 
     def captions(self, index: int) -> Sequence[str]:
@@ -78,7 +78,7 @@ class Subset:
 
 
 def build_source(config: DataConfig) -> Source:
-    """Return the pictures that `config` names."""
+    """Return the images that `config` names."""
     if config.source == "openmoji":
         return OpenMoji(config.image_size, config.languages, config.class_column)
     if config.path is None:
@@ -125,7 +125,7 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
 def source_config(data: str, source: SourceName | None = None, **more: Any) -> DataConfig:
     """Return the config, with values `more`, of what `data` names, read as `source` if that is given.
 
-    That is "openmoji", a folder of pictures with a metadata file, a Parquet file or a folder of them, a folder that
+    That is "openmoji", a folder of images with a metadata file, a Parquet file or a folder of them, a folder that
     `datasets` saved, or else the name of a data set.
     """
     if source is not None:

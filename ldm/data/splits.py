@@ -1,4 +1,4 @@
-"""Train, validation and test: by picture, never by caption."""
+"""Train, validation and test: by image, never by caption."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ class Splits:
         if not self[name]:
             count = sum(map(len, self.indices.values()))
             raise ConfigError(
-                f"the {name} split has no pictures, of {count} in all; a training needs two or more that differ, one "
+                f"the {name} split has no images, of {count} in all; a training needs two or more that differ, one "
                 "of them for validation: by data.held_out_percent above 0, or by captions in data.held_out; data.limit "
                 "may leave too few"
             )
         return self[name]
 
 
-def split_pictures(
+def split_images(
     hashes: Sequence[str],
     all_captions: Callable[[int], Sequence[str]],
     held_out: Mapping[str, str],
     held_out_percent: float,
     limit: int | None = None,
 ) -> Splits:
-    """Return the splits of pictures with these pixel `hashes`; pictures of equal pixels always share a split.
+    """Return the splits of images with these pixel `hashes`; images of equal pixels always share a split.
 
-    `held_out` maps "validation" and "test" to files of captions, a line each: every picture that has one of them, in
-    any language, and every picture equal to such a one, goes there. Without it, `held_out_percent` of the pictures
-    go to each of the two by their hash, so that a growing data set never moves a picture.
+    `held_out` maps "validation" and "test" to files of captions, a line each: every image that has one of them, in
+    any language, and every image equal to such a one, goes there. Without it, `held_out_percent` of the images
+    go to each of the two by their hash, so that a growing data set never moves an image.
 
-    Of sets so small that this leaves no picture for validation, one is taken from two or more for training, and this is
-    logged: the one nearest to validation by its hash. It is the only picture that may be trained on when the set grows,
-    and then `held_out_hash` is another. No picture that was trained on is ever held out by it.
+    Of sets so small that this leaves no image for validation, one is taken from two or more for training, and this is
+    logged: the one nearest to validation by its hash. It is the only image that may be trained on when the set grows,
+    and then `held_out_hash` is another. No image that was trained on is ever held out by it.
 
-    With a `limit`, that many pictures are kept, the first by another hash, which favours no split.
+    With a `limit`, that many images are kept, the first by another hash, which favours no split.
     """
     unknown = sorted(set(held_out) - {"validation", "test"})
     if unknown:
@@ -70,28 +70,28 @@ def split_pictures(
     for index in kept:
         members[owner.get(hashes[index], "train")].append(index)
     if not members["train"]:
-        raise ConfigError("every picture is held out; nothing is left to train on")
+        raise ConfigError("every image is held out; nothing is left to train on")
     held = sorted(value for value in set(hashes) if owner.get(value, "train") != "train")
     digest = blake2b("\n".join(held).encode(), digest_size=16).hexdigest()
     return Splits({name: tuple(rows) for name, rows in members.items()}, digest)
 
 
 def _kept(hashes: Sequence[str], limit: int | None) -> Sequence[int]:
-    """Return the indices of the first `limit` pictures by a hash of their hashes, in order; None: of all."""
+    """Return the indices of the first `limit` images by a hash of their hashes, in order; None: of all."""
     if limit is None:
         return range(len(hashes))
     return sorted(sorted(range(len(hashes)), key=lambda index: _place(hashes[index], b"limit"))[:limit])
 
 
 def _hold_one_out(owner: dict[str, str], kept: Collection[str], percent: float) -> None:
-    """Give one of the `kept` pictures to validation if it has none and training has two or more."""
+    """Give one of the `kept` images to validation if it has none and training has two or more."""
     train = [value for value in kept if owner[value] == "train"]
     if len(train) < 2 or any(owner[value] == "validation" for value in kept):
         return
     owner[min(train, key=_place)] = "validation"
     log.warning(
-        "data.held_out_percent %g of %d pictures leaves none for validation: one is taken from training, and goes back "
-        "to it when the set grows; raise it, or name captions in data.held_out, to hold pictures out for good",
+        "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and goes back "
+        "to it when the set grows; raise it, or name captions in data.held_out, to hold images out for good",
         percent, len(kept),
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _by_caption(
             found |= {caption} & wanted.keys()
     if missing := sorted(wanted.keys() - found):
         raise ConfigError(
-            f"data.held_out: {len(missing)} of {len(wanted)} captions belong to no picture, such as {missing[0]!r}"
+            f"data.held_out: {len(missing)} of {len(wanted)} captions belong to no image, such as {missing[0]!r}"
         )
     return owner
 

@@ -110,7 +110,7 @@ def agreement(objective: Objective, scheduler: Any, num_inference_steps: int) ->
     warnings = []
     if not faults and abs(few - 1) > FEW_STEPS_TOLERANCE:
         warnings.append(
-            f"validation.num_inference_steps {num_inference_steps}: too few for this path, pictures will be flat or "
+            f"validation.num_inference_steps {num_inference_steps}: too few for this path, images will be flat or "
             "blurred; 20 or more are usual"
         )
     remedy = f"; {'; '.join(faults)}: sample with ldm.models.scheduler.build_scheduler of the objective trained"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ldm.doctor.plan import Plan
 from ldm.machine import memory_bytes
 from ldm.training.loop import TIMED_STEPS, Loop
 from ldm.training.run import Run
-from ldm.training.steps import AutoencoderStep, DiffusionStep
+from ldm.training.steps import Step
 from ldm.training.updates import update_norms, weights
 
 GIB = 2**30
@@ -116,7 +116,7 @@ class Cost:
 
 
 def measure_cost(
-    step: DiffusionStep | AutoencoderStep,
+    step: Step,
     train: PositionDataset,
     optim: OptimConfig,
     run: Run,
@@ -134,7 +134,7 @@ def measure_cost(
         torch.cuda.reset_peak_memory_stats()
     # logged now and then, as in training: the peak has the copies of such a step, and the median its neighbours' time
     limits = replace(bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), log_every_steps=MEASURED_STEPS)
-    loop: Loop[Batch] = Loop(cast(Any, step), gentle, limits, run, epoch_steps=1, resumable=False)
+    loop: Loop[Batch] = Loop(step, gentle, limits, run, epoch_steps=1, resumable=False)
     watch = Stopwatch()
     loop.fit(partial(watch.timed, partial(training_batches, train)))
     memory = kept_memory(step, {name: one.optimizer for name, one in loop.optimizers.items()}, activations)
@@ -159,9 +159,7 @@ def measure_cost(
     )
 
 
-def kept_memory(
-    step: DiffusionStep | AutoencoderStep, optimizers: Mapping[str, torch.optim.Optimizer], activations: int
-) -> Memory:
+def kept_memory(step: Step, optimizers: Mapping[str, torch.optim.Optimizer], activations: int) -> Memory:
     """Return the bytes of what training keeps, after its first steps; `activations` as in `Memory`.
 
     Takes another step, without gradient.
@@ -235,10 +233,9 @@ def parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def everything(step: DiffusionStep | AutoencoderStep) -> list[nn.Module]:
+def everything(step: Step) -> list[nn.Module]:
     """Return the networks that a step holds, but for its averages."""
-    frozen = step.stage.space if isinstance(step, DiffusionStep) else step
-    return [*step.modules.values(), *(part for part in vars(frozen).values() if isinstance(part, nn.Module))]
+    return [*step.modules.values(), *step.frozen_networks]
 
 
 @contextlib.contextmanager
@@ -289,7 +286,7 @@ def _storages(tree: Any) -> dict[Any, int]:
     return {StorageWeakRef(storage): storage.nbytes() for storage in storages}  # type: ignore[no-untyped-call]
 
 
-def _one_pass(step: DiffusionStep | AutoencoderStep, batch: Batch, run: Run) -> tuple[int, int, int]:
+def _one_pass(step: Step, batch: Batch, run: Run) -> tuple[int, int, int]:
     """Return the FLOPs and operators of both passes over `batch`, and the bytes kept between the two."""
     with run.attention(), FlopCounterMode(display=False) as counter, _Operations() as operations:  # type: ignore[no-untyped-call]
         with kept_for_backward(parameters(step.modules.values())) as kept:

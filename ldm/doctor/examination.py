@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config import AutoencoderConfig, RunConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.doctor.agreement import agreement
 from ldm.doctor.cost import Cost, measure_cost
-from ldm.doctor.findings import Finding, report
+from ldm.doctor.findings import Finding
 from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
-from ldm.evaluation.pictures import comparison_sheet, image_grid, written
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.images import comparison_sheet, image_grid, written
+from ldm.evaluation.sampling import sample_images
+from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
 from ldm.training.alarms import SCALE, faults_before
 from ldm.training.progress import planned_steps
@@ -36,24 +37,24 @@ from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
 
 log = logging.getLogger(__name__)
-C = TypeVar("C", StageConfig, AutoencoderConfig)
+C = TypeVar("C", bound=RunConfig)
 
 BATCH = 8
-"""Pictures that are learned by heart."""
+"""Images that are learned by heart."""
 LEFT = 0.6
 """Of the loss of a denoiser, or of the squared error of an autoencoder, at most so much may be left of the start."""
 LEFT_PRETRAINED = 0.95
 """The same where training goes on from weights that have learned already."""
 LEFT_FEW, ENOUGH_STEPS = 0.995, 50
 """The same where there was time for fewer steps than these, on a slow machine: they only have to help."""
-ROUND_TRIP_PICTURES = 64
-SCALE_PICTURES = 256
+ROUND_TRIP_IMAGES = 64
+SCALE_IMAGES = 256
 LEVELS = 1
-"""Of 255: what a reloaded pipeline's picture may differ."""
+"""Of 255: what a reloaded pipeline's image may differ."""
 
 
 def examined(config: C) -> C:
-    """Return `config` as the doctor has it: in the folder ``OUTPUT_DIR/doctor``, emptied here, and told to nobody.
+    """Return `config` as the doctor has it: in the folder ``OUTPUT_DIR/doctor``, emptied here, and never pushed.
 
     Raises:
         SystemExit: there are several processes.
@@ -73,48 +74,37 @@ def examined(config: C) -> C:
     )
 
 
-def examine_stage(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> None:
-    """Look at everything that a training of `config` consists of, and print and write what is found.
-
-    Raises:
-        SystemExit: with code 1 if something is wrong.
-
-    """
+def stage_findings(
+    config: StageConfig, kind: PipelineKind, step: DiffusionStep, validation: Validation, train: PositionDataset
+) -> Iterator[Finding]:
+    """Yield what is found of everything that the training of a stage consists of."""
     space, images, folder = step.stage.space, train.images, step.run.folder
-
-    def findings() -> Iterator[Finding]:
-        if space.networks:  # pixels are what they are
-            yield unit_scale(step, fixed_batch(train, SCALE_PICTURES))
-            yield round_trip(space, images.first_pictures("validation", ROUND_TRIP_PICTURES), folder)
-        pipeline: Any = validation.pipeline
-        yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
-        yield conditions(config, validation, train)
-        with restored(step):
-            log.info("learning %d pictures by heart", BATCH)
-            yield stage_overfit(config, step, train, validation)
-        log.info("measuring steps, a validation and a checkpoint")
-        cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
-        yield same_sample(config, validation, train, folder)
-        yield from cost_findings(config, cost, len(train))
-
-    report(findings(), folder)
+    if space.networks:  # pixels are what they are
+        yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
+        yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
+    pipeline: Any = validation.pipeline
+    yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
+    yield conditions(config, validation, train)
+    with restored(step):
+        log.info("learning %d images by heart", BATCH)
+        yield stage_overfit(config, step, train, validation)
+    log.info("measuring steps, a validation and a checkpoint")
+    cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
+    yield same_sample(config, kind, validation, train, folder)
+    yield from cost_findings(config, cost, len(train))
 
 
-def examine_autoencoder(
-    config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset, validate: Callable[[int], None]
-) -> None:
-    """Do the same for an autoencoder: what it learns, its plan and its cost, with a discriminator from the start."""
+def autoencoder_findings(
+    config: AutoencoderConfig, step: AutoencoderStep, validate: Callable[[int], None], train: PositionDataset
+) -> Iterator[Finding]:
+    """Yield the same of an autoencoder: what it learns, its plan and its cost, with a discriminator from the start."""
     step.config = replace(step.config, discriminator_start_step=0)
-
-    def findings() -> Iterator[Finding]:
-        with restored(step):
-            log.info("learning %d pictures by heart", BATCH)
-            yield autoencoder_overfit(config, step, train)
-        log.info("measuring steps, a validation and a checkpoint")
-        cost = measure_cost(step, train, config.optim, step.run, partial(validate, 0))
-        yield from cost_findings(config, cost, len(train))
-
-    report(findings(), step.run.folder)
+    with restored(step):
+        log.info("learning %d images by heart", BATCH)
+        yield autoencoder_overfit(config, step, train)
+    log.info("measuring steps, a validation and a checkpoint")
+    cost = measure_cost(step, train, config.optim, step.run, partial(validate, 0))
+    yield from cost_findings(config, cost, len(train))
 
 
 def conditions(config: StageConfig, validation: Validation, train: PositionDataset) -> Finding:
@@ -129,27 +119,27 @@ def conditions(config: StageConfig, validation: Validation, train: PositionDatas
 
 
 def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> Finding:
-    """Return whether the denoiser learns a few pictures by heart, and draw what it then makes of their captions."""
+    """Return whether the denoiser learns a few images by heart, and draw what it then makes of their captions."""
     batch = fixed_batch(train, BATCH)
     draws = drawn(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
-        generated = validation.sample(validation.told(batch.pictures), guidance_scale=1.0)
+        generated = validation.sample(validation.asked(batch.rows), guidance_scale=1.0)
     except FloatingPointError as error:
-        log.warning("no picture of what was learned: %s", error)
+        log.warning("no image of what was learned: %s", error)
     else:
-        true = np.stack([np.asarray(train.images.image(picture)) for picture in batch.pictures])
-        sheet = comparison_sheet(written(validation.told(batch.pictures)), generated, true)
+        true = np.stack([np.asarray(train.images.image(row)) for row in batch.rows])
+        sheet = comparison_sheet(written(validation.asked(batch.rows)), generated, true)
         sheet.save(step.run.folder / "overfit.png")
-    return overfit_finding(config, found, f"loss on {len(batch)} pictures", "pretrained" in config.denoiser)
+    return overfit_finding(config, found, f"loss on {len(batch)} images", "pretrained" in config.denoiser)
 
 
 def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset) -> Finding:
-    """Return whether the autoencoder learns a few pictures by heart, and draw them over what it makes of them."""
+    """Return whether the autoencoder learns a few images by heart, and draw them over what it makes of them."""
     batch = fixed_batch(train, BATCH)
     pixel_values, module = batch.pixel_values, step.modules["autoencoder"]
     if pixel_values is None:
-        raise ValueError("an autoencoder is examined on pictures, got cached latents")
+        raise ValueError("an autoencoder is examined on images, got cached latents")
 
     def squared_error() -> float:
         return float((reconstruct(module.autoencoder, pixel_values) - pixel_values).square().mean())
@@ -157,11 +147,11 @@ def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train:
     found = overfit(step, batch, config.optim, step.run, squared_error)
     rows = torch.cat([to_uint8(pixel_values), to_uint8(reconstruct(module.autoencoder, pixel_values).nan_to_num())])
     image_grid(rows.numpy(), len(batch)).save(step.run.folder / "overfit.png")
-    what = f"squared error of {len(batch)} pictures"
+    what = f"squared error of {len(batch)} images"
     return overfit_finding(config, found, what, "pretrained" in config.autoencoder)
 
 
-def overfit_finding(config: StageConfig | AutoencoderConfig, found: Overfit, what: str, pretrained: bool) -> Finding:
+def overfit_finding(config: RunConfig, found: Overfit, what: str, pretrained: bool) -> Finding:
     """Return whether `found` is far enough."""
     most = LEFT_FEW if found.steps < ENOUGH_STEPS else LEFT_PRETRAINED if pretrained else LEFT
     ok = found.left < most  # NaN is not
@@ -175,23 +165,25 @@ def overfit_finding(config: StageConfig | AutoencoderConfig, found: Overfit, wha
     return Finding("overfits one batch", ok, text if ok else f"{text}; expected less than {most:g}: try {advice}")
 
 
-def same_sample(config: StageConfig, validation: Validation, train: PositionDataset, folder: Path) -> Finding:
-    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same picture of a caption.
+def same_sample(
+    config: StageConfig, kind: PipelineKind, validation: Validation, train: PositionDataset, folder: Path
+) -> Finding:
+    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same image of a caption.
 
-    A learned variance and classes are for our class alone, which is then what is loaded. One that cannot be loaded is
-    wrong too.
+    What that class samples otherwise, and a learned variance, is loaded with ours. One that cannot be loaded is wrong
+    too.
     """
-    pipeline, told = validation.pipeline, validation.step.told
-    stock = config.objective.variational_weight is None and told == "prompt"
-    kind = DiffusionPipeline if stock else type(pipeline)
-    prompts = validation.told(fixed_batch(train, 1).pictures)
+    pipeline = validation.pipeline
+    stock = config.objective.variational_weight is None and kind.stock_equal
+    loader = DiffusionPipeline if stock else type(pipeline)
+    prompts = validation.asked(fixed_batch(train, 1).rows)
     # PixArt's stock pipeline reads nothing else than lower case
     prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     sample = partial(
-        sample_pictures,
+        sample_images,
         prompts=prompts,
         seed=config.seed,
-        told=told,
+        asked=validation.step.condition.keyword,
         num_inference_steps=min(config.validation.num_inference_steps, 10),
         guidance_scale=config.validation.guidance_scale,
     )
@@ -199,28 +191,28 @@ def same_sample(config: StageConfig, validation: Validation, train: PositionData
     with tempfile.TemporaryDirectory(dir=folder) as place:
         pipeline.save_pretrained(place)
         try:
-            loaded = kind.from_pretrained(place, use_safetensors=True).to(pipeline.device)
+            loaded = loader.from_pretrained(place, use_safetensors=True).to(pipeline.device)
         except Exception as error:  # libraries raise every kind
-            return Finding(name, False, f"{kind.__name__} cannot load what was saved: {error}")
+            return Finding(name, False, f"{loader.__name__} cannot load what was saved: {error}")
     loaded.set_progress_bar_config(disable=True)
     one, other = sample(pipeline).astype(int), sample(loaded).astype(int)
     levels = int(abs(one - other).max())
-    how = "exactly the picture" if levels == 0 else f"within {levels} of 255 levels the picture"
+    how = "exactly the image" if levels == 0 else f"within {levels} of 255 levels the image"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
     remedy = f"; at most {LEVELS} is expected: a component is saved with other weights or another config than it has"
     return Finding(name, levels <= LEVELS, text + ("" if levels <= LEVELS else remedy))
 
 
-def cost_findings(config: StageConfig | AutoencoderConfig, cost: Cost, pictures: int) -> Iterator[Finding]:
+def cost_findings(config: RunConfig, cost: Cost, images: int) -> Iterator[Finding]:
     """Yield what the plan, this machine and the other one of ``doctor`` come to."""
-    steps = planned_steps(config.loop, pictures / config.data.batch_size)
+    steps = planned_steps(config.loop, images / config.data.batch_size)
     if config.loop.max_train_seconds is not None:
         steps = cost.steps(config.loop.max_train_seconds)
-    plan = Plan(pictures, config.data.batch_size, steps or 1, config.loop, config.optim)
+    plan = Plan(images, config.data.batch_size, steps or 1, config.loop, config.optim)
     faults = list(plan.faults())
     yield Finding("plan", not faults, "; ".join([plan.text(), *faults]), tuple(plan.oddities()))
-    told = config.doctor
-    price = told.price_per_hour if told is not None and told.gpu_tflops is None else None
+    other = config.doctor
+    price = other.price_per_hour if other is not None and other.gpu_tflops is None else None
     fault = cost.memory_fault()
     numbers = {"steps": plan.steps, "step_seconds": cost.step_seconds, "seconds": cost.seconds(plan)}
     numbers |= {
@@ -230,8 +222,8 @@ def cost_findings(config: StageConfig | AutoencoderConfig, cost: Cost, pictures:
     }
     text = "; ".join(filter(None, [cost.text(plan, price), fault]))
     yield Finding("cost", fault is None, text, numbers=numbers)
-    if told is not None and (told.gpu_tflops is not None or told.gpu_memory_gib is not None):
-        there = forecast(cost, plan, told)
-        told_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
-        numbers = {name: number for name, number in told_numbers.items() if number is not None}
+    if other is not None and (other.gpu_tflops is not None or other.gpu_memory_gib is not None):
+        there = forecast(cost, plan, other)
+        its_numbers = {"step_seconds": there.step_seconds, "hours": there.hours}
+        numbers = {name: number for name, number in its_numbers.items() if number is not None}
         yield Finding("another machine", there.fits is not False, there.text, numbers=numbers)

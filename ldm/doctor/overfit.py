@@ -1,4 +1,4 @@
-"""A few pictures learned by heart: what cannot learn eight pictures learns no more of them."""
+"""A few images learned by heart: what cannot learn eight images learns no more of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 
@@ -15,7 +14,7 @@ from ldm.data.batches import Batch
 from ldm.training.loop import Loop
 from ldm.training.run import Run
 from ldm.training.state import load_trained, trained_state
-from ldm.training.steps import AutoencoderStep, DiffusionStep
+from ldm.training.steps import DiffusionStep, Step
 
 MAX_STEPS = 300
 MAX_SECONDS = 25.0
@@ -54,9 +53,7 @@ def mean_loss(step: DiffusionStep, batches: Sequence[Batch]) -> float:
     return float(torch.stack(losses).mean())
 
 
-def overfit(
-    step: DiffusionStep | AutoencoderStep, batch: Batch, optim: OptimConfig, run: Run, measure: Callable[[], float]
-) -> Overfit:
+def overfit(step: Step, batch: Batch, optim: OptimConfig, run: Run, measure: Callable[[], float]) -> Overfit:
     """Return how far training on `batch` alone brings down `measure`, in `MAX_STEPS` or `MAX_SECONDS`.
 
     However slow the machine, no fewer than `WARM_UP` steps, before which the learning rate is not what is asked about.
@@ -74,7 +71,7 @@ def overfit(
 
     peak = replace(optim, decay="constant", warmup_steps=min(optim.warmup_steps, WARM_UP))
     limits = bounded(run.config, MAX_STEPS)
-    loop: Loop[Batch] = Loop(cast(Any, step), peak, limits, run, epoch_steps=1, resumable=False)
+    loop: Loop[Batch] = Loop(step, peak, limits, run, epoch_steps=1, resumable=False)
     try:
         loop.fit(batches)
         end = measure()
@@ -99,7 +96,7 @@ def bounded(config: LoopConfig, steps: int) -> LoopConfig:
 
 
 @contextlib.contextmanager
-def restored(step: DiffusionStep | AutoencoderStep) -> Iterator[None]:
+def restored(step: Step) -> Iterator[None]:
     """Put the weights and averages back as they were before."""
     pairs = [(module, module) for module in step.modules.values()]
     pairs += [(average.module, average.original) for average in step.averages.values()]

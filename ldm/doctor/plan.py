@@ -13,7 +13,7 @@ from ldm.config import LoopConfig, OptimConfig
 class Plan:
     """What a run of `steps` optimiser steps amounts to."""
 
-    pictures: int
+    images: int
     batch_size: int
     steps: int
     loop: LoopConfig
@@ -21,12 +21,12 @@ class Plan:
 
     @property
     def epoch_steps(self) -> float:
-        """Steps in which each picture is seen once."""
-        return self.pictures / self.batch_size
+        """Steps in which each image is seen once."""
+        return self.images / self.batch_size
 
     @property
     def epochs(self) -> float:
-        """How often each picture is seen."""
+        """How often each image is seen."""
         return self.steps / self.epoch_steps
 
     @property
@@ -54,8 +54,8 @@ class Plan:
         loop, seconds = self.loop, self.loop.max_train_seconds
         what = f"{self.steps:,} steps" if seconds is None else f"{seconds:g} s are about {self.steps:,} steps"
         return (
-            f"{self.pictures:,} training pictures, {self.batch_size:,} a step: {self.epoch_steps:.1f} steps an epoch; "
-            f"{what} = {self.epochs:.1f} epochs: each picture is seen {_times(self.epochs)}; validation every "
+            f"{self.images:,} training images, {self.batch_size:,} a step: {self.epoch_steps:.1f} steps an epoch; "
+            f"{what} = {self.epochs:.1f} epochs: each image is seen {_times(self.epochs)}; validation every "
             f"{loop.validate_every_steps:,} steps ({self.validations:,} in all), checkpoints every "
             f"{loop.save_every_steps:,} ({self.checkpoints:,} in all); warm-up is "
             f"{self.optim.warmup_steps / self.steps:.1%} of the steps, the half-life of the averages "
@@ -77,11 +77,11 @@ class Plan:
             share = self.optim.warmup_steps / self.steps
             yield f"optim.warmup_steps: {share:.0%} of the run is warm-up; a tenth is usual"
         if self.epochs < 1:
-            yield f"less than one epoch: {1 - self.epochs:.0%} of the pictures are never seen; train longer"
-        if self.batch_size > self.pictures:
+            yield f"less than one epoch: {1 - self.epochs:.0%} of the images are never seen; train longer"
+        if self.batch_size > self.images:
             yield (
-                f"data.batch_size {self.batch_size:,} is larger than the data: each step sees a picture "
-                f"{self.batch_size / self.pictures:.1f} times; use a smaller one"
+                f"data.batch_size {self.batch_size:,} is larger than the data: each step sees an image "
+                f"{self.batch_size / self.images:.1f} times; use a smaller one"
             )
         for name, every in (("save", loop.save_every_steps), ("validate", loop.validate_every_steps)):
             if every > self.steps:

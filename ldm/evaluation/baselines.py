@@ -1,7 +1,7 @@
 """What follows no caption, and must stand beside a number that is to say that a model does.
 
-- the copier answers a caption with the picture of the nearest training caption: what a look-up table gets;
-- shuffled captions: the generated pictures, captions exchanged: what is left is not prompt following.
+- the copier answers a caption with the image of the nearest training caption: what a look-up table gets;
+- shuffled captions: the generated images, captions exchanged: what is left is not prompt following.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def nearest_training_captions(captions: Sequence[str], training_captions: Sequen
 
 
 def derangement(own_index: Indices, seed: int = 0) -> Indices:
-    """Return a permutation of 0..N-1 under which nothing keeps its own picture, fixed by the seed.
+    """Return a permutation of 0..N-1 under which nothing keeps its own image, fixed by the seed.
 
-    ``own_index[result[i]] != own_index[i]`` everywhere: no fixed point, even where captions share a picture.
+    ``own_index[result[i]] != own_index[i]`` everywhere: no fixed point, even where captions share an image.
     Raises where more than half of the captions share one.
     """
     _, group = np.unique(own_index, return_inverse=True)
     sizes = np.bincount(group)
     widest = int(sizes.max(initial=0))
     if widest * 2 > len(group) or not widest:
-        raise ValueError(f"{widest} of {len(group)} captions have the same picture; at most half may")
+        raise ValueError(f"{widest} of {len(group)} captions have the same image; at most half may")
     shuffled = np.random.default_rng(seed).permutation(len(sizes))[group]
-    order = np.argsort(shuffled, kind="stable")  # captions of one picture side by side
+    order = np.argsort(shuffled, kind="stable")  # captions of one image side by side
     result = np.empty(len(group), np.int64)
     result[order] = np.roll(order, widest)
     return result

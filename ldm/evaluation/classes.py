@@ -1,4 +1,4 @@
-"""Whether pictures show the class that was asked for: a linear judge of features, and the section of a report."""
+"""Whether images show the class that was asked for: a linear judge of features, and the section of a report."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import cast
 
 import numpy as np
 
+from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.measure import Indices, mean_of
-from ldm.evaluation.pictures import contact_sheet
-from ldm.evaluation.report import Picture, Row, Section
+from ldm.evaluation.report import Figure, Row, Section
 from ldm.evaluation.retrieval import Images
 from ldm.evaluation.subject import Features
 
 RIDGE = 0.1
 """Share of the mean variance of the features that is added to each."""
 SHOWN_CLASSES = 12
-SHOWN_PICTURES = 8
+SHOWN_IMAGES = 8
 
 
 class ClassJudge:
-    """Ridge regression from features of true training pictures to their classes, each class of the same weight.
+    """Ridge regression from features of true training images to their classes, each class of the same weight.
 
     The network of the features is one that the judged model was not trained against, so neither is the judge.
     """
@@ -29,7 +29,7 @@ class ClassJudge:
         """Tell the classes of `labels`, (N,), apart, or those `chosen` of them; ValueError if there are not two."""
         known = sorted(set(labels))
         if missing := sorted(set(chosen or ()) - set(known)):
-            raise ValueError(f"classes: no training picture has {missing[0]}; there are {known}")
+            raise ValueError(f"classes: no training image has {missing[0]}; there are {known}")
         self.classes: Indices = np.array(sorted(set(chosen)) if chosen else known)
         if len(self.classes) < 2:
             raise ValueError(f"classes: got {self.classes.tolist()}; expected two or more, to tell them apart")
@@ -44,7 +44,7 @@ class ClassJudge:
         self._slopes = np.linalg.solve(covariance + ridge, (x * weight[:, None]).T @ y)
 
     def __call__(self, features: Features) -> Indices:
-        """Return the class of each picture, (N,)."""
+        """Return the class of each image, (N,)."""
         return cast(Indices, self.classes[((features - self._mean) @ self._slopes).argmax(1)])
 
 
@@ -53,8 +53,8 @@ def class_section(
 ) -> Section:
     """Return how often the judge finds the class that was asked for.
 
-    drawn: `per_class` pictures of each of the `classes` in turn. answers: what the judge found and what was asked for,
-    (N,) each, of "generated" pictures, and of the true ones of these classes as "ceiling", if any are held out.
+    drawn: `per_class` images of each of the `classes` in turn. answers: what the judge found and what was asked for,
+    (N,) each, of "generated" images, and of the true ones of these classes as "ceiling", if any are held out.
     """
     right = {name: mean_of(found == asked) for name, (found, asked) in answers.items()}
     found, asked = answers["generated"]
@@ -71,12 +71,12 @@ def class_section(
             {"shuffled": mean_of(found[others == label] == label)})
         for label in classes
     ]  # fmt: skip
-    columns = min(per_class, SHOWN_PICTURES)
+    columns = min(per_class, SHOWN_IMAGES)
     shown = np.arange(len(drawn)).reshape(-1, per_class)[:SHOWN_CLASSES, :columns].flatten()
     sheet = contact_sheet([f"class {label}" for label in asked[shown]], drawn[shown], columns)
     text = (
-        f"{per_class} pictures of each of {len(classes)} classes. A linear judge, fitted to the features of the true "
-        "training pictures, says which class each picture shows. Ceiling: the true held-out pictures, of whichever "
-        "classes they are of. Shuffled: our pictures of the class before."
+        f"{per_class} images of each of {len(classes)} classes. A linear judge, fitted to the features of the true "
+        "training images, says which class each image shows. Ceiling: the true held-out images, of whichever "
+        "classes they are of. Shuffled: our images of the class before."
     )
-    return Section("Which class is it?", text, rows, (), [Picture("Pictures of classes", "", sheet)])
+    return Section("Which class is it?", text, rows, (), [Figure("Images of classes", "", sheet)])

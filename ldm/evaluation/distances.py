@@ -1,4 +1,4 @@
-"""How far the pictures of a model are from real ones, as sets: two distances between clouds of features."""
+"""How far the images of a model are from real ones, as sets: two distances between clouds of features."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 from ldm.evaluation.measure import DRAWS, Measure
 
 Features = NDArray[np.floating]
-"""One row for each picture, (N, D)."""
+"""One row for each image, (N, D)."""
 
 FRECHET_DRAWS = 200
-"""Resamples for a Frechet distance: each takes the singular values of a matrix, which for 200 pictures is 200 x 200."""
+"""Resamples for a Frechet distance: each takes the singular values of a matrix, which for 200 images is 200 x 200."""
 
 
 def kid(features: Features, reference: Features, draws: int = DRAWS, seed: int = 0) -> Measure:
     """Return the kernel inception distance of `features`, (N, D), from `reference`, (M, D), two rows each at least.
 
-    Squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``, the unbiased estimator over all pictures
+    Squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``, the unbiased estimator over all images
     (Binkowski et al. 2018, eq. 4): 0 in expectation, and as often below it, if both come from one distribution.
-    Pictures are not divided into subsets, whose number would decide the interval. It is that of resamples of both sets
-    (a picture drawn twice makes no pair with itself: it would pull every resample up).
+    Images are not divided into subsets, whose number would decide the interval. It is that of resamples of both sets
+    (an image drawn twice makes no pair with itself: it would pull every resample up).
     """
     features, reference = _checked(features, reference)
     count, other = len(features), len(reference)
@@ -37,20 +37,20 @@ def frechet_distance(features: Features, reference: Features, draws: int = FRECH
     """Return the squared Frechet distance of two Gaussians with the moments of `features` and `reference`, (N, D).
 
     ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (Heusel et al. 2017). It falls with N, so compare none of other N:
-    of 200 pictures it is large even where both sets come from one distribution. No root of a matrix is taken: for
+    of 200 images it is large even where both sets come from one distribution. No root of a matrix is taken: for
     centred A and B with ``S1 = A^T A`` and ``S2 = B^T B`` that trace is the sum of the singular values of ``A B^T``,
-    exact also where N < D. The interval is that of resamples of both sets, moved onto the value: in a resample pictures
-    repeat, and the distance of fewer different pictures is larger. Where N < D it is rather too wide than too narrow.
+    exact also where N < D. The interval is that of resamples of both sets, moved onto the value: in a resample images
+    repeat, and the distance of fewer different images is larger. Where N < D it is rather too wide than too narrow.
 
     Raises:
-        ValueError: the two sets differ in size, or have fewer than two pictures.
+        ValueError: the two sets differ in size, or have fewer than two images.
 
     """
     features, reference = _checked(features, reference)
     count = len(features)
     if count != len(reference):
         raise ValueError(
-            f"{count} pictures against {len(reference)}: a Frechet distance depends on how many there are; take as many"
+            f"{count} images against {len(reference)}: a Frechet distance depends on how many there are; take as many"
         )
     if 2 * count < features.shape[1]:  # turned into the space that all rows span: fewer columns, the same distances
         features, reference = np.split(np.asarray(np.linalg.qr(np.vstack([features, reference]).T, mode="r")).T, 2)
@@ -74,7 +74,7 @@ def _mean_of_pairs(features: Features, times: Features) -> Features:
     kernel = _kernel(features, features)
     np.fill_diagonal(kernel, 0)
     pairs = times.sum(1) ** 2 - (times**2).sum(1)
-    with np.errstate(invalid="ignore"):  # two pictures, and a resample drew one of them twice
+    with np.errstate(invalid="ignore"):  # two images, and a resample drew one of them twice
         means: Features = ((times @ kernel) * times).sum(1) / pairs
     return means
 

@@ -1,4 +1,4 @@
-"""A pipeline, the held-out pictures that it is measured on, and the network that measures: question by question."""
+"""A pipeline, the held-out images that it is measured on, and the network that measures: question by question."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from ldm.data.sources import source_config
 from ldm.evaluation import sections
 from ldm.evaluation.baselines import nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
+from ldm.evaluation.conditions import CONDITIONS
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
+from ldm.evaluation.images import Images, pixel_values
 from ldm.evaluation.leaks import refuse_leaks, refuse_teacher
 from ldm.evaluation.likelihood import bound_section, check_bound, variational_bound
 from ldm.evaluation.measure import Indices, Measure, mean_of
-from ldm.evaluation.pictures import Images, pixel_values
 from ldm.evaluation.report import Report, Section
 from ldm.evaluation.retrieval import retrieval_ranks
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.sampling import sample_images
 from ldm.evaluation.subject import Subject
 from ldm.files import read_lines
 from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
-from ldm.models.pipeline import call_settings, image_size, load_pipeline, told_by
+from ldm.models.pipeline import asked_by, call_settings, image_size, load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
 
@@ -84,7 +85,7 @@ def read_as_trained(
     if source is not None and source != config.source and "source" not in options:
         _say(f"read as {config.source}; the model's training read its data as {source} (--source)")
     if "test" not in files and files:
-        raise ValueError("validation_captions: without captions pictures are held out by hash; name both")
+        raise ValueError("validation_captions: without captions images are held out by hash; name both")
     return checked(config, "data")
 
 
@@ -111,10 +112,10 @@ class Evaluation:
         ValueError if the model, a part of it included, has seen what it is measured on or by.
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
-        self.told, self.record = told_by(self.pipeline), read_provenance(model)
-        if self.told != "class_labels":
+        self.condition, self.record = CONDITIONS[asked_by(self.pipeline)], read_provenance(model)
+        if self.condition is not CONDITIONS["class_labels"]:
             if options.get("class_column") is not None:
-                raise ValueError(f"class_column: {self.model_name} is told no classes; leave it out")
+                raise ValueError(f"class_column: {self.model_name} is conditioned on no classes; leave it out")
             options = {**options, "class_column": None}
         more = {"image_size": image_size(self.pipeline), "on_bad_data": "skip"}
         config = read_as_trained(self.record, data, options, captions, **more)
@@ -132,25 +133,25 @@ class Evaluation:
         return self.images.config.held_out["validation"]
 
     def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
-        """Return what is measured on, captions and their pictures' rows."""
+        """Return what is measured on, captions and their images' rows."""
         if captions is not None:
             wanted = read_lines(captions)
-            return wanted, self.images.pictures_of(wanted)
+            return wanted, self.images.rows_of(wanted)
         source, rows = self.images.source, self.images.splits["test"]
         known = [(next(iter(source.captions(row)), ""), row) for row in rows]
-        found = [(caption, row) for caption, row in known if caption or self.told != "prompt"]
+        found = [(caption, row) for caption, row in known if caption or not self.condition.worded]
         if not rows:
-            raise ValueError("the test split by hash has no pictures to measure on; raise held_out_percent")
+            raise ValueError("the test split by hash has no images to measure on; raise held_out_percent")
         if not found:
             raise ValueError(
-                f"none of the {len(rows)} pictures of the test split has a caption; name their column in caption_column"
+                f"none of the {len(rows)} images of the test split has a caption; name their column in caption_column"
             )
         return [caption for caption, _ in found], [row for _, row in found]
 
     def refuse_unchosen(self, what: str) -> None:
         """Raise ValueError, which names `what`, if it cannot be chosen on validation captions: there are none."""
-        if self.told != "prompt":
-            raise ValueError(f"{what} are measured on captions, and {self.model_name} is told none; leave them out")
+        if not self.condition.worded:
+            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
         if "validation" not in self.images.config.held_out:
             raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
 
@@ -159,7 +160,7 @@ class Evaluation:
     ) -> None:
         """Raise ValueError, before anything is drawn, for what `repeated`, `bound` and `sweeps` cannot measure."""
         if prompts and min(prompts, several) < 2:
-            raise ValueError(f"got {prompts} prompts, {several} pictures of each; expected 2 or more")
+            raise ValueError(f"got {prompts} prompts, {several} images of each; expected 2 or more")
         if self.images.config.class_column is not None:
             self._judge(classes)
         elif classes is not None:
@@ -191,9 +192,9 @@ class Evaluation:
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
 
     def sections(self, seed: int, clip: str | None, factors: str | None, **call: Any) -> list[Section]:
-        """Return what is measured on one picture of each caption, or as many pictures of a model that is told none."""
+        """Return what is measured on one image of each caption, or as many images of a model that takes none."""
         subject, name = self.subject(seed, **call), self.network.name
-        if self.told != "prompt":
+        if not self.condition.worded:
             what = sections.drawn(subject)
             return [what, sections.likeness(subject, name), sections.memorisation(subject, name)]
         found = [sections.retrieval(subject, name)]
@@ -214,38 +215,38 @@ class Evaluation:
     def repeated(
         self, prompts: int, classes: Sequence[int] | None, several: int, seed: int, **call: Any
     ) -> list[Section]:
-        """Return what only `several` pictures of the same show: of the first captions, or of each class."""
-        if self.told == "prompt" and prompts:
+        """Return what only `several` images of the same show: of the first captions, or of each class."""
+        if self.condition.worded and prompts:
             return [self.variety(self.captions[:prompts], several, seed, **call)]
         if self.images.config.class_column is None:
             return []
         return [self.classes(self._judge(classes), several, seed, **call)]
 
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
-        """Return how much `per_prompt` pictures of each caption differ."""
+        """Return how much `per_prompt` images of each caption differ."""
         repeated = [caption for caption in captions for _ in range(per_prompt)]
-        drawn = sample_pictures(self.pipeline, repeated, seed, **call)
+        drawn = sample_images(self.pipeline, repeated, seed, **call)
         return sections.variety(captions, drawn, self.network(drawn), per_prompt, self.network.name)
 
     def subject(self, seed: int, **call: Any) -> Subject:
-        """Return the pictures that the model draws for the held-out ones, and what they are read beside."""
+        """Return the images that the model draws for the held-out ones, and what they are read beside."""
         own_index, train = self._places(self.rows), self.images.splits["train"]
         return Subject(
             captions=self.captions,
-            generated=sample_pictures(self.pipeline, self.asked(), seed, self.told, **call),
+            generated=sample_images(self.pipeline, self.asked(), seed, self.condition.keyword, **call),
             rebuilt=self._rebuilt(self.gallery[own_index]),
             gallery=self.gallery,
             own_index=own_index,
             copied_index=self._places(self._copied(train)),
-            training_pictures=np.unique(self._places(train)),
+            training_images=np.unique(self._places(train)),
             embed=self.network,
             gallery_features=self.gallery_features,
         )
 
     def _copied(self, train: Sequence[int]) -> list[int]:
-        """Return what a copier answers: the picture of the nearest training caption, or one of the class, or any."""
+        """Return what a copier answers: the image of the nearest training caption, or one of the class, or any."""
         source = self.images.source
-        if self.told == "prompt":
+        if self.condition.worded:
             known = [(row, caption) for row in train for caption in source.captions(row)]
             nearest = nearest_training_captions(self.captions, [caption for _, caption in known])
             return [known[place][0] for place in nearest]
@@ -256,10 +257,10 @@ class Evaluation:
         return [int(rng.choice(of_class.get(label) or train)) for label in self._labels(self.rows)]
 
     def asked(self) -> list[Any]:
-        """Return what the pipeline is told for the held-out pictures: captions, or classes, None for none of them."""
-        if self.told == "prompt":
+        """Return the conditions of the held-out images: captions, or classes, None for none of them."""
+        if self.condition.worded:
             return list(self.captions)
-        return [None if label == UNKNOWN_CLASS else label for label in self._labels(self.rows)]
+        return [self.condition.of(self.images.source, row) for row in self.rows]
 
     def _labels(self, rows: Sequence[int]) -> list[int]:
         labels = (self.images.source.class_label(row) for row in rows)
@@ -274,9 +275,9 @@ class Evaluation:
         return ClassJudge(self.gallery_features[self._places(train)], self._labels(train), chosen)
 
     def classes(self, judge: ClassJudge, per_class: int, seed: int, **call: Any) -> Section:
-        """Return whether `per_class` pictures of each of the judge's classes are told apart."""
+        """Return whether `per_class` images of each of the judge's classes are told apart."""
         asked = np.repeat(judge.classes, per_class)
-        drawn = sample_pictures(self.pipeline, asked.tolist(), seed, self.told, **call)
+        drawn = sample_images(self.pipeline, asked.tolist(), seed, self.condition.keyword, **call)
         true = [row for row in self.rows if self._labels([row])[0] in judge.classes]
         answers = {"generated": (judge(self.network(drawn)), asked)}
         if true:
@@ -284,18 +285,18 @@ class Evaluation:
         return class_section(drawn, answers, judge.classes, per_class, self.network.name)
 
     def bound(self, timesteps: int, seed: int) -> Section:
-        """Return the bits per dimension of the held-out pictures."""
+        """Return the bits per dimension of the held-out images."""
         labels = None
-        if self.told == "class_labels" and (null := self.pipeline.num_classes):
+        if null := self.condition.count(self.pipeline):
             labels = [null if label is None else label for label in self.asked()]
         true = self.gallery[self._places(self.rows)]
         bits = variational_bound(self.pipeline, pixel_values(true), labels, timesteps, seed)
         training = self.gallery[np.unique(self._places(self.images.splits["train"]))]
         return bound_section(bits, true, training)
 
-    def _rebuilt(self, pictures: Images) -> Images | None:
+    def _rebuilt(self, images: Images) -> Images | None:
         vae = self.pipeline.components.get("vae")
-        return None if vae is None else to_uint8(reconstruct(vae, pixel_values(pictures))).numpy()
+        return None if vae is None else to_uint8(reconstruct(vae, pixel_values(images))).numpy()
 
     def known_captions(self) -> Mapping[str, int]:
         """Return the place in the gallery of every caption of the data."""
@@ -312,10 +313,10 @@ class Evaluation:
         return sections.conditional_gain(losses, LEVELS)
 
     def headline(self, captions_file: str, seed: int, **call: Any) -> tuple[Measure, Measure]:
-        """Return R@1 in pixels and KID of one picture of each caption in a file."""
+        """Return R@1 in pixels and KID of one image of each caption in a file."""
         captions = read_lines(captions_file)
-        own = self._places(self.images.pictures_of(captions))
-        drawn = sample_pictures(self.pipeline, captions, seed, **call)
+        own = self._places(self.images.rows_of(captions))
+        drawn = sample_images(self.pipeline, captions, seed, **call)
         hits = retrieval_ranks(drawn, self.gallery, own) == 0
         return mean_of(hits), kid(self.network(drawn), self.gallery_features[own])
 
@@ -337,22 +338,22 @@ class Evaluation:
         training = None if record is None else {
             "steps": record.global_step,
             "seconds": record.train_seconds,
-            "pictures per second": record.images_per_second,
+            "images per second": record.images_per_second,
             "hardware": record.hardware,
         }  # fmt: skip
         return {
             "captions": len(self.rows),
-            "pictures in the data": len(self.gallery),
+            "images in the data": len(self.gallery),
             "dataset": self.images.config.source,
             "split": "test",
-            "pictures": self.images.source.fingerprint,
+            "images": self.images.source.fingerprint,
             "held out": self.images.splits.held_out_hash,
             "network that measures": f"{self.network.name}, weights {self.network.sha256[:16]}",
             "resize": self.network.resize,
             "sampler": type(self.pipeline.scheduler).__name__,
             **call,
             "seeds": f"{seed} to {seed + len(self.rows) - 1}",
-            "interval": "central 95 % of a bootstrap over the pictures",
+            "interval": "central 95 % of a bootstrap over the images",
             "training": training,
             "hardware": hardware(),
             "versions": versions(),

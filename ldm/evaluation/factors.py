@@ -15,7 +15,7 @@ from ldm.evaluation.measure import Indices, Measure, mean_of
 from ldm.files import read_text
 
 Families = Sequence[Indices | None]
-"""Of each caption the captions (or the places of their pictures) that differ from it in one factor alone, its own
+"""Of each caption the captions (or the places of their images) that differ from it in one factor alone, its own
 included; None where there is no other."""
 
 
@@ -65,10 +65,10 @@ def families(captions: Sequence[str], alternatives: Sequence[str], wanted: Seque
 
 
 def factor_accuracy(distances: NDArray[np.float64], own_index: Indices, within: Families) -> Measure:
-    """Return the share of pictures whose own is the nearest of its family; ties are misses.
+    """Return the share of images whose own is the nearest of its family; ties are misses.
 
-    `distances` is (N, M), from each picture to each of the gallery, `own_index` (N,) the places of their own, `within`
-    their families as places in the gallery. Pictures without a family are left out.
+    `distances` is (N, M), from each image to each of the gallery, `own_index` (N,) the places of their own, `within`
+    their families as places in the gallery. Images without a family are left out.
     """
     hits = []
     for row, family in enumerate(within):

@@ -1,6 +1,6 @@
-"""What the captions are worth to a model: its loss on held-out pictures with their captions, and with those of others.
+"""What the captions are worth to a model: its loss on held-out images with their captions, and with those of others.
 
-A model that ignores its text has a conditional gain of 0 at every noise level, however good its pictures look.
+A model that ignores its text has a conditional gain of 0 at every noise level, however good its images look.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ldm.models.scheduler import schedule_of
 from ldm.objectives.schedule import target_coefficients
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Noise levels: 0 is the picture, 1 is noise."""
+"""Noise levels: 0 is the image, 1 is noise."""
 CHUNK = 50
 LATENT_TEXT = ("StableDiffusionPipeline", "TextToImagePipeline", "TransformerPipeline")
 """Pipelines of which it is known how their denoiser is called."""
 
 Losses = NDArray[np.float64]
-"""(levels, N): the squared error of each picture at each noise level, averaged over its elements."""
+"""(levels, N): the squared error of each image at each noise level, averaged over its elements."""
 
 
 def losses_with_and_without(
     pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
 ) -> tuple[Losses, Losses]:
-    """Return the losses of pictures, (N, 3, H, W) in [-1, 1], with their own captions and with captions of others.
+    """Return the losses of images, (N, 3, H, W) in [-1, 1], with their own captions and with captions of others.
 
     Noise is the same for both. The second minus the first is the conditional gain. Nobody keeps their caption, nor one
     with the same words. Raises ValueError for a pipeline of a kind that is none of `LATENT_TEXT`, and where more than
@@ -49,7 +49,7 @@ def denoising_losses(
 ) -> Losses:
     """Return the unweighted error of what the pipeline's denoiser predicts, of the mean of the latents' posterior.
 
-    Noise depends on the seed and on the place of a picture alone.
+    Noise depends on the seed and on the place of an image alone.
     """
     schedule, prediction_type = schedule_of(pipeline.scheduler)
     denoiser = pipeline.components.get("unet") or pipeline.transformer

@@ -35,13 +35,13 @@ def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> Non
         return
     if (trained := read_trained_images(folder)) is None and found.held_out_hash != held_out_hash:
         raise ValueError(
-            f"{name} was trained with other pictures held out (hash {found.held_out_hash[:8]}, here "
+            f"{name} was trained with other images held out (hash {found.held_out_hash[:8]}, here "
             f"{held_out_hash[:8]}), and its record, of an earlier version, does not say on which it was trained: it "
             "may have seen what is to be measured. Train it with the same data.held_out and data.held_out_percent"
         )
     if trained is not None and (leaks := len(in_both(trained, held_out))):
         raise ValueError(
-            f"{name} was trained on {leaks} of the {len(held_out)} pictures that are held out here, which it would be "
+            f"{name} was trained on {leaks} of the {len(held_out)} images that are held out here, which it would be "
             "measured on. Train it with the same data.held_out and data.held_out_percent, or hold out others"
         )
 

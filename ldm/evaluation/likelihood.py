@@ -1,4 +1,4 @@
-"""How well a model in pixel space compresses pictures: the variational bound in bits per dimension, by its terms."""
+"""How well a model in pixel space compresses images: the variational bound in bits per dimension, by its terms."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ldm.evaluation.images import Images
 from ldm.evaluation.measure import mean_of
-from ldm.evaluation.pictures import Images
 from ldm.evaluation.report import Curve, Row, Section
 from ldm.models.scheduler import schedule_of
 from ldm.objectives.schedule import DiscreteSchedule, recover
@@ -32,7 +32,7 @@ Bits = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of -log2 p(picture) by the number of its elements, as a sum (Ho et al. 2020, eq. 5)."""
+    """An upper bound of -log2 p(image) by the number of its elements, as a sum (Ho et al. 2020, eq. 5)."""
 
     prior: Bits
     """L_T, (N,)."""
@@ -51,10 +51,10 @@ class Bound:
 def variational_bound(
     pipeline: Any, pixel_values: Tensor, class_labels: Sequence[int] | None, timesteps: int, seed: int
 ) -> Bound:
-    """Return the bound of pictures, (N, 3, H, W) in [-1, 1] on the grid of grey levels.
+    """Return the bound of images, (N, 3, H, W) in [-1, 1] on the grid of grey levels.
 
-    Of each picture L_T, L_0 and `timesteps` of the others, one drawn from each of as many stretches of equal length:
-    all of them is exact but for the noise, fewer are unbiased. Draws depend on the seed and the place of a picture.
+    Of each image L_T, L_0 and `timesteps` of the others, one drawn from each of as many stretches of equal length:
+    all of them is exact but for the noise, fewer are unbiased. Draws depend on the seed and the place of an image.
     What the network thinks of x0 is clipped where the scheduler does so.
 
     Raises:
@@ -87,10 +87,10 @@ def check_bound(pipeline: Any, timesteps: int) -> DiscreteSchedule:
     """
     name = type(pipeline).__name__
     if pipeline.components.get("vae") is not None or "unet" not in pipeline.components:
-        raise ValueError(f"{name} diffuses latents, whose bits are not those of pictures; expected one of pixels")
+        raise ValueError(f"{name} diffuses latents, whose bits are not those of images; expected one of pixels")
     schedule, _ = schedule_of(pipeline.scheduler)
     if not isinstance(schedule, DiscreteSchedule) or schedule.alphas_cumprod[-1] == 0:
-        raise ValueError(f"{name} has no steps of noise that end in a little of the picture; the bound is not defined")
+        raise ValueError(f"{name} has no steps of noise that end in a little of the image; the bound is not defined")
     if not 1 <= timesteps < len(schedule.betas):
         raise ValueError(f"got {timesteps} timesteps of the bound; expected 1 to {len(schedule.betas) - 1}")
     return schedule
@@ -104,7 +104,7 @@ def _terms(
     draws: Sequence[torch.Generator],
     told: dict[str, Tensor],
 ) -> Bits:
-    """Return L_t of each picture at its timestep, (B,)."""
+    """Return L_t of each image at its timestep, (B,)."""
     unet, config = pipeline.unet, pipeline.scheduler.config
     _, prediction_type = schedule_of(pipeline.scheduler)
     alpha, sigma = (level.to(x0.device).view(-1, 1, 1, 1) for level in schedule.alpha_sigma(timesteps))
@@ -125,7 +125,7 @@ def _terms(
 
 
 def bound_section(bits: Bound, true: Images, training: Images) -> Section:
-    """Return the bits per dimension of the `true` pictures, beside a coder that knows no neighbours of a pixel."""
+    """Return the bits per dimension of the `true` images, beside a coder that knows no neighbours of a pixel."""
     parts = {"prior": bits.prior, "steps": bits.steps.sum(0), "decoder": bits.decoder}
     words = ", ".join(f"{name} {values.mean():.3f}" for name, values in parts.items())
     beside = {"pixel by pixel": mean_of(independent_bits(true, training))}
@@ -133,17 +133,17 @@ def bound_section(bits: Bound, true: Images, training: Images) -> Section:
     stretch = [
         (float(place), mean_of(of)) for place, of in zip(np.linspace(0, 1, len(bits.steps)), bits.steps, strict=True)
     ]
-    curve = Curve("Bits by noise level", "noise level (0: picture, 1: noise)", "bits per dimension", {"steps": stretch})
+    curve = Curve("Bits by noise level", "noise level (0: image, 1: noise)", "bits per dimension", {"steps": stretch})
     text = (
-        f"The variational bound (Ho et al. 2020, eq. 5) of the true held-out pictures: what it takes to send them with "
+        f"The variational bound (Ho et al. 2020, eq. 5) of the true held-out images: what it takes to send them with "
         f"this model, estimated without bias from {len(bits.steps)} timesteps of each. Pixel by pixel: with the "
-        "training pictures' frequency of each grey level at that place and colour alone."
+        "training images' frequency of each grey level at that place and colour alone."
     )
-    return Section("How many bits is a picture?", text, [row], [curve])
+    return Section("How many bits is an image?", text, [row], [curve])
 
 
 def independent_bits(true: Images, training: Images) -> Bits:
-    """Return the mean bits of each picture's values, (N,), by the training pictures' counts there, each one more."""
+    """Return the mean bits of each image's values, (N,), by the training images' counts there, each one more."""
     counts = np.stack([(training == value).sum(0) for value in range(256)], -1) + 1.0
     bits = -np.log2(counts / counts.sum(-1, keepdims=True))
     return cast(Bits, np.take_along_axis(bits[None], true[..., None].astype(np.int64), -1).mean((1, 2, 3, 4)))

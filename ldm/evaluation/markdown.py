@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from .report import JSON, Curve, Report, Row, Section
 
 COPIED = "a copier reaches this"
-"""Said of a row that a copier of training pictures or a shuffler of captions reaches."""
+"""Said of a row that a copier of training images or a shuffler of captions reaches."""
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 
 
 def markdown(report: Report) -> str:
-    """Return the report without its pictures: a heading of level 2, sections of level 3, curves as tables.
+    """Return the report without its images: a heading of level 2, sections of level 3, curves as tables.
 
     The tables are GitHub's. Names, texts and notes are shown letter by letter: nothing in them is Markdown or HTML.
     """

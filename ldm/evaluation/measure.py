@@ -19,7 +19,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Measure:
-    """What was measured on `n` pictures (or captions), with its central 95 % bootstrap interval."""
+    """What was measured on `n` images (or captions), with its central 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -38,7 +38,7 @@ class Measure:
 
 
 def mean_of(values: NDArray[np.floating[Any]] | NDArray[np.bool_], draws: int = DRAWS, seed: int = 0) -> Measure:
-    """Return the mean of `values`, (N,), one for each picture; ValueError if there are none."""
+    """Return the mean of `values`, (N,), one for each image; ValueError if there are none."""
     numbers = np.asarray(values, np.float64)
     return bootstrap(lambda rows: float(numbers[rows].mean()), len(numbers), draws, seed)
 
@@ -46,7 +46,7 @@ def mean_of(values: NDArray[np.floating[Any]] | NDArray[np.bool_], draws: int = 
 def bootstrap(statistic: Callable[[Indices], float], n: int, draws: int = DRAWS, seed: int = 0) -> Measure:
     """Return `statistic` of the rows 0..n-1, and its central 95 % over `draws` resamples of them with replacement.
 
-    Percentile bootstrap: the same seed gives the same interval. It knows only the pictures that were measured: of a
+    Percentile bootstrap: the same seed gives the same interval. It knows only the images that were measured: of a
     share without a hit it is ``(0, 0)``.
 
     Raises:
@@ -54,7 +54,7 @@ def bootstrap(statistic: Callable[[Indices], float], n: int, draws: int = DRAWS,
 
     """
     if n < 1:
-        raise ValueError("nothing was measured: a number needs at least one picture")
+        raise ValueError("nothing was measured: a number needs at least one image")
     rng = np.random.default_rng(seed)
     found = [statistic(rng.integers(n, size=n)) for _ in range(draws)]
     low, high = np.quantile(found, [0.025, 0.975])

@@ -1,4 +1,4 @@
-"""Pictures by their nearest neighbours in features: likeness, variety, copies of training pictures."""
+"""Images by their nearest neighbours in features: likeness, variety, copies of training images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from ldm.evaluation.measure import Measure, bootstrap, mean_of
 
 Features = NDArray[np.floating[Any]]
-"""One row for each picture, (N, D)."""
+"""One row for each image, (N, D)."""
 NEIGHBOURS = 5
-"""Neighbours that a picture's neighbourhood reaches to: Naeem et al. 2020 use 5, Kynkaanniemi et al. 2019 use 3."""
+"""Neighbours that an image's neighbourhood reaches to: Naeem et al. 2020 use 5, Kynkaanniemi et al. 2019 use 3."""
 DRAWS = 200
 
 
@@ -29,21 +29,21 @@ def manifold_measures(
 ) -> dict[str, Measure]:
     """Return precision, recall, density and coverage of `features` against `reference`, (N, D) and (M, D).
 
-    A picture's neighbourhood reaches to its k-th nearest neighbour in its own set. *Precision*: the share of `features`
+    An image's neighbourhood reaches to its k-th nearest neighbour in its own set. *Precision*: the share of `features`
     within a neighbourhood of `reference`; *recall*: the other way round (Kynkaanniemi et al. 2019). *Density*: how many
     neighbourhoods of `reference` hold each of `features`, over k, 1 on average for equal distributions; *coverage*: the
     share of neighbourhoods of `reference` that hold one of `features` (Naeem et al. 2020). The interval is over the
     rows that are averaged; it leaves neighbourhoods as they are.
 
     Raises:
-        ValueError: a set has no more than k pictures.
+        ValueError: a set has no more than k images.
 
     """
     if min(len(features), len(reference)) <= k:
-        raise ValueError(f"{len(features)} and {len(reference)} pictures; neighbours need more than {k} of each")
+        raise ValueError(f"{len(features)} and {len(reference)} images; neighbours need more than {k} of each")
     across = euclidean(features, reference)
     reach, reference_reach = (_reach(of, k) for of in (features, reference))
-    inside = across <= reference_reach  # (N, M): a picture in a neighbourhood of the reference
+    inside = across <= reference_reach  # (N, M): an image in a neighbourhood of the reference
     found = {
         "precision": inside.any(1),
         "recall": (across <= reach[:, None]).any(0),
@@ -56,33 +56,33 @@ def manifold_measures(
 def _reach(features: Features, k: int) -> NDArray[np.float64]:
     """Return the distance of each row from its k-th nearest other row, (N,)."""
     within = euclidean(features, features)
-    np.fill_diagonal(within, 0)  # rounding would make a picture its own neighbour at a distance
+    np.fill_diagonal(within, 0)  # rounding would make an image its own neighbour at a distance
     reach: NDArray[np.float64] = np.partition(within, k, axis=1)[:, k]
     return reach
 
 
 def share_nearer(distances: NDArray[np.float64], held_out_distances: NDArray[np.float64]) -> Measure:
-    """Return the share of pictures that are nearer to training than the true picture of the same caption, (N,) each.
+    """Return the share of images that are nearer to training than the true image of the same caption, (N,) each.
 
-    Ties count half, so that pictures that are as near as the true ones, on average, have one half.
+    Ties count half, so that images that are as near as the true ones, on average, have one half.
     """
     nearer = (distances < held_out_distances) + 0.5 * (distances == held_out_distances)
     return mean_of(nearer)
 
 
 def spread(features: Features, prompt: NDArray[np.int64]) -> Measure:
-    """Return the mean distance of pictures of one prompt over that of pictures of different prompts.
+    """Return the mean distance of images of one prompt over that of images of different prompts.
 
-    `prompt` is the number of each picture's prompt, (N,). 0: every seed draws the same picture; 1: the prompt decides
-    nothing. The interval is over prompts, drawn with all of their pictures.
+    `prompt` is the number of each image's prompt, (N,). 0: every seed draws the same image; 1: the prompt decides
+    nothing. The interval is over prompts, drawn with all of their images.
 
     Raises:
-        ValueError: fewer than two prompts, or a prompt of one picture.
+        ValueError: fewer than two prompts, or a prompt of one image.
 
     """
     prompts, counts = np.unique(prompt, return_counts=True)
     if len(prompts) < 2 or counts.min() < 2:
-        raise ValueError(f"{len(prompts)} prompts of {min(counts, default=0)} pictures or more; expected two of each")
+        raise ValueError(f"{len(prompts)} prompts of {min(counts, default=0)} images or more; expected two of each")
     distances = euclidean(features, features)
     member = (prompt == prompts[:, None]).astype(np.float64)  # (P, N)
     sums = member @ distances @ member.T  # (P, P): of all pairs of two prompts

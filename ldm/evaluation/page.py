@@ -17,10 +17,10 @@ from .plot import LINES, svg
 from .report import BESIDE, Report, Row
 
 ENLARGED_TO = 256
-"""CSS pixels: narrower pictures are shown enlarged by a whole factor, to at most this width."""
+"""CSS pixels: narrower images are shown enlarged by a whole factor, to at most this width."""
 
 COLUMN_WIDTH = 440
-"""CSS pixels: wider pictures have a row of their own."""
+"""CSS pixels: wider images have a row of their own."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Strip:
 def html(report: Report) -> str:
     """Return the page: the headlines on top, then the sections, then the settings; for phones too, light and dark.
 
-    Everything is in it: style, plots as SVG, pictures as PNG, without metadata. Names, texts and captions are shown
+    Everything is in it: style, plots as SVG, images as PNG, without metadata. Names, texts and captions are shown
     letter by letter: nothing in them is HTML. The same report gives the same page. Can be written as UTF-8.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -69,7 +69,7 @@ def strip(row: Row) -> Strip | None:
 
 
 def png(image: Image.Image) -> str:
-    """Return the picture's pixels as a ``data:`` address of a PNG without metadata, RGB, or RGBA where transparent."""
+    """Return the image's pixels as a ``data:`` address of a PNG without metadata, RGB, or RGBA where transparent."""
     pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
     pixels.info.clear()  # a colour profile would be written, and may name a device
     written = io.BytesIO()

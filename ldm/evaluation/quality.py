@@ -8,7 +8,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def psnr(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio in dB of each picture, (B,); both (B, 3, H, W) in [-1, 1], clipped.
+    """Return the peak signal-to-noise ratio in dB of each image, (B,); both (B, 3, H, W) in [-1, 1], clipped.
 
     The peak is 2, the width of the range: 10 log10(4 / mean squared error), and 100 dB where the error is 0.
     """
@@ -18,7 +18,7 @@ def psnr(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
 
 
 def ssim(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
-    """Return the structural similarity of each picture, (B,), as torchmetrics computes it (Wang et al. 2004)."""
+    """Return the structural similarity of each image, (B,), as torchmetrics computes it (Wang et al. 2004)."""
     values = structural_similarity_index_measure(
         reconstruction.float().clamp(-1, 1), pixel_values.float(), data_range=(-1.0, 1.0), reduction="none"
     )

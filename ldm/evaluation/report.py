@@ -1,4 +1,4 @@
-"""What an evaluation says: rows of numbers beside their baselines, curves and pictures, in sections."""
+"""What an evaluation says: rows of numbers beside their baselines, curves and images, in sections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BESIDE = ("floor", "chance", "copy", "shuffled", "ceiling")
 """Usual baselines of a row, in the order of their columns; others stand after them."""
 
 COPIERS = ("copy", "shuffled")
-"""Baselines that follow no caption: a copier of training pictures, and our pictures under exchanged captions."""
+"""Baselines that follow no caption: a copier of training images, and our images under exchanged captions."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of any mode with a title and a caption, both plain text; shown whole, in its own pixels."""
+class Figure:
+    """An image of any mode with a title and a caption, both plain text; shown whole, in its own pixels."""
 
     title: str
     caption: str
@@ -79,7 +79,7 @@ class Section:
     text: str = ""
     rows: Sequence[Row] = ()
     curves: Sequence[Curve] = ()
-    pictures: Sequence[Picture] = ()
+    figures: Sequence[Figure] = ()
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ class Report:
         return tuple(section.rows[0] for section in self.sections if section.rows)
 
     def as_json(self) -> dict[str, JSON]:
-        """Return everything but the pictures, for `json.dumps`; numbers that are not finite are None."""
+        """Return everything but the images, for `json.dumps`; numbers that are not finite are None."""
         sections: list[JSON] = [
             {
                 "title": section.title,

@@ -1,12 +1,12 @@
-"""The held-out retrieval metric: is the picture nearest to a generated one its own caption's?
+"""The held-out retrieval metric: is the image nearest to a generated one its own caption's?
 
-The gallery holds every *distinct* picture of the data set, training pictures included, so a model that
-returns a training picture is wrong. Distance: root mean squared RGB difference after area-averaging to 16x16,
-the smallest over small shifts of the generated picture. Ties are misses.
+The gallery holds every *distinct* image of the data set, training images included, so a model that
+returns a training image is wrong. Distance: root mean squared RGB difference after area-averaging to 16x16,
+the smallest over small shifts of the generated image. Ties are misses.
 
 Averages are kept as sums of whole numbers in float64, where a squared distance is exact at every size up to
 1024 pixels: ties are ties, and ranks depend neither on the BLAS, nor on threads, nor on the rest of a batch.
-(In float32 the distance from a picture to itself is not 0: 5 of 1,000 OpenMoji pictures miss themselves.)
+(In float32 the distance from an image to itself is not 0: 5 of 1,000 OpenMoji images miss themselves.)
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from numpy.typing import NDArray
 from ldm.evaluation.measure import Indices, Measure, mean_of
 
 COARSE_SIZE = 16
-"""Pixels, height and width, that pictures are averaged to before they are compared."""
+"""Pixels, height and width, that images are averaged to before they are compared."""
 
 DRAWS = 10_000
-"""Resamples for the interval of a recall: a quantile is then at most one picture of 200 off."""
+"""Resamples for the interval of a recall: a quantile is then at most one image of 200 off."""
 
 MAX_SHIFT = 3
-"""Largest shift of a generated picture in either direction, in 64ths of its size (pixels at 64)."""
+"""Largest shift of a generated image in either direction, in 64ths of its size (pixels at 64)."""
 
 Images = NDArray[np.uint8]
-"""Pictures, (N, S, S, 3), RGB in [0, 255]; S is a multiple of 16."""
+"""Images, (N, S, S, 3), RGB in [0, 255]; S is a multiple of 16."""
 
 Distances = NDArray[np.float64]
-"""From each of N pictures to each of M, (N, M)."""
+"""From each of N images to each of M, (N, M)."""
 
 
 def retrieval_ranks(generated: Images, gallery: Images, own_index: Indices) -> Indices:
-    """Return the rank of each generated picture's own picture in the gallery, (N,) in [0, M - 1]; 0 is right.
+    """Return the rank of each generated image's own image in the gallery, (N,) in [0, M - 1]; 0 is right.
 
-    By `pixel_distances`; `own_index` (N,) says which picture of the gallery each generated one should be.
+    By `pixel_distances`; `own_index` (N,) says which image of the gallery each generated one should be.
     """
     return ranks_among(pixel_distances(generated, gallery), own_index)
 
 
 def ranks_among(distances: Distances, own_index: Indices) -> Indices:
-    """Return how many pictures of the gallery but their own are as near to each picture or nearer, (N,).
+    """Return how many images of the gallery but their own are as near to each image or nearer, (N,).
 
-    `distances` is (N, M), `own_index` (N,) the place of each picture's own. Ties are misses.
+    `distances` is (N, M), `own_index` (N,) the place of each image's own. Ties are misses.
     """
     own_index = _check_own_index(own_index, *distances.shape)
     own = np.take_along_axis(distances, own_index[:, None], axis=1)
@@ -54,9 +54,9 @@ def ranks_among(distances: Distances, own_index: Indices) -> Indices:
 
 
 def pixel_distances(generated: Images, gallery: Images) -> Distances:
-    """Return the squared distance of each generated picture, (N, S, S, 3), from each of the gallery, (N, M).
+    """Return the squared distance of each generated image, (N, S, S, 3), from each of the gallery, (N, M).
 
-    Of sums over the 16 x 16 blocks of a picture, which are whole numbers. The generated picture is shifted by up to
+    Of sums over the 16 x 16 blocks of an image, which are whole numbers. The generated image is shifted by up to
     3/64 of S (7 x 7 shifts from S = 64 on), white moving in, and the smallest distance taken. Memory is N x M and once
     the gallery at 16 x 16, whatever the number of shifts.
     """
@@ -68,7 +68,7 @@ def pixel_distances(generated: Images, gallery: Images) -> Distances:
     keys = _block_sums(gallery)  # (M, 768)
     minus_twice_keys = -2 * keys.T
     nearest = np.full((len(generated), len(gallery)), np.inf)
-    # Truncated: a shift is never more than its share of the picture; small pictures have fewer distinct ones.
+    # Truncated: a shift is never more than its share of the image; small images have fewer distinct ones.
     shifts = sorted({int(step * size / 64) for step in range(-MAX_SHIFT, MAX_SHIFT + 1)})
     border = shifts[-1]
     edges = ((0, 0), (border, border), (border, border), (0, 0))
@@ -93,16 +93,16 @@ def feature_distances(features: NDArray[np.floating[Any]], others: NDArray[np.fl
 
 
 def recalls(ranks: Indices, ks: Sequence[int] = (1, 5, 10), draws: int = DRAWS, seed: int = 0) -> dict[int, Measure]:
-    """Return the share, in [0, 1], of pictures whose own is among the k nearest, by k."""
+    """Return the share, in [0, 1], of images whose own is among the k nearest, by k."""
     return {k: mean_of(ranks < k, draws, seed) for k in ks}
 
 
 def _check_own_index(own_index: Indices, count: int, gallery_size: int) -> Indices:
-    """Return `own_index` as int64; raise unless it is one position in the gallery for each picture."""
+    """Return `own_index` as int64; raise unless it is one position in the gallery for each image."""
     own_index = np.asarray(own_index)
     if own_index.shape != (count,) or not np.issubdtype(own_index.dtype, np.integer):
         got = f"{own_index.dtype} {own_index.shape}"
-        raise ValueError(f"own_index is {got}; expected whole numbers ({count},), one for each picture")
+        raise ValueError(f"own_index is {got}; expected whole numbers ({count},), one for each image")
     if count and (own_index.min() < 0 or own_index.max() >= gallery_size):
         got = f"{own_index.min()}..{own_index.max()}"
         raise ValueError(f"own_index is in {got}; the gallery has positions 0..{gallery_size - 1}")
@@ -110,7 +110,7 @@ def _check_own_index(own_index: Indices, count: int, gallery_size: int) -> Indic
 
 
 def _block_sums(images: Images) -> NDArray[np.float64]:
-    """Return (N, 768), whole numbers: the sum of each of the 16 x 16 blocks of a picture, by channel."""
+    """Return (N, 768), whole numbers: the sum of each of the 16 x 16 blocks of an image, by channel."""
     count, size = images.shape[:2]
     block = size // COARSE_SIZE
     rows = images.reshape(count, COARSE_SIZE, block, size, 3).sum(2, dtype=np.uint32)

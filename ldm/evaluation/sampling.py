@@ -1,4 +1,4 @@
-"""Pictures of a pipeline, one to a prompt: the same whatever else is drawn, and by however many processes."""
+"""Images of a pipeline, one to a prompt: the same whatever else is drawn, and by however many processes."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ldm.evaluation.pictures import Images
+from ldm.evaluation.images import Images
 from ldm.models.pipeline import plain_call
 
 CHUNK = 50
-"""Pictures that are drawn in one call of the pipeline."""
+"""Images that are drawn in one call of the pipeline."""
 
 
-def sample_pictures(pipeline: Any, prompts: Sequence[Any], seed: int, told: str = "prompt", **call: Any) -> Images:
-    """Return one picture per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are.
+def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str = "prompt", **call: Any) -> Images:
+    """Return one image per prompt, (N, H, W, 3) uint8; prompt i is drawn from seed + i whatever the others are.
 
-    told: the pipeline's keyword that takes the prompts, which may be others than texts: ``class_labels``; or
+    asked: the pipeline's keyword that takes the prompts, which may be others than texts: ``class_labels``; or
     ``batch_size``, which takes their number, as it does of prompts that are all None.
 
     Several processes share the prompts out by whole calls of the pipeline, so that what is drawn does not depend on
-    their number; each returns all pictures. All of them must call it.
+    their number; each returns all images. All of them must call it.
     """
     chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
     state, plain = PartialState(), plain_call(pipeline)
     mine = chunks[state.process_index :: state.num_processes]
     drawn: list[tuple[int, Images]] = []
     quiet = len(mine) < 2 or not state.is_main_process
-    for start, part in tqdm(mine, desc=f"drawing {len(prompts)} pictures", unit="call", disable=quiet, leave=False):
+    for start, part in tqdm(mine, desc=f"drawing {len(prompts)} images", unit="call", disable=quiet, leave=False):
         draws = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-        nothing = told == "batch_size" or all(prompt is None for prompt in part)
-        asked = {"batch_size": len(part)} if nothing else {told: part}
-        pictures = pipeline(**asked, **plain, generator=draws, output_type="np", **call).images
-        drawn.append((start, (np.asarray(pictures) * 255).round().astype(np.uint8)))
+        nothing = asked == "batch_size" or all(prompt is None for prompt in part)
+        wanted = {"batch_size": len(part)} if nothing else {asked: part}
+        images = pipeline(**wanted, **plain, generator=draws, output_type="np", **call).images
+        drawn.append((start, (np.asarray(images) * 255).round().astype(np.uint8)))
     parts = dict(gather_object(drawn))
     return np.concatenate([parts[start] for start, _ in chunks])

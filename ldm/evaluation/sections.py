@@ -11,34 +11,34 @@ from numpy.typing import NDArray
 from ldm.evaluation.distances import frechet_distance, kid
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families
 from ldm.evaluation.gain import Losses
+from ldm.evaluation.images import comparison_sheet, contact_sheet, labelled_sheet, pixel_values
 from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
-from ldm.evaluation.pictures import comparison_sheet, contact_sheet, labelled_sheet, pixel_values
 from ldm.evaluation.quality import psnr, ssim
-from ldm.evaluation.report import Curve, Picture, Row, Section
+from ldm.evaluation.report import Curve, Figure, Row, Section
 from ldm.evaluation.retrieval import Images, feature_distances, ranks_among, recalls
 from ldm.evaluation.subject import Features, Subject
 
-SHEET_PICTURES = 24
+SHEET_IMAGES = 24
 CLOSEST_PAIRS = 12
-"""Pictures on a sheet."""
+"""Images on a sheet."""
 Distances = Mapping[str, NDArray[np.float64]]
-"""Of generated, true, copied (and rebuilt) pictures from those of the gallery, (N, M) each."""
+"""Of generated, true, copied (and rebuilt) images from those of the gallery, (N, M) each."""
 
 
 def retrieval(subject: Subject, network: str) -> Section:
-    """Return whether the picture nearest to a generated one is its caption's own, in pixels and in features."""
+    """Return whether the image nearest to a generated one is its caption's own, in pixels and in features."""
     features = {name: feature_distances(of, subject.gallery_features) for name, of in subject.features.items()}
     rows = _recall_rows(subject, subject.pixel_distances, "pixels") + _recall_rows(subject, features, network)
-    shown = slice(0, SHEET_PICTURES)
+    shown = slice(0, SHEET_IMAGES)
     sheet = comparison_sheet(subject.captions[shown], subject.generated[shown], subject.true[shown])
     text = (
-        f"Of {len(subject)} held-out captions, the share whose generated picture has the caption's own picture as its "
-        f"nearest (R@1), or among its nearest, of all {len(subject.gallery)} distinct pictures of the data, training "
-        "pictures included. In pixels the distance is the RGB difference at 16 x 16, the smallest over small shifts; "
+        f"Of {len(subject)} held-out captions, the share whose generated image has the caption's own image as its "
+        f"nearest (R@1), or among its nearest, of all {len(subject.gallery)} distinct images of the data, training "
+        "images included. In pixels the distance is the RGB difference at 16 x 16, the smallest over small shifts; "
         f"in {network} one minus the cosine of the features. Ties are misses."
     )
-    return Section("Does it draw what the caption says?", text, rows, (), [Picture("Generated and true", "", sheet)])
+    return Section("Does it draw what the caption says?", text, rows, (), [Figure("Generated and true", "", sheet)])
 
 
 def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row]:
@@ -54,7 +54,7 @@ def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row
 def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], known: Mapping[str, int]) -> Section:
     """Return whether what a single word of a caption says is drawn; `known` are all captions and their gallery places.
 
-    The true picture must be the nearest of its family, the pictures whose captions differ in that factor alone.
+    The true image must be the nearest of its family, the images whose captions differ in that factor alone.
     """
     distances, rows = subject.pixel_distances, []
     captions, places = list(known), np.array(list(known.values()))
@@ -70,15 +70,15 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
         note = f"{found['generated'].n} captions have such a family"
         rows.append(Row(factor, found["generated"], "higher", beside, note))
     text = (
-        "Captions that compose: is the caption's own picture the nearest of its family, that is, of the pictures whose "
-        "captions differ in this factor alone? By the pixel distance. A copier of training pictures stands on other "
+        "Captions that compose: is the caption's own image the nearest of its family, that is, of the images whose "
+        "captions differ in this factor alone? By the pixel distance. A copier of training images stands on other "
         "members of the family."
     )
     return Section("Which words are drawn?", text, rows)
 
 
 def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
-    """Return the similarity of pictures and captions by a CLIP."""
+    """Return the similarity of images and captions by a CLIP."""
     others = [subject.captions[row] for row in subject.exchanged]
     beside = {
         "copy": mean_of(score(subject.copied, subject.captions)),
@@ -86,9 +86,7 @@ def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArr
         "ceiling": mean_of(score(subject.true, subject.captions)),
     }
     row = Row(f"CLIP score, {name}", mean_of(score(subject.generated, subject.captions)), "higher", beside)
-    text = (
-        "100 times the cosine of a CLIP's embeddings of picture and caption, not below 0. Ceiling: the true pictures."
-    )
+    text = "100 times the cosine of a CLIP's embeddings of image and caption, not below 0. Ceiling: the true images."
     return Section("CLIP score", text, [row])
 
 
@@ -104,11 +102,11 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
     both = {"own captions": by_level(right), "captions of others": by_level(wrong)}
     gains = {"conditional gain": by_level(gain)}
     curves = [
-        Curve("Loss on held-out pictures", "noise level (0: picture, 1: noise)", "squared error", both),
-        Curve("Conditional gain", "noise level (0: picture, 1: noise)", "loss with others' captions - own", gains),
+        Curve("Loss on held-out images", "noise level (0: image, 1: noise)", "squared error", both),
+        Curve("Conditional gain", "noise level (0: image, 1: noise)", "loss with others' captions - own", gains),
     ]
     text = (
-        "The loss on held-out pictures with the captions of others, minus that with their own, with the same noise. "
+        "The loss on held-out images with the captions of others, minus that with their own, with the same noise. "
         "0: the text is not used."
     )
     return Section("What are the captions worth?", text, [row], curves)
@@ -116,14 +114,14 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
 
 def drawn(subject: Subject) -> Section:
     """Return what a model draws that is told no captions."""
-    shown = subject.generated[:SHEET_PICTURES]
+    shown = subject.generated[:SHEET_IMAGES]
     sheet = contact_sheet([""] * len(shown), shown, 8)
-    text = f"The first of {len(subject)} pictures, of seeds that follow each other; none was chosen."
-    return Section("What does it draw?", text, (), (), [Picture("Generated", "", sheet)])
+    text = f"The first of {len(subject)} images, of seeds that follow each other; none was chosen."
+    return Section("What does it draw?", text, (), (), [Figure("Generated", "", sheet)])
 
 
 def likeness(subject: Subject, network: str) -> Section:
-    """Return how far the generated pictures are, as a set, from the true ones of the same captions."""
+    """Return how far the generated images are, as a set, from the true ones of the same captions."""
     features = subject.features
     order = np.random.default_rng(0).permutation(len(subject))
     half, other = order[: len(order) // 2], order[len(order) // 2 : len(order) // 2 * 2]
@@ -141,12 +139,12 @@ def likeness(subject: Subject, network: str) -> Section:
             for key in found["generated"]
         ]
     text = (
-        f"KID is over all {len(subject)} pictures and as many true ones; it is unbiased: its floor, two disjoint "
-        f"halves of the true pictures against each other, is 0 but for chance. The others depend on the number of "
-        f"pictures: each takes {len(half)} pictures of one half of the captions against the true pictures of the other "
-        "half. Ceiling: the true pictures through the autoencoder. Copy: the pictures of the nearest training captions."
+        f"KID is over all {len(subject)} images and as many true ones; it is unbiased: its floor, two disjoint "
+        f"halves of the true images against each other, is 0 but for chance. The others depend on the number of "
+        f"images: each takes {len(half)} images of one half of the captions against the true images of the other "
+        "half. Ceiling: the true images through the autoencoder. Copy: the images of the nearest training captions."
     )
-    return Section("Do its pictures look like true ones?", text, rows)
+    return Section("Do its images look like true ones?", text, rows)
 
 
 def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Measure]) -> Row:
@@ -154,31 +152,31 @@ def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Meas
     return Row(name, found["generated"], better, beside)
 
 
-def autoencoder(subject: Subject, rebuilt_pictures: Images, network: str) -> Section:
-    """Return how near the true pictures, (N, S, S, 3), come back from the autoencoder: no denoiser can be better."""
-    true, rebuilt = pixel_values(subject.true), pixel_values(rebuilt_pictures)
+def autoencoder(subject: Subject, rebuilt_images: Images, network: str) -> Section:
+    """Return how near the true images, (N, S, S, 3), come back from the autoencoder: no denoiser can be better."""
+    true, rebuilt = pixel_values(subject.true), pixel_values(rebuilt_images)
     features = subject.features
     rows = [
         Row("PSNR, dB", mean_of(psnr(rebuilt, true).double().numpy()), "higher", {}),
         Row("SSIM", mean_of(ssim(rebuilt, true).double().numpy()), "higher", {}),
         Row(f"KID of reconstructions, {network}", kid(features["ceiling"], features["true"]), "lower", {}),
     ]
-    text = "The true pictures of the held-out captions through the autoencoder and back."
+    text = "The true images of the held-out captions through the autoencoder and back."
     return Section("What can the latents carry?", text, rows)
 
 
 def memorisation(subject: Subject, network: str) -> Section:
-    """Return whether the pictures are nearer to training pictures than true unseen ones are."""
-    training = subject.training_pictures
+    """Return whether the images are nearer to training images than true unseen ones are."""
+    training = subject.training_images
     keys = subject.gallery_features[training]
     distances = {name: euclidean(of, keys) for name, of in subject.features.items()}
     found = {name: of.min(1) for name, of in distances.items()}
     pixels = {name: of[:, training].min(1) for name, of in subject.pixel_distances.items()}
     copy_row = {"copy": share_nearer(found["copy"], found["true"])}
     rows = [
-        Row(f"nearer to training than the true picture, {network}",
+        Row(f"nearer to training than the true image, {network}",
             share_nearer(found["generated"], found["true"]), "none", copy_row),
-        Row("nearer to training than the true picture, pixels",
+        Row("nearer to training than the true image, pixels",
             share_nearer(pixels["generated"], pixels["true"]), "none",
             {"copy": share_nearer(pixels["copy"], pixels["true"])}),
     ]  # fmt: skip
@@ -193,25 +191,25 @@ def memorisation(subject: Subject, network: str) -> Section:
         },
     )
     text = (
-        "Share of the generated pictures that are nearer to their nearest training picture than the true, unseen one "
-        "of the same caption is to its own. About one half is what new pictures would have; 1 is a copier."
+        "Share of the generated images that are nearer to their nearest training image than the true, unseen one "
+        "of the same caption is to its own. About one half is what new images would have; 1 is a copier."
     )
-    title = f"The {len(closest)} generated pictures nearest to training"
-    return Section("Does it copy its training pictures?", text, rows, (), [Picture(title, "", sheet)])
+    title = f"The {len(closest)} generated images nearest to training"
+    return Section("Does it copy its training images?", text, rows, (), [Figure(title, "", sheet)])
 
 
-def variety(captions: Sequence[str], pictures: Images, features: Features, per_prompt: int, network: str) -> Section:
-    """Return how much the pictures of one prompt differ; `pictures` are `per_prompt` of each caption in turn."""
+def variety(captions: Sequence[str], images: Images, features: Features, per_prompt: int, network: str) -> Section:
+    """Return how much the images of one prompt differ; `images` are `per_prompt` of each caption in turn."""
     prompt = np.repeat(np.arange(len(captions)), per_prompt)
     row = Row(f"spread within a prompt over spread across prompts, {network}", spread(features, prompt), "none", {})
     labels = [caption for caption in captions for _ in range(per_prompt)]
     shown = slice(0, 4 * per_prompt)
-    sheet = contact_sheet(labels[shown], pictures[shown], per_prompt)
+    sheet = contact_sheet(labels[shown], images[shown], per_prompt)
     text = (
-        f"{per_prompt} pictures of each of {len(captions)} prompts, other seeds. 0: every seed draws the same picture; "
+        f"{per_prompt} images of each of {len(captions)} prompts, other seeds. 0: every seed draws the same image; "
         "1: the prompt decides nothing."
     )
-    return Section("How much do pictures of one prompt differ?", text, [row], (), [Picture("Same prompt", "", sheet)])
+    return Section("How much do images of one prompt differ?", text, [row], (), [Figure("Same prompt", "", sheet)])
 
 
 def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:

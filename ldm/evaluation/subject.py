@@ -1,4 +1,4 @@
-"""What an evaluation looks at: generated pictures, the true held-out ones, and what a copier and a decoder make."""
+"""What an evaluation looks at: generated images, the true held-out ones, and what a copier and a decoder make."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ldm.evaluation.measure import Indices
 from ldm.evaluation.retrieval import Images, pixel_distances
 
 Features = NDArray[np.float32]
-"""Of pictures, (N, D), in a network that the model was not trained against."""
+"""Of images, (N, D), in a network that the model was not trained against."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """N held-out pictures and their captions, among the M distinct pictures of the data set."""
+    """N held-out images and their captions, among the M distinct images of the data set."""
 
     captions: Sequence[str]
     generated: Images
     """Of the model, in the order of the captions."""
     rebuilt: Images | None
-    """The true pictures through the model's autoencoder and back; None without one."""
+    """The true images through the model's autoencoder and back; None without one."""
     gallery: Images
     own_index: Indices
-    """Place in the gallery of each caption's own picture."""
+    """Place in the gallery of each caption's own image."""
     copied_index: Indices
-    """Place of what a copier answers to each, a training picture."""
-    training_pictures: Indices
-    """Places of the distinct training pictures, in ascending order."""
+    """Place of what a copier answers to each, a training image."""
+    training_images: Indices
+    """Places of the distinct training images, in ascending order."""
     embed: Callable[[Images], Features]
     """The network that measures."""
     gallery_features: Features
@@ -43,12 +43,12 @@ class Subject:
 
     @cached_property
     def exchanged(self) -> Indices:
-        """A permutation of the captions in which none keeps its own picture."""
+        """A permutation of the captions in which none keeps its own image."""
         return derangement(self.own_index)
 
     @property
     def true(self) -> Images:
-        """The captions' own pictures."""
+        """The captions' own images."""
         return self.gallery[self.own_index]
 
     @property
@@ -68,7 +68,7 @@ class Subject:
 
     @cached_property
     def pixel_distances(self) -> Mapping[str, NDArray[np.float64]]:
-        """Of the same pictures from each of the gallery, (N, M); see `ldm.evaluation.retrieval`."""
+        """Of the same images from each of the gallery, (N, M); see `ldm.evaluation.retrieval`."""
         shown = {"generated": self.generated, "true": self.true, "copy": self.copied}
         if self.rebuilt is not None:
             shown["ceiling"] = self.rebuilt

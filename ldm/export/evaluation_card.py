@@ -48,9 +48,9 @@ def merge_into_card(folder: Path, report: Report) -> bool:
 def evaluation_results(report: Report, task: str) -> list[EvalResult]:
     """Return every row of which one way is better, as the Hub's metadata; those that are not finite are left out.
 
-    Interval and number of pictures stand in `metric_args`, which marks them as an evaluation's.
+    Interval and number of images stand in `metric_args`, which marks them as an evaluation's.
     """
-    dataset = str(report.settings.get("dataset", "pictures"))
+    dataset = str(report.settings.get("dataset", "images"))
     split = str(report.settings.get("split", "test"))
     rows = [row for section in report.sections for row in section.rows if row.better != "none"]
     return [_result(row, task, dataset, split) for row in rows if math.isfinite(row.measure.value)]

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config.places import pretrained_place
+from ldm.config import RunConfig
 from ldm.data.batches import PositionDataset
 from ldm.errors import HubError
-from ldm.export.card import CARD, tell_average, write_card
+from ldm.export.card import CARD, CardText, tell_average, write_card
 from ldm.export.hub import check, push
+from ldm.export.kinds import kinds_named
+from ldm.files import read_object
 from ldm.models.provenance import read_provenance, save_trained_images
-from ldm.stage import pretrained_parts
 from ldm.training.loop import Loop
 from ldm.training.posthoc import reconstruct
 from ldm.training.record import all_trained_images, provenance
@@ -29,11 +29,9 @@ from ldm.training.run import Run
 from ldm.training.snapshots import read_snapshots
 
 log = logging.getLogger(__name__)
-COMPONENTS = {"unet": "denoiser.", "transformer": "denoiser.", "text_encoder": "conditioners.text.text_encoder."}
-"""Folders of a pipeline that are trained, and what the names of their weights begin with in the trained module."""
 
 
-def check_push(config: StageConfig | AutoencoderConfig, run: Run) -> None:
+def check_push(config: RunConfig, run: Run) -> None:
     """Raise before anything else is done if the model could not be pushed to where `config` says.
 
     Raises:
@@ -54,18 +52,17 @@ class ModelFolder:
 
     def __init__(
         self,
-        config: StageConfig | AutoencoderConfig,
+        config: RunConfig,
         run: Run,
         loop: Loop[Any],
         train: PositionDataset,
         save: Callable[[Path], object],
+        card: CardText,
         networks: Sequence[str],
+        parts: Sequence[str],
     ):
-        """Take `save`, which writes the weights as they stand into a folder, and changes nothing that is trained.
-
-        networks: those that training looks through, as `ldm.models.provenance.Provenance.networks`.
-        """
-        self.networks = networks
+        """Take what `ldm.recipes.recipe.Recipe` says of a kind of training; nothing is written yet."""
+        self.card, self.networks, self.parts = card, networks, parts
         self.config, self.run, self.loop, self.train, self.save = config, run, loop, train, save
         self.folder = run.folder / "model"
 
@@ -100,16 +97,13 @@ class ModelFolder:
         return done and (self.folder / CARD).is_file()
 
     def _write(self) -> None:
-        config = self.config
-        named = pretrained_parts(config) if isinstance(config, StageConfig) else [pretrained_place(config.autoencoder)]
-        parts = [part for part in named if part]
         with self.run.stop.held():  # weights, record and card are of one step
             (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
             self.save(self.folder)
-            record = provenance(self.loop.progress, self.train, self.networks, parts)
+            record = provenance(self.loop.progress, self.train, self.networks, self.parts)
             record.save(self.folder)
-            save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, parts))
-            write_card(self.folder, self.run.folder, self.config, record)
+            save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, self.parts))
+            write_card(self.folder, self.run.folder, self.config, self.card, record)
 
 
 def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
@@ -134,7 +128,7 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     try:
         shutil.copytree(model, temporary)
-        for component, prefix in COMPONENTS.items():
+        for component, prefix in _trained_components(model).items():
             own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             if own:  # a frozen text encoder has none
                 frozen = {name.removeprefix(prefix) for name in snapshots[-1].frozen}
@@ -146,6 +140,12 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
     return to
+
+
+def _trained_components(model: Path) -> dict[str, str]:
+    """Return what the names of the weights of each trained component of a pipeline's folder begin with in training."""
+    stock = read_object(model / "model_index.json")["_class_name"]
+    return {name: prefix for kind in kinds_named(stock) for name, prefix in kind.trained.items()}
 
 
 def _replace_weights(folder: Path, weights: Mapping[str, Tensor], frozen: Collection[str]) -> None:

@@ -40,9 +40,9 @@ def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Return the pictures through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
+    """Return the images through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
 
-    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each picture.
+    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each image.
     """
     device = next(autoencoder.parameters()).device
     parts = [
@@ -82,7 +82,7 @@ def fold_config(autoencoder: AutoencoderKL | VQModel) -> None:
 def fold_statistics(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Bring latents to zero mean and unit std per channel, in place, without changing any reconstruction.
 
-    `mean` and `std`, (C,), are those of the latents drawn for the training pictures, the posterior's own spread
+    `mean` and `std`, (C,), are those of the latents drawn for the training images, the posterior's own spread
     included. ``quant_conv`` then returns ``(mean - m) / s`` and ``logvar - 2 log s`` and ``post_quant_conv`` undoes
     it, so ``scaling_factor`` is 1, there is no shift, and no pipeline can get the scale wrong. An autoencoder without
     them gets them: the 3 x 3 convolutions beside them pad with zeros, so that no mean folds into those exactly.

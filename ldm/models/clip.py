@@ -17,7 +17,7 @@ from ldm.models.foreign import refuse_strange_shards
 
 
 class ImageEncoder(nn.Module):
-    """A vision model with projection, from our pictures to its embeddings; frozen."""
+    """A vision model with projection, from our images to its embeddings; frozen."""
 
     def __init__(self, network: CLIPVisionModelWithProjection):
         super().__init__()
@@ -29,16 +29,16 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return the embeddings, (B, D) float32, of pictures (B, 3, H, W) in [-1, 1] of any size."""
+        """Return the embeddings, (B, D) float32, of images (B, 3, H, W) in [-1, 1] of any size."""
         size = self.network.config.image_size
         if pixel_values.shape[-2:] != (size, size):
             pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
-        pictures = (pixel_values.clamp(-1, 1) + 1) / 2
-        return self._embeds((pictures - self.mean) / self.std)
+        images = (pixel_values.clamp(-1, 1) + 1) / 2
+        return self._embeds((images - self.mean) / self.std)
 
     @torch.no_grad()
     def zero_picture(self) -> Tensor:
-        """Return the embedding, (D,), of a picture that is zero everywhere once normalised: Kandinsky's null."""
+        """Return the embedding, (D,), of an image that is zero everywhere once normalised: Kandinsky's null."""
         size = self.network.config.image_size
         return self._embeds(torch.zeros(1, 3, size, size, device=self.mean.device))[0]
 

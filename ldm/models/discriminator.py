@@ -11,8 +11,8 @@ GROUPS = 4
 class PatchDiscriminator(nn.Module):
     """Convolutions of stride 2, `layers` times, then a logit for each patch.
 
-    Groups are normalised in place of batches: a picture's logits, and so a resume and another number of processes,
-    do not depend on which pictures share its batch.
+    Groups are normalised in place of batches: an image's logits, and so a resume and another number of processes,
+    do not depend on which images share its batch.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3):
@@ -40,12 +40,12 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Return logits (B, 1, h, w), positive for real, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Return logits (B, 1, h, w), positive for real, of images (B, 3, H, W) in [-1, 1]."""
         logits: Tensor = self.layers(pixel_values)
         return logits
 
     def frozen(self, pixel_values: Tensor) -> Tensor:
-        """Return the logits with gradient for the pictures alone: what trains an autoencoder spares its judge."""
+        """Return the logits with gradient for the images alone: what trains an autoencoder spares its judge."""
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
         logits: Tensor = torch.func.functional_call(self, parameters, (pixel_values,))
         return logits

@@ -1,4 +1,4 @@
-"""Perceptual distance: pictures compared in the features of a pretrained network (Zhang et al. 2018)."""
+"""Perceptual distance: images compared in the features of a pretrained network (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 
 
 class EfficientNetFeatures(nn.Module):
-    """The last features of an EfficientNet-lite at each of its resolutions, from 1/2 to 1/32 of the picture."""
+    """The last features of an EfficientNet-lite at each of its resolutions, from 1/2 to 1/32 of the image."""
 
     def __init__(self, network: Any):
         super().__init__()
@@ -86,14 +86,14 @@ class PerceptualDistance(nn.Module):
         self.weights = None if weights is None else nn.ParameterList(weights)
         self.eval().requires_grad_(False)
 
-    def forward(self, pictures: Tensor, others: Tensor) -> Tensor:
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the distance of each pair, (B,) >= 0, with gradient; both (B, 3, H, W) in [-1, 1].
 
         Zhang et al. 2018, eq. 1, with its weights in place of their squares, as LPIPS stores them.
         """
-        with torch.autocast(pictures.device.type, enabled=False):
-            one, two = self.features(pictures.float()), self.features(others.float())
-            total = torch.zeros(len(pictures), device=pictures.device)
+        with torch.autocast(images.device.type, enabled=False):
+            one, two = self.features(images.float()), self.features(others.float())
+            total = torch.zeros(len(images), device=images.device)
             for level, (a, b) in enumerate(zip(one, two, strict=True)):
                 squared = (_unit(a) - _unit(b)).square()  # (B, C, H, W)
                 weight = 1 / len(one) if self.weights is None else self.weights[level].view(1, -1, 1, 1)
@@ -101,7 +101,7 @@ class PerceptualDistance(nn.Module):
             return total
 
     def train(self, mode: bool = True) -> PerceptualDistance:
-        """Stay in eval mode: the statistics of a pretrained network are not those of our pictures."""
+        """Stay in eval mode: the statistics of a pretrained network are not those of our images."""
         return super().train(False)
 
 

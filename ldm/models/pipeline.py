@@ -66,7 +66,7 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
     except ValueError as error:
         name, how = type(pipeline).__name__, " with a mask" if masked else ""
         raise ValueError(
-            f"{name} starts from no picture{how}, and diffusers has no other pipeline of its parts that does; if the "
+            f"{name} starts from no image{how}, and diffusers has no other pipeline of its parts that does; if the "
             "model is one of ours, load its own pipeline, --trust_remote_code true"
         ) from error
 
@@ -125,44 +125,44 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
     return {"num_inference_steps": num_inference_steps} | ({"guidance_scale": scale} if guided else {})
 
 
-TOLD = ("prompt", "class_labels", "batch_size")
-"""Keywords of diffusers' pipelines that say what to draw, the one that says most first."""
+ASKS = ("prompt", "class_labels", "batch_size")
+"""Keywords of diffusers' pipelines that say what to sample, the one that says most first."""
 
 
-def told_by(pipeline: Any) -> str:
-    """Return the keyword of a pipeline that says what to draw: of `TOLD`, of which the last says only how much.
+def asked_by(pipeline: Any) -> str:
+    """Return the keyword of a pipeline that says what to sample: of `ASKS`, of which the last says only how much.
 
     Raises:
-        ValueError: it takes none of them; or its denoiser wants classes, which it cannot tell it.
+        ValueError: it takes none of them; or its denoiser is conditioned on classes, which it cannot pass on.
 
     """
     takes = inspect.signature(pipeline.__call__).parameters
-    found = next((told for told in TOLD if told in takes), None)
+    found = next((keyword for keyword in ASKS if keyword in takes), None)
     if found is None:
-        raise ValueError(f"{type(pipeline).__name__} takes none of {', '.join(TOLD)}; expected a pipeline that does")
+        raise ValueError(f"{type(pipeline).__name__} takes none of {', '.join(ASKS)}; expected a pipeline that does")
     denoiser = pipeline.components.get("unet")
     if found == "batch_size" and denoiser is not None and denoiser.config.get("num_class_embeds") is not None:
         raise ValueError(
-            f"{type(pipeline).__name__} tells its denoiser no classes: load the folder's own pipeline, "
+            f"{type(pipeline).__name__} passes no classes to its denoiser: load the folder's own pipeline, "
             "--trust_remote_code true"
         )
     return found
 
 
 def image_size(pipeline: Any) -> int:
-    """Return the pixels, height and width, of the pictures that a pipeline draws if it is not told.
+    """Return the pixels, height and width, of the images that a pipeline samples by default.
 
     Raises:
-        ValueError: it has no denoiser that says its size; as `told_by`.
+        ValueError: it has no denoiser that says its size; as `asked_by`.
 
     """
-    told_by(pipeline)
+    asked_by(pipeline)
     parts = pipeline.components
     denoiser = parts.get("unet") or parts.get("transformer")
     size = denoiser.config.get("sample_size") if denoiser is not None else None
     if size is None:
         raise ValueError(
-            f"{type(pipeline).__name__} does not draw pictures with a unet or transformer of a known sample_size; "
+            f"{type(pipeline).__name__} does not draw images with a unet or transformer of a known sample_size; "
             "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]

@@ -36,9 +36,9 @@ class Provenance:
     """How a model came to be. Names no path, host or user: it travels with the model."""
 
     data: str
-    """Fingerprint of the pictures."""
+    """Fingerprint of the images."""
     held_out_hash: str
-    """Hash of the pictures that were left out of training; see `ldm.data.splits`."""
+    """Hash of the images that were left out of training; see `ldm.data.splits`."""
     train_pictures: int
     global_step: int
     train_seconds: float

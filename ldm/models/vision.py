@@ -1,4 +1,4 @@
-"""Networks that measure: pictures to features, and how well a picture agrees with a caption."""
+"""Networks that measure: images to features, and how well an image agrees with a caption."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import weights_sha256
 
 Images = NDArray[np.uint8]
-"""Pictures, (N, H, W, 3), RGB in [0, 255]."""
+"""Images, (N, H, W, 3), RGB in [0, 255]."""
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Mean and standard deviation by channel that a network was trained with, of RGB in [0, 1]."""
@@ -53,7 +53,7 @@ SIZE = 224
 """Pixels, height and width, that DINOv2 is measured at (Stein et al. 2023)."""
 
 EFFICIENTNET_SIZE = 128
-"""Of the 224 that it was trained with a third of the time; 64-pixel pictures have nothing more to show there."""
+"""Of the 224 that it was trained with a third of the time; 64-pixel images have nothing more to show there."""
 
 INCEPTION_SIZE = 299
 CHUNK = 64
@@ -63,26 +63,26 @@ LONG = 8
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A frozen network from pictures to features, and what decides its numbers."""
+    """A frozen network from images to features, and what decides its numbers."""
 
     name: str
     sha256: str
     """Of the weights, without a projection: equal for all copies of one network."""
     size: int
-    """Pixels, height and width, that pictures are brought to."""
+    """Pixels, height and width, that images are brought to."""
     statistics: Statistics
     embed: Callable[[Tensor], Tensor]
-    """Features, (B, D), of pictures (B, 3, size, size), resized and normalised."""
+    """Features, (B, D), of images (B, 3, size, size), resized and normalised."""
     device: torch.device
 
     @property
     def resize(self) -> str:
-        """How pictures are brought to the network's size: numbers of another way are not comparable."""
+        """How images are brought to the network's size: numbers of another way are not comparable."""
         return f"bicubic, antialiased, to {self.size} x {self.size} px"
 
     @torch.no_grad()
     def __call__(self, images: Images) -> NDArray[np.float32]:
-        """Return the features, (N, D), of pictures (N, H, W, 3), uint8, of any size and shape, taken as a whole."""
+        """Return the features, (N, D), of images (N, H, W, 3), uint8, of any size and shape, taken as a whole."""
         parts = [self.embed(self._prepared(part)).float().cpu() for part in _chunks(images, self.name)]
         return cast(NDArray[np.float32], torch.cat(parts).numpy())
 
@@ -92,7 +92,7 @@ class FeatureNetwork:
 
 
 class ClipScore:
-    """How well pictures agree with captions, as a CLIP sees it."""
+    """How well images agree with captions, as a CLIP sees it."""
 
     def __init__(self, name: str):
         """Load a whole CLIP, both towers, from a folder or the Hub, ``user/name@revision``; errors as there."""
@@ -104,16 +104,14 @@ class ClipScore:
 
     @torch.no_grad()
     def image_text_similarity(self, images: Images, captions: Sequence[str]) -> NDArray[np.float32]:
-        """Return 100 max(cos, 0) of each picture, (N, H, W, 3) uint8, and its caption, (N,) in [0, 100].
+        """Return 100 max(cos, 0) of each image, (N, H, W, 3) uint8, and its caption, (N,) in [0, 100].
 
         Hessel et al. 2021, eq. 1, with 100 in place of 2.5 and no words before the caption. Of a caption that is longer
         than CLIP reads the rest is left out.
         """
         if len(images) != len(captions):
-            raise ValueError(
-                f"{len(images)} pictures and {len(captions)} captions; expected a caption for each picture"
-            )
-        pictures = torch.from_numpy(self.images(images))
+            raise ValueError(f"{len(images)} images and {len(captions)} captions; expected a caption for each image")
+        embeds = torch.from_numpy(self.images(images))
         length = self.network.config.text_config.max_position_embeddings
         texts = []
         for start in range(0, len(captions), CHUNK):
@@ -122,7 +120,7 @@ class ClipScore:
             device = self.images.device
             pooled = self.network.text_model(read.input_ids.to(device), read.attention_mask.to(device)).pooler_output
             texts.append(self.network.text_projection(pooled).float().cpu())
-        return cast(NDArray[np.float32], 100 * F.cosine_similarity(pictures, torch.cat(texts)).clamp(min=0).numpy())
+        return cast(NDArray[np.float32], 100 * F.cosine_similarity(embeds, torch.cat(texts)).clamp(min=0).numpy())
 
 
 def build_feature_network(name: str) -> FeatureNetwork:
@@ -151,7 +149,7 @@ def build_feature_network(name: str) -> FeatureNetwork:
 
 
 def resized(images: Images, size: int) -> Tensor:
-    """Return (N, 3, size, size) in [0, 1]: pictures (N, H, W, 3), uint8, under an antialiased bicubic filter.
+    """Return (N, 3, size, size) in [0, 1]: images (N, H, W, 3), uint8, under an antialiased bicubic filter.
 
     As Pillow does it with floats: no rounding in between, and what the filter puts out of range is clipped.
     """
@@ -233,9 +231,9 @@ def _inception() -> FeatureNetwork:
 
 def _chunks(images: Images, name: str) -> Iterator[Images]:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        raise ValueError(f"images is {images.dtype} {images.shape}; expected at least one picture, uint8 (N, H, W, 3)")
+        raise ValueError(f"images is {images.dtype} {images.shape}; expected at least one image, uint8 (N, H, W, 3)")
     short = len(images) < LONG * CHUNK
-    with tqdm(total=len(images), desc=f"measuring with {name}", unit="picture", disable=short) as bar:
+    with tqdm(total=len(images), desc=f"measuring with {name}", unit="image", disable=short) as bar:
         for start in range(0, len(images), CHUNK):
             yield images[start : start + CHUNK]
             bar.update(min(CHUNK, len(images) - start))

@@ -1,4 +1,4 @@
-"""Autoencoder losses: per element of the picture, in float32."""
+"""Autoencoder losses: per element of the image, in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.config import ReconstructionConfig
 
 Adversarial = Literal["hinge", "minimax"]
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""A perceptual distance of each pair of pictures, (B,)."""
+"""A perceptual distance of each pair of images, (B,)."""
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
@@ -43,7 +43,7 @@ def negative_log_likelihood(error: Tensor, logvar: Tensor) -> Tensor:
 
 
 def discriminator_loss(kind: Adversarial, real: Tensor, reconstructed: Tensor) -> Tensor:
-    """Return what the discriminator minimises, a scalar, for its logits of real and reconstructed pictures.
+    """Return what the discriminator minimises, a scalar, for its logits of real and reconstructed images.
 
     hinge: half the sum of two margins (Lim & Ye 2017). minimax: ``-E log D(x) - E log(1 - D(y))`` (Goodfellow et al.
     2014, eq. 1), which is ``2 log 2 - 2 JSD`` at the best discriminator.

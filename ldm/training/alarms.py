@@ -1,4 +1,4 @@
-"""What the measures of a training show to be wrong, in plain sentences: once each, as early as it is certain.
+"""Alarms: plain sentences on what a training does wrong. Each is said once, as early as it is certain.
 
 An alarm stops nothing. What another alarm explains is not said: a learning rate of 0 leaves the text unused, too.
 """
@@ -6,7 +6,7 @@ An alarm stops nothing. What another alarm explains is not said: a learning rate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ldm.config import OptimConfig, StageConfig
 from ldm.data.batches import PositionDataset
@@ -23,7 +23,7 @@ STILL = "the denoiser stands still"
 NOT_FINITE = "losses are not finite"
 TEXT = "text is not used"
 EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
-"""What by itself keeps a model from using its text."""
+"""Alarms that by themselves explain a text that is not used."""
 MAX_NULL_DIFFERENCE = 1e-3
 """rms over rms: above rounding."""
 MAX_CUT_TOKENS = 0.25
@@ -35,8 +35,8 @@ LEARNED = 0.1
 """`explained_share` from which a model knows what latents look like, and can be asked what it reads."""
 SMALL_GAIN = 0.02
 """Share of the loss: a text that is used is worth more, one that is not is worth 0."""
-PICTURES, EPOCHS = (2_000, 100_000), 4
-"""A text is given this many epochs to be used, but no fewer and no more pictures than these, ..."""
+IMAGES, EPOCHS = (2_000, 100_000), 4
+"""A text is given this many epochs to be used, but no fewer and no more images than these, ..."""
 LEAST_SHARE = 0.1
 """... and this share of the training, and its warm-up."""
 Row = Mapping[str, float]
@@ -48,13 +48,15 @@ class Alarms:
     def __init__(
         self, run: Run, progress: Progress, optim: OptimConfig, epoch: int, not_finite_at: Callable[[], Sequence[float]]
     ):
-        """Watch `run`; `epoch` is the number of its training pictures, for `not_finite_at` see `DiffusionStep`."""
+        """Read the rows of `run`, as its `watch`; `epoch` is the number of its training images.
+
+        For `not_finite_at` see `DiffusionStep`.
+        """
         self.run, self.progress, self.optim, self.epoch, self.not_finite_at = run, progress, optim, epoch, not_finite_at
         self.said: set[str] = set()
         self._rate = math.inf
         self._unused = False
         self._skipped, self._levels = 0, list[float]()
-        run.watch = self
 
     def say(self, name: str, sentence: str | None, global_step: int) -> None:
         """Log an alarm, unless there is nothing to say or it has been said."""
@@ -62,9 +64,9 @@ class Alarms:
             self.said.add(name)
             self.run.log_alarm(name, sentence, global_step)
 
-    def before_training(self, config: StageConfig, validation: Validation, train: PositionDataset) -> None:
-        """Say what shows before the first step."""
-        for name, sentence in faults_before(config, validation, train):
+    def say_all(self, alarms: Iterable[tuple[str, str]]) -> None:
+        """Log alarms by name and sentence, as `say`, at the step reached."""
+        for name, sentence in alarms:
             self.say(name, sentence, self.progress.global_step)
 
     def __call__(self, row: Row, global_step: int) -> None:
@@ -88,9 +90,9 @@ class Alarms:
             self._unused = unused
 
     def _has_seen_enough(self, global_step: int) -> bool:
-        pictures, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
-        least, most = PICTURES
-        return pictures >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
+        images, least_steps = self.progress.images, LEAST_SHARE * (self.progress.total_steps or 0)
+        least, most = IMAGES
+        return images >= min(max(EPOCHS * self.epoch, least), most) and global_step >= max(
             self.optim.warmup_steps, least_steps
         )
 
@@ -98,10 +100,10 @@ class Alarms:
 def faults_before(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
     """Yield name and sentence of each alarm that shows before the first step."""
     scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
-    if not scale.unit and config.space.kind != "pixel":  # pictures are as they are
+    if not scale.unit and config.space.kind != "pixel":  # images are as they are
         yield (
             SCALE,
-            f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out pictures before step 1, where noise has "
+            f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out images before step 1, where noise has "
             "0 and 1: noise levels are not what they are called, and samples come out grey or glaring; use an "
             "autoencoder that train_vae.py has finished, or one with the right scaling_factor in its config.json",
         )
@@ -113,22 +115,14 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             "of their size: guidance leads away from a prompt that the denoiser does not know; let both encode the "
             "same text",
         )
-    captions = validation.images.source.captions
-    if validation.step.told != "prompt":
-        label = config.conditioners.label
-        if label is not None and label.dropout == 0 and guidance > 1:
-            yield (
-                NULL,
-                f"conditioners.label.dropout is 0 and validation.guidance_scale is {guidance:g}: guidance leads away "
-                "from the null class, which the denoiser is never shown; set a dropout, 0.1 is usual, or "
-                "validation.guidance_scale to 1",
-            )
-    elif difference is None and guidance > 1 and all(captions(picture) for picture in train.pictures):
+    asked, condition = validation.step.asked, validation.step.condition
+    never = asked is not None and validation.step.stage.model.conditioner(asked).dropout == 0
+    if never and guidance > 1 and condition.nothing not in validation.asked(train.rows):
         yield (
             NULL,
-            "conditioners.text.dropout is 0, no picture is without a caption, and validation.guidance_scale is "
-            f'{guidance:g}: guidance leads away from "", which the denoiser is never shown; set a dropout, 0.1 is '
-            "usual, or validation.guidance_scale to 1",
+            f"conditioners.{asked}.dropout is 0, no image is without {condition.noun}, and validation.guidance_scale "
+            f"is {guidance:g}: guidance leads away from the null, which the denoiser is never shown; set a dropout, "
+            "0.1 is usual, or validation.guidance_scale to 1",
         )
     if cut.tokens > MAX_CUT_TOKENS:
         yield (
@@ -148,9 +142,9 @@ def not_finite(skipped: int, global_step: int, levels: Sequence[float]) -> str:
         )
     else:
         where = (
-            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: picture, 1: noise)"
+            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: image, 1: noise)"
         )
-        check = "objective (its weight at those levels), the pictures, optim.learning_rate and loop.mixed_precision"
+        check = "objective (its weight at those levels), the images, optim.learning_rate and loop.mixed_precision"
     return f"{skipped:,} of {global_step:,} steps were skipped: {where}; what is skipped is not learned; check {check}"
 
 
@@ -178,7 +172,7 @@ def stands_still(row: Row, global_step: int) -> str | None:
 
 
 def text_is_unused(row: Row) -> bool:
-    """Return whether a model that has learned gains nothing from captions, as far as the held-out pictures can tell.
+    """Return whether a model that has learned gains nothing from captions, as far as the held-out images can tell.
 
     Nothing: not two standard errors, and with them still less than `SMALL_GAIN` of the loss.
     """
@@ -187,10 +181,10 @@ def text_is_unused(row: Row) -> bool:
     return row["explained_share"] > LEARNED and gain <= 2 * error and small
 
 
-def _text_sentence(row: Row, global_step: int, pictures: int) -> str:
+def _text_sentence(row: Row, global_step: int, images: int) -> str:
     gain, error = row["conditional_gain/mean"], row["conditional_gain/standard_error"]
     return (
         f"conditional gain {gain:.4f} +- {error:.4f} of a loss of {row['validation/loss']:.4f} after {global_step:,} "
-        f"steps ({pictures:,} pictures): held-out pictures are denoised as well with captions of others; check that "
-        "captions belong to their pictures, conditioners.text.dropout and the text encoder"
+        f"steps ({images:,} images): held-out images are denoised as well with captions of others; check that "
+        "captions belong to their images, conditioners.text.dropout and the text encoder"
     )

@@ -1,4 +1,4 @@
-"""What is measured of an autoencoder: its reconstructions and the scale of its latents."""
+"""Measures of an autoencoder: its reconstructions and the scale of its latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm.data.batches import Batch, PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
-from ldm.evaluation.pictures import image_grid
+from ldm.errors import explained
+from ldm.evaluation.images import image_grid
 from ldm.evaluation.quality import psnr, ssim
 from ldm.models.autoencoder import CHUNK, fold_statistics, reconstruct
 from ldm.models.features import PerceptualDistance, build_perceptual_distance
@@ -25,7 +26,7 @@ SMALLEST = 32
 def measuring_distance(image_size: int) -> PerceptualDistance | None:
     """Return the distance that held-out reconstructions are measured with; None without its packages.
 
-    None of pictures of fewer than `SMALLEST` pixels either, which its convolutions do not fit into.
+    None of images of fewer than `SMALLEST` pixels either, which its convolutions do not fit into.
 
     EfficientNet-lite0: nothing is ever trained against it.
     """
@@ -46,7 +47,7 @@ def reconstruction_report(
     """Return held-out PSNR (dB), SSIM and perceptual distance, means, and a sheet: originals over reconstructions."""
     originals = held_out.pixel_values
     if originals is None:
-        raise ValueError("reconstructions are measured on pictures, got cached latents")
+        raise ValueError("reconstructions are measured on images, got cached latents")
     rebuilt = reconstruct(autoencoder, originals)
     metrics = {
         "validation/psnr": float(psnr(rebuilt, originals).mean()),
@@ -60,13 +61,21 @@ def reconstruction_report(
     return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
 
 
+def rehearse_saving(autoencoder: AutoencoderKL, pixel_values: Tensor, where: str) -> None:
+    """Do with a few images what validation and saving do; raises ConfigError, which names `where`, if that fails."""
+    with explained(f"{where} do not fit together"):
+        ssim(reconstruct(autoencoder, pixel_values), pixel_values)
+        channels = torch.ones(autoencoder.config.latent_channels, device=pixel_values.device)
+        fold_statistics(copy.deepcopy(autoencoder), 0 * channels, channels)
+
+
 @torch.no_grad()
 def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count: int = 4096) -> tuple[Tensor, Tensor]:
-    """Return mean and std, (C,), of latents drawn for up to `count` training pictures, posterior spread included."""
+    """Return mean and std, (C,), of latents sampled for up to `count` training images, posterior spread included."""
     device = next(autoencoder.parameters()).device
     pixel_values = fixed_batch(train, count).pixel_values
     if pixel_values is None:
-        raise ValueError("latent statistics are measured on pictures, got cached latents")
+        raise ValueError("latent statistics are measured on images, got cached latents")
     posteriors = [autoencoder.encode(part.to(device)).latent_dist for part in torch.split(pixel_values, CHUNK)]
     means = torch.cat([posterior.mean for posterior in posteriors]).double()
     variances = torch.cat([posterior.var for posterior in posteriors]).double()
@@ -75,7 +84,7 @@ def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count:
 
 
 def save_at_unit_scale(autoencoder: AutoencoderKL, train: PositionDataset, dtype: torch.dtype, folder: Path) -> None:
-    """Save a copy whose latents of the training pictures have mean 0 and std 1; `autoencoder` stays as it is."""
+    """Save a copy whose latents of the training images have mean 0 and std 1; `autoencoder` stays as it is."""
     finished = copy.deepcopy(autoencoder)
     fold_statistics(finished, *latent_statistics(finished, train))
     if "_name_or_path" in finished.config:

@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `CheckpointStore.save` was given, with the tensors on the CPU and tuples turned into lists."""
+    """The arguments of `CheckpointStore.save`, read back: tensors on the CPU, tuples as lists."""
 
     global_step: int
     tensors: dict[str, dict[str, Tensor]]

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.conditioners.text import TextConditioner
-from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import Batch
-from ldm.evaluation.baselines import exchanged_captions, other_values
 from ldm.training.steps import DiffusionStep
 
 COUNTED_CAPTIONS = 10_000
@@ -32,7 +30,7 @@ class Scale:
 
     @property
     def unit(self) -> bool:
-        """Whether noise of std 1 is a match for it: std in [0.5, 2], mean in [-0.5, 0.5]."""
+        """Return whether noise of std 1 fits it: std in [0.5, 2], mean in [-0.5, 0.5]."""
         return 0.5 <= self.std <= 2 and abs(self.mean) <= 0.5
 
 
@@ -52,10 +50,10 @@ class Truncation:
 def truncation(tokenizer: Any, captions: Sequence[str]) -> Truncation:
     """Return what a tokenizer cuts of `captions` at its ``model_max_length``; begin and end count as tokens.
 
-    Of many captions it reads `COUNTED_CAPTIONS`, evenly spread; of none it is 0.
+    Of many captions it reads `COUNTED_CAPTIONS`, evenly spread; of none, or without a tokenizer, it is 0.
     """
     some = list(captions[:: 1 + len(captions) // COUNTED_CAPTIONS])
-    if not some:
+    if not some or tokenizer is None:
         return Truncation(0.0, 0.0)
     tokens = [len(ids) for ids in tokenizer(some, verbose=False)["input_ids"]]
     cut = [max(0, count - tokenizer.model_max_length) for count in tokens]
@@ -66,17 +64,17 @@ def truncation(tokenizer: Any, captions: Sequence[str]) -> Truncation:
 def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float | None:
     """Return how far apart training's null and the pipeline's are: the rms of what differs over the pipeline's rms.
 
-    Training's null is what the denoiser is told for dropped captions of `batch`, the pipeline's what `encode_prompt`
-    makes of no negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
+    Training's null is the conditioning of dropped captions of `batch`, the pipeline's what `encode_prompt` makes of no
+    negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    conditioner = step.averaged.conditioners["text"] if step.told == "prompt" else None
+    conditioner = None if step.asked is None else step.averaged.conditioners[step.asked]
     if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
-    told = conditioner(**inputs["text"]).kwargs
-    trained = told["encoder_hidden_states"].float()
-    if (mask := told.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
+    kwargs = conditioner(**inputs["text"]).kwargs
+    trained = kwargs["encoder_hidden_states"].float()
+    if (mask := kwargs.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
         trained = trained * mask[..., None].to(trained)
     _, sampled = pipeline.encode_prompt("", step.run.device)
     if trained.shape[1:] != sampled.shape[1:]:
@@ -87,14 +85,14 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
 
 @dataclass(frozen=True)
 class Gain:
-    """Loss with shuffled captions minus that with the right ones, same noise: 0 if the text tells the model nothing."""
+    """Loss with exchanged captions minus loss with the right ones, same noise: 0 if the model does not use the text."""
 
     by_level: list[float]
     """Mean over the samples, at each noise level."""
     mean: float
     """Mean of those."""
     standard_error: float
-    """Of `mean`, from the spread over the samples."""
+    """Standard error of `mean`, from the spread over the samples."""
 
 
 def conditional_gain(
@@ -102,28 +100,22 @@ def conditional_gain(
 ) -> Gain | None:
     """Return the averaged model's gain from the captions of a batch, with fixed noise, at noise levels in (0, 1).
 
-    Of a model that is told classes instead, from those: each sample is told any other. losses: those with the right
-    captions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a caption or a class are
-    left out. None if more than half of the rest have the same caption, or all the same class.
+    Of a model that is conditioned on classes, from those: see `Condition.exchange`. losses: those with the right
+    conditions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a condition are left
+    out. None if the others have no other conditions to exchange theirs with.
     """
-    values: list[Any] = []
-    if step.told == "prompt":
-        values = list(batch.captions)
-    elif "label" in step.stage.model.conditioners:
-        values = cast(Tensor, batch.class_labels).tolist()
-    told = [row for row, value in enumerate(values) if value not in ("", UNKNOWN_CLASS)]
-    own = [values[row] for row in told]
-    exchanged_values = exchanged_captions if step.told == "prompt" else other_values
+    condition = step.condition
+    values = condition.read(batch)
+    known = [row for row, value in enumerate(values) if value != condition.nothing]
     try:
-        others = exchanged_values(own)
+        others = condition.exchange([values[row] for row in known])
     except ValueError:
         return None
-    for row, other in zip(told, others, strict=True):
+    for row, other in zip(known, others, strict=True):
         values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
-    changes: dict[str, Any] = {"captions": values} if step.told == "prompt" else {"class_labels": torch.tensor(values)}
-    exchanged = replace(batch, **changes)
-    gains = (step.held_out_losses(exchanged, levels) - losses)[:, told].double()
-    error = float(gains.mean(0).std()) / math.sqrt(len(told))
+    exchanged = condition.written(batch, values)
+    gains = (step.held_out_losses(exchanged, levels) - losses)[:, known].double()
+    error = float(gains.mean(0).std()) / math.sqrt(len(known))
     return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

@@ -36,7 +36,7 @@ TIMED_STEPS = 20
 """Steps whose time turns `max_train_seconds` into a number of steps; none of them sees a learning-rate decay."""
 MAX_SKIPPED_IN_A_ROW = 10
 Event = tuple[int | None, Callable[[int], None]]
-"""What is called with the step, and every how many steps, the last one included; None: never."""
+"""Every how many steps, the last step included, and what is called with the step; None: never."""
 
 
 class SizedBatch(Protocol):
@@ -51,23 +51,30 @@ C = TypeVar("C", bound=SizedBatch, covariant=True)
 
 
 class Batches(Protocol[C]):
-    """Where a step's samples come from."""
+    """The source of a step's samples."""
 
     def __call__(self, start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[Sequence[C]]:
         """Yield, for each optimiser step from `start_step` on, the micro-batches of process `rank` of `world`."""
 
 
 class TrainingStep(Protocol[B]):
-    """What is trained and how a batch becomes losses."""
+    """The trained modules, and the way from a batch to losses."""
 
-    modules: Mapping[str, nn.Module]
-    """Trained modules, one optimiser each, in the order in which they are stepped."""
-    forwards: Mapping[str, nn.Module]
-    """The same, as prepared for devices and processes."""
-    averages: Mapping[str, Average]
-    """Averaged weights of those that have them."""
-    memory: Mapping[str, Tensor]
-    """What else a checkpoint keeps, changed in place; the same in every process."""
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Return the trained modules, one optimiser each, in the order in which they are stepped."""
+
+    @property
+    def forwards(self) -> Mapping[str, nn.Module]:
+        """Return the same, as prepared for devices and processes."""
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        """Return the averaged weights of those that have them."""
+
+    @property
+    def memory(self) -> Mapping[str, Tensor]:
+        """Return the other tensors that a checkpoint keeps, changed in place; the same in every process."""
 
     def losses(self, batch: B, global_step: int) -> dict[str, Tensor]:
         """Return a scalar loss with gradient for modules by their names; scalars by other names are only logged."""
@@ -86,17 +93,15 @@ class Loop(Generic[B]):
         config: LoopConfig,
         run: Run,
         epoch_steps: float,
-        record: RunRecord | None = None,
-        allow_changes: bool = False,
         resumable: bool = True,
     ):
-        """Build optimisers and resume; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
+        """Build the optimisers; `epoch_steps` is the (fractional) number of optimiser steps in an epoch.
 
-        `record` says what is trained, see `run_record`; a checkpoint of another one is refused unless `allow_changes`.
-        What is not `resumable` saves no checkpoint when it is stopped: a trial, of which nothing is kept.
+        The training begins anew unless `resume` is called. What is not `resumable` saves no checkpoint when it is
+        stopped: a trial, of which nothing is kept.
         """
         self.step, self.optim, self.config, self.run = step, optim, config, run
-        self.record, self.allow_changes, self.resumable = record or RunRecord(), allow_changes, resumable
+        self.record, self.resumable = RunRecord(), resumable
         self.optimizers = {
             name: run.accelerator.prepare_optimizer(build_optimizer(module.parameters(), optim, lookup_tables(module)))
             for name, module in step.modules.items()
@@ -104,12 +109,11 @@ class Loop(Generic[B]):
         self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
         self._step_seconds: list[float] = []
         self.store = CheckpointStore(run.folder / CHECKPOINTS, config.keep_checkpoints)
-        self._resume()
-        self._saved_step = self.start_step = self.progress.global_step
+        self._saved_step = self.start_step = 0
 
     @property
     def done(self) -> bool:
-        """Whether the last step has been taken."""
+        """Return whether the last step has been taken."""
         return self.progress.total_steps is not None and self.progress.global_step >= self.progress.total_steps
 
     @property
@@ -228,7 +232,7 @@ class Loop(Generic[B]):
     def _skip(self, micro_batches: Sequence[B]) -> None:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
-        samples = [getattr(batch, "pictures", None) for batch in micro_batches]
+        samples = [getattr(batch, "rows", None) for batch in micro_batches]
         if (scaler := self.run.accelerator.scaler) is not None:  # float16: the loss was scaled out of its range
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
@@ -236,7 +240,7 @@ class Loop(Generic[B]):
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last one "
-                f"on pictures {samples}. Lower optim.learning_rate or look at those pictures; the run resumes from its "
+                f"on images {samples}. Lower optim.learning_rate or look at those images; the run resumes from its "
                 "newest checkpoint"
             )
 
@@ -288,12 +292,22 @@ class Loop(Generic[B]):
         with self.run.stop.held():
             self.store.save(self.progress.global_step, tensors, state)
 
-    def _resume(self) -> None:
+    def resume(self, record: RunRecord | None = None, allow_changes: bool = False) -> None:
+        """Go on from the newest checkpoint of the run's folder, if there is one.
+
+        `record` says what is trained, see `run_record`, and goes into every checkpoint.
+
+        Raises:
+            ConfigError: the checkpoint is of a training of something else, and that is not allowed.
+            CheckpointError: it cannot be read, or the processes do not agree on one.
+
+        """
+        self.record = record or RunRecord()
         path = agreed_checkpoint(self.store)
         if path is None:
             return
         saved = self.store.load(path)
-        self.record = self.record.going_on_from(saved, self.allow_changes)
+        self.record = self.record.going_on_from(saved, allow_changes)
         planned = self.progress.total_steps
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:
@@ -301,5 +315,6 @@ class Loop(Generic[B]):
         restore_training(saved, *self._trained)
         if self.run.accelerator.num_processes > 1:
             refuse_apart("weights", {name: weights_hash(module) for name, module in self.step.modules.items()})
+        self._saved_step = self.start_step = self.progress.global_step
         self.run.forget_metrics_after(self.progress.global_step)
         log.info("resumed %s at step %d", path.name, self.progress.global_step)

@@ -19,8 +19,8 @@ from ldm.training.snapshots import Snapshot, read_tensors
 
 Floats = NDArray[np.float64]
 MAX_ERROR = 0.1
-"""Of a profile, relative, root mean square. On a random walk the average was then off by at most 0.1 of its distance
-from the nearest stored one with 8 snapshots or more of each length, by up to 0.6 with 4."""
+"""Relative error of a profile, root mean square. On a random walk the average was then off by at most 0.1 of its
+distance from the nearest stored one with 8 snapshots or more of each length, by up to 0.6 with 4."""
 
 
 def inner_products(t_a: Floats, gamma_a: Floats, t_b: Floats, gamma_b: Floats) -> Floats:

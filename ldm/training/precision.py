@@ -9,7 +9,7 @@ from ldm.machine import native_precision
 
 log = logging.getLogger(__name__)
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"
-"""Always set by ``accelerate launch``; its default, "no", cannot be told from ``--mixed_precision no``."""
+"""Always set by ``accelerate launch``; its default, "no", looks the same as ``--mixed_precision no``."""
 
 
 def chosen_precision(wanted: str, recorded: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Where a run stands, and how far it has to go."""
+"""The progress of a run: the steps taken, and those to take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where a run stands; with the weights and the optimisers all that a resume needs."""
+    """Counts of a run. With weights and optimisers they are all that a resume needs."""
 
     global_step: int = 0
     total_steps: int | None = None
@@ -30,7 +30,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Return the pictures trained on per second of training, over the whole run."""
+        """Return the images trained on per second of training, over the whole run."""
         return self.images / self.train_seconds if self.train_seconds else 0.0
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from ldm.config import AutoencoderConfig, DataConfig, DataOptions, StageConfig
+from ldm.config import DataConfig, DataOptions, RunConfig
 from ldm.config.file import tree_differences
 from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages, PositionDataset
@@ -61,7 +61,7 @@ DECIDED_BY = {
 }
 """Values that only say where something is: facts of these names say whether it is the same."""
 GROUP = "record"
-"""Of a checkpoint's tensors."""
+"""Name of the record's tensors in a checkpoint."""
 
 
 class RecordedStep(Protocol):
@@ -81,9 +81,9 @@ class RunRecord:
     """All that decides where a training arrives, besides its weights; a part of every checkpoint."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """As JSON: the config without folders of this machine, and hashes of all that it only names."""
+    """JSON: the config without folders of this machine, and hashes of everything that it only names."""
     tokenizer: str | None = None
-    """As JSON, see `tokenizer_json`; the weights of a text encoder belong to its token numbers."""
+    """JSON, see `tokenizer_json`. The weights of a text encoder belong to its token numbers."""
     trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """Keys of the images that were trained on up to here, see `image_keys`."""
     held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -119,9 +119,7 @@ def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
     return tokenizer_from_json(text, state["record"]["config"]["conditioners"]["text"]["max_length"])
 
 
-def run_record(
-    config: StageConfig | AutoencoderConfig, images: CaptionedImages, step: RecordedStep, precision: str
-) -> RunRecord:
+def run_record(config: RunConfig, images: CaptionedImages, step: RecordedStep, precision: str) -> RunRecord:
     """Return the record of a training of `step` on `images` in `precision`."""
     source, train, tokenizer = images.source, images.splits["train"], step.tokenizer
     facts = {

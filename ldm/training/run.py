@@ -29,7 +29,7 @@ from ldm.training.precision import chosen_precision
 from ldm.training.processes import join_processes, same_everywhere
 from ldm.training.resume import saved_state
 from ldm.training.signals import Stopped, StopSignals
-from ldm.training.trackers import refuse_missing_trackers, show_picture, start_trackers
+from ldm.training.trackers import refuse_missing_trackers, show_image, start_trackers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -39,14 +39,16 @@ CHECKPOINTS = "checkpoints"
 
 
 class Run:
-    """Accelerator, output folder, metrics and pictures of a run; built once, before any network."""
+    """Accelerator, output folder, metrics and images of a run; built once, before any network."""
 
     def __init__(self, output_dir: str, seed: int, config: LoopConfig):
-        logging.basicConfig(
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr
-        )
-        for client in ("httpx", "httpx2"):
-            logging.getLogger(client).setLevel(logging.WARNING)  # a line for each request, with signed addresses
+        """Join the processes of the run; nothing is written before `open`.
+
+        Raises:
+            ImportError: a tracker is not installed.
+            RuntimeError: the launcher started other processes than the config or the devices allow.
+
+        """
         self.seed = seed
         self.config = config
         self.folder = Path(output_dir)
@@ -69,18 +71,26 @@ class Run:
         check_launcher(config, launched)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        if not self.is_main:
-            logging.getLogger().setLevel(logging.WARNING)
+        self.lock: FolderLock | None = None
+        self.stop = StopSignals()
+        self.watch: Callable[[Mapping[str, float], int], None] | None = None
+        """Called with all metrics and their step, in the first process, once they are written."""
+
+    def open(self) -> None:
+        """Make the folder and lock it, share out the cores, start the trackers.
+
+        Raises:
+            RuntimeError: another process trains in the folder.
+
+        """
         if self.device.type == "cpu":
             # accelerate launch leaves one thread to each process; share out the cores instead
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, cores() // local))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FolderLock(self.folder) if self.is_main else None
-        self.stop = StopSignals()
-        self.watch: Callable[[Mapping[str, float], int], None] | None = None
-        """Called with all metrics and their step, in the first process, once they are written."""
-        start_trackers(self.accelerator, config.trackers, self.folder)
+        if self.is_main:
+            self.lock = FolderLock(self.folder)
+        start_trackers(self.accelerator, self.config.trackers, self.folder)
         log.info(
             "%s, %d process(es), %d thread(s) each, %s",
             self.device,
@@ -154,20 +164,20 @@ class Run:
                     aside.write_text("".join(kept), encoding="utf-8")
                     aside.replace(path)
 
-    def log_picture(self, name: str, picture: Image.Image, global_step: int) -> None:
-        """Write a picture to ``<name>/step-N.png`` and to the trackers."""
+    def log_image(self, name: str, image: Image.Image, global_step: int) -> None:
+        """Write an image to ``<name>/step-N.png`` and to the trackers."""
         if not self.is_main:
             return
         path = self.folder / name / f"step-{global_step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        image.save(path)
         for tracker in self.accelerator.trackers:
-            show_picture(tracker, name, picture, global_step)
+            show_image(tracker, name, image, global_step)
 
 
 @contextlib.contextmanager
-def finishing(run: Run) -> Iterator[Run]:
-    """Close trackers and the process group and unlock the folder when the run ends, however it ends.
+def opened(run: Run) -> Iterator[Run]:
+    """Open the run; close trackers and the process group and unlock the folder when it ends, however it ends.
 
     A `HubError` ends it with exit code 1; SIGINT, SIGTERM and SIGUSR1 with 130, 143 and 138, the training saved: see
     `StopSignals`.
@@ -175,6 +185,7 @@ def finishing(run: Run) -> Iterator[Run]:
     try:
         with run.stop.handled():
             try:
+                run.open()
                 yield run
             finally:
                 run.accelerator.end_training()
@@ -186,6 +197,14 @@ def finishing(run: Run) -> Iterator[Run]:
         if run.is_main:
             log.warning("stopped by %s%s", stopped.name, stopped.reached)
         raise
+
+
+def log_to_stderr() -> None:
+    """Log lines of this package and of libraries to stderr: of the first process all, of the others warnings."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level, stream=sys.stderr)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)  # a line for each request, with signed addresses
 
 
 def _step_of(line: str) -> int:

@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1
 REPEAT_SECONDS = 0.2
 """A signal that follows so soon is the first one again: `timeout` signals a process and then its group."""
 PASSED_ON_SECONDS = 5.0
-"""The same under a launcher, which passes on what was sent to all of its group or job."""
+"""Seconds, as above, under a launcher: it passes on what was sent to its whole group or job."""
 
 
 class Stopped(SystemExit):

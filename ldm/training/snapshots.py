@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ldm.files import sync_folder
 from ldm.training.averages import Average
-from ldm.training.loop import Loop
+from ldm.training.progress import Progress
 from ldm.training.run import Run
 from ldm.training.state import trained_state
 
@@ -51,11 +50,13 @@ class Snapshots:
     length of 0.02, whose factors are large; a reconstruction from 32 snapshots lost less, at lengths up to 0.15.
     """
 
-    def __init__(self, run: Run, loop: Loop[Any], averages: Mapping[float, Average]):
-        """Delete the snapshots of steps after the one that `loop` stands at: it is about to take those steps again."""
-        self.run, self.progress, self.averages = run, loop.progress, averages
+    def __init__(self, run: Run, progress: Progress, averages: Mapping[float, Average]):
+        self.run, self.progress, self.averages = run, progress, averages
         self.folder = run.folder / FOLDER
-        if run.is_main and self.folder.is_dir():
+
+    def forget_later(self) -> None:
+        """Delete the snapshots of steps after the one that training stands at: it is about to take them again."""
+        if self.run.is_main and self.folder.is_dir():
             for path in self.folder.glob(".tmp-*"):
                 path.unlink()
             for path in self.folder.glob("step-*"):

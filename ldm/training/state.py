@@ -1,4 +1,4 @@
-"""What a checkpoint holds of what is trained: weights, averages, optimisers; and the way back."""
+"""The trained state in a checkpoint: weights, averages, optimisers; and the way back."""
 
 from __future__ import annotations
 

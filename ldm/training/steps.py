@@ -1,9 +1,10 @@
-"""From a batch to losses: one class for diffusion stages, one for autoencoders."""
+"""From a batch to losses: the contract of a step, one class for diffusion stages, one for autoencoders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,6 +16,7 @@ from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generator, generators
+from ldm.evaluation.conditions import Condition, condition_of
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
 from ldm.models.network import weights_hash, weights_sha256
@@ -31,10 +33,38 @@ from ldm.objectives.reconstruction import (
 from ldm.spaces import Moments
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average, exponential, power_function
+from ldm.training.loop import TrainingStep
 from ldm.training.run import Run
 
 Drawn = tuple[list[int], Tensor, Tensor]
 """Positions, noise levels and unweighted losses of a micro-batch."""
+
+
+class Step(TrainingStep[Batch], Protocol):
+    """A `TrainingStep` on images that says what its networks are, for the record, the doctor and the alarms."""
+
+    @property
+    def run(self) -> Run:
+        """Return the run that it trains in."""
+
+    @property
+    def networks(self) -> Sequence[str]:
+        """Return the networks that it looks through, as `ldm.models.provenance.Provenance.networks`."""
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """Return a hash of each network that it looks through and does not change, by its place."""
+
+    @property
+    def frozen_networks(self) -> Sequence[nn.Module]:
+        """Return the networks that are neither trained nor part of a trained module."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer that the trained weights belong to, None without one."""
+
+    def not_finite_at(self) -> Sequence[float]:
+        """Return the noise levels, in [0, 1], of the samples of the newest step whose loss is not finite."""
 
 
 class DiffusionStep:
@@ -80,12 +110,17 @@ class DiffusionStep:
         return found
 
     @property
+    def frozen_networks(self) -> tuple[nn.Module, ...]:
+        """The networks of the space; those of the conditioners are part of the model."""
+        return self.stage.space.networks
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of the captions, None without captions."""
         return getattr(dict(self.stage.model.conditioners.items()).get("text"), "tokenizer", None)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and std of x0 given pictures, (B, 3, H, W): what the cache keeps."""
+        """Return the mean and std of x0 given images, (B, 3, H, W): what the cache keeps."""
         moments = self.stage.space.moments(pixel_values.to(self.run.device))
         return moments.mean, moments.std
 
@@ -96,9 +131,18 @@ class DiffusionStep:
                 conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
 
     @property
-    def told(self) -> str:
-        """The keyword of the pipeline that says what to draw: ``prompt`` or ``class_labels``, None for no class."""
-        return "prompt" if "text" in self.stage.model.conditioners else "class_labels"
+    def asked(self) -> str | None:
+        """The name of the conditioner whose condition a user asks for; None without one."""
+        model = self.stage.model
+        return next(
+            (name for name in model.conditioners if model.conditioner(name).asks == self.condition.keyword), None
+        )
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The condition that a user asks for."""
+        model = self.stage.model
+        return condition_of([model.conditioner(name).asks for name in model.conditioners])
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; every draw comes from its sample's position."""
@@ -137,7 +181,7 @@ class DiffusionStep:
         ]
 
     def x0(self, batch: Batch) -> Tensor:
-        """Return what is diffused, drawn anew from the posterior, on the run's device."""
+        """Return x0, sampled from the posterior, on the run's device."""
         if batch.moments is not None:
             moments = Moments(*(tensor.to(self.run.device) for tensor in batch.moments))
         else:
@@ -145,10 +189,10 @@ class DiffusionStep:
         return moments.sample(generators(self.run.seed, batch.positions, "posterior"))
 
     def inputs(self, batch: Batch, x0: Tensor, dropped: bool | None = None) -> dict[str, Inputs]:
-        """Return each conditioner's inputs, on the run's device, the nulls where dropped.
+        """Return the inputs of each conditioner, on the run's device; the null where it is dropped.
 
-        dropped: None, as in training: of each conditioner its share, drawn for each sample; False: none; True: all that
-        training drops, which is what guidance compares with.
+        dropped: None, as in training: each conditioner drops its share of the samples, at random; False: none; True:
+        all that training ever drops, which is what guidance compares with.
         """
         inputs = {}
         for name in self.stage.model.conditioners:
@@ -198,7 +242,7 @@ class Autoencoding(nn.Module):
 
 
 class AutoencoderStep:
-    """An autoencoder: encode, draw, decode, compare; with a discriminator, if asked for, that is trained along."""
+    """An autoencoder: encode, sample, decode, compare; with a discriminator if the config has one."""
 
     def __init__(self, autoencoder: AutoencoderKL, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
@@ -240,7 +284,16 @@ class AutoencoderStep:
         """The perceptual network, if there is one, with its hash."""
         return {f"reconstruction.{self.config.perceptual}": name for name in self.networks}
 
+    @property
+    def frozen_networks(self) -> tuple[nn.Module, ...]:
+        """The perceptual network, if there is one."""
+        return () if self.distance is None else (self.distance,)
+
     tokenizer = None
+
+    def not_finite_at(self) -> list[float]:
+        """Return nothing: there are no noise levels."""
+        return []
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""
@@ -262,8 +315,8 @@ class AutoencoderStep:
             last_layer = cast(Autoencoding, self.modules["autoencoder"]).autoencoder.decoder.conv_out.weight
             weight = weight * adaptive_weight(likelihood, adversarial, last_layer, self._mean_over_processes)
         terms["adversarial"] = weight * adversarial
-        pictures = torch.cat([pixel_values, reconstruction.detach().float()])
-        real, reconstructed = self.forwards["discriminator"](pictures).chunk(2)
+        images = torch.cat([pixel_values, reconstruction.detach().float()])
+        real, reconstructed = self.forwards["discriminator"](images).chunk(2)
         return {
             "autoencoder": loss + terms["adversarial"],
             "discriminator": discriminator_loss(config.adversarial, real, reconstructed),

@@ -1,4 +1,4 @@
-"""Trackers of a run: started so that they tell no host, user or path, and shown pictures."""
+"""Trackers of a run: started so that they tell no host, user or path, and shown images."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def start_trackers(accelerator: Accelerator, trackers: Sequence[str], folder: Pa
         accelerator.init_trackers("ldm", init_kwargs=settings)
 
 
-def show_picture(tracker: Any, name: str, picture: Image.Image, global_step: int) -> None:
-    """Log a picture, of any mode, to one tracker."""
+def show_image(tracker: Any, name: str, image: Image.Image, global_step: int) -> None:
+    """Log an image, of any mode, to one tracker."""
     if tracker.name == "tensorboard":
-        pixels = np.asarray(picture.convert("RGB"))
+        pixels = np.asarray(image.convert("RGB"))
         tracker.writer.add_image(name, pixels, global_step, dataformats="HWC")
     else:  # wandb and trackio have a class of one name, whose objects are logged as numbers are
         package = importlib.import_module(tracker.name)
-        tracker.log({name: package.Image(picture)}, step=global_step)
+        tracker.log({name: package.Image(image)}, step=global_step)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How far a step moves each part of what is trained."""
+"""The size of a step's update, for each trained part."""
 
 from __future__ import annotations
 

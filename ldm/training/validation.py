@@ -1,4 +1,4 @@
-"""What is looked at while a diffusion stage trains: held-out loss, pictures, retrieval; always the averaged weights."""
+"""Validation of a diffusion stage: held-out loss, images, retrieval; always with the averaged weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ldm.config import StageConfig
-from ldm.config.conditioners import UNKNOWN_CLASS
-from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.errors import ConfigError, explained
 from ldm.evaluation.gain import LEVELS
-from ldm.evaluation.pictures import comparison_sheet, written
+from ldm.evaluation.images import comparison_sheet, written
 from ldm.evaluation.retrieval import retrieval_ranks
-from ldm.evaluation.sampling import sample_pictures
+from ldm.evaluation.sampling import sample_images
 from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
@@ -28,15 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class Validation:
-    """Held-out loss, a sheet of pictures and, if asked for, retrieval, at a step."""
+    """Held-out loss, a sheet of images and, if asked for, retrieval, at a step."""
 
     def __init__(self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Any, run: Run):
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
         self.seed = config.seed
-        self.pictures = images.splits["validation"]
-        held_out = PositionDataset(images, "validation", config.seed)
-        batch = fixed_batch(held_out, config.validation.loss_images)
-        self.batch = replace(batch, moments=step.encode(cast(Tensor, batch.pixel_values)))
+        self.rows = images.splits["validation"]
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The held-out images that the loss is measured on, encoded once."""
+        batch = fixed_batch(PositionDataset(self.images, "validation", self.seed), self.config.loss_images)
+        return replace(batch, moments=self.step.encode(cast(Tensor, batch.pixel_values)))
 
     @cached_property
     def scale(self) -> Scale:
@@ -45,10 +47,8 @@ class Validation:
 
     @cached_property
     def truncation(self) -> Truncation:
-        """What the tokenizer cuts of the training captions; nothing where there is none."""
-        if self.step.told != "prompt":
-            return Truncation(0.0, 0.0)
-        return truncation(self.pipeline.tokenizer, self.images.captions("train"))
+        """The share of the training captions that the tokenizer cuts; 0 without a tokenizer."""
+        return truncation(self.step.tokenizer, self.images.captions("train"))
 
     @cached_property
     def _linear_loss(self) -> float:
@@ -62,7 +62,7 @@ class Validation:
         """Take one step of a sampling of `num_inference_steps`, and decode it.
 
         Raises:
-            ConfigError: the pipeline refuses, or its pictures have another size than those that they are compared with.
+            ConfigError: the pipeline refuses, or its images have another size than those that they are compared with.
 
         """
         size = self.images.config.image_size
@@ -72,28 +72,27 @@ class Validation:
             return {}
 
         with explained("validation or denoiser.sample_size"):
-            nothing = "" if self.step.told == "prompt" else None
-            found = self.sample([nothing], callback_on_step_end=stop).shape[1:3]
+            found = self.sample([self.step.condition.nothing], callback_on_step_end=stop).shape[1:3]
         if found != (size, size):
             raise ConfigError(
-                f"denoiser.sample_size: pictures are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
+                f"denoiser.sample_size: images are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
                 f"{size}; set it to what the space makes of {size} pixels"
             )
 
     def __call__(self, global_step: int) -> None:
-        """Measure, log, draw."""
+        """Measure, log, sample."""
         metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
-        pictures = [picture for picture in self.pictures if self.told([picture]) != [""]][:count]
-        if pictures:
-            generated = self.sample(self.told(pictures))
-            if self.config.retrieval_images and self.step.told == "prompt":
+        rows = [row for row in self.rows if self.asked([row]) != [""]][:count]
+        if rows:
+            generated = self.sample(self.asked(rows))
+            if self.config.retrieval_images and self.step.condition.worded:
                 gallery, place = self._gallery
-                ranks = retrieval_ranks(generated, gallery, np.array([place[picture] for picture in pictures]))
+                ranks = retrieval_ranks(generated, gallery, np.array([place[row] for row in rows]))
                 metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
-            true = np.stack([np.asarray(self.images.image(picture)) for picture in pictures[: self.config.num_images]])
-            sheet = comparison_sheet(written(self.told(pictures[: len(true)])), generated[: len(true)], true)
-            self.run.log_picture("samples", sheet, global_step)
+            true = np.stack([np.asarray(self.images.image(row)) for row in rows[: self.config.num_images]])
+            sheet = comparison_sheet(written(self.asked(rows[: len(true)])), generated[: len(true)], true)
+            self.run.log_image("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
         log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
@@ -114,26 +113,22 @@ class Validation:
                 **_by_level("conditional_gain/at", gain.by_level),
             }
         metrics |= {"latents/mean": self.scale.mean, "latents/std": self.scale.std}
-        if self.step.told != "prompt":
+        if self.step.tokenizer is None:
             return metrics
         return metrics | {"captions/cut": self.truncation.captions, "captions/cut_tokens": self.truncation.tokens}
 
-    def told(self, pictures: Sequence[int]) -> list[Any]:
-        """Return what the denoiser is told of pictures: captions, "" where there is none; or classes, None likewise."""
-        source, conditioners = self.images.source, self.step.stage.model.conditioners
-        if self.step.told == "prompt":
-            return [next(iter(source.captions(picture)), "") for picture in pictures]
-        labels = [source.class_label(picture) if "label" in conditioners else None for picture in pictures]
-        return [None if label == UNKNOWN_CLASS else label for label in labels]
+    def asked(self, rows: Sequence[int]) -> list[Any]:
+        """Return the conditions of images: captions, "" where there is none; or classes, None likewise."""
+        return [self.step.condition.of(self.images.source, row) for row in rows]
 
-    def sample(self, told: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
-        """Return a picture of each caption or class, (N, H, W, 3)."""
+    def sample(self, conditions: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
+        """Return an image of each condition, (N, H, W, 3)."""
         call = {
             "num_inference_steps": self.config.num_inference_steps,
             "guidance_scale": self.config.guidance_scale,
             **more,
         }
-        return sample_pictures(self.pipeline, told, self.seed, self.step.told, **call)
+        return sample_images(self.pipeline, conditions, self.seed, self.step.condition.keyword, **call)
 
 
 def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pictures to look at: grids, and sheets that put each generated picture over the true one."""
+"""Images to look at: grids, and sheets that put each generated image over the true one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Images = NDArray[np.uint8]
-"""Pictures, (N, H, W, 3), RGB in [0, 255]."""
+"""Images, (N, H, W, 3), RGB in [0, 255]."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 GAP = 2
-"""Pixels between the pictures of a grid."""
+"""Pixels between the images of a grid."""
 
 CELL_WIDTH = 128
-"""Pixels: smaller pictures are enlarged on a sheet, by a whole factor, to at least this width."""
+"""Pixels: smaller images are enlarged on a sheet, by a whole factor, to at least this width."""
 
 MARGIN = 12
 """Pixels around a sheet and between its columns."""
@@ -37,15 +37,15 @@ LINES = (208, 208, 208)
 INK = (32, 32, 32)
 
 
-def pixel_values(pictures: Images) -> Tensor:
-    """Return the pictures as (N, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def pixel_values(images: Images) -> Tensor:
+    """Return the images as (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def image_grid(images: Images, columns: int = 8) -> Image.Image:
-    """Return the pictures, (N, H, W, 3), as they are, row by row, with grey gaps of 2 pixels.
+    """Return the images, (N, H, W, 3), as they are, row by row, with grey gaps of 2 pixels.
 
-    Fewer than `columns` pictures make a narrower grid; places without a picture are grey.
+    Fewer than `columns` images make a narrower grid; places without an image are grey.
     """
     _check(images, "images", columns)
     columns = min(columns, len(images))
@@ -60,9 +60,9 @@ def image_grid(images: Images, columns: int = 8) -> Image.Image:
 
 
 def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, columns: int = 6) -> Image.Image:
-    """Return a sheet with each generated picture over the true one and the caption wrapped underneath.
+    """Return a sheet with each generated image over the true one and the caption wrapped underneath.
 
-    `generated` and `true` are (N, H, W, 3). Pictures narrower than 128 pixels are enlarged by a whole factor,
+    `generated` and `true` are (N, H, W, 3). Images narrower than 128 pixels are enlarged by a whole factor,
     each pixel repeated; none is changed otherwise. `columns` pairs stand side by side, the rows labelled
     "generated" and "true". The built-in font has plain Latin letters only: accents are left out, letters
     of other scripts are boxes. Of a caption of more than 300 letters the rest is left out.
@@ -70,20 +70,20 @@ def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, c
     _check(generated, "generated", columns)
     if generated.shape != true.shape or len(captions) != len(generated):
         got = f"{len(captions)} captions, generated {generated.shape}, true {true.shape}"
-        raise ValueError(f"got {got}; expected as many captions as pictures, in one shape")
+        raise ValueError(f"got {got}; expected as many captions as images, in one shape")
     return labelled_sheet(captions, {"generated": generated, "true": true}, columns)
 
 
 def contact_sheet(captions: Sequence[str], images: Images, columns: int = 6) -> Image.Image:
-    """Return a sheet with each picture, (N, H, W, 3), over its caption; otherwise as `comparison_sheet`."""
+    """Return a sheet with each image, (N, H, W, 3), over its caption; otherwise as `comparison_sheet`."""
     _check(images, "images", columns)
     if len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions and {len(images)} pictures; expected as many")
+        raise ValueError(f"got {len(captions)} captions and {len(images)} images; expected as many")
     return labelled_sheet(captions, {"": images}, columns)
 
 
 def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns: int = 6) -> Image.Image:
-    """Return the pictures of each row, (N, H, W, 3) alike, labelled with its name, one row over the other.
+    """Return the images of each row, (N, H, W, 3) alike, labelled with its name, one row over the other.
 
     Otherwise as `comparison_sheet`, which is the sheet of two rows.
     """
@@ -94,11 +94,11 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
     wrapped = [wrap(_plain(caption), width, font) for caption in captions]
     bands = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
     caption_heights = [LINE_HEIGHT * max(len(wrapped[index]) for index in band) for band in bands]
-    picture_rows = len(rows) * (height + GAP) - GAP + MARGIN // 2  # the pictures and the space to the caption
+    image_rows = len(rows) * (height + GAP) - GAP + MARGIN // 2  # the images and the space to the caption
     widest = max(_width(label, font) for label in rows)
     left = MARGIN + (widest + MARGIN if widest else 0)
     sheet_width = left + len(bands[0]) * (width + MARGIN)
-    sheet_height = MARGIN + sum(caption_heights) + len(bands) * (picture_rows + MARGIN)
+    sheet_height = MARGIN + sum(caption_heights) + len(bands) * (image_rows + MARGIN)
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
@@ -113,13 +113,13 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
         for column, index in enumerate(band):
             for number, line in enumerate(wrapped[index]):
                 x = left + column * (width + MARGIN)
-                draw.text((x, top + picture_rows + number * LINE_HEIGHT), line, INK, font)
-        top += picture_rows + caption_height + MARGIN
+                draw.text((x, top + image_rows + number * LINE_HEIGHT), line, INK, font)
+        top += image_rows + caption_height + MARGIN
     return sheet
 
 
 def written(told: Sequence[object]) -> list[str]:
-    """Return what stands beneath pictures that were asked for by these captions or classes; nothing for None."""
+    """Return what stands beneath images that were asked for by these captions or classes; nothing for None."""
     return ["" if one is None else str(one) for one in told]
 
 
@@ -157,6 +157,6 @@ def _width(text: str, font: Font) -> int:
 def _check(images: Images, name: str, columns: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         got = f"{images.dtype} {images.shape}"
-        raise ValueError(f"{name} is {got}; expected at least one picture, uint8 (N, H, W, 3)")
+        raise ValueError(f"{name} is {got}; expected at least one image, uint8 (N, H, W, 3)")
     if columns < 1:
         raise ValueError(f"columns is {columns}; expected at least 1")

@@ -1,4 +1,4 @@
-"""Picture files of every kind, from the disk to ``pixel_values``, against what their formats define."""
+"""Image files of every kind, from the disk to ``pixel_values``, against what their formats define."""
 
 import io
 import json
@@ -32,7 +32,7 @@ TINTS = np.stack([BLOCKS, BLOCKS[::-1], BLOCKS.T], 2)
 JPEG = {"quality": 100, "subsampling": 0}
 WHITE = (255, 255, 255)
 
-SIDES = {  # what the first row and the first column of the stored picture are (EXIF 2.32, table 6)
+SIDES = {  # what the first row and the first column of the stored image are (EXIF 2.32, table 6)
     1: ("top", "left"),
     2: ("top", "right"),
     3: ("bottom", "right"),
@@ -55,8 +55,8 @@ def over(colours, alphas, background=WHITE):
     return (alphas * colours + (255 - alphas) * np.array(background) + 127) // 255
 
 
-def keyed(picture, is_key):
-    return np.where(is_key[..., None], 255, picture)
+def keyed(image, is_key):
+    return np.where(is_key[..., None], 255, image)
 
 
 def printed(inks):
@@ -87,7 +87,7 @@ def indexed(indices):
 
 @dataclass
 class File:
-    """A picture as it is saved, and the RGB that the file means over white."""
+    """An image as it is saved, and the RGB that the file means over white."""
 
     image: Image.Image
     meant: np.ndarray
@@ -154,9 +154,9 @@ def turned():
 FILES = pngs() | others() | dict(turned())
 
 
-def in_minus_one_to_one(picture):
+def in_minus_one_to_one(image):
     """(H, W, 3) bytes -> (3, H, W) float32: 0 is -1 and 255 is 1."""
-    return (picture.astype(np.float32) / np.float32(127.5) - np.float32(1)).transpose(2, 0, 1)
+    return (image.astype(np.float32) / np.float32(127.5) - np.float32(1)).transpose(2, 0, 1)
 
 
 def images_of(kind, path, background="white"):
@@ -166,7 +166,7 @@ def images_of(kind, path, background="white"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures")
+    path = tmp_path_factory.mktemp("images")
     for name, file in FILES.items():
         file.image.save(path / name, **file.options)
     rows = [json.dumps({"file_name": name, "text": name}) for name in FILES]
@@ -181,7 +181,7 @@ def images(folder):
 
 @table("name", FILES)
 def test_r14_a_file_becomes_the_pixels_that_its_format_defines(name, images):
-    (found,) = images.pictures_of([name])
+    (found,) = images.rows_of([name])
     values, expected = images.pixel_values(found).numpy(), in_minus_one_to_one(FILES[name].meant)
     if FILES[name].tolerance:
         np.testing.assert_allclose(values, expected, atol=1.01 * FILES[name].tolerance / 127.5, rtol=0)
@@ -190,7 +190,7 @@ def test_r14_a_file_becomes_the_pixels_that_its_format_defines(name, images):
 
 
 def test_the_files_are_of_the_modes_that_are_to_be_read(folder):
-    """A writer that converted a picture on its way to the disk would prove nothing."""
+    """A writer that converted an image on its way to the disk would prove nothing."""
     modes = {
         "rgb.png": "RGB", "rgba.png": "RGBA", "la.png": "LA", "grey.png": "L", "one-bit.png": "1", "palette.png": "P",
         "palette-alphas.png": "P", "palette-key.png": "P", "deep-grey.png": "I;16", "deep-grey.tif": "I;16",
@@ -206,7 +206,7 @@ def test_the_files_are_of_the_modes_that_are_to_be_read(folder):
 
 def test_the_background_of_the_config_shows_through(folder):
     images = images_of("imagefolder", folder, background="#102030")
-    (found,) = images.pictures_of(["rgba.png"])
+    (found,) = images.rows_of(["rgba.png"])
     expected = over(COLOURS, EVERY, (0x10, 0x20, 0x30))
     np.testing.assert_array_equal(images.pixel_values(found).numpy(), in_minus_one_to_one(expected))
 
@@ -219,7 +219,7 @@ def turned_file():
 
 
 @table("kind", ["parquet of datasets", "parquet with bytes", "parquet with structs", "dataset"])
-def test_r14_a_picture_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_path):
+def test_r14_an_image_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_path):
     file, expected = turned_file()
     held = file if kind == "parquet with bytes" else {"bytes": file, "path": "a.png"}
     if kind in ("dataset", "parquet of datasets"):
@@ -232,7 +232,7 @@ def test_r14_a_picture_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_
     np.testing.assert_array_equal(images.pixel_values(0).numpy(), in_minus_one_to_one(expected))
 
 
-def test_a_picture_that_a_data_set_encoded_itself_keeps_its_16_bits(tmp_path):
+def test_an_image_that_a_data_set_encoded_itself_keeps_its_16_bits(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict({"image": [Image.fromarray(DEEP)], "text": ["a"]}, features=features)
     table.save_to_disk(tmp_path)
@@ -240,13 +240,13 @@ def test_a_picture_that_a_data_set_encoded_itself_keeps_its_16_bits(tmp_path):
     np.testing.assert_array_equal(values, in_minus_one_to_one(grey((DEEP.astype(int) + 128) // 257)))
 
 
-def test_a_column_without_pictures_is_refused_and_a_missing_picture_names_its_row(tmp_path):
+def test_a_column_without_images_is_refused_and_a_missing_image_names_its_row(tmp_path):
     file, _ = turned_file()
     table = pyarrow.table({"image": pyarrow.array([file, None]), "text": ["a", "b"], "number": [1, 2]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     images = images_of("parquet", tmp_path)
     assert images.pixel_values(0).shape == (3, SIZE, SIZE)
-    with pytest.raises(ValueError, match=r"row 1: .* the row has no picture"):
+    with pytest.raises(ValueError, match=r"row 1: .* the row has no image"):
         images.pixel_values(1)
-    with pytest.raises(ValueError, match=r"data\.image_column: 'number' holds Value\('int64'\); expected pictures"):
+    with pytest.raises(ValueError, match=r"data\.image_column: 'number' holds Value\('int64'\); expected images"):
         build_source(DataConfig(source="parquet", path=str(tmp_path), image_column="number"))

@@ -1,4 +1,4 @@
-"""From a picture: image to image, inpainting, between two prompts; equal to the stock pipelines where there are any."""
+"""From an image: image to image, inpainting, between two prompts; equal to the stock pipelines where there are any."""
 
 import copy
 
@@ -80,18 +80,18 @@ def test_image_to_image_is_the_stock_pipelines(scheduler, strength):
     np.testing.assert_allclose(ours, stock, atol=1e-5)
 
 
-def test_a_generator_and_an_image_for_each_picture_is_the_stock_pipelines():
+def test_a_generator_and_an_image_for_each_image_is_the_stock_pipelines():
     call = {"prompt": ["a cat", "two"], "image": [photograph(1), photograph(2)], "generator": seeds(3, 4)}
-    pictures = []
+    images = []
     for _ in range(2):
         call["generator"] = seeds(3, 4)
-        pictures.append(arrays(pipeline(), steps=7, strength=0.5, **call))
+        images.append(arrays(pipeline(), steps=7, strength=0.5, **call))
     parts = tiny_pipeline.parts()
     stock = StableDiffusionImg2ImgPipeline(**parts)
     stock.set_progress_bar_config(disable=True)
     call["generator"] = seeds(3, 4)
-    np.testing.assert_allclose(pictures[0], arrays(stock, steps=7, strength=0.5, **call), atol=1e-5)
-    np.testing.assert_array_equal(*pictures)
+    np.testing.assert_allclose(images[0], arrays(stock, steps=7, strength=0.5, **call), atol=1e-5)
+    np.testing.assert_array_equal(*images)
 
 
 @table("scheduler", SCHEDULERS, ids=name)
@@ -103,7 +103,7 @@ def test_inpainting_is_the_stock_pipelines(scheduler, strength):
 
 
 @table("scheduler", [*SCHEDULERS, *NOISY], ids=name)
-def test_what_the_mask_keeps_is_the_picture_to_the_bit(scheduler):
+def test_what_the_mask_keeps_is_the_image_to_the_bit(scheduler):
     pipe = pipeline(scheduler=scheduler)
     call = {"image": photograph(), "mask_image": half(), "generator": seeds(0)[0], "output_type": "latent"}
     drawn = arrays(pipe, steps=7, **call)
@@ -270,7 +270,7 @@ def test_a_mask_painted_on_transparency_is_white_where_it_is_painted():
 
 
 @table("images", [1, 2, 4])
-def test_one_picture_for_all_for_a_prompt_or_for_a_picture(images):
+def test_one_image_for_all_for_a_prompt_or_for_an_image(images):
     sources = [photograph(seed) for seed in range(images)]
     call = {"prompt": ["a cat", "two"], "num_images_per_prompt": 2, "image": sources, "strength": 0.5}
     drawn = arrays(pipeline(), **call, generator=seeds(0, 1, 2, 3))
@@ -280,12 +280,12 @@ def test_one_picture_for_all_for_a_prompt_or_for_a_picture(images):
         np.testing.assert_allclose(drawn[number], alone[0], atol=1e-5)
 
 
-def test_a_picture_needs_an_autoencoder():
+def test_an_image_needs_an_autoencoder():
     with pytest.raises(ValueError, match="image: the pipeline has no autoencoder"):
         arrays(pipeline(vae=None), image=torch.zeros(1, 3, 32, 32), output_type="latent")
 
 
-def test_a_sampler_that_begins_at_the_highest_noise_starts_from_no_picture():
+def test_a_sampler_that_begins_at_the_highest_noise_starts_from_no_image():
     call = {"steps": 10, "image": photograph()}
     with pytest.raises(ValueError, match=r"strength: PNDMScheduler takes its first steps .* skip_prk_steps=True"):
         arrays(pipeline(scheduler=PNDMScheduler()), **call)
@@ -305,7 +305,7 @@ def test_pixels_keep_the_size_of_an_image_too():
 
 
 @table("classes", [{}, {"num_class_embeds": 3}])
-def test_pixels_start_from_a_picture_too(classes):
+def test_pixels_start_from_an_image_too(classes):
     pipe = pixel_pipeline(**classes)
     call = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
     mask = half(8)
@@ -334,10 +334,10 @@ def test_pixels_start_from_a_picture_too(classes):
         ({"image": np.zeros((16, 16, 4), np.float32)}, r"image: got float32 of shape \(16, 16, 4\)"),
         ({"image": [torch.zeros(3, 16, 16), torch.zeros(3, 16, 8)]}, "expected one size"),
         ({"image": photograph(), "mask_image": -torch.ones(16, 16)}, r"mask_image: .* expected floats in \[0, 1\]"),
-        ({"image": [photograph()] * 2}, "image: got 2 for 1 pictures; expected one, or one a prompt"),
-        ({"image": [photograph()] * 2, "prompt": ["a"] * 3, "num_images_per_prompt": 2}, "image: got 2 for 6 pictures"),
-        ({"image": photograph().convert("I")}, "image: got a picture of mode I; expected 8 bits, such as RGB"),
-        ({"image": photograph(), "mask_image": half().convert("F")}, "mask_image: got a picture of mode F"),
+        ({"image": [photograph()] * 2}, "image: got 2 for 1 images; expected one, or one a prompt"),
+        ({"image": [photograph()] * 2, "prompt": ["a"] * 3, "num_images_per_prompt": 2}, "image: got 2 for 6 images"),
+        ({"image": photograph().convert("I")}, "image: got an image of mode I; expected 8 bits, such as RGB"),
+        ({"image": photograph(), "mask_image": half().convert("F")}, "mask_image: got an image of mode F"),
         ({"strength": 1.0}, "strength: got no image that it could be about"),
         (
             {"image": torch.zeros(1, 5, 16, 16)},
@@ -349,7 +349,7 @@ def test_pixels_start_from_a_picture_too(classes):
         ({"image": photograph(), "mask_image": 1}, "mask_image: got int"),
     ],
 )
-def test_unusable_pictures_are_refused(call, message):
+def test_unusable_images_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         arrays(pipeline(), **call)
 
@@ -374,7 +374,7 @@ def test_between_two_prompts():
 
 
 @table("scheduler", NOISY, ids=name)
-def test_between_two_prompts_all_is_drawn_of_one_noise_also_on_the_way_and_of_a_picture(scheduler):
+def test_between_two_prompts_all_is_drawn_of_one_noise_also_on_the_way_and_of_an_image(scheduler):
     pipe = pipeline(scheduler=scheduler)
     call = {"num_inference_steps": 4, "output_type": "np", "image": photograph(), "strength": 0.5}
     same = pipe.interpolate("a cat", "a cat", 3, **call).images  # of any noise

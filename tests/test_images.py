@@ -1,10 +1,10 @@
-"""Sheets and grids hold every picture, pixel by pixel, in its place, and captions that can be read."""
+"""Sheets and grids hold every image, pixel by pixel, in its place, and captions that can be read."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from ldm.evaluation.pictures import (
+from ldm.evaluation.images import (
     CELL_WIDTH,
     GAP,
     LINE_HEIGHT,
@@ -20,21 +20,21 @@ from .table import table
 LONG = "men with bunny ears medium skin tone medium-dark skin tone"
 
 
-def pictures(count: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
+def random_images(count: int, height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def places(sheet: Image.Image, picture: np.ndarray, factor: int = 2) -> list[tuple[int, int]]:
-    """Return the (x, y) at which the enlarged picture stands in the sheet, pixel-exact."""
+def places(sheet: Image.Image, image: np.ndarray, factor: int = 2) -> list[tuple[int, int]]:
+    """Return the (x, y) at which the enlarged image stands in the sheet, pixel-exact."""
     pixels = np.asarray(sheet)
-    block = picture.repeat(factor, 0).repeat(factor, 1)
+    block = image.repeat(factor, 0).repeat(factor, 1)
     height, width = block.shape[:2]
     corners = np.argwhere((pixels == block[0, 0]).all(-1))
     return [(x, y) for y, x in corners if np.array_equal(pixels[y : y + height, x : x + width], block)]
 
 
-def test_grid_has_the_pictures_row_by_row() -> None:
-    images = pictures(5, 10, 12)
+def test_grid_has_the_images_row_by_row() -> None:
+    images = random_images(5, 10, 12)
     grid = np.asarray(image_grid(images, columns=3))
     assert grid.shape == (2 * 10 + GAP, 3 * 12 + 2 * GAP, 3)
     for index, image in enumerate(images):
@@ -46,8 +46,8 @@ def test_grid_has_the_pictures_row_by_row() -> None:
 
 
 @table(("height", "width", "factor"), [(64, 64, 2), (32, 32, 4), (160, 160, 1), (40, 100, 2)])
-def test_sheet_has_each_generated_picture_over_the_true_one(height: int, width: int, factor: int) -> None:
-    generated, true = pictures(5, height, width), pictures(5, height, width, seed=1)
+def test_sheet_has_each_generated_image_over_the_true_one(height: int, width: int, factor: int) -> None:
+    generated, true = random_images(5, height, width), random_images(5, height, width, seed=1)
     sheet = comparison_sheet(["cat"] * 5, generated, true, columns=3)
     corners = []
     for above, below in zip(generated, true, strict=True):
@@ -59,8 +59,8 @@ def test_sheet_has_each_generated_picture_over_the_true_one(height: int, width: 
     assert corners == [(columns[index % 3], rows[index // 3]) for index in range(5)]
 
 
-def test_sheet_is_as_large_as_its_pictures_and_captions() -> None:
-    images = pictures(8)
+def test_sheet_is_as_large_as_its_images_and_captions() -> None:
+    images = random_images(8)
     lines = len(wrap(LONG, CELL_WIDTH, ImageFont.load_default(size=14)))
     assert lines == 4
     flat = comparison_sheet(["cat"] * 8, images, images, columns=4)
@@ -72,7 +72,7 @@ def test_sheet_is_as_large_as_its_pictures_and_captions() -> None:
 
 @table("long", [LONG, "Donaudampfschifffahrtsgesellschaftskapitän at work", "WWW " * 25])
 def test_captions_stay_in_their_column_and_above_the_next_row(long: str) -> None:
-    images = pictures(6)
+    images = random_images(6)
     sheet = comparison_sheet([long] * 6, images, images, columns=3)
     pixels = np.asarray(sheet)
     corners = [places(sheet, image)[0] for image in images]
@@ -86,8 +86,8 @@ def test_captions_stay_in_their_column_and_above_the_next_row(long: str) -> None
         assert (gutter == 255).all()
 
 
-def test_each_caption_is_drawn_under_its_own_picture() -> None:
-    images = pictures(4)
+def test_each_caption_is_drawn_under_its_own_image() -> None:
+    images = random_images(4)
     sheet = comparison_sheet(["", "", "cat", ""], images, images, columns=2)
     for index, image in enumerate(images):
         x, y = places(sheet, image)[0]
@@ -96,8 +96,8 @@ def test_each_caption_is_drawn_under_its_own_picture() -> None:
         assert (under < 100).any() == (index == 2)
 
 
-def test_a_contact_sheet_has_each_picture_over_its_caption() -> None:
-    images = pictures(5)
+def test_a_contact_sheet_has_each_image_over_its_caption() -> None:
+    images = random_images(5)
     sheet = contact_sheet(["", "", "cat", "", ""], images, columns=3)
     pixels = np.asarray(sheet)
     for index, image in enumerate(images):
@@ -107,12 +107,12 @@ def test_a_contact_sheet_has_each_picture_over_its_caption() -> None:
         assert y == MARGIN + row * (CELL_WIDTH + MARGIN // 2 + LINE_HEIGHT + MARGIN)
         under = pixels[y + CELL_WIDTH + 1 : y + CELL_WIDTH + MARGIN // 2 + LINE_HEIGHT, x : x + CELL_WIDTH]
         assert (under < 100).any() == (index == 2)
-    with pytest.raises(ValueError, match="got 1 captions and 5 pictures"):
+    with pytest.raises(ValueError, match="got 1 captions and 5 images"):
         contact_sheet(["cat"], images)
 
 
 def test_rows_are_labelled() -> None:
-    images = pictures(1)
+    images = random_images(1)
     sheet = comparison_sheet(["cat"], images, images)
     (x, y), (_, below) = places(sheet, images[0])
     margin = np.asarray(sheet)[:, : x - 1]
@@ -136,18 +136,18 @@ def test_wrapped_lines_fit_and_lose_no_word() -> None:
 
 
 def test_an_accent_the_font_lacks_is_left_out() -> None:
-    images = pictures(1)
+    images = random_images(1)
     with_accents = comparison_sheet(["Côte à pied"], images, images)
     assert with_accents.tobytes() == comparison_sheet(["Cote a pied"], images, images).tobytes()
 
 
 def test_wrong_input_is_refused() -> None:
-    images = pictures(2)
+    images = random_images(2)
     with pytest.raises(ValueError, match="1 captions"):
         comparison_sheet(["cat"], images, images)
     with pytest.raises(ValueError, match=r"true \(2, 32, 64, 3\)"):
         comparison_sheet(["cat", "dog"], images, images[:, :32])
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         image_grid(images[:0])
     with pytest.raises(ValueError, match="images is float64"):
         image_grid(images / 255)
@@ -157,5 +157,5 @@ def test_wrong_input_is_refused() -> None:
 
 @table("letter", ["x", "x ", "\u200d", "\u0301", "e\u0301"])
 def test_a_caption_without_end_makes_no_sheet_without_end(letter: str) -> None:
-    images = pictures(1)
+    images = random_images(1)
     assert contact_sheet([letter * 100_000], images).height < 1500

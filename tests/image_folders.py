@@ -1,4 +1,4 @@
-"""Folders of generated pictures that have nothing in common, and what can be wrong with them."""
+"""Folders of generated images that have nothing in common, and what can be wrong with them."""
 
 import json
 import struct
@@ -11,20 +11,20 @@ from PIL import Image
 SUFFIXES = ("png", "jpg", "webp", "gif", "bmp", "tiff")
 
 
-def noise_picture(rng, size=64):
-    """A picture of smooth random colours: none looks like another."""
+def noise_image(rng, size=64):
+    """An image of smooth random colours: none looks like another."""
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def write_folder(folder, count, seed=0, suffixes=SUFFIXES):
-    """Write `count` pictures and their metadata; return the rows."""
+    """Write `count` images and their metadata; return the rows."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         name = f"{index:04d}.{suffixes[index % len(suffixes)]}"
-        noise_picture(rng).save(folder / name)
-        rows.append({"file_name": name, "text": f"picture number {index}"})
+        noise_image(rng).save(folder / name)
+        rows.append({"file_name": name, "text": f"image number {index}"})
     write_metadata(folder, rows)
     return rows
 
@@ -51,7 +51,7 @@ def encoded(image, kind, **options):
 
 
 def corrupt(folder, rows, seed=0):
-    """Spoil some of the pictures in every way; return the new ``{kind: {where}}`` that must be found."""
+    """Spoil some of the images in every way; return the new ``{kind: {where}}`` that must be found."""
     rng = np.random.default_rng(seed)
     order = iter(rng.permutation(len(rows)).tolist())
     expected = {}
@@ -72,15 +72,15 @@ def corrupt(folder, rows, seed=0):
         whole = (folder / rows[number]["file_name"]).read_bytes()
         spoil("unreadable", number, whole[: len(whole) // 2])
     spoil("unreadable", data=b"")
-    spoil("unreadable", data=b"this is a text and no picture\n" * 40)
-    for other in ("EPS", "PPM", "TGA"):  # pictures, but of formats that are not read
-        spoil("unreadable", data=encoded(noise_picture(rng), other))
+    spoil("unreadable", data=b"this is a text and no image\n" * 40)
+    for other in ("EPS", "PPM", "TGA"):  # images, but of formats that are not read
+        spoil("unreadable", data=encoded(noise_image(rng), other))
     for side in (8001, 12000, 20000):  # below, between and above the limits of PIL itself
         spoil("too large", data=png(side, side))
     for name in ("missing", "missing"):
         spoil(name)[1].unlink()
     elsewhere = folder.parent / "elsewhere.png"
-    noise_picture(rng).save(elsewhere)
+    noise_image(rng).save(elsewhere)
     for name in ("../elsewhere.png", str(elsewhere)):
         row, path = spoil("outside")
         path.unlink()
@@ -95,13 +95,13 @@ def corrupt(folder, rows, seed=0):
         spoil("bad caption")[0]["text"] = value
     for kind in ("exact duplicate", "near duplicate", "near duplicate"):
         add_copy(folder, rows, expected, kind, number=of_kind("png"), rng=rng)
-    noise_picture(rng).save(folder / "unlisted.png")
+    noise_image(rng).save(folder / "unlisted.png")
     (folder / "below").mkdir()
-    noise_picture(rng).save(folder / "below" / "unlisted.JPG", "JPEG")
+    noise_image(rng).save(folder / "below" / "unlisted.JPG", "JPEG")
     expected["unlisted"] = {"unlisted.png", "below/unlisted.JPG"}
     broken = b'{"file_name": "cut short\n[1, 2]\n{"text": "no file"}\n\n'
     wrong = b'{"file_name": "latin.png", "text": "caf\xe9"}\n'
-    noise_picture(rng).save(folder / "latin.png")
+    noise_image(rng).save(folder / "latin.png")
     expected["bad caption"].add("latin.png")
     expected["bad row"] = {f"metadata.jsonl line {len(rows) + number}" for number in (1, 2, 3)}
     write_metadata(folder, rows, broken + wrong)
@@ -109,7 +109,7 @@ def corrupt(folder, rows, seed=0):
 
 
 def add_copy(folder, rows, expected, kind, number, rng):
-    """Add a copy of a picture, exact in another format, or near: smaller, or compressed."""
+    """Add a copy of an image, exact in another format, or near: smaller, or compressed."""
     name = rows[number]["file_name"]
     image = Image.open(folder / name).convert("RGB")
     copy = f"copy-{len(rows)}.png"

@@ -24,11 +24,11 @@ Images = list[Image.Image] | torch.Tensor
 
 
 @dataclass(frozen=True)
-class Picture:
+class StartImage:
     """What a sampling starts from besides noise (Meng et al. 2022; with a mask, Lugmayr et al. 2022)."""
 
     x0: torch.Tensor
-    """One for each picture that is drawn, float32."""
+    """One for each image that is drawn, float32."""
     mask: torch.Tensor | None
     """(B, 1, h, w): 1 where it is drawn anew, 0 where it stays x0. None: anew everywhere."""
     noised: bool
@@ -53,7 +53,7 @@ class Picture:
         return kept
 
 
-def picture(
+def start_image(
     processor: VaeImageProcessor,
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
     image: Images | None,
@@ -63,12 +63,12 @@ def picture(
     shape: tuple[int, int, int, int],
     generator: torch.Generator | list[torch.Generator] | None,
     num_images_per_prompt: int = 1,
-) -> Picture | None:
+) -> StartImage | None:
     """Return what `image` and `mask_image` are in a model's space; None without an image.
 
     encode: from images in [-1, 1], (N, 3, H, W), or latents, and a generator or one for each to x0, which may be drawn.
     image: as `given_images` returns it, resized to `size` pixels, height and width; N is 1, one a prompt, or one a
-    picture of `shape`, the shape of the noise. mask_image: as `given_images` takes it; it is white, from a half on,
+    image of `shape`, the shape of the noise. mask_image: as `given_images` takes it; it is white, from a half on,
     where the image is drawn anew, and transparent parts are black.
     strength: as `checked_strength` returns it; behind a mask, 1 begins with noise alone.
     ValueError if one of them is unusable.
@@ -92,7 +92,7 @@ def picture(
         mask = mask.repeat_interleave(shape[0] // len(mask), 0)
     x0 = encode(pixel_values, generator).float()
     x0 = x0.repeat_interleave(shape[0] // len(x0), 0)
-    return Picture(x0, None if mask is None else mask.to(x0), noised=mask is None or strength < 1)
+    return StartImage(x0, None if mask is None else mask.to(x0), noised=mask is None or strength < 1)
 
 
 def checked_strength(strength: float | None, image: Any, mask_image: Any) -> float:
@@ -187,12 +187,12 @@ def _unusable(name: str, given: Any, channels: int) -> ValueError:
 
 def _check_count(name: str, images: Images, counts: tuple[int, int, int]) -> None:
     if len(images) not in counts:
-        raise ValueError(f"{name}: got {len(images)} for {counts[-1]} pictures; expected one, or one a prompt")
+        raise ValueError(f"{name}: got {len(images)} for {counts[-1]} images; expected one, or one a prompt")
 
 
 def _opaque(name: str, image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # what PIL makes of them is white, mostly
-        raise ValueError(f"{name}: got a picture of mode {image.mode}; expected 8 bits, such as RGB, RGBA or L")
+        raise ValueError(f"{name}: got an image of mode {image.mode}; expected 8 bits, such as RGB, RGBA or L")
     image = image.convert("RGBA")
     behind = Image.new("RGBA", image.size, background)
     return Image.alpha_composite(behind, image).convert("RGB")

@@ -1,0 +1,88 @@
+"""The words on the card of a diffusion stage, by the pipeline that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ldm.config import StageConfig
+from ldm.export.card import CardText
+from ldm.export.kinds import PipelineKind
+
+SPACES = {"latent": "latent diffusion model", "pixel": "diffusion model of pixels"}
+"""Of ``space.kind``."""
+ASKED: Mapping[str, Mapping[str, str]] = {
+    "prompt": {
+        "title": "Text to image",
+        "sampled": "from captions",
+        "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
+        "sheet": "Captions of the validation split",
+    },
+    "class_labels": {
+        "title": "Images of classes",
+        "sampled": "of classes, which have numbers",
+        "call": "class_labels=[0], num_inference_steps={steps}, guidance_scale={guidance}",
+        "sheet": "Classes of images of the validation split",
+    },
+    "batch_size": {
+        "title": "Images from noise",
+        "sampled": "like those that it was trained on",
+        "call": "batch_size=1, num_inference_steps={steps}",
+        "sheet": "Some images, none of which has to do with the one beneath it",
+    },
+}
+"""Of the keyword by which a call says what to sample: `PipelineKind.asks`."""
+SNIPPET = """\
+```python
+from diffusers import DiffusionPipeline
+
+model = "model"
+pipe = DiffusionPipeline.from_pretrained({arguments})
+image = pipe({call}).images[0]
+image.save("image.png")
+```
+"""
+SHEET = """\
+![generated images over true images of the validation split](samples.png)
+
+*{sheet}, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
+from {seed} on, over the true images, which were not trained on.*"""
+MEASURED = """\
+the loss on validation images, at most {loss_images}, none of them trained on, with the same noise each time, at several
+noise levels (0: image, 1: noise) and as their mean."""
+RETRIEVAL = """\
+Retrieval: of {count} validation captions, sampled in the same way, the share whose generated image is nearest to the
+caption's own image, or has it among its five nearest, of all distinct images of the data."""
+
+
+def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
+    """Return the words on the card of a stage that becomes a pipeline of this kind."""
+    looked, words = config.validation, ASKED[kind.asks]
+    values = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
+    return CardText(
+        title=words["title"],
+        about=f"A {SPACES[kind.space]} that samples images of {config.data.image_size} x {config.data.image_size} "
+        f"pixels {words['sampled']}.",
+        sheet=SHEET.format(sheet=words["sheet"], count=looked.num_images, seed=config.seed, **values),
+        sheets="samples",
+        loading=_loading(kind, config, words["call"].format(**values)),
+        measured=MEASURED.format(loss_images=looked.loss_images),
+        notes={"r_at_1": RETRIEVAL.format(count=looked.retrieval_images)},
+        task=kind.task,
+        pipeline_tag=kind.task,
+        tags=(kind.task, f"{kind.space}-diffusion"),
+    )
+
+
+def _loading(kind: PipelineKind, config: StageConfig, call: str) -> str:
+    """Return how to load it: with diffusers alone, where that samples such a stage, and with its own pipeline."""
+    arguments = "model, custom_pipeline=model, trust_remote_code=True"
+    own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + SNIPPET.format(
+        arguments=arguments, call=call
+    )
+    # the stock pipelines sample no learned variance
+    if not kind.stock_samples or config.objective.variational_weight is not None:
+        return own
+    text = config.conditioners.text
+    more = kind.stock_arguments.format(max_length=text.max_length if text else None)
+    note = kind.stock_note + kind.sampler_notes.get(config.sampler.kind, "")
+    return f"With diffusers alone{note}:\n\n{SNIPPET.format(arguments='model', call=call + more)}\n{own}"

@@ -1,0 +1,97 @@
+"""The recipe of an autoencoder: reconstruction losses, saved at latents of unit scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ldm.config import AutoencoderConfig
+from ldm.config.places import pretrained_place
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
+from ldm.doctor.examination import autoencoder_findings
+from ldm.export.card import CardText
+from ldm.models.network import build_network
+from ldm.recipes.recipe import Recipe
+from ldm.training.autoencoding import measuring_distance, reconstruction_report, rehearse_saving, save_at_unit_scale
+from ldm.training.loop import Event, Loop
+from ldm.training.rehearsal import first_batch, rehearse
+from ldm.training.run import Run
+from ldm.training.steps import AutoencoderStep
+
+LOADING = """\
+```python
+import torch
+from diffusers import AutoencoderKL
+
+model = "model"
+vae = AutoencoderKL.from_pretrained(model)
+images = torch.zeros(1, 3, {size}, {size})  # in [-1, 1]
+latents = vae.encode(images).latent_dist.mode()
+reconstructions = vae.decode(latents).sample
+```
+"""
+MEASURED = """\
+reconstructions, from the mean of the posterior, of validation images, at most {loss_images}, none of them trained
+on."""
+
+
+def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedImages) -> Recipe:
+    """Return the recipe of an autoencoder."""
+    torch.manual_seed(config.seed)
+    autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
+    step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
+    train = PositionDataset(images, "train", config.seed)
+    held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
+    distance = measuring_distance(config.data.image_size)
+
+    def rehearse_all() -> None:
+        batch = first_batch(images, 2)
+        where = f"autoencoder, reconstruction, data.image_size {config.data.image_size}"
+        rehearse(step, batch, where, config.reconstruction.discriminator_start_step)
+        rehearse_saving(step.averaged, cast(Tensor, batch.pixel_values), where)
+
+    def validate(global_step: int) -> None:
+        metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)
+        run.log_metrics(metrics, global_step)
+        run.log_image("reconstructions", sheet, global_step)
+
+    def events(loop: Loop[Batch]) -> Sequence[Event]:
+        return ((config.loop.validate_every_steps, validate),)
+
+    def save(folder: Path) -> None:
+        save_at_unit_scale(step.averaged, train, getattr(torch, config.save_dtype), folder)
+
+    place = pretrained_place(config.autoencoder)
+    return Recipe(
+        step=step,
+        parts=[] if place is None else [place],
+        rehearse=rehearse_all,
+        dataset=lambda: train,
+        events=events,
+        alarms=lambda dataset: (),
+        findings=partial(autoencoder_findings, config, step, validate),
+        save=save,
+        card=autoencoder_card(config),
+    )
+
+
+def autoencoder_card(config: AutoencoderConfig) -> CardText:
+    """Return the words on the card of an autoencoder."""
+    return CardText(
+        title="Autoencoder",
+        about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "
+        "its `scaling_factor` is 1.",
+        sheet="![validation images, which were not trained on, over their reconstructions](samples.png)",
+        sheets="reconstructions",
+        loading=LOADING.format(size=config.data.image_size),
+        measured=MEASURED.format(loss_images=config.validation.loss_images),
+        notes={},
+        task="image-to-image",
+        pipeline_tag=None,
+        tags=("autoencoder", "latent-diffusion"),
+    )
