@@ -27,6 +27,8 @@ from ldm.training.record import data_options
 from tests.test_sample import STOCK
 from tests.tiny_evaluation import COUNT, words, write_place
 
+from .table import table
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -155,7 +157,7 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
     (place / "model" / "training.json").unlink()
 
 
-@pytest.mark.parametrize(
+@table(
     ("settings", "said"),
     [
         ({"num_images_per_prompt": 1}, "images of each; expected 2 or more"),
@@ -316,7 +318,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("recorded", "data", "options", "captions", "expected"), READ)
+@table(("recorded", "data", "options", "captions", "expected"), READ)
 def test_what_is_said_counts_then_the_record_then_what_is_usual(
     recorded, data, options, captions, expected, tmp_path, monkeypatch
 ):
@@ -325,7 +327,7 @@ def test_what_is_said_counts_then_the_record_then_what_is_usual(
     assert (found.image_size, found.on_bad_data) == (16, "skip")
 
 
-@pytest.mark.parametrize(("recorded", "data", "options", "captions", "said"), REFUSED)
+@table(("recorded", "data", "options", "captions", "said"), REFUSED)
 def test_data_that_cannot_be_read_as_recorded_are_refused_with_what_to_do(
     recorded, data, options, captions, said, tmp_path, monkeypatch
 ):

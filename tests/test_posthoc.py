@@ -12,6 +12,8 @@ from ldm.training.averages import Average, gamma_of, power_function
 from ldm.training.posthoc import MAX_ERROR, averaged_weights, coefficients, inner_products
 from ldm.training.snapshots import Snapshot
 
+from .table import table
+
 STORED = (0.05, 0.1)
 STEPS = 256
 
@@ -86,7 +88,7 @@ def test_factors_and_error_are_those_of_sampled_profiles():
         assert x.sum() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize(("count", "most"), [(8, 1e-2), (32, 3e-4), (64, 3e-5)])
+@table(("count", "most"), [(8, 1e-2), (32, 3e-4), (64, 3e-5)])
 def test_a_random_walk_is_reconstructed_better_with_more_snapshots(count, most, tmp_path):
     """Measured, relative to the weights: see `most`; from the nearest stored average it is 0.9 to 6 percent."""
     stored = snapshots(tmp_path, count)

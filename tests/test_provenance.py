@@ -35,6 +35,8 @@ from ldm.training.steps import AutoencoderStep, DiffusionStep
 from tests.fake_hub import FakeHub, Repository
 from tests.test_entry import train_autoencoder, train_model
 
+from .table import table
+
 RECORD = Provenance("images", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
 TEACHER, OTHER = (EFFICIENTNETS[name] for name in ("efficientnet_lite2", "efficientnet_lite0"))
 TAUGHT = ["efficientnet_lite2 9656183eaeafe8cb"]
@@ -73,7 +75,7 @@ NOT_OURS = {
 }
 
 
-@pytest.mark.parametrize("what", NOT_OURS)
+@table("what", NOT_OURS)
 def test_a_record_that_is_not_ours_is_none_which_is_said_and_nothing_is_raised(what, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("ldm.files.MAX_JSON_BYTES", 2**19)
     content = NOT_OURS[what]
@@ -166,7 +168,7 @@ def test_a_part_has_the_teachers_of_its_pipeline(tmp_path):
         refuse_teacher(tmp_path / "vae", "efficientnet_lite2", TEACHER)
 
 
-@pytest.mark.parametrize(
+@table(
     ("trained", "hash_", "held_out", "leaks"),
     [
         ("abcd", "same", "ef", None),

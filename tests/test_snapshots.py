@@ -34,6 +34,8 @@ from tests.test_card import RECORD, stage, worded
 from tests.test_loop import Points
 from tests.tiny_pipeline import pipeline, text_encoder, tokenizer, unet
 
+from .table import table
+
 STORED = (0.05, 0.1)
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
 
@@ -196,7 +198,7 @@ def test_tied_and_strided_weights_are_written(tmp_path):
     assert torch.equal(found["2.weight"], average.module[2].weight)
 
 
-@pytest.mark.parametrize("bad", ["cut", "foreign"])
+@table("bad", ["cut", "foreign"])
 def test_a_file_that_is_no_snapshot_is_named(bad, tmp_path):
     train(tmp_path, 4, 2)
     path = tmp_path / "snapshots" / "step-0000002-0.1.safetensors"
