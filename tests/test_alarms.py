@@ -14,7 +14,7 @@ from torch import nn
 
 import train_text2img
 from ldm.conditioners.text import TextConditioner
-from ldm.config import OptimConfig
+from ldm.config import LoopConfig, OptimConfig
 from ldm.data.pixels import to_pixel_values
 from ldm.objectives.denoising import Objective
 from ldm.training import alarms as alarms_module
@@ -24,6 +24,7 @@ from ldm.training.progress import Progress
 from ldm.training.updates import update_norms, weights
 
 from . import coloured_shapes
+from .table import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -246,7 +247,9 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
     """Return the names of the alarms that these rows raise."""
     names, progress = [], Progress(total_steps=total)
     run = SimpleNamespace(
-        accelerator=SimpleNamespace(scaler=scaler), log_alarm=lambda name, sentence, step: names.append((name, step))
+        accelerator=SimpleNamespace(scaler=scaler),
+        config=LoopConfig(),
+        log_alarm=lambda name, sentence, step: names.append((name, step)),
     )
     alarms = Alarms(run, progress, OptimConfig(**optim), epoch, lambda: list(levels))
     for step, row in rows:
@@ -255,7 +258,7 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
     return names
 
 
-@pytest.mark.parametrize(
+@table(
     ("rows", "expected"),
     [
         (series(0.0001, 0.001, (100, 200, 300)), [(TEXT, 200)]),

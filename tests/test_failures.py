@@ -21,6 +21,7 @@ from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
 from ldm.training.run import Run, opened
 from ldm.training.state import training_state
 
+from .table import table
 from .test_batches import Shades
 from .test_loop import Quadratic, batches, lines, train, weights
 from .test_signals import wait_for, wait_until_gone
@@ -170,7 +171,7 @@ def test_r07_no_state_of_a_generator_is_needed_to_resume(tmp_path):
     assert torch.equal(weights(again), weights(whole))
 
 
-@pytest.mark.parametrize("missing", ["main-weights", "main-average", "other-optimizer"])
+@table("missing", ["main-weights", "main-average", "other-optimizer"])
 def test_r07_a_checkpoint_without_a_part_is_refused_not_filled_in(missing, tmp_path):
     _, loop, _ = train(tmp_path, 4)
     saved = CheckpointStore.load(loop.store.latest())

@@ -1,9 +1,11 @@
 """The loop knows no diffusion: these tests train a quadratic."""
 
+import contextlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 
 from ldm.config import LoopConfig, OptimConfig
 from ldm.training.averages import Average, exponential
-from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, TIMED_STEPS, Loop
-from ldm.training.progress import planned_steps
+from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
+from ldm.training.progress import TIMED_STEPS, Progress, expected_steps, fix_total_steps, planned_steps
 from ldm.training.run import Run, opened
+
+from .table import table
 
 
 @dataclass
@@ -179,7 +183,113 @@ def test_seconds_become_a_number_of_steps_once(tmp_path):
     assert again.progress.total_steps == progress.total_steps
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
+ASKED = LoopConfig(max_train_seconds=600.0)
+
+
+def planned(step_seconds, optim, asked=ASKED):
+    """Return the progress after the last step of a training whose step takes ``step_seconds(progress)``."""
+    progress = Progress()
+    while progress.total_steps is None or progress.global_step < progress.total_steps:
+        progress.count(4, step_seconds(progress))
+        fix_total_steps(progress, asked, optim)
+    return progress
+
+
+@table("slower_from", [0.02, 0.1, 0.3, 0.5])
+@table("factor", [0.5, 2])
+@table(("seconds", "warmup_steps"), [(0.3, 100), (6.0, 5)])
+@table("optim", [{"decay": "linear", "decay_fraction": 0.3}, {"decay": "constant"}])
+def test_seconds_are_kept_though_the_speed_changes_in_the_first_half(optim, seconds, warmup_steps, factor, slower_from):
+    def step_seconds(progress):
+        late = progress.train_seconds >= slower_from * 600
+        jitter = 1 + 0.5 * math.sin(7 * progress.global_step)
+        return (10 if progress.global_step == 0 else 1) * seconds * jitter * (factor if late else 1)
+
+    progress = planned(step_seconds, OptimConfig(warmup_steps=warmup_steps, **optim))
+    assert progress.train_seconds == pytest.approx(600, rel=0.1)
+
+
+@table(
+    ("optim", "start", "total"),
+    [
+        ({"decay": "cosine", "decay_fraction": 0.3}, 420, 600),
+        ({"decay": "cosine"}, TIMED_STEPS, 600),
+        ({"decay": "cosine", "warmup_steps": 50}, 50, 600),
+        ({"decay": "cosine", "warmup_steps": 1000}, 600, 601),  # the time is over in the warm-up
+        ({}, 600, 601),
+    ],
+)
+def test_the_number_of_steps_is_fixed_when_the_decay_begins(optim, start, total):
+    """A step takes a second, and 600 are asked for."""
+    progress = planned(lambda progress: 1.0, OptimConfig(**optim))
+    assert (progress.decay_start, progress.total_steps) == (start, total)
+
+
+def test_a_few_long_steps_are_not_made_twenty():
+    assert planned(lambda progress: 200.0, OptimConfig()).total_steps == 4
+
+
+def test_the_expected_number_of_steps_is_what_the_seconds_left_are_enough_for():
+    progress, found = Progress(), []
+    for step in range(40):
+        progress.count(4, 1.0 if step < 25 else 2.0)
+        found.append(expected_steps(progress, ASKED))
+    assert found[TIMED_STEPS - 2 : 25] == [None, *[600] * 6]
+    assert sorted(found[24:], reverse=True) == found[24:]
+    assert 25 + (600 - 25) / 2 < found[-1] < 330
+    assert expected_steps(progress, LoopConfig(max_train_steps=60)) is None  # `planned_steps` has put it there
+    assert expected_steps(Progress(total_steps=60), ASKED) == 60
+
+
+def test_the_speed_of_late_of_a_checkpoint_of_version_0_1_0_is_the_mean():
+    old = {"global_step": 12, "train_seconds": 6.0, "images": 48}
+    progress = Progress(**old)
+    assert progress.step_seconds == 0.5
+    assert Progress(**asdict(progress)) == progress
+    assert Progress().step_seconds == 0
+
+
+def test_r04_a_training_by_the_clock_that_is_resumed_takes_the_same_steps_at_the_same_rates(tmp_path, monkeypatch):
+    """The clock stands still but in a step's loss, which takes a second, and two from step 30 on."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    class Timed(Quadratic):
+        def losses(self, batch, global_step):
+            now[0] += 1 if global_step < 30 else 2
+            return super().losses(batch, global_step)
+
+    def run_until(folder, limit):
+        def stopping(start_step, **share):
+            for step, batch in enumerate(batches()(start_step, **share), start_step):
+                if step == limit:
+                    raise KeyboardInterrupt
+                yield batch
+
+        config = LoopConfig(
+            max_train_seconds=100.0, log_every_steps=1, save_every_steps=1, trackers=(), mixed_precision="no"
+        )
+        optim = OptimConfig(learning_rate=0.05, decay="linear", decay_fraction=0.3, warmup_steps=2)
+        with opened(Run(str(folder), 0, config)) as run:
+            loop = Loop(step := Timed(run), optim, config, run, epoch_steps=10)
+            loop.resume()
+            with contextlib.suppress(KeyboardInterrupt):
+                loop.fit(stopping)
+        return step, loop.progress
+
+    straight, whole = run_until(tmp_path / "a", None)
+    assert (whole.decay_start, whole.total_steps) == (50, 65)  # 30 + 2 * 20 = 70 of 100 s, and 2 * 15
+    assert whole.train_seconds == 100
+    for limit in (3, 25, 49, 50, 51, 60, None):
+        resumed, progress = run_until(tmp_path / "b", limit)
+    assert progress == whole
+    assert torch.equal(weights(straight), weights(resumed))
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    rates = [row["learning_rate"] for row in lines(tmp_path / "a")]
+    assert rates == pytest.approx([0.025, *[0.05] * 49, *(0.05 * (14 - k) / 14 for k in range(15))], abs=1e-12)
+
+
+@table("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
 def test_exactly_one_limit_is_required(limits):
     with pytest.raises(ValueError, match="set one of max_train_steps"):
         planned_steps(LoopConfig(**limits), 10)

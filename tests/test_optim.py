@@ -16,6 +16,8 @@ from ldm.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from ldm.training.optim import build_optimizer, flatten_optimizer, learning_rate, restore_optimizer
 from ldm.training.state import load_trained, restore_training, training_state
 
+from .table import table
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -51,7 +53,7 @@ def test_cosine_decay_is_half_a_cosine_to_the_final_fraction():
     assert found[-1] == 0.1
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@table("decay", ["linear", "cosine"])
 def test_decay_ends_exactly_on_the_final_fraction_of_the_setting(decay):
     config = OptimConfig(learning_rate=3e-4, decay=decay, warmup_steps=9, final_fraction=0.5)
     assert learning_rate(9, 1000, config) == pytest.approx(3e-4, rel=1e-12)
@@ -59,11 +61,22 @@ def test_decay_ends_exactly_on_the_final_fraction_of_the_setting(decay):
     assert learning_rate(9, 10, config) == pytest.approx(1.5e-4, rel=1e-12)  # the only step after the warm-up
 
 
+@pytest.mark.parametrize("fraction", [0.001, 0.2, 0.5, 1])
+def test_a_decay_over_the_last_part_is_the_constant_rate_before_it_and_a_whole_decay_in_it(fraction):
+    found = rates(200, decay="linear", warmup_steps=10, decay_fraction=fraction)
+    start = min(199, max(10, round((1 - fraction) * 200)))
+    assert found[10:start] == [1.0] * (start - 10)
+    assert found[start:] == (rates(200 - start, decay="linear") if start < 199 else [0.0])
+    decided = OptimConfig(learning_rate=1.0, decay="linear", warmup_steps=10, decay_fraction=0.7)
+    assert found == [learning_rate(step, 200, decided, decay_start=start) for step in range(200)]
+    assert found[:start] == [learning_rate(step, None, decided) for step in range(start)]  # before it is known
+
+
 def test_a_constant_run_may_end_in_its_warm_up():
     assert rates(2, warmup_steps=100) == pytest.approx([0.01, 0.02], rel=1e-12)
 
 
-@pytest.mark.parametrize(
+@table(
     ("step", "total", "settings", "message"),
     [
         (5, 5, {}, "global_step: got 5; expected 0 to 4, of 5 steps"),
@@ -73,6 +86,8 @@ def test_a_constant_run_may_end_in_its_warm_up():
         (0, 5, {"learning_rate": math.inf}, r"optim\.learning_rate: got inf"),
         (0, 5, {"warmup_steps": -1}, r"optim\.warmup_steps: got -1; expected 0"),
         (0, 5, {"final_fraction": 1.5}, r"optim\.final_fraction: got 1\.5; expected 0 to 1"),
+        (0, 5, {"decay_fraction": 0.0}, r"optim\.decay_fraction: got 0\.0; expected above 0, to 1"),
+        (-1, None, {}, "global_step: got -1; expected 0 or more"),
         (0, 5, {"decay": "cosine", "warmup_steps": 5}, "leaves none of 5 steps for decay: cosine"),
     ],
 )
@@ -178,8 +193,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@table("dtype", [torch.float32, torch.bfloat16])
+@table("name", OPTIMIZERS)
 def test_state_through_a_checkpoint_and_the_steps_after_it_are_bitwise_the_same(tmp_path, name, dtype):
     module = network(dtype)
     optimizer = OPTIMIZERS[name](module.parameters())

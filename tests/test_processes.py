@@ -115,7 +115,7 @@ def test_processes_that_measure_time_plan_the_same_number_of_steps(tmp_path):
     )
     arguments = (*arguments, "--loop.save_every_steps", 10**6, "--output_dir", tmp_path / "run")
     assert codes(start_several(2, "train_vae.py", arguments, tmp_path / "log")) == [0, 0]
-    assert saved_step(tmp_path / "run") > 20
+    assert saved_step(tmp_path / "run") > 2  # if they had planned others, one would wait for the other in vain
 
 
 @pytest.mark.parametrize("what", ["raises", "is killed", "exits", "is stopped"])

@@ -23,6 +23,7 @@ from ldm.errors import ConfigError
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.record import RunRecord, refuse_changes, run_record
 
+from .table import table
 from .test_batches import Shades
 
 CONFIG = AutoencoderConfig(
@@ -54,7 +55,7 @@ def test_the_same_run_is_resumed_silently(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
+@table(
     ("changed", "line"),
     [
         ({"optim": OptimConfig(learning_rate=0.5)}, "optim.learning_rate: 0.0001 -> 0.5"),
@@ -79,7 +80,7 @@ def test_r22_other_images_are_refused():
         refuse_changes(record(), record(count=13), allowed=False)
 
 
-@pytest.mark.parametrize(
+@table(
     ("changed", "line"),
     [
         ({"captions": lambda row: ["mended"]}, "captions: '"),
@@ -98,7 +99,7 @@ def test_r25_what_changed_underneath_an_unchanged_config_is_refused_with_both_va
     assert line in caplog.text
 
 
-@pytest.mark.parametrize(
+@table(
     "changed",
     [
         {"data": DataConfig(image_size=8, source="imagefolder", path="elsewhere", image_column="image")},
@@ -124,6 +125,16 @@ def test_r24_r25_a_record_of_an_earlier_version_is_compared_as_far_as_it_goes_an
         refuse_changes(old, record(replace(CONFIG, seed=1)), allowed=False)
     with pytest.raises(ConfigError, match=r"pictures\.held_out_hash"):
         refuse_changes(old, record(count=40), allowed=False)
+
+
+def test_r24_a_field_that_an_earlier_version_did_not_have_is_compared_as_what_it_did(caplog):
+    old, now = record(), record()
+    del old["config"]["optim"]["decay_fraction"]
+    caplog.clear()
+    refuse_changes(old, now, allowed=False)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"optim\.decay_fraction: 1\.0 -> 0\.3"):
+        refuse_changes(old, record(replace(CONFIG, optim=OptimConfig(decay_fraction=0.3))), allowed=False)
 
 
 def test_r25_images_that_were_trained_on_and_are_held_out_now_are_refused_and_stay_on_record_where_allowed(caplog):

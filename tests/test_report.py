@@ -3,18 +3,20 @@
 import json
 from math import inf, nan
 
-import pytest
 from PIL import Image
 
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.report import Curve, Figure, Report, Row, Section
+from ldm.evaluation.summary import summary
+
+from .table import table
 
 
 def exactly(value):
     return Measure(value, value, value, 200)
 
 
-@pytest.mark.parametrize(
+@table(
     ("better", "interval", "beside", "copied"),
     [
         ("higher", (0.4, 0.6), {}, False),
@@ -93,3 +95,22 @@ def test_the_headlines_are_the_first_rows_and_columns_come_in_their_order():
     assert report.headlines == (first, third)
     assert report.sections[0].beside == ("floor", "shuffled", "ceiling", "real")
     assert report.sections[1].beside == ()
+
+
+def test_the_summary_says_of_each_headline_what_it_stands_beside_and_what_it_means():
+    good, copied = exactly(0.78), exactly(0.2)
+    rows = [
+        Row("R@1, pixels", good, "higher", {"copy": exactly(0.25), "ceiling": exactly(0.985)}),
+        Row("spread within a prompt over spread across prompts", copied, "lower", {"copy": exactly(0.1)}),
+    ]
+    sections = [Section(row.name, rows=[row, row], meaning=f"Meaning {number}.") for number, row in enumerate(rows)]
+    assert summary(Report("", "", {}, [*sections, Section("none")])).splitlines() == [
+        "                                    value (95 % interval)   copy  ceiling",
+        "R@1, pixels ↑                       0.780 (0.780 to 0.780)  0.25  0.985",
+        "    Meaning 0.",
+        "spread within a prompt over spread  0.200 (0.200 to 0.200)  0.1",
+        "across prompts ↓",
+        "    Meaning 1. Here a copier reaches this.",
+        "copy: a copier of training images; ceiling: the true images",
+    ]
+    assert summary(Report("", "", {}, [])) == "nothing was measured"

@@ -15,10 +15,11 @@ from ldm.errors import explained
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
 from ldm.models.network import weights_hash
+from ldm.models.quiet import quietly
 
 
 class ImageEncoder(nn.Module):
-    """A vision model with projection, from our images to its embeddings; frozen."""
+    """A frozen CLIP vision model with projection, from images in [-1, 1] to embeddings."""
 
     def __init__(self, network: CLIPVisionModelWithProjection):
         super().__init__()
@@ -57,10 +58,11 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.network(normalised.to(self.network.dtype)).image_embeds.float())
 
 
+@quietly()
 def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
-    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name, ``@revision`` included.
+    """Return the image encoder in a folder or on the Hub (``user/name@revision`` too), alone or in a pipeline.
 
-    ConfigError names `where`.
+    A ConfigError names the config path `where`.
     """
     with explained(where):
         place, keywords = find_component(pretrained, ("image_encoder",))

@@ -1,26 +1,26 @@
-"""PatchGAN: real or reconstructed, decided for each patch (Isola et al. 2017, appendix 6.1.2)."""
+"""PatchGAN: a discriminator that classifies each patch as real or reconstructed (Isola et al. 2017, appendix 6.1.2)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-GROUPS = 4
+NORM_GROUPS = 4
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions of stride 2, `layers` times, then a logit for each patch.
+    """A stack of convolutions, `layers` of them with stride 2, and a logit for each patch.
 
-    Groups are normalised in place of batches: an image's logits, and so a resume and another number of processes,
-    do not depend on which images share its batch.
+    It uses group normalisation instead of batch normalisation, so that an image's logits do not depend on the other
+    images of its batch. Resumed runs and runs with another number of processes then give the same result.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3):
         super().__init__()
-        if channels % GROUPS or layers < 1:
+        if channels % NORM_GROUPS or layers < 1:
             raise ValueError(
                 f"reconstruction: got discriminator_channels {channels} and discriminator_layers {layers}; expected a "
-                f"multiple of {GROUPS} and 1 or more"
+                f"multiple of {NORM_GROUPS} and 1 or more"
             )
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels
@@ -29,7 +29,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if layer < layers else 1
             parts += [
                 nn.Conv2d(width, wider, 4, stride, 1, bias=False),
-                nn.GroupNorm(GROUPS, wider),
+                nn.GroupNorm(NORM_GROUPS, wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider
@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
         return logits
 
     def frozen(self, pixel_values: Tensor) -> Tensor:
-        """Return the logits with gradient for the images alone: what trains an autoencoder spares its judge."""
+        """Return the logits with gradient for the images only: the autoencoder's loss must not train this network."""
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
         logits: Tensor = torch.func.functional_call(self, parameters, (pixel_values,))
         return logits

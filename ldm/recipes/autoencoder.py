@@ -1,7 +1,8 @@
-"""The recipe of an autoencoder: reconstruction losses, saved at latents of unit scale."""
+"""The recipe of an autoencoder: trained on reconstruction losses, saved so that its latents have unit scale."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from ldm.training.rehearsal import first_batch, rehearse
 from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep
 
+log = logging.getLogger(__name__)
 LOADING = """\
 ```python
 import torch
@@ -58,6 +60,8 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     def validate(global_step: int) -> None:
         metrics, sheet = reconstruction_report(step.averaged, held_out, config.validation.num_images, distance)
         run.log_metrics(metrics, global_step)
+        said = [f"{name.removeprefix('validation/')} {value:.3g}" for name, value in metrics.items()]
+        log.info("step %d: held-out %s", global_step, ", ".join(said))
         run.log_image("reconstructions", sheet, global_step)
 
     def events(loop: Loop[Batch]) -> Sequence[Event]:
@@ -81,7 +85,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
 
 
 def autoencoder_card(config: AutoencoderConfig) -> CardText:
-    """Return the words on the card of an autoencoder."""
+    """Return the card texts of an autoencoder."""
     return CardText(
         title="Autoencoder",
         about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "

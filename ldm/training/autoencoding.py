@@ -56,7 +56,6 @@ def reconstruction_report(
     if distance is not None:
         pairs = zip(torch.split(rebuilt, CHUNK), torch.split(originals, CHUNK), strict=True)
         metrics["validation/perceptual"] = float(torch.cat([distance(*pair) for pair in pairs]).mean())
-    log.info("held-out %s", ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in metrics.items()))
     rows = torch.cat([to_uint8(originals[:num_images]), to_uint8(rebuilt[:num_images])])
     return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
 

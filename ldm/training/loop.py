@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,16 +13,17 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ldm.config import LoopConfig, OptimConfig
 from ldm.data.positions import draw_key
 from ldm.models.network import weights_hash
+from ldm.terminal import progress_bar
 from ldm.training.averages import Average
 from ldm.training.checkpoint import CheckpointStore
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
 from ldm.training.processes import refuse_apart
-from ldm.training.progress import Progress, planned_steps
+from ldm.training.progress import Progress, expected_steps, fix_total_steps, planned_steps
 from ldm.training.record import RunRecord
 from ldm.training.resume import agreed_checkpoint
 from ldm.training.run import CHECKPOINTS, Run
@@ -32,8 +32,6 @@ from ldm.training.state import not_finite, restore_training, training_state
 from ldm.training.updates import update_norms, weights
 
 log = logging.getLogger(__name__)
-TIMED_STEPS = 20
-"""Steps whose time turns `max_train_seconds` into a number of steps; none of them sees a learning-rate decay."""
 MAX_SKIPPED_IN_A_ROW = 10
 Event = tuple[int | None, Callable[[int], None]]
 """Every how many steps, the last step included, and what is called with the step; None: never."""
@@ -107,7 +105,6 @@ class Loop(Generic[B]):
             for name, module in step.modules.items()
         }
         self.progress = Progress(total_steps=planned_steps(config, epoch_steps))
-        self._step_seconds: list[float] = []
         self.store = CheckpointStore(run.folder / CHECKPOINTS, config.keep_checkpoints)
         self._saved_step = self.start_step = 0
 
@@ -127,15 +124,8 @@ class Loop(Generic[B]):
         if self.done:
             log.info("nothing to train: %d of %s steps are done", progress.global_step, progress.total_steps)
             return progress
-        interactive = sys.stderr.isatty()
-        bar = tqdm(
-            total=progress.total_steps,
-            initial=progress.global_step,
-            desc="training",
-            unit="step",
-            mininterval=0.5 if interactive else 30,
-            disable=not self.run.is_main,
-        )
+        total = expected_steps(progress, self.config)
+        bar = progress_bar(total, "training", "step", not self.run.is_main, initial=progress.global_step)
         together = self.run.accelerator.num_processes > 1  # one process must not stop while others wait for it
         with bar, self.run.stop.held() if together else contextlib.nullcontext():
             try:
@@ -144,10 +134,12 @@ class Loop(Generic[B]):
                 if self.resumable:
                     if progress.global_step != self._saved_step:
                         self.save()
-                    step = f"{progress.global_step} of {progress.total_steps}"
+                    total = expected_steps(progress, self.config)
+                    step = f"{progress.global_step}" if total is None else f"{progress.global_step} of {total}"
                     stopped.reached = f" at step {step}; the same command goes on from there"
                 raise
         self.store.wait()
+        log.info("step %d: trained, at %.3g images/s", progress.global_step, progress.images_per_second)
         return progress
 
     def _train(self, batches: Batches[B], events: Sequence[Event], bar: tqdm[None]) -> None:
@@ -161,13 +153,15 @@ class Loop(Generic[B]):
             with self.run.stop.held():
                 began = time.perf_counter()
                 metrics = self._take_step(micro_batches)
-                self._count(micro_batches, time.perf_counter() - began, bar)
+                self._count(micro_batches, time.perf_counter() - began)
+                bar.total = expected_steps(progress, config)
                 rate = progress.images_per_second
                 bar.update()
                 if self._due(config.log_every_steps):
                     values = {name: float(value) for name, value in metrics.items()} | {"images_per_second": rate}
                     self.run.log_metrics(values, progress.global_step)
-                    bar.set_postfix_str(f"loss {values[next(iter(values))]:.4f}, {rate:.0f} images/s")
+                    loss = values[next(iter(values))]
+                    bar.set_postfix_str(f"loss {loss:.4f}, {rate:.3g} images/s", refresh=False)
             self.run.stop_if_asked()
             for every_steps, happen in events:
                 if self._due(every_steps):
@@ -245,29 +239,21 @@ class Loop(Generic[B]):
             )
 
     def _learning_rate(self) -> float:
-        # before the number of steps is known there is no decay: see TIMED_STEPS
-        total = self.progress.total_steps or sys.maxsize
-        return learning_rate(self.progress.steps_taken, total, self.optim)
-
-    def _count(self, micro_batches: Sequence[B], seconds: float, bar: tqdm[None]) -> None:
         progress = self.progress
-        progress.global_step += 1
-        progress.images += sum(map(len, micro_batches)) * self.run.accelerator.num_processes
-        progress.train_seconds += seconds
-        if progress.total_steps is not None or self.config.max_train_seconds is None:
-            return
-        self._step_seconds.append(seconds)
-        if len(self._step_seconds) == TIMED_STEPS:
-            median = statistics.median(self._step_seconds[TIMED_STEPS // 4 :])
-            left = max(0.0, self.config.max_train_seconds - progress.train_seconds)
-            progress.total_steps = progress.global_step + self.run.agreed(max(1, round(left / median)))
-            bar.total = progress.total_steps
-            bar.refresh()
+        return learning_rate(progress.steps_taken, progress.total_steps, self.optim, progress.decay_start)
+
+    def _count(self, micro_batches: Sequence[B], seconds: float) -> None:
+        progress = self.progress
+        if progress.total_steps is None:
+            seconds = self.run.agreed(seconds)  # clocks differ, and all must fix the same number of steps
+        progress.count(sum(map(len, micro_batches)) * self.run.accelerator.num_processes, seconds)
+        if fix_total_steps(progress, self.config, self.optim):
             log.info(
-                "%.3f s a step: %d steps will take the %g s asked for; fixed from here on, also when resumed",
-                median,
+                "step %d: the number of steps is fixed, %d for the %g s asked for, at %.3g s a step",
+                progress.global_step,
                 progress.total_steps,
                 self.config.max_train_seconds,
+                progress.step_seconds,
             )
 
     def save(self) -> None:
@@ -311,7 +297,7 @@ class Loop(Generic[B]):
         planned = self.progress.total_steps
         self.progress = Progress(**saved.state["progress"])
         if planned is not None:
-            self.progress.total_steps = planned
+            self.progress.total_steps, self.progress.decay_start = planned, None
         restore_training(saved, *self._trained)
         if self.run.accelerator.num_processes > 1:
             refuse_apart("weights", {name: weights_hash(module) for name, module in self.step.modules.items()})

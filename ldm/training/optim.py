@@ -77,39 +77,53 @@ def _adamw_8bit(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     return optimizer
 
 
-def learning_rate(global_step: int, total_steps: int, config: OptimConfig) -> float:
+def learning_rate(
+    global_step: int, total_steps: int | None, config: OptimConfig, decay_start: int | None = None
+) -> float:
     """Return the learning rate of the step that follows `global_step` steps, 0 <= it < `total_steps`.
 
-    Warm-up: ``learning_rate * (global_step + 1) / warmup_steps``, the full value on its last step. After it
-    `decay` leads from the full value at step `warmup_steps` to `final_fraction` of it at the last step,
-    ``total_steps - 1``. A warm-up longer than the run is allowed where nothing decays after it.
+    Warm-up: ``learning_rate * (global_step + 1) / warmup_steps``, the full value on its last step. After it the full
+    value, until `decay` leads from it to `final_fraction` of it at the last step, ``total_steps - 1``. The decay begins
+    at step `decay_start`; None: for the last `decay_fraction` of the steps, but not before the warm-up is over. While
+    the number of steps is not known (None) nothing decays. A warm-up longer than the run is allowed where nothing
+    decays after it.
 
     Raises:
         ValueError: a step outside the run; a setting outside its range; a decay without a step to decay in.
 
     """
     peak, warmup = config.learning_rate, config.warmup_steps
-    if not 0 <= global_step < total_steps:
-        raise ValueError(f"global_step: got {global_step}; expected 0 to {total_steps - 1}, of {total_steps} steps")
+    if global_step < 0 or (total_steps is not None and global_step >= total_steps):
+        steps = "or more" if total_steps is None else f"to {total_steps - 1}, of {total_steps} steps"
+        raise ValueError(f"global_step: got {global_step}; expected 0 {steps}")
     if not 0 < peak < math.inf:
         raise ValueError(f"optim.learning_rate: got {peak}; expected a positive number, such as 1e-4")
     if warmup < 0:
         raise ValueError(f"optim.warmup_steps: got {warmup}; expected 0 (none) or more")
     if not 0 <= config.final_fraction <= 1:
         raise ValueError(f"optim.final_fraction: got {config.final_fraction}; expected 0 to 1")
-    if config.decay != "constant" and warmup >= total_steps:
-        raise ValueError(
-            f"optim.warmup_steps: got {warmup}, which leaves none of {total_steps} steps for decay: "
-            f"{config.decay}; expected less than {total_steps}, or decay: constant"
-        )
-    if global_step < warmup:
-        return peak * (global_step + 1) / warmup
-    if config.decay == "constant":
-        return peak
+    if not 0 < config.decay_fraction <= 1:
+        raise ValueError(f"optim.decay_fraction: got {config.decay_fraction}; expected above 0, to 1")
+    warm = peak * (global_step + 1) / warmup if global_step < warmup else peak
+    if config.decay == "constant" or total_steps is None:
+        return warm
+    start = _decay_start(total_steps, config) if decay_start is None else decay_start
+    if global_step < max(warmup, start):
+        return warm
     last = total_steps - 1
-    progress = (global_step - warmup) / (last - warmup) if last > warmup else 1.0  # 0 .. 1
+    progress = (global_step - start) / (last - start) if last > start else 1.0  # 0 .. 1
     left = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return peak * (config.final_fraction + (1 - config.final_fraction) * left)
+
+
+def _decay_start(total_steps: int, config: OptimConfig) -> int:
+    if config.warmup_steps >= total_steps:
+        raise ValueError(
+            f"optim.warmup_steps: got {config.warmup_steps}, which leaves none of {total_steps} steps for decay: "
+            f"{config.decay}; expected less than {total_steps}, or decay: constant"
+        )
+    start = round((1 - config.decay_fraction) * total_steps)
+    return max(config.warmup_steps, min(total_steps - 1, start))
 
 
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, JSON]]:

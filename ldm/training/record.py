@@ -52,6 +52,9 @@ MAY_CHANGE = (
     "config.sampler",
 )
 """Fields that a run can be resumed with other values of: the weights it arrives at do not depend on them."""
+ADDED = {"optim": {"decay_fraction": 1.0}}
+"""Fields that version 0.1.0 did not have, and what it did: a checkpoint that does not name one is compared as if it had
+named that."""
 DECIDED_BY = {
     "captions": ("config.data.source", "config.data.split", "config.data.image_column", "config.data.caption_column"),
     "classes": ("config.data.class_column",),
@@ -156,6 +159,7 @@ def refuse_changes(
     is not compared, and one line says so.
     """
     unknown = sorted(now.keys() - before.keys())
+    before = _with_added_fields(before)
     if "captions" in unknown:  # it named images by their paths and times
         before = {**before, "pictures": {**before.get("pictures", {}), "fingerprint": now["pictures"]["fingerprint"]}}
         unknown.append("content of the images")
@@ -173,6 +177,12 @@ def refuse_changes(
     for change in (*changes, *found):
         if not change.startswith("config.allow_config_change"):  # it is what allows the others
             log.warning("resumed with another value: %s", _plain(change))
+
+
+def _with_added_fields(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    config = facts.get("config", {})
+    parts = {part: {**fields, **config[part]} for part, fields in ADDED.items() if part in config}
+    return {**facts, "config": {**config, **parts}} if parts else facts
 
 
 def _plain(change: str) -> str:

@@ -96,7 +96,7 @@ def _last(folder: Path) -> Checkpoint:
 
 def _untimed(state: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's state without what the clock and the folder decide."""
-    progress = {name: value for name, value in state["progress"].items() if name != "train_seconds"}
+    progress = {name: value for name, value in state["progress"].items() if not name.endswith("_seconds")}
     return {name: value for name, value in state.items() if name != "record"} | {"progress": progress}
 
 

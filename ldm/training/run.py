@@ -200,14 +200,6 @@ def opened(run: Run) -> Iterator[Run]:
         raise
 
 
-def log_to_stderr() -> None:
-    """Log lines of this package and of libraries to stderr: of the first process all, of the others warnings."""
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=level, stream=sys.stderr)
-    for client in ("httpx", "httpx2"):
-        logging.getLogger(client).setLevel(logging.WARNING)  # a line for each request, with signed addresses
-
-
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])

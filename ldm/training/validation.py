@@ -24,6 +24,12 @@ from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
 log = logging.getLogger(__name__)
+SAID = {
+    "validation/loss": "held-out loss",
+    "conditional_gain/mean": "conditional gain",
+    "validation/r_at_1": "R@1",
+}
+"""Metrics that are said of a validation, in words; all are in ``metrics.jsonl``."""
 
 
 class Validation:
@@ -94,7 +100,8 @@ class Validation:
             sheet = comparison_sheet(written(self.asked(rows[: len(true)])), generated[: len(true)], true)
             self.run.log_image("samples", sheet, global_step)
         self.run.log_metrics(metrics, global_step)
-        log.info("step %d: %s", global_step, ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        said = [f"{words} {metrics[name]:.4f}" for name, words in SAID.items() if name in metrics]
+        log.info("step %d: %s", global_step, ", ".join(said))
 
     def _losses(self) -> dict[str, float]:
         """Return the held-out loss, what captions and model are worth in it, and the scale of the latents.

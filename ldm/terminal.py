@@ -1,0 +1,66 @@
+"""Lines and bars that are read while something runs: short lines with the time, and one bar at a time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from datetime import datetime
+from typing import Any
+
+from tqdm.auto import tqdm
+
+log = logging.getLogger(__name__)
+FILE_SECONDS = 60.0
+"""Between lines on a progress where it is no terminal that is written to."""
+
+
+class Lines(logging.Handler):
+    """Writes each record to stderr as ``12:03:05 message``, above a bar if there is one; warnings say that they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return f"{datetime.fromtimestamp(record.created):%H:%M:%S} {level}{super().format(record)}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line."""
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # as every handler: a line that cannot be written ends nothing
+            self.handleError(record)
+
+
+def write_lines(level: int = logging.INFO) -> None:
+    """Write the log lines of this package from `level` on, and the warnings of libraries, to stderr, as `Lines` do."""
+    logging.basicConfig(format="%(message)s", handlers=[Lines()], level=logging.WARNING)
+    logging.getLogger("ldm").setLevel(level)
+
+
+class _LogLines(io.StringIO):
+    """What tqdm writes to where there is no terminal: a line of the log for each state of a bar."""
+
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            log.info("%s", line)
+        return len(text)
+
+
+def progress_bar(total: int | None, desc: str, unit: str, disable: bool = False, **more: Any) -> tqdm[Any]:
+    """Return a bar over `total` units, shown after a second and gone when it is done.
+
+    One is read at a time: inside another bar that has begun to move it is not shown. Where stderr is no terminal, a
+    line a minute is logged in its place. `more` is tqdm's.
+    """
+    shown: dict[str, Any] = {"file": sys.stderr, "delay": 1, "mininterval": 0.5, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        shown = {
+            "file": _LogLines(),
+            "delay": FILE_SECONDS,
+            "mininterval": FILE_SECONDS,
+            "maxinterval": FILE_SECONDS,
+            "bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}",
+        }
+    others = [other for other in list(getattr(tqdm, "_instances", ())) if not other.disable]
+    inside = any(other.n > other.initial for other in others)
+    return tqdm(total=total, desc=desc, unit=unit, leave=False, position=0, disable=disable or inside, **shown | more)
