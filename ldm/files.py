@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
+
+from filelock import FileLock
 
 MAX_JSON_BYTES = 2**26
 
@@ -97,5 +98,5 @@ def locked(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            fcntl.lockf(stack.enter_context((folder / ".lock").open("a")), fcntl.LOCK_EX)
+            stack.enter_context(FileLock(folder / ".lock", fallback_to_soft=False))
         yield

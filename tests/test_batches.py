@@ -48,7 +48,7 @@ def dataset(seed=0, encoded=None, **config):
 
 def encode(pixel_values):
     mean = pixel_values.flatten(1).mean(1)
-    return mean[:, None], torch.full_like(mean, 0.5)[:, None]
+    return {"mean": mean[:, None], "std": torch.full_like(mean, 0.5)[:, None]}
 
 
 def test_a_sample_is_a_function_of_seed_and_position():
@@ -99,18 +99,19 @@ def test_flips_are_drawn_only_where_asked():
 @table("flip", [False, True])
 def test_cached_moments_are_those_of_the_image_that_would_have_been_loaded(flip):
     source = images(flip=flip)
-    cached = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode))
+    cached = PositionDataset(source, "train", 0, source.encoded_images("test", f"{flip}", encode))
     plain = PositionDataset(source, "train", 0)
     for position in range(30):
         with_cache, without = cached[position], plain[position]
         assert (with_cache.row, with_cache.caption) == (without.row, without.caption)
-        mean, std = encode(without.pixel_values[None])
-        assert torch.allclose(with_cache.moments[0], mean[0])
-        assert torch.equal(with_cache.moments[1], std[0])
+        assert with_cache.mirrored == without.mirrored
+        expected = encode(without.pixel_values[None])
+        assert torch.allclose(with_cache.moments["mean"], expected["mean"][0])
+        assert torch.equal(with_cache.moments["std"], expected["std"][0])
         assert with_cache.pixel_values is None
-    both = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode), with_pixels=True)
+    both = PositionDataset(source, "train", 0, source.encoded_images("test", f"{flip}", encode), with_pixels=True)
     assert torch.equal(both[3].pixel_values, plain[3].pixel_values)
-    assert torch.equal(both[3].moments[0], cached[3].moments[0])
+    assert torch.equal(both[3].moments["mean"], cached[3].moments["mean"])
 
 
 def test_of_a_limited_set_no_other_image_is_encoded():
@@ -121,11 +122,12 @@ def test_of_a_limited_set_no_other_image_is_encoded():
         return encode(pixel_values)
 
     source = images(limit=7)
-    cached = PositionDataset(source, "train", 0, source.encoded("test-limit", counting))
+    cached = PositionDataset(source, "train", 0, source.encoded_images("test", "limit", counting))
     assert sum(seen) == sum(map(len, source.splits.indices.values())) == 7
     for position in range(12):
-        image = cached[position].row
-        assert torch.allclose(cached[position].moments[0], encode(source.pixel_values(image)[None])[0][0])
+        row = cached[position].row
+        expected = encode(source.pixel_values(row)[None])["mean"][0]
+        assert torch.allclose(cached[position].moments["mean"], expected)
 
 
 def test_class_labels_follow_their_images():

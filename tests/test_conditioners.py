@@ -1,6 +1,7 @@
 """What each conditioner tells, against its definition; its null; and that a sample's draws are its own."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from ldm.conditioners.image import ImageConditioner
 from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
 from ldm.conditioners.text import TextConditioner
+from ldm.config import DataConfig
 from ldm.config.conditioners import UNKNOWN_CLASS, TextConfig
+from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder
@@ -32,6 +35,7 @@ from pipelines.text2img import TextToImagePipeline
 
 from . import tiny_pipeline
 from .table import table
+from .test_batches import Shades
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Some:
     captions: tuple[str, ...] = ()
     class_labels: torch.Tensor | None = None
     pixel_values: torch.Tensor | None = None
+    views: tuple[tuple[int, bool], ...] = ()
 
 
 def images(count, size=16):
@@ -147,17 +152,17 @@ def test_captions_on_disk_are_those_of_the_encoder_and_spare_it(monkeypatch, tmp
     captions = ["", "a cat", "a dog"]
     first = text()
     expected = first.encode_captions(["a dog", "", "a bird"])["prompt_embeds"]
-    cached = CachedCaptions(captions, first.key(captions), first.encode_captions)
+    data = SimpleNamespace(encoded_captions=lambda key, encode: CachedCaptions(captions, key(captions), encode))
+    first.remember(data)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     again = text()
     asked = []
     encode = again.encode_captions
     monkeypatch.setattr(again, "encode_captions", lambda captions: asked.extend(captions) or encode(captions))
-    again.remember(CachedCaptions(captions, again.key(captions), again.encode_captions))
+    again.remember(data)
     embeds = tell(again, Some(["a dog", "a bird", "a bird"]), 3, [False, True, False])["prompt_embeds"]
     torch.testing.assert_close(embeds, expected)
     assert asked == ["a bird"]
-    assert sorted(cached) == captions
 
 
 def test_another_encoder_or_other_captions_have_another_key():
@@ -200,6 +205,33 @@ def test_the_null_of_image_embeddings(null):
     zero = encoder.network(torch.zeros(1, 3, 8, 8)).image_embeds[0]  # as KandinskyV22PriorPipeline.get_zero_embed
     torch.testing.assert_close(told[0], torch.zeros(12) if null == "zeros" else zero)
     torch.testing.assert_close(told[1], encoder(images(2))[1])
+
+
+def test_images_on_disk_are_those_of_the_encoder_and_spare_it_and_the_pixels(monkeypatch, tmp_path):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path))
+    data = CaptionedImages(Shades(), DataConfig(image_size=8, flip=True))
+    views = [(7, False), (7, True), (2, True)]
+    some = torch.stack([data.pixel_values(*view) for view in views])
+    conditioner = ImageConditioner(image_encoder(), "zero_picture", 0.5)
+    expected = tell(conditioner, Some(pixel_values=some), 3, [False, False, True])["image_embeds"]
+    for forward in (ImageEncoder.forward, None):  # the second time nothing is computed
+        monkeypatch.setattr(ImageEncoder, "forward", forward)
+        conditioner = ImageConditioner(image_encoder(), "zero_picture", 0.5)
+        assert conditioner.reads_pixels
+        conditioner.remember(data)
+        assert not conditioner.reads_pixels
+        told = tell(conditioner, Some(views=views), 3, [False, False, True])["image_embeds"]
+        torch.testing.assert_close(told, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(told[0], told[1]), "a mirror image is another image"
+
+
+def test_another_image_encoder_has_another_key():
+    one, other = image_encoder(), image_encoder()
+    assert one.key == other.key
+    torch.nn.init.normal_(next(other.network.parameters()))
+    activation = image_encoder()
+    activation.network.config.hidden_act = "gelu"
+    assert len({one.key, other.key, activation.key}) == 3
 
 
 def test_the_small_image_is_eight_bits_and_enlarged_keeps_a_plain_colour():

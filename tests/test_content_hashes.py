@@ -79,7 +79,7 @@ def test_r25_the_same_bytes_elsewhere_and_later_are_the_same_images(layout, tmp_
     config = data(layout, folder, rows)
     before = expected(folder, rows)
     assert fingerprint(config) == before
-    CaptionedImages(build_source(config), config).encoded("test", encode)
+    CaptionedImages(build_source(config), config).encoded_images("test", "", encode)
     for path in folder.rglob("*"):
         os.utime(path, ns=(0, 1))
     assert fingerprint(config) == before, "touched"
@@ -96,7 +96,7 @@ def test_r25_the_same_bytes_elsewhere_and_later_are_the_same_images(layout, tmp_
     write_metadata(folder, renamed)
     again = data(layout, folder, renamed)
     assert fingerprint(again) == before, "renamed"
-    CaptionedImages(build_source(again), again).encoded("test", None)  # not computed again
+    CaptionedImages(build_source(again), again).encoded_images("test", "", None)  # not computed again
 
 
 @table("layout", LAYOUTS)

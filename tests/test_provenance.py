@@ -30,6 +30,7 @@ from ldm.models.provenance import (
 )
 from ldm.models.vision import build_feature_network
 from ldm.spaces import EmbeddingSpace
+from ldm.stage import ConditionedDenoiser
 from ldm.training.record import all_trained_images, data_options, provenance
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from tests.fake_hub import FakeHub, Repository
@@ -221,10 +222,8 @@ def test_a_stage_is_taught_by_the_clips_it_sees_through(tmp_path):
         vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8)
         CLIPVisionModelWithProjection(vision).save_pretrained(tmp_path / name)
     space, condition = (load_image_encoder(str(tmp_path / name), name) for name in ("space", "condition"))
-    conditioners = {"image": ImageConditioner(condition, "zeros", 0.1), "text": SimpleNamespace()}
-    stage = SimpleNamespace(
-        space=EmbeddingSpace(space, torch.rand(4, 3, 8, 8)), model=SimpleNamespace(conditioners=conditioners)
-    )
+    model = ConditionedDenoiser(torch.nn.Identity(), {"image": ImageConditioner(condition, "zeros", 0.1)})
+    stage = SimpleNamespace(space=EmbeddingSpace(space, torch.rand(4, 3, 8, 8)), model=model)
     model = saved(tmp_path / "model", replace(RECORD, networks=named(DiffusionStep, stage=stage)))
     assert len(read_provenance(model).networks) == 2
     for name in ("space", "condition"):  # the network that measures, loaded on its own way, is known again

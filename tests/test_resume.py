@@ -107,7 +107,7 @@ def test_r18_a_training_whose_loader_process_dies_ends_and_is_resumed_exactly(tm
     arguments = (*VAE, "--data.workers", 2)
     dying = [Fault(loaders_killed, 4)]
     assert ended(start("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log", dying)) == 1
-    assert "The loader processes were at the images [" in (tmp_path / "log").read_text()
+    assert "The loader process was at image " in (tmp_path / "log").read_text()
     run("train_vae.py", (*arguments, "--output_dir", tmp_path / "run"), tmp_path / "log")
     run("train_vae.py", (*arguments, "--output_dir", tmp_path / "whole"), tmp_path / "log-whole")
     assert list(differences(tmp_path / "whole", tmp_path / "run")) == []

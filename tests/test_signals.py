@@ -15,7 +15,7 @@ import train_vae
 from ldm.commands import cli
 from ldm.training import signals
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.lock import FolderLock
+from ldm.training.lock import lock_folder
 from ldm.training.loop import Loop
 
 from . import trainers
@@ -277,5 +277,22 @@ def test_r23_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_p
         train(tmp_path, 3)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    lock = FolderLock(tmp_path)  # a killed run leaves no stale lock
-    lock.release()
+    lock_folder(tmp_path).release()  # a killed run leaves no stale lock
+
+
+def test_r23_a_lock_is_its_processs_own_and_not_that_of_processes_it_leaves_behind(tmp_path):
+    def locking():
+        lock = lock_folder(tmp_path)
+        (tmp_path / "left behind").write_text(str(forked(lambda: time.sleep(60))))
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} trains in this folder"):
+            lock_folder(tmp_path)
+        (tmp_path / "ready").touch()
+        time.sleep(60)
+        lock.release()
+
+    child = forked(locking)
+    wait_for(tmp_path / "ready")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock_folder(tmp_path).release()
+    os.kill(int((tmp_path / "left behind").read_text()), signal.SIGKILL)

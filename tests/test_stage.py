@@ -1,4 +1,5 @@
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from ldm.conditioners.text import TextConditioner
 from ldm.config import LoopConfig, ObjectiveConfig, SpaceConfig, StageConfig
 from ldm.config.conditioners import ConditionersConfig, LabelConfig, TextConfig
 from ldm.data.batches import Batch
+from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.errors import ConfigError
 from ldm.export.kinds import kind_of
@@ -149,7 +151,7 @@ def test_remembered_captions_are_encoded_once_for_all_runs_if_the_encoder_is_fro
         text = step.stage.model.conditioners["text"]
         encoded, encode = [], text.encode_captions
         monkeypatch.setattr(text, "encode_captions", lambda c, e=encode, n=encoded: n.append(c) or e(c))
-        step.remember_captions(known)
+        step.remember(SimpleNamespace(encoded_captions=lambda key, encode: CachedCaptions(known, key(known), encode)))
         step.inputs(batch(), None)
         assert len(encoded) == (0 if train else calls)
     assert bool(list(tmp_path.rglob("*.safetensors"))) != train

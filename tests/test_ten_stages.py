@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 
-from ldm.config import LoopConfig, StageConfig
+from ldm.config import DataConfig, LoopConfig, StageConfig
 from ldm.config.file import load_config
-from ldm.data.batches import Batch
+from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.positions import generators
 from ldm.models.network import build_network, unreached
 from ldm.models.scheduler import build_scheduler
@@ -17,6 +17,7 @@ from pipelines.guidance import guide
 from pipelines.sampling import both, denoise, guided_output
 
 from .table import table
+from .test_batches import Shades
 from .test_network import CAPTIONS
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
@@ -133,6 +134,26 @@ def test_a_loss_does_not_depend_on_how_the_batch_is_cut(name, parts, run, tmp_pa
     with torch.no_grad():
         whole, *halves = (step.losses(batch(part), 0)["denoiser"] for part in (range(4), range(2), range(2, 4)))
     assert float(whole) == pytest.approx(float(sum(halves)) / 2, rel=1e-4)
+
+
+@every_system
+def test_remembered_encodings_change_no_loss_and_spare_the_pixels(name, parts, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    made, _ = build(name, parts, tmp_path)
+    step = moved(made, run)
+    images = CaptionedImages(Shades(), DataConfig(image_size=PIXELS, flip=True))
+    read = fixed_batch(PositionDataset(images, "train", 0), 4)
+    assert any(read.mirrored)
+    expected = step.losses(read, 0)["denoiser"]
+    step.remember(images)
+    encoded = images.encoded_images("latents", made.space.key, step.encode) if made.space.frozen else None
+    looked_up = fixed_batch(PositionDataset(images, "train", 0, encoded, made.model.reads_pixels), 4)
+    assert (looked_up.pixel_values is None) == (made.space.frozen and "low_res" not in made.model.conditioners)
+    torch.testing.assert_close(step.losses(looked_up, 0)["denoiser"], expected, rtol=1e-5, atol=0)
+    conditioners = made.model.conditioners
+    kept = {"latents": made.space.frozen, "image-embeddings": "image" in conditioners}
+    kept["captions"] = "text" in conditioners and conditioners["text"].frozen
+    assert {kind for kind in kept if (tmp_path / "cache" / kind).exists()} == {kind for kind in kept if kept[kind]}
 
 
 @every_system

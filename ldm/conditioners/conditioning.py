@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
+View = tuple[int, bool]
+"""The number of an image in its data, and whether it is its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,30 @@ class ConditioningBatch(Protocol):
     def pixel_values(self) -> Tensor | None:
         """Return the images, (B, 3, H, W) in [-1, 1]; None if only their encodings were loaded."""
 
+    @property
+    def views(self) -> Sequence[View]:
+        """Return the B images by number, and whether each is mirrored."""
+
+
+class EncodedData(Protocol):
+    """The data of a stage, which keeps between runs what frozen networks make of it."""
+
+    def encoded_captions(
+        self, key: Callable[[Sequence[str]], str], encode: Callable[[Sequence[str]], Inputs]
+    ) -> Mapping[str, Inputs]:
+        """Return the outputs for each caption that training and validation may show, and for "".
+
+        key: of these captions, a name for what `encode` makes of them: equal names, equal outputs. encode: returns
+        tensors (B, ...) for B captions.
+        """
+
+    def encoded_images(self, kind: str, key: str, encode: Callable[[Tensor], Inputs]) -> Mapping[View, Inputs]:
+        """Return the outputs for each image, and with ``data.flip`` for its mirror image.
+
+        kind: the name of such outputs in the list of ``ldm cache``. key: a name for what `encode` computes. encode:
+        returns tensors (B, ...) for pixel values (B, 3, H, W) in [-1, 1].
+        """
+
 
 class Conditioner(Protocol):
     """A module that turns its part of a batch into conditions."""
@@ -101,6 +127,9 @@ class Conditioner(Protocol):
 
         x0: what is diffused, (B, ...). draws: a CPU generator for each sample, for whatever is random in telling it.
         """
+
+    def remember(self, data: EncodedData) -> None:
+        """Look up from now on what a frozen network makes of `data`, which `inputs` has computed until now."""
 
     def __call__(self, **inputs: Tensor) -> Conditions:
         """Return the conditions; runs inside the trained module's forward."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs, checked_share
 
 
 class FramesConditioner(nn.Module):
@@ -48,6 +48,9 @@ class FramesConditioner(nn.Module):
             given[first : first + (0 if dropped[first] else count)] = 1
         given = given.to(x0)
         return {"frames": torch.cat([given.expand(-1, 1, *x0.shape[2:]), given * x0], 1)}
+
+    def remember(self, data: EncodedData) -> None:
+        """Keep nothing: no network computes the inputs."""
 
     def forward(self, frames: Tensor) -> Conditions:
         """Return mask and frames as channels."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs, checked_share
 from ldm.config.conditioners import UNKNOWN_CLASS
 
 
@@ -44,6 +44,9 @@ class LabelConditioner(nn.Module):
                 f"{int(labels.max() if labels.min() >= UNKNOWN_CLASS else labels.min())}; classes count from 0"
             )
         return {"class_labels": labels.masked_fill(torch.tensor(dropped) | (labels == UNKNOWN_CLASS), self.num_classes)}
+
+    def remember(self, data: EncodedData) -> None:
+        """Keep nothing: no network computes the inputs."""
 
     def forward(self, class_labels: Tensor) -> Conditions:
         """Return the labels."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs
 from ldm.config import ObjectiveConfig
 from ldm.objectives.schedule import build_schedule
 
@@ -56,6 +56,9 @@ class LowResConditioner(nn.Module):
         noise = torch.stack([torch.randn(images.shape[1:], generator=draw) for draw in draws]).to(images)
         alpha, sigma = (level.view(-1, 1, 1, 1).to(images) for level in self.schedule.alpha_sigma(levels))
         return {"images": alpha * images + sigma * noise, "levels": levels}
+
+    def remember(self, data: EncodedData) -> None:
+        """Keep nothing: no network computes the inputs."""
 
     def forward(self, images: Tensor, levels: Tensor | None = None) -> Conditions:
         """Return the images as channels, and the levels."""

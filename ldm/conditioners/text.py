@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Inputs, checked_share
+from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs, checked_share
 from ldm.models.network import freeze_unused, weights_hash
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class TextConditioner(nn.Module):
             unused = freeze_unused(text_encoder, lambda: self.encode(tokens, torch.ones_like(tokens)).values())
             if unused:
                 log.info("%s: no keyword uses %s: frozen", type(text_encoder).__name__, ", ".join(unused))
-        self._kept: dict[str, Inputs] = {}
-        self._shelf: Mapping[str, Inputs] = {}
+        self._encoded: dict[str, Inputs] = {}
+        self._remembered: Mapping[str, Inputs] = {}
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -106,12 +106,12 @@ class TextConditioner(nn.Module):
 
     def embed(self, captions: Sequence[str]) -> Inputs:
         """Return the frozen encoder's outputs for `captions`, on the CPU; each caption is encoded once and kept."""
-        new = sorted({caption for caption in captions if caption not in self._shelf and caption not in self._kept})
+        new = sorted({one for one in captions if one not in self._remembered and one not in self._encoded})
         if new:
             encoded = self.encode_captions(new)
             for number, caption in enumerate(new):
-                self._kept[caption] = {name: tensor[number] for name, tensor in encoded.items()}
-        rows = [self._shelf[caption] if caption in self._shelf else self._kept[caption] for caption in captions]
+                self._encoded[caption] = {name: tensor[number] for name, tensor in encoded.items()}
+        rows = [(self._remembered if caption in self._remembered else self._encoded)[caption] for caption in captions]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     @torch.no_grad()
@@ -121,9 +121,10 @@ class TextConditioner(nn.Module):
         encoded = self.encode(**{name: tensor.to(device) for name, tensor in self.tokenize(captions).items()})
         return {name: (t.float() if t.is_floating_point() else t).cpu() for name, t in encoded.items()}
 
-    def remember(self, encoded: Mapping[str, Inputs]) -> None:
-        """Look captions up in `encoded`, outputs of `encode_captions` by caption, before encoding them."""
-        self._shelf = encoded
+    def remember(self, data: EncodedData) -> None:
+        """Look up the captions of `data` if the encoder is frozen."""
+        if self.frozen:
+            self._remembered = data.encoded_captions(self.key, self.encode_captions)
 
     def key(self, captions: Sequence[str]) -> str:
         """Return a name for what `encode_captions` makes of `captions`: equal names, equal outputs."""

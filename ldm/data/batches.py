@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.config import DataConfig
-from ldm.data.cache import CachedRows
+from ldm.data.cache import CachedCaptions, CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import generator, sample_index
@@ -24,21 +24,22 @@ from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_images
 
 log = logging.getLogger(__name__)
-MeanAndStd = tuple[Tensor, Tensor]
-"""Mean and standard deviation of a Gaussian over x0, each (C, H, W); in a batch (B, C, H, W)."""
-Encode = Callable[[Tensor], MeanAndStd]
+Tensors = dict[str, Tensor]
+View = tuple[int, bool]
+"""The number of an image, and whether it is its mirror image."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned image at one position: pixels (3, H, W) in [-1, 1], cached moments of its encoding, or both."""
+    """One captioned image at one position: pixels (3, H, W) in [-1, 1], ``mean`` and ``std`` of x0, or both."""
 
     position: int
     row: int
     caption: str
     class_label: int | None = None
     pixel_values: Tensor | None = None
-    moments: MeanAndStd | None = None
+    moments: Tensors | None = None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,28 @@ class Batch:
     rows: list[int]
     captions: list[str]
     pixel_values: Tensor | None = None
-    moments: MeanAndStd | None = None
+    moments: Tensors | None = None
     class_labels: Tensor | None = None
+    mirrored: Sequence[bool] = ()
+    """Empty if no image is."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.positions)
+
+    @property
+    def views(self) -> list[View]:
+        """The images by number, and whether each is mirrored: what their encodings are kept by."""
+        return [*zip(self.rows, self.mirrored or [False] * len(self), strict=True)]
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each of its tensors changed, in the order of its fields."""
+        return replace(
+            self,
+            pixel_values=None if self.pixel_values is None else change(self.pixel_values),
+            moments=None if self.moments is None else {name: change(one) for name, one in self.moments.items()},
+            class_labels=None if self.class_labels is None else change(self.class_labels),
+        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -67,8 +84,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [sample.row for sample in samples],
         [sample.caption for sample in samples],
         torch.stack(pixels) if pixels else None,
-        (torch.stack([mean for mean, _ in moments]), torch.stack([std for _, std in moments])) if moments else None,
+        {name: torch.stack([one[name] for one in moments]) for name in moments[0]} if moments else None,
         torch.tensor(labels) if labels else None,
+        [sample.mirrored for sample in samples],
     )
 
 
@@ -148,12 +166,20 @@ class CaptionedImages:
         """Name of the images as they are trained on: equal keys, equal images."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
-    def encoded(self, key: str, encode: Encode) -> EncodedImages:
-        """Return the cached moments of all images of the splits, and with ``data.flip`` of their mirror images.
+    def encoded_images(self, kind: str, key: str, encode: Callable[[Tensor], Tensors]) -> EncodedImages:
+        """Return what `encode` makes of each image of the splits, and with flips of its mirror image.
 
-        `encode` computes them, and `key` names what it computes. Images beyond ``data.limit`` are not encoded.
+        It is cached as a `kind`; `key` names what `encode` computes of (B, 3, H, W). With ``data.limit`` the others are
+        not encoded.
         """
-        return EncodedImages(self, key, encode)
+        return EncodedImages(self, kind, key, encode)
+
+    def encoded_captions(
+        self, key: Callable[[Sequence[str]], str], encode: Callable[[Sequence[str]], Tensors]
+    ) -> CachedCaptions:
+        """Return what `encode` makes of each of `known_captions`, which `key` names; it is cached."""
+        captions = self.known_captions()
+        return CachedCaptions(captions, key(captions), encode)
 
     def known_captions(self) -> list[str]:
         """Return every caption of the training and validation splits, and "", in alphabetical order."""
@@ -161,30 +187,35 @@ class CaptionedImages:
         return sorted({""}.union(*(self.source.captions(row) for row in rows)))
 
 
-class EncodedImages:
-    """Mean and std of x0 for each image and its mirror image, cached as `CachedRows`."""
+class EncodedImages(Mapping[View, Tensors]):
+    """What a frozen network makes of images, by their number and whether they are mirrored, kept as `CachedRows`."""
 
-    def __init__(self, images: CaptionedImages, key: str, encode: Encode):
+    def __init__(self, images: CaptionedImages, kind: str, key: str, encode: Callable[[Tensor], Tensors]):
         self.views = 1 + images.config.flip
         encoded_rows = sorted(row for split in SPLITS for row in images.splits[split])
         self._place = {row: place for place, row in enumerate(encoded_rows)}
 
-        def compute(places: range) -> dict[str, Tensor]:
-            views = (
-                images.pixel_values(encoded_rows[place // self.views], bool(place % self.views)) for place in places
-            )
-            mean, std = encode(torch.stack([*views]))
-            return {"mean": mean.cpu(), "std": std.cpu()}
+        def compute(rows: range) -> Tensors:
+            views = (images.pixel_values(encoded_rows[row // self.views], bool(row % self.views)) for row in rows)
+            return {name: tensor.cpu() for name, tensor in encode(torch.stack([*views])).items()}
 
         named = f"{images.key}/{self.views}/{key}"
         if len(encoded_rows) < len(images.source):
             named += f"/{blake2b(','.join(map(str, encoded_rows)).encode(), digest_size=16).hexdigest()}"
-        self._rows = CachedRows("latents", named, len(encoded_rows) * self.views, compute)
+        self._rows = CachedRows(kind, named, len(encoded_rows) * self.views, compute)
 
-    def moments(self, row: int, mirrored: bool = False) -> MeanAndStd:
-        """Return mean and std of one image, or of its mirror image if `mirrored` (with ``data.flip`` only)."""
-        kept = self._rows[self._place[row] * self.views + mirrored]
-        return kept["mean"], kept["std"]
+    def __getitem__(self, view: View) -> Tensors:
+        """Return the tensors of one image, or with flips of its mirror image."""
+        row, mirrored = view
+        return self._rows[self._place[row] * self.views + mirrored]
+
+    def __iter__(self) -> Iterator[View]:
+        """Iterate over the images, each before its mirror image."""
+        return ((row, mirrored) for row in self._place for mirrored in (False, True)[: self.views])
+
+    def __len__(self) -> int:
+        """Return the number of images and mirror images."""
+        return len(self._place) * self.views
 
 
 class PositionDataset(Dataset[Sample]):
@@ -195,7 +226,7 @@ class PositionDataset(Dataset[Sample]):
         images: CaptionedImages,
         split: str,
         seed: int,
-        encoded: EncodedImages | None = None,
+        encoded: Mapping[View, Tensors] | None = None,
         with_pixels: bool = False,
     ):
         """Take moments from `encoded` if it is given; load pixels without it, or if `with_pixels`."""
@@ -221,9 +252,10 @@ class PositionDataset(Dataset[Sample]):
         captions = self.images.source.captions(row)
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
-        moments = None if self.encoded is None else self.encoded.moments(row, mirrored)
+        moments = None if self.encoded is None else self.encoded[row, mirrored]
         pixel_values = self.images.pixel_values(row, mirrored) if self.with_pixels else None
-        return Sample(position, row, caption, self.images.source.class_label(row), pixel_values, moments)
+        class_label = self.images.source.class_label(row)
+        return Sample(position, row, caption, class_label, pixel_values, moments, mirrored)
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

@@ -121,6 +121,10 @@ class CachedCaptions(Mapping[str, dict[str, Tensor]]):
         """Return the tensors of one caption."""
         return self._cached[self._rows[caption]]
 
+    def __contains__(self, caption: object) -> bool:
+        """Return whether the caption is kept, without reading its tensors."""
+        return caption in self._rows
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the captions."""
         return iter(self._rows)

@@ -1,54 +1,41 @@
-"""The batches of a training, loaded by worker processes if ``data.workers`` is above 0."""
+"""Batches along the stream of positions, loaded beside the training if it asks for that.
+
+A batch is a function of its position, so loader processes need no orders: each of W loads every W-th batch and writes
+it into a socket of its own, which holds it up until the training has read it. The processes share nothing else. One
+that dies closes its socket, and the wait for one that hangs or stops, even in the middle of a batch, has an end. In
+torch's DataLoader it has not: the loaders share locks that one can die with, and tensors that one must be alive to
+hand over.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+import socket
+import struct
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import active_children, get_all_start_methods
-from queue import Empty, SimpleQueue
-from types import FrameType
-from weakref import WeakSet
+from itertools import count, cycle
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import Synchronized
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch import Tensor
 
 from ldm.data.batches import Batch, PositionDataset, Sample, collate
 from ldm.data.positions import step_positions
 
-_LIVE: WeakSet[Iterator[Batch]] = WeakSet()
-"""The DataLoader iterators of this process that have worker processes."""
-_ABANDONED: list[Iterator[Batch]] = []
-"""Iterators whose loader processes were killed, kept until this process ends. A deleted DataLoader iterator sets an
-event; a killed process may have held its lock, and this process would wait forever. Torch skips that at exit."""
+BYTES_AHEAD = 2**20
+"""Batches of latents are small, and many fit into a socket: a loader process then need not wait for the training."""
 
 
 class LoadingError(RuntimeError):
-    """A loader process died or hung; the message names the images that the loader processes were loading."""
-
-
-class _Watched(Dataset[Sample]):
-    """A data set that records in `places` the position that each loader process is loading; -1 before its first."""
-
-    def __init__(self, dataset: PositionDataset, workers: int):
-        self.dataset = dataset
-        self.places = torch.full((workers,), -1).share_memory_()  # type: ignore[no-untyped-call]
-
-    def __getitem__(self, position: int) -> Sample:
-        if (worker := get_worker_info()) is not None:
-            self.places[worker.id] = position
-        return self.dataset[position]
-
-    def failed(self, error: BaseException) -> LoadingError:
-        """Return the error that says what failed and at which images."""
-        positions = [int(place) for place in self.places if place >= 0]
-        rows = [self.dataset.row(position) for position in positions]
-        return LoadingError(
-            f"{error}. The loader processes were at the images {rows} (positions {positions}); "
-            "look at those, at the memory, or set data.workers to 0"
-        )
+    """A loader process died or hung; the message names the image that it was at."""
 
 
 def training_batches(
@@ -57,109 +44,133 @@ def training_batches(
     """Yield, for each optimiser step from `start_step` on, this process's micro-batches.
 
     Raises:
-        LoadingError: a loader process died, or took longer than ``data.timeout_seconds`` for a batch. When one dies,
-            the error is raised by a signal handler, anywhere in the main thread.
+        LoadingError: the loader process whose turn it is has died, or sends nothing for ``data.timeout_seconds``. What
+            the data raises in a loader process is raised as it is.
 
     """
     config = dataset.images.config
-    step_positions(0, config.batch_size, 0, micro_steps, 0, world)  # refuses a batch size that cannot be shared
 
-    def plan() -> Iterator[list[int]]:
-        step = start_step
+    def positions(number: int) -> range:
+        step, micro_step = divmod(number, micro_steps)
+        return step_positions(start_step + step, config.batch_size, micro_step, micro_steps, rank, world)
+
+    positions(0)  # refuses a batch size that cannot be shared
+    loaders: list[_Loader] = []
+    try:
+        for first in range(config.workers):
+            loaders.append(_start(dataset, map(positions, count(first, config.workers))))
+        here = (collate([dataset[position] for position in positions(number)]) for number in count())
+        batches = (loader.next_batch() for loader in cycle(loaders)) if loaders else here
         while True:
-            for micro in range(micro_steps):
-                yield list(step_positions(step, config.batch_size, micro, micro_steps, rank, world))
-            step += 1
-
-    watched = _Watched(dataset, config.workers)
-    loader = DataLoader(
-        watched,
-        batch_sampler=plan(),  # endless; the loop decides when to stop
-        num_workers=config.workers,
-        collate_fn=collate,
-        persistent_workers=False,
-        worker_init_fn=_leave_process_group,
-        multiprocessing_context="fork" if config.workers and "fork" in get_all_start_methods() else None,
-    )
-    micro_batches: Iterator[Batch] = iter(loader)
-    following: Callable[[], Batch] = partial(next, micro_batches)
-    if config.workers:
-        _LIVE.add(micro_batches)
-        _name_what_died(watched)
-        following = partial(_from_processes, watched, config.timeout_seconds, following)
-    while True:
-        yield [following() for _ in range(micro_steps)]
+            yield [next(batches) for _ in range(micro_steps)]
+    finally:
+        for loader in loaders:
+            loader.process.kill()  # a signal that also ends one that hangs
 
 
-def _from_processes(watched: _Watched, timeout_seconds: float, following: Callable[[], Batch]) -> Batch:
-    """Return the next batch; LoadingError if a loader process ends or hangs; errors of the data are not changed."""
-    try:
-        return _within(timeout_seconds, following)
-    except LoadingError:
-        raise
-    except Exception as error:
-        _kill_loaders()
-        if isinstance(error, RuntimeError | OSError | EOFError):  # the last two: it ended while it sent a batch
-            raise watched.failed(error) from error
-        raise
+@dataclass(frozen=True)
+class _Loader:
+    """A loader process, as the training sees it."""
 
+    dataset: PositionDataset
+    process: BaseProcess
+    place: Synchronized[int]
+    """The position that it is at, -1 before its first."""
+    batches: Connection
+    """A socket, whose reads raise BlockingIOError after ``data.timeout_seconds``."""
 
-def _within(seconds: float, following: Callable[[], Batch]) -> Batch:
-    """Return the batch of `following`, or raise its error; TimeoutError if it has not finished after `seconds`.
-
-    It runs in a thread, which is abandoned after a timeout. DataLoader's own timeout is not enough: it covers the
-    announcement of a batch, but the tensors are then fetched from the worker, and a stopped one is waited for forever.
-    """
-    answers: SimpleQueue[Batch | BaseException] = SimpleQueue()
-
-    def answer() -> None:
+    def next_batch(self) -> Batch:
+        """Return its next batch; raises as `training_batches`."""
         try:
-            answers.put(following())
-        except BaseException as error:
-            answers.put(error)
-
-    threading.Thread(target=answer, name="next batch", daemon=True).start()
-    try:
-        found = answers.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"No batch came within {seconds:g} seconds (data.timeout_seconds)") from None
-    if isinstance(found, BaseException):
+            if self.process.exitcode is not None:
+                raise EOFError  # whatever it has sent, it will send no more
+            found = self.batches.recv()
+            if isinstance(found, Batch):
+                return found.with_tensors(partial(_read, self.batches))
+        except Exception as error:
+            raise LoadingError(f"{self._reason(error)}. {self._where()}") from error
         raise found
-    return found
+
+    def _reason(self, error: Exception) -> str:
+        match error:
+            case BlockingIOError():
+                seconds = self.dataset.images.config.timeout_seconds
+                return f"No batch came within {seconds:g} seconds (data.timeout_seconds)"
+            case EOFError() | ConnectionError():
+                self.process.join(timeout=10)
+                return f"A loader process ended with exit code {self.process.exitcode}"
+        return f"{type(error).__name__}: {error}"
+
+    def _where(self) -> str:
+        position = self.place.value
+        where = f"image {self.dataset.row(position)} (position {position})" if position >= 0 else "no image yet"
+        return f"The loader process was at {where}; look at that, at the memory, or set data.workers to 0"
 
 
-def _leave_process_group(worker: int) -> None:
-    """Leave the run's process group: a loader ended by a signal to the run would look like one that failed."""
-    os.setpgid(0, 0)
+def _start(dataset: PositionDataset, plan: Iterator[Sequence[int]]) -> _Loader:
+    """Start a process that loads the batches of `plan`, given by their positions, one after another."""
+    forking = get_context("fork")
+    place = forking.Value("q", -1, lock=False)
+    ours, theirs = forking.Pipe()
+    seconds = dataset.images.config.timeout_seconds
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with (
+        socket.socket(fileno=os.dup(ours.fileno())) as reading,
+        socket.socket(fileno=os.dup(theirs.fileno())) as writing,
+    ):
+        reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BYTES_AHEAD)
+    process = forking.Process(target=_load, args=(dataset, plan, place, ours, theirs), daemon=True)
+    process.start()
+    theirs.close()  # the process holds its end alone: it is closed when the process dies
+    return _Loader(dataset, process, place, ours)
 
 
-class _Death:
-    """Torch's signal handler for the death of a loader process; its error also names the images of one stream."""
+def _load(
+    dataset: PositionDataset,
+    plan: Iterator[Sequence[int]],
+    place: Synchronized[int],
+    ours: Connection,
+    theirs: Connection,
+) -> None:
+    """Load and send, in the loader process, until it is killed or the training is gone."""
+    os.setpgid(0, 0)  # signals to the group are for the training, which ends its loaders
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    ours.close()
 
-    def __init__(self, handler: Callable[[int, FrameType | None], object], watched: _Watched):
-        self.handler, self.watched = handler, watched
+    def sample(position: int) -> Sample:
+        place.value = position
+        return dataset[position]
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        try:
-            self.handler(number, frame)
-        except RuntimeError as error:
-            _kill_loaders()
-            raise self.watched.failed(error) from error
-
-
-def _name_what_died(watched: _Watched) -> None:
-    """Make the error of a dead loader process name the images of this stream, no longer those of an earlier one."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    if isinstance(handler, _Death):
-        handler = handler.handler
-    if threading.current_thread() is threading.main_thread() and callable(handler):
-        signal.signal(signal.SIGCHLD, _Death(handler, watched))
+    with suppress(BrokenPipeError):
+        for positions in plan:
+            try:
+                batch = collate([*map(sample, positions)])
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                theirs.send(error)
+            else:
+                theirs.send(batch.with_tensors(lambda tensor: tensor.to("meta")))  # shapes and types
+                batch.with_tensors(partial(_write, theirs))
 
 
-def _kill_loaders() -> None:
-    """Kill all loader processes of this process, which would otherwise wait for them at its end."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are expected
-    _ABANDONED.extend(_LIVE)
-    for process in active_children():
-        process.kill()
+def _write(connection: Connection, tensor: Tensor) -> Tensor:
+    rest = _bytes(tensor)
+    while rest:
+        rest = rest[os.write(connection.fileno(), rest) :]
+    return tensor
+
+
+def _read(connection: Connection, like: Tensor) -> Tensor:
+    tensor = torch.empty_like(like, device="cpu")
+    rest = _bytes(tensor)
+    while rest:
+        if not (length := os.readv(connection.fileno(), [rest])):
+            raise EOFError
+        rest = rest[length:]
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -14,6 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ldm.errors import explained
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
+from ldm.models.network import weights_hash
 from ldm.models.quiet import quietly
 
 
@@ -27,6 +28,12 @@ class ImageEncoder(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def key(self) -> str:
+        """A name for what it computes: equal names, equal embeddings of equal images."""
+        config = self.network.config
+        return f"{weights_hash(self.network)}-{config.image_size}-{config.hidden_act}-{config.layer_norm_eps}"
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:

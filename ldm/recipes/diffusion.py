@@ -53,8 +53,8 @@ def diffusion_recipe(
     def dataset() -> PositionDataset:
         encoded = None
         if config.data.cache:
-            encoded = images.encoded(stage.space.key, step.encode) if stage.space.frozen else None
-            step.remember_captions(images.known_captions())
+            encoded = images.encoded_images("latents", stage.space.key, step.encode) if stage.space.frozen else None
+            step.remember(images)
         return PositionDataset(images, "train", config.seed, encoded, stage.model.reads_pixels)
 
     def events(loop: Loop[Batch]) -> Sequence[Event]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.conditioners.text import TextConditioner
 from ldm.data.batches import Batch
 from ldm.training.steps import DiffusionStep
 
@@ -68,8 +67,7 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
     negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    conditioner = None if step.asked is None else step.averaged.conditioners[step.asked]
-    if not isinstance(conditioner, TextConditioner) or not conditioner.dropout:
+    if step.asked is None or not (conditioner := step.averaged.conditioner(step.asked)).dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
     kwargs = conditioner(**inputs["text"]).kwargs

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +25,7 @@ from ldm.errors import HubError
 from ldm.machine import cores
 from ldm.models.network import set_attention_and_memory
 from ldm.training.launcher import check_launcher
-from ldm.training.lock import FolderLock
+from ldm.training.lock import lock_folder
 from ldm.training.precision import chosen_precision
 from ldm.training.processes import join_processes, same_everywhere
 from ldm.training.resume import saved_state
@@ -71,7 +72,7 @@ class Run:
         check_launcher(config, launched)
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
-        self.lock: FolderLock | None = None
+        self.lock: FileLock | None = None
         self.stop = StopSignals()
         self.watch: Callable[[Mapping[str, float], int], None] | None = None
         """Called with all metrics and their step, in the first process, once they are written."""
@@ -89,7 +90,7 @@ class Run:
             torch.set_num_threads(max(1, cores() // local))
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_main:
-            self.lock = FolderLock(self.folder)
+            self.lock = lock_folder(self.folder)
         start_trackers(self.accelerator, self.config.trackers, self.folder)
         log.info(
             "%s, %d process(es), %d thread(s) each, %s",

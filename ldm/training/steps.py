@@ -11,12 +11,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ldm.conditioners.conditioning import Inputs
-from ldm.conditioners.text import TextConditioner
 from ldm.config import ReconstructionConfig
-from ldm.data.batches import Batch
-from ldm.data.cache import CachedCaptions
+from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generator, generators
 from ldm.evaluation.conditions import Condition, condition_of
+from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
 from ldm.models.network import weights_hash, weights_sha256
@@ -94,8 +93,8 @@ class DiffusionStep:
     @property
     def networks(self) -> list[str]:
         """Image encoders that the stage looks through; see `ldm.models.provenance.Provenance`."""
-        parts = (self.stage.space, *self.stage.model.conditioners.values())
-        encoders = [encoder for part in parts if (encoder := getattr(part, "image_encoder", None)) is not None]
+        modules = (module for part in (*self.stage.space.networks, self.stage.model) for module in part.modules())
+        encoders = [module for module in modules if isinstance(module, ImageEncoder)]
         return [trained_through("CLIP", weights_sha256(tower(encoder.network))) for encoder in encoders]
 
     @property
@@ -119,16 +118,15 @@ class DiffusionStep:
         """The tokenizer of the captions, None without captions."""
         return getattr(dict(self.stage.model.conditioners.items()).get("text"), "tokenizer", None)
 
-    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and std of x0 given images, (B, 3, H, W): what the cache keeps."""
+    def encode(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Return ``mean`` and ``std`` of x0 given images, (B, 3, H, W): what the cache keeps."""
         moments = self.stage.space.moments(pixel_values.to(self.run.device))
-        return moments.mean, moments.std
+        return {"mean": moments.mean, "std": moments.std}
 
-    def remember_captions(self, captions: Sequence[str]) -> None:
-        """Keep what a frozen text encoder makes of `captions` on disk, and look it up from there."""
-        for conditioner in self.stage.model.conditioners.values():
-            if isinstance(conditioner, TextConditioner) and conditioner.frozen:
-                conditioner.remember(CachedCaptions(captions, conditioner.key(captions), conditioner.encode_captions))
+    def remember(self, images: CaptionedImages) -> None:
+        """Keep what the frozen networks of the conditioners make of captions and images, and look it up from now on."""
+        for name in self.stage.model.conditioners:
+            self.stage.model.conditioner(name).remember(images)
 
     @property
     def asked(self) -> str | None:
@@ -183,7 +181,7 @@ class DiffusionStep:
     def x0(self, batch: Batch) -> Tensor:
         """Return x0, sampled from the posterior, on the run's device."""
         if batch.moments is not None:
-            moments = Moments(*(tensor.to(self.run.device) for tensor in batch.moments))
+            moments = Moments(**{name: tensor.to(self.run.device) for name, tensor in batch.moments.items()})
         else:
             moments = self.stage.space.moments(cast(Tensor, batch.pixel_values).to(self.run.device))
         return moments.sample(generators(self.run.seed, batch.positions, "posterior"))
