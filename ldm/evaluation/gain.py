@@ -46,6 +46,11 @@ def losses_with_and_without(
     return own, denoising_losses(pipeline, pixel_values, exchanged_captions(captions, seed), seed, levels)
 
 
+def _stock_conditions(embeds: Tensor) -> dict[str, Tensor]:
+    """Return the denoiser's keywords as `StableDiffusionPipeline` sets them; our pipelines have their own."""
+    return {"encoder_hidden_states": embeds}
+
+
 @torch.no_grad()
 def denoising_losses(
     pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
@@ -62,8 +67,7 @@ def denoising_losses(
         rows = slice(start, min(start + CHUNK, len(captions)))
         x0 = posterior_moments(pipeline.vae, pixel_values[rows].to(device, pipeline.vae.dtype))[0].float()
         embeds = pipeline.encode_prompt(list(captions[rows]), device, 1, False)[0]
-        stock = {"encoder_hidden_states": embeds}
-        conditions = pipeline.conditions(embeds) if hasattr(pipeline, "conditions") else stock
+        conditions = getattr(pipeline, "conditions", _stock_conditions)(embeds)
         generators = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
         noise = torch.stack([torch.randn(x0.shape[1:], generator=each) for each in generators]).to(x0)
         for number, level in enumerate(levels):
