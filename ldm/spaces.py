@@ -1,4 +1,4 @@
-"""What is diffused: encodes ``pixel_values`` to tensors of unit scale and decodes them back."""
+"""The spaces to diffuse in: ``pixel_values`` are encoded to tensors of unit scale, and decoded back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Moments:
     std: Tensor
 
     def sample(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return x0 drawn from the Gaussian, each sample from its own CPU generator."""
+        """Return a sample of x0 from the Gaussian; each row of the batch uses its own CPU generator."""
         noise = torch.stack([torch.randn(self.mean.shape[1:], generator=generator) for generator in generators])
         return self.mean + self.std * noise.to(self.mean.device)
 
@@ -35,23 +35,23 @@ class Space(Protocol):
     """A space to diffuse in."""
 
     key: str
-    """Names what `moments` computes: equal keys, equal moments of equal images."""
+    """Name of the encoding: with equal keys, equal images have equal `moments`."""
     frozen: bool
-    """Whether `moments` costs enough to be worth keeping."""
+    """True if `moments` runs a frozen network, so that its results are worth caching."""
     grid_step: float
-    """Distance of two values that x0 can take, 0 if it is continuous."""
+    """Distance between neighbouring values of x0; 0 if x0 is continuous."""
     statistics: tuple[Tensor, Tensor] | None
-    """Mean and std, (C,), that the denoiser must keep so that its pipeline can undo them; None: there are none."""
+    """Mean and std, (C,), of the normalisation. The denoiser stores them, and its pipeline undoes it. None: none."""
     clipped: bool
-    """Whether x0 is an image in [-1, 1], which a sampler may clip to."""
+    """True if x0 is an image in [-1, 1], so that a sampler may clip it."""
     networks: tuple[nn.Module, ...]
-    """What encodes and decodes; `moments` and `decode` work where these are."""
+    """Networks that encode and decode; `moments` and `decode` compute on their device."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the distribution of x0 given (B, 3, H, W) in [-1, 1]; no gradient."""
+        """Return the distribution of x0 for images (B, 3, H, W) in [-1, 1]; no gradient."""
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return what x0 stands for: (B, 3, H, W) pixel values, not clipped, or (B, D) embeddings."""
+        """Return x0 decoded: (B, 3, H, W) pixel values, not clipped, or (B, D) embeddings."""
 
 
 class PixelSpace:
@@ -82,7 +82,7 @@ class LatentSpace:
     statistics: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, autoencoder: AutoencoderKL | VQModel):
-        """Fold what the autoencoder's config says of a mean into its weights; see `fold_config`."""
+        """Fold the latents' mean and std in the autoencoder's config into its weights, in place (`fold_config`)."""
         ae.fold_config(autoencoder)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.networks: tuple[nn.Module, ...] = (self.autoencoder,)
@@ -90,7 +90,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the posterior, (B, C, H/f, W/f)."""
+        """Return mean and std of the posterior, (B, C, H/f, W/f)."""
         factor, size = ae.downsampling_factor(self.autoencoder), pixel_values.shape[-1]
         if size % factor:
             near = size // factor * factor
@@ -135,7 +135,7 @@ class EmbeddingSpace:
         return Moments(normalised, torch.zeros_like(normalised))
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return the embeddings as the image encoder gives them."""
+        """Return the embeddings as the image encoder computes them: the normalisation is undone."""
         return x0 * self.std.to(x0) + self.mean.to(x0)
 
 

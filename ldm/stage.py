@@ -48,7 +48,10 @@ class ConditionedDenoiser(nn.Module):
         return output
 
     def conditions(self, inputs: Mapping[str, Inputs]) -> Conditions:
-        """Return what all conditioners add to a call of the denoiser; what it demands and none sets is None."""
+        """Return the channels and keyword arguments that all conditioners add to a call of the denoiser.
+
+        An argument that the denoiser requires and no conditioner sets is None.
+        """
         merged = merge([self.conditioners[name](**inputs[name]) for name in self.conditioners])
         return Conditions(merged.channels, self._unset | nested(merged.kwargs))
 
@@ -59,7 +62,7 @@ class ConditionedDenoiser(nn.Module):
 
     @property
     def reads_pixels(self) -> bool:
-        """Whether a conditioner needs the images themselves."""
+        """True if a conditioner needs the images themselves."""
         return any(self.conditioner(name).reads_pixels for name in self.conditioners)
 
     def conditioner(self, name: str) -> Conditioner:
@@ -69,7 +72,7 @@ class ConditionedDenoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained, and what it is trained in."""
+    """A model to train, the space it works in, and its objective."""
 
     space: Space
     model: ConditionedDenoiser
@@ -84,9 +87,14 @@ def build_stage(
 ) -> Stage:
     """Return the stage that `config` describes.
 
-    Weights are drawn from the global generator, seeded by ``config.seed`` here. `captions` are those of the training
-    split, for the tokenizer unless one is given; `images` returns images of it, (N, 3, H, W), for the statistics of
-    a space that needs them (an embedding space).
+    Weights are initialised with the global generator, which is seeded with ``config.seed`` here.
+
+    Args:
+        config: The stage's config.
+        captions: All captions of the training split; the tokenizer is learned from them unless one is given.
+        images: Returns training images, (N, 3, H, W), for the statistics of an embedding space.
+        tokenizer: Takes the place of a learned or a pretrained one.
+
     """
     torch.manual_seed(config.seed)
     space = build_space(config.space, images)
@@ -103,7 +111,7 @@ def build_conditioners(
 ) -> dict[str, nn.Module]:
     """Return the conditioners that `config` names; `captions` are those of the training split.
 
-    A `tokenizer` that is given takes the place of a new or a pretrained one.
+    A given `tokenizer` takes the place of a learned or a pretrained one.
     """
     conditioners: dict[str, nn.Module] = {}
     if (text := config.text) is not None:

@@ -1,4 +1,4 @@
-"""The pipelines that travel with a model, by their names."""
+"""The pipelines that are saved with a model, by their names."""
 
 from .pixels import PixelPipeline
 from .text2img import TextToImagePipeline

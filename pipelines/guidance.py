@@ -8,14 +8,16 @@ def guide(
 ) -> torch.Tensor:
     """Return the guided model output, shaped like `cond`: ``uncond + guidance_scale * (cond - uncond)``.
 
-    A `guidance_scale` of 0 is the unconditional prediction, 1 the conditional one, more extrapolates (Ho & Salimans
-    2022, eq. 6, whose w is guidance_scale - 1). The rule is linear, so it is the same for every prediction type.
-    guidance_rescale: share, from 0 to 1, of the same with the standard deviation that `cond` has in each sample, which
-    guidance makes larger (Lin et al. 2024, section 3.4: against overexposed images, with zero terminal SNR above all).
+    A `guidance_scale` of 0 gives the unconditional prediction, 1 the conditional one; above 1 it extrapolates (Ho &
+    Salimans 2022, eq. 6, whose w is guidance_scale - 1). The rule is linear, so it is the same for every prediction
+    type.
+    guidance_rescale: from 0, none, to 1. Guidance makes the standard deviation of each sample larger than that of
+    `cond`; a rescaled output, with the standard deviation of `cond`, is mixed in with this share (Lin et al. 2024,
+    section 3.4: against overexposed images, above all with zero terminal SNR).
 
-    uncond, cond: (B, channels, ...), or (B, 2 * channels, ...) of a network with a learned variance. Then the first
-    half, the mean, is guided, and the variance is the conditional one as it is (as GLIDE does, Nichol et al. 2022):
-    an extrapolated variance is none. Any other number of channels, or two shapes, is a ValueError.
+    uncond, cond: (B, channels, ...), or (B, 2 * channels, ...) of a network with a learned variance. In the second
+    case only the first half, the mean, is guided; the variance is the conditional one, as in GLIDE (Nichol et al.
+    2022), because an extrapolated variance means nothing. ValueError for other numbers of channels or unequal shapes.
     """
     if uncond.shape != cond.shape or cond.shape[1] not in (channels, 2 * channels):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Images to start from: another version of one, or parts of one drawn anew."""
+"""Image-to-image and inpainting: an image to start from, and a mask of the parts to sample anew."""
 
 import logging
 from collections.abc import Callable
@@ -16,26 +16,26 @@ from .inputs import MAX_LATENT, shown
 
 RGB = 3
 MANY = 4
-"""Times the pixels that a model has learned, from which on an image is said to be large for it."""
+"""Largest number of pixels without a warning, as a multiple of those of the images that the model was trained on."""
 logger = logging.getLogger(__name__)
 
-Images = list[Image.Image] | torch.Tensor
-"""PIL in RGB; or (N, C, height, width), floats in [0, 1]; or latents, which have other than three channels."""
+GivenImages = list[Image.Image] | torch.Tensor
+"""PIL images in RGB; or floats in [0, 1], (N, C, height, width); or latents, whose channels are not three."""
 
 
 @dataclass(frozen=True)
 class StartImage:
-    """What a sampling starts from besides noise (Meng et al. 2022; with a mask, Lugmayr et al. 2022)."""
+    """An encoded image that sampling starts from (SDEdit, Meng et al. 2022; with a mask, Lugmayr et al. 2022)."""
 
     x0: torch.Tensor
-    """One for each image that is drawn, float32."""
+    """The encoded image for each sample, (B, C, h, w), float32."""
     mask: torch.Tensor | None
-    """(B, 1, h, w): 1 where it is drawn anew, 0 where it stays x0. None: anew everywhere."""
+    """(B, 1, h, w): 1 where the image is sampled anew, 0 where x0 is kept. None: anew everywhere."""
     noised: bool
-    """Start from x0 with noise, not from noise alone."""
+    """True: start from x0 with noise; False: from noise alone."""
 
     def start(self, scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return x_t at the first of `timesteps`, of unit `noise`, both (B, C, h, w)."""
+        """Return x_t at the first of `timesteps`, (B, C, h, w); `noise` is unit noise of that shape."""
         if not self.noised:
             x_t: torch.Tensor = noise * scheduler.init_noise_sigma
             return x_t
@@ -43,7 +43,7 @@ class StartImage:
         return noised
 
     def keep(self, scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Return `x_t`, whose next step is at the first of `timesteps`, with the noised x0 where that is kept."""
+        """Return `x_t` where the mask is 1, and x0 where it is 0, noised to the first of the remaining `timesteps`."""
         if self.mask is None:
             return x_t
         known: torch.Tensor = self.x0
@@ -56,7 +56,7 @@ class StartImage:
 def start_image(
     processor: VaeImageProcessor,
     encode: Callable[[torch.Tensor, Any], torch.Tensor],
-    image: Images | None,
+    image: GivenImages | None,
     mask_image: Any,
     strength: float,
     size: tuple[int, int],
@@ -64,13 +64,15 @@ def start_image(
     generator: torch.Generator | list[torch.Generator] | None,
     num_images_per_prompt: int = 1,
 ) -> StartImage | None:
-    """Return what `image` and `mask_image` are in a model's space; None without an image.
+    """Return `image` and `mask_image` in a model's space; None without an image.
 
-    encode: from images in [-1, 1], (N, 3, H, W), or latents, and a generator or one for each to x0, which may be drawn.
-    image: as `given_images` returns it, resized to `size` pixels, height and width; N is 1, one a prompt, or one a
-    image of `shape`, the shape of the noise. mask_image: as `given_images` takes it; it is white, from a half on,
-    where the image is drawn anew, and transparent parts are black.
-    strength: as `checked_strength` returns it; behind a mask, 1 begins with noise alone.
+    encode: takes images in [-1, 1], (N, 3, H, W), or latents, and a generator or a list of one for each image; returns
+    x0, which may be a sample of the posterior.
+    image: as `given_images` returns it. It is resized to `size`, height and width in pixels. There is one image, one
+    for each prompt, or one for each sample of `shape`, the shape of the noise.
+    mask_image: as `given_images` takes it. The image is sampled anew where it is white (0.5 or more); transparent parts
+    are black.
+    strength: as `checked_strength` returns it; with a mask, 1 starts from noise alone.
     ValueError if one of them is unusable.
     """
     if image is None:
@@ -96,10 +98,13 @@ def start_image(
 
 
 def checked_strength(strength: float | None, image: Any, mask_image: Any) -> float:
-    """Return the share of the steps that are taken: of the stock pipelines if None; ValueError if it cannot be one."""
+    """Return the share of the steps that are taken, by default that of the stock pipelines.
+
+    ValueError if it is not in (0, 1], or if `strength` or `mask_image` is given without an image.
+    """
     if image is None and (mask_image is not None or strength is not None):
         name = "strength" if mask_image is None else "mask_image"
-        raise ValueError(f"{name}: got no image that it could be about; give image too, or leave it out")
+        raise ValueError(f"{name}: given without an image; give image too, or leave it out")
     if strength is None:
         return 0.8 if image is not None and mask_image is None else 1.0
     if not isinstance(strength, Real) or not 0 < strength <= 1:
@@ -107,16 +112,17 @@ def checked_strength(strength: float | None, image: Any, mask_image: Any) -> flo
     return float(strength)
 
 
-def is_latents(images: Images) -> TypeGuard[torch.Tensor]:
-    """Return whether images are in the denoiser's space already."""
+def is_latents(images: GivenImages) -> TypeGuard[torch.Tensor]:
+    """Return True if images are latents already: tensors without three channels."""
     return torch.is_tensor(images) and images.shape[1] != RGB
 
 
-def kept_size(images: Images | None, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width, pixels, that images are drawn anew in: their own, rounded down to a `multiple`.
+def kept_size(images: GivenImages | None, factor: int, multiple: int, learned: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of given images in pixels, rounded down to a `multiple`.
 
-    factor: pixels, height and width, that one latent stands for. learned: height and width of the model's own images,
-    returned if there are no others; much larger ones are said in a warning. ValueError for less than the multiple.
+    factor: pixels of one latent, in height and width. learned: height and width of the images that the model was
+    trained on; returned without images. A warning is logged for much larger images. ValueError for images smaller than
+    `multiple`.
     """
     if images is None:
         return learned
@@ -133,13 +139,15 @@ def kept_size(images: Images | None, factor: int, multiple: int, learned: tuple[
     return height // multiple * multiple, width // multiple * multiple
 
 
-def given_images(name: str, given: Any, channels: int, background: str, latent_channels: int | None = None) -> Images:
-    """Return the images of an argument, one or several; ValueError if they are none, or not all of one kind.
+def given_images(
+    name: str, given: Any, channels: int, background: str, latent_channels: int | None = None
+) -> GivenImages:
+    """Return the images in an argument of a call; ValueError if there are none, or if they are of different kinds.
 
-    given: PIL of 8 bits, whose transparent parts are put on `background`; arrays (height, width, C) or (N, height,
-    width, C); tensors (C, height, width) or (N, C, height, width); or a list of one of these. Arrays and tensors are
-    floats in [0, 1], or in [-1, 1] if any is below 0; those of masks may lack the axis of their one channel.
-    latent_channels: tensors of so many are latents, and may have any values.
+    given: PIL images of 8 bits (transparent parts become `background`); arrays (height, width, C) or (N, height, width,
+    C); tensors (C, height, width) or (N, C, height, width); or a list of one of these. Arrays and tensors are floats in
+    [0, 1], or in [-1, 1] if any value is below 0. Masks may lack the axis of their one channel.
+    latent_channels: tensors with this number of channels are latents; their values need not be in [-1, 1].
     """
     several = list(given) if isinstance(given, list | tuple) else [given]
     if several and all(isinstance(one, Image.Image) for one in several):
@@ -163,11 +171,11 @@ def given_images(name: str, given: Any, channels: int, background: str, latent_c
 
 
 def _batch(name: str, given: Any, axis: int, channels: int) -> torch.Tensor:
-    """Return an array or tensor of floats, whose channels are the axis `axis`, as (N, C, height, width), float32."""
+    """Return an array or tensor of floats as (N, C, height, width), float32; `axis` is that of its channels."""
     dense = not isinstance(given, torch.Tensor) or (given.layout == torch.strided and not given.is_meta)
     if given.ndim not in (2, 3, 4) or not dense or "float" not in str(given.dtype):
         raise _unusable(name, given, channels)
-    # a copy where it is turned around, which torch does not read
+    # a copy of arrays with negative strides, such as mirrored ones: torch cannot read those
     one = torch.as_tensor(np.ascontiguousarray(given, np.float32) if isinstance(given, np.ndarray) else given).float()
     if channels == 1 and (one.ndim == 2 or (one.ndim == 3 and one.shape[axis] != 1)):
         one = one.unsqueeze(axis)
@@ -185,13 +193,13 @@ def _unusable(name: str, given: Any, channels: int) -> ValueError:
     return ValueError(f"{name}: got {came}; expected floats in [0, 1] of shape {sizes}, or PIL images")
 
 
-def _check_count(name: str, images: Images, counts: tuple[int, int, int]) -> None:
+def _check_count(name: str, images: GivenImages, counts: tuple[int, int, int]) -> None:
     if len(images) not in counts:
         raise ValueError(f"{name}: got {len(images)} for {counts[-1]} images; expected one, or one a prompt")
 
 
 def _opaque(name: str, image: Image.Image, background: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # what PIL makes of them is white, mostly
+    if image.mode.startswith("I") or image.mode == "F":  # PIL's conversion would make them mostly white
         raise ValueError(f"{name}: got an image of mode {image.mode}; expected 8 bits, such as RGB, RGBA or L")
     image = image.convert("RGBA")
     behind = Image.new("RGBA", image.size, background)

@@ -1,4 +1,4 @@
-"""What a text-to-image call accepts: one check, one form."""
+"""The inputs of a pipeline's call: checked, and brought into one form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,51 +8,51 @@ from typing import Any
 import torch
 
 MAX_PIXELS = 2**24
-"""Of one image. Attention and decoding need memory in proportion, or to the square of it."""
+"""Most pixels of one image. The memory of decoding grows with them, that of attention with their square."""
 
 MAX_IMAGES = 4096
-"""Of one call."""
+"""Most images of one call."""
 MAX_GUIDANCE = 1e6
 MAX_LATENT = 1e6
-"""Of a value in latents or embeddings; float32 ends at 3e38, and the denoiser squares what it is given."""
+"""Largest absolute value in latents and embeddings; the denoiser squares its inputs, and float32 ends at 3e38."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pipeline's components can do."""
+    """The limits of a pipeline's components."""
 
     factor: int
-    """Pixels, height and width, that one latent stands for."""
+    """Pixels of one latent, in height and width."""
     patch: int
-    """Latents, height and width, that the denoiser takes as one."""
+    """Latents of one patch of the denoiser, in height and width."""
     default_size: tuple[int, int]
-    """Height and width, pixels: the image's that is given, else the model's."""
+    """Default height and width in pixels: those of a given image, else the model's."""
     latent_channels: int
     inference_steps: tuple[int, int]
-    """Fewest and most."""
+    """Smallest and largest number of steps."""
     prompt_length: int | None
-    """Tokens, padding included; None without a tokenizer."""
+    """Tokens of a prompt, padding included; None without a tokenizer."""
     embed_width: int | None
     """Width of the prompt embeddings that the denoiser takes; None if it differs by layer."""
     callback_tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A call that has been checked."""
+class CallInputs:
+    """The checked inputs of a call."""
 
     prompt: list[str] | None
     """None: `prompt_embeds` are given."""
     negative_prompt: list[str] | None
-    """As long as `prompt`; None: not given."""
+    """One for each prompt; None: not given."""
     prompt_embeds: torch.Tensor | None
     negative_prompt_embeds: torch.Tensor | None
     num_inference_steps: int
     num_images_per_prompt: int
     generator: torch.Generator | list[torch.Generator] | None
-    """A list: one an image."""
+    """A list has one for each image."""
     latents: torch.Tensor | None
     latents_shape: tuple[int, int, int, int]
     """Images, channels, height, width."""
@@ -77,8 +77,8 @@ def check_inputs(
     return_dict: bool,
     callback_on_step_end: object,
     callback_on_step_end_tensor_inputs: Sequence[str],
-) -> Inputs:
-    """Return the call's inputs in one form; ValueError, with what came and what is allowed, if any is unusable."""
+) -> CallInputs:
+    """Return the call's inputs in one form; ValueError if one is unusable, with the given and the allowed values."""
     prompts = None if prompt is None else texts("prompt", prompt)
     if (prompts is None) == (prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both")
@@ -109,7 +109,7 @@ def check_inputs(
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
         raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (images, channels, height, width)")
     _check_values("latents", latents)
-    return Inputs(
+    return CallInputs(
         prompt=prompts,
         negative_prompt=_negatives(negative_prompt, count),
         prompt_embeds=prompt_embeds,
@@ -145,7 +145,7 @@ def texts(name: str, value: str | Sequence[str] | None) -> list[str]:
 
 
 def whole_number(name: str, value: int, low: int, high: int | None) -> None:
-    """Raise ValueError if `value` is no whole number from `low` to `high` (None: no bound)."""
+    """Raise ValueError if `value` is not a whole number from `low` to `high` (None: no upper bound)."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         allowed = f"from {low} to {high}" if high is not None else f">= {low}"
@@ -153,7 +153,7 @@ def whole_number(name: str, value: int, low: int, high: int | None) -> None:
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, cut to 80 characters; its type if Python does not write it."""
+    """Return the `repr` of a value, cut to 80 characters; the name of its type if `repr` fails."""
     try:
         return repr(value)[:80]
     except ValueError:  # a whole number of more than 4300 digits
@@ -161,7 +161,7 @@ def shown(value: object) -> str:
 
 
 def check_guidance(guidance_scale: float) -> None:
-    """Raise ValueError if it is no guidance scale."""
+    """Raise ValueError if `guidance_scale` is not a number from 0 to `MAX_GUIDANCE`."""
     if not isinstance(guidance_scale, Real) or not 0 <= guidance_scale <= MAX_GUIDANCE:
         raise ValueError(
             f"guidance_scale: got {shown(guidance_scale)}; expected a finite number >= 0 and at most {MAX_GUIDANCE:g} "
@@ -170,9 +170,9 @@ def check_guidance(guidance_scale: float) -> None:
 
 
 def check_options(guidance_rescale: float, cross_attention_kwargs: Any = None, clip_skip: int | None = None) -> None:
-    """Raise ValueError if one of them is unusable whatever the pipeline."""
+    """Raise ValueError if one of these options is unusable for every pipeline."""
     if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale: got {shown(guidance_rescale)}; expected a number from 0, none, to 1")
+        raise ValueError(f"guidance_rescale: got {shown(guidance_rescale)}; expected a number from 0 (none) to 1")
     named = isinstance(cross_attention_kwargs, dict) and all(isinstance(key, str) for key in cross_attention_kwargs)
     if cross_attention_kwargs is not None and not named:
         raise ValueError(f"cross_attention_kwargs: got {shown(cross_attention_kwargs)}; expected a dict of names")
@@ -183,7 +183,7 @@ def check_options(guidance_rescale: float, cross_attention_kwargs: Any = None, c
 
 
 def check_output(output_type: object, return_dict: object) -> None:
-    """Raise ValueError if a pipeline cannot return that."""
+    """Raise ValueError if `output_type` or `return_dict` is not one of the allowed values."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: got {shown(output_type)}; expected one of {', '.join(OUTPUT_TYPES)}")
     if not isinstance(return_dict, bool):
@@ -195,14 +195,14 @@ def _check_values(name: str, tensor: torch.Tensor | None) -> None:
         return
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"{name}: got {tensor.dtype}, {tensor.layout} on {tensor.device}; expected dense floats")
-    if not float(tensor.abs().max()) <= MAX_LATENT:  # NaN is not; as a float, since in float16 infinity is
+    if not float(tensor.abs().max()) <= MAX_LATENT:  # false for NaN; a float, since MAX_LATENT is infinity in float16
         raise ValueError(f"{name}: has values that are NaN, infinite or beyond {MAX_LATENT:g}")
 
 
 def check_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, images: int
 ) -> torch.Generator | list[torch.Generator] | None:
-    """Return a generator, or a list of one for each image; ValueError for anything else."""
+    """Return the generator, or the list of one for each of `images`; ValueError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
@@ -215,7 +215,7 @@ def check_generators(
 
 
 def check_callback(callback: object) -> None:
-    """Raise ValueError if it is neither a function nor None."""
+    """Raise ValueError if `callback` is neither a function nor None."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end: got {shown(callback)}; expected a function")
 
@@ -237,9 +237,9 @@ def _check_tensors(limits: Limits, tensors: Sequence[str]) -> None:
 def checked_size(
     height: int | None, width: int | None, default: tuple[int, int], multiple: int, whose: str
 ) -> tuple[int, int]:
-    """Return height and width of an image, pixels, the default ones for None; ValueError if there is none of that size.
+    """Return height and width of an image in pixels, `default` for None; ValueError if they are unusable.
 
-    multiple: what both are a multiple of; `whose` says in the error, for ``{}``, why.
+    Both must be a multiple of `multiple`. whose: names this number in the error, with ``{}`` for the number.
     """
     size = (default[0] if height is None else height, default[1] if width is None else width)
     for name, value in zip(("height", "width"), size, strict=True):

@@ -1,4 +1,4 @@
-"""Images in pixel space, of classes or of none, in the layout of DDPM."""
+"""The pipeline in pixel space, with or without classes, in the layout of DDPM."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +29,13 @@ class PixelPipeline(
     Portable,
     DiffusionPipeline,  # type: ignore[misc]
 ):
-    """Images from noise, as `DDPMPipeline` makes them; of classes, with guidance, if the denoiser knows classes.
+    """The pipeline in pixel space: images like `DDPMPipeline`'s; with classes and guidance if the denoiser has classes.
 
-    The components are that class's, and it reads a saved folder; but it tells a denoiser no classes, and takes a
-    learned variance only with `DDPMScheduler`. Same components, same generator: same images.
+    It has the components of that class, and that class can load a saved folder. But the stock class passes no classes
+    to the denoiser, and takes a learned variance only with `DDPMScheduler`. With the same components and the same
+    generator, both give the same images.
 
-    unet: with ``num_class_embeds: N + 1`` it knows N classes, and the last number is the null of guidance.
+    unet: with ``num_class_embeds: N + 1`` it has N classes; the last number is the null class of guidance.
     """
 
     model_cpu_offload_seq = "unet"
@@ -50,7 +51,7 @@ class PixelPipeline(
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for; 0: the denoiser knows none."""
+        """The number of classes of the denoiser, without the null class; 0: it is not conditioned on classes."""
         embeds = self.unet.config.num_class_embeds
         return 0 if embeds is None else int(embeds) - 1
 
@@ -77,15 +78,15 @@ class PixelPipeline(
     ) -> Any:
         """Return ``.images``, one for each of `class_labels`, else `batch_size`; ``(images,)`` if not `return_dict`.
 
-        class_labels: whole numbers below `num_classes`; None: no class in particular, all that a denoiser without
-        classes can be asked for.
+        class_labels: whole numbers below `num_classes`; None: the null class, and the only choice without classes.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
-        guidance_scale: >= 0; up to 1, or without classes, there is none, and one denoiser pass a step. generator: a
-        list makes image i from generator i, whatever the batch. callback_on_step_end: is given ``latents``, the
-        noisy images, and returns others or nothing; it may set `_interrupt`.
-        image: PIL, arrays or tensors (`given_images`), drawn anew in the last `strength` of the steps (0.8; with a mask
-        1), and only where `mask_image` is white (`start_image`). It keeps its size, rounded down to what the denoiser
-        takes, unless height or width is said. timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's.
+        guidance_scale: 0 or more; up to 1, or without classes, there is no guidance, and one denoiser pass each step.
+        generator: with a list, image i depends on generator i only, not on the batch.
+        callback_on_step_end: gets ``latents``, the noisy images, and may return others; it may set `_interrupt`.
+        image: PIL images, arrays or tensors (`given_images`) to start from. Only the last `strength` of the steps are
+        taken (0.8 of them; with a mask all), and the image changes only where `mask_image` is white (`start_image`). It
+        keeps its size, rounded down to a multiple that the denoiser takes, unless height or width is given.
+        timesteps, sigmas: in place of `num_inference_steps`. eta: share of noise that DDIM adds.
         ValueError for unusable inputs, FloatingPointError if the denoiser gives NaN or infinity.
         """
         self._interrupt = False
@@ -115,7 +116,7 @@ class PixelPipeline(
         start = start_image(self.image_processor, encoded, images, mask_image, share, size, shape, generators)
         times = set_timesteps(self.scheduler, num_inference_steps, device, share, timesteps, sigmas)
         noise = randn_tensor(shape, generators, device, torch.float32)
-        kwargs, scale = self._told(labels, guidance_scale, device)
+        kwargs, scale = self._conditions(labels, guidance_scale, device)
 
         def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return guided_output(self.unet, self.scheduler, x_t, timestep, scale, (), kwargs, guidance_rescale)
@@ -126,15 +127,15 @@ class PixelPipeline(
             return x_t, self._interrupt
 
         bar = self.progress_bar
-        drawn = denoise(predict, self.scheduler, noise, times, generators, after_step, bar, start, eta)
+        x0 = denoise(predict, self.scheduler, noise, times, generators, after_step, bar, start, eta)
         self.maybe_free_model_hooks()
-        shown = drawn if output_type == "latent" else self.image_processor.postprocess(drawn, output_type=output_type)
-        return ImagePipelineOutput(images=shown) if return_dict else (shown,)
+        sampled = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
+        return ImagePipelineOutput(images=sampled) if return_dict else (sampled,)
 
-    def _told(
+    def _conditions(
         self, labels: list[int], guidance_scale: float, device: torch.device
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """Return what the denoiser is told, and with how much guidance: 1 where it knows no classes."""
+        """Return the conditioning of the denoiser, as keyword arguments, and the guidance scale: 1 without classes."""
         if not self.num_classes:
             return {}, 1.0
         given = torch.tensor(labels, device=device)
@@ -142,7 +143,7 @@ class PixelPipeline(
         return {"class_labels": both(null, given) if guidance_scale > 1 else given}, guidance_scale
 
     def _labels(self, class_labels: Sequence[int | None] | int | None, batch_size: int) -> list[int]:
-        """Return the number that the denoiser is told for each image."""
+        """Return the class label of each image; `num_classes` is the null class."""
         whole_number("batch_size", batch_size, 1, MAX_IMAGES)
         several = isinstance(class_labels, list | tuple)
         wanted: Sequence[Any] = class_labels if several else [class_labels] * batch_size  # type: ignore[assignment]

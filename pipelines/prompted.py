@@ -1,4 +1,4 @@
-"""Images from prompts in a latent space, whatever the denoiser."""
+"""The base of the text-to-image pipelines: images of prompts in a latent space, with any denoiser."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -7,17 +7,17 @@ import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image import RGB, Images, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
-from .inputs import MAX_IMAGES, Inputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
+from .image import RGB, GivenImages, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
+from .inputs import MAX_IMAGES, CallInputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
 from .prompts import encode, lora_scaled
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_eta, check_scheduler, set_timesteps
 
 
 class Prompted:
-    """What pipelines with a text encoder, a denoiser and an autoencoder have in common, a base of theirs.
+    """A base class for pipelines with a text encoder, a denoiser and an autoencoder.
 
-    The components are called as in diffusers, but for the denoiser, which is called `unet` or `transformer` there.
+    Components have their names in diffusers; the denoiser, which is `unet` or `transformer` there, is `denoiser` too.
     """
 
     vae: Any
@@ -28,48 +28,48 @@ class Prompted:
     vae_scale_factor: int
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     _denoiser: ClassVar[str]
-    """Name of that component: unet or transformer."""
+    """Name of the denoiser's component: unet or transformer."""
     _zero_padding: ClassVar[bool] = False
-    """Whether the denoiser is to see no padding: of prompt embeddings, that is rows of zeros."""
+    """True if the denoiser gets a mask of padding tokens; in prompt embeddings, rows of zeros are padding."""
 
     @property
     def denoiser(self) -> Any:
-        """What the prompts are told to."""
+        """The network that is conditioned on the prompts."""
         return getattr(self, self._denoiser)
 
     @property
     def guidance_scale(self) -> float:
-        """Of the current call; a callback may set `_guidance_scale`."""
+        """The guidance scale of the current call; a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def guidance_rescale(self) -> float:
-        """Of the current call; a callback may set `_guidance_rescale`."""
+        """The guidance rescale of the current call; a callback may set `_guidance_rescale`."""
         return self._guidance_rescale
 
     @property
     def clip_skip(self) -> int | None:
-        """Of the current call."""
+        """Layers of the text encoder that the current call leaves out."""
         return self._clip_skip
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Of the current call; a callback may set `_cross_attention_kwargs`."""
+        """The attention arguments of the current call; a callback may set `_cross_attention_kwargs`."""
         return self._cross_attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the denoiser sees the negative prompt too."""
+        """True if the denoiser runs on the negative prompts too."""
         return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Scheduler steps of the current call."""
+        """The number of timesteps of the current call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether to stop after this step; a callback may set `_interrupt`."""
+        """True to stop after this step; a callback may set `_interrupt`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -103,15 +103,16 @@ class Prompted:
         """Return ``.images``, `num_images_per_prompt` for each prompt in turn; ``(images,)`` if not `return_dict`.
 
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent" (B, C, h, w), float32.
-        guidance_scale: >= 0; up to 1 there is no guidance, and one denoiser pass a step. generator: a list makes
-        image i from generator i, whatever the batch. latents: unit noise. Rows of zeros in prompt embeddings are
-        padding, for a denoiser that is to see none.
-        image: PIL, arrays, tensors or latents (`given_images`), drawn anew in the last `strength` of the steps (0.8;
-        with a mask 1), and only where `mask_image` is white (`start_image`). It keeps its size, rounded down to whole
-        latents, unless height or width is said.
-        timesteps, sigmas: in place of `num_inference_steps`. eta: DDIM's. clip_skip: layers of the text encoder that
-        prompts, negative ones excepted, leave out. cross_attention_kwargs: its ``scale`` is that of LoRA layers in
-        denoiser and text encoder. The others are as in diffusers.
+        guidance_scale: 0 or more; up to 1 there is no guidance, and one denoiser pass in each step.
+        generator: with a list, image i depends on generator i only, not on the batch. latents: unit noise.
+        prompt_embeds: for a transformer, rows of zeros are padding.
+        image: PIL images, arrays, tensors or latents (`given_images`) to start from. Only the last `strength` of the
+        steps are taken (0.8 of them; with a mask all), and the image changes only where `mask_image` is white
+        (`start_image`). It keeps its size, rounded down to whole latents, unless height or width is given.
+        timesteps, sigmas: in place of `num_inference_steps`. eta: share of noise that DDIM adds.
+        clip_skip: number of the text encoder's last layers to leave out, for prompts but not for negative ones.
+        cross_attention_kwargs: its ``scale`` is that of the LoRA layers in denoiser and text encoder.
+        The others are as in diffusers.
         ValueError for unusable inputs, FloatingPointError if the denoiser or decoder gives NaN or infinity.
         """
         check_scheduler(self.scheduler, self.denoiser.config.in_channels, self.denoiser.config.out_channels)
@@ -147,34 +148,34 @@ class Prompted:
         times = set_timesteps(self.scheduler, num_inference_steps, self._device, share, timesteps, sigmas)
         self._num_timesteps = len(times)
         latents = self._denoise(inputs, times, start, callback_on_step_end, eta)
-        drawn = latents if output_type == "latent" else self._decode(latents, output_type)
+        sampled = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
-        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+        return ImagePipelineOutput(images=sampled) if return_dict else (sampled,)
 
     @torch.no_grad()
     def interpolate(self, first: str, second: str, num_images: int = 8, **call: Any) -> Any:
-        """Return ``.images``, `num_images` of them, from what `first` draws to what `second` does.
+        """Return ``.images``, `num_images` of them, from an image of the prompt `first` to one of `second`.
 
-        All are of one noise, from evenly spaced points on the line between the two prompts' embeddings; `call` is what
-        else a call takes, one generator and `latents` (1, C, h, w) too. A denoiser that sees no padding sees the tokens
-        that only the longer prompt has in every image but that of the shorter one.
-        ValueError for fewer than two, and as a call.
+        The prompt embeddings are evenly spaced on the line between those of the two prompts; all images have the same
+        noise. call: other arguments of a call, with one generator and `latents` of shape (1, C, h, w) at most. For a
+        transformer, tokens that only the longer prompt has count as padding only in the shorter prompt's image.
+        ValueError for fewer than two images, and as in a call.
         """
         whole_number("num_images", num_images, 2, MAX_IMAGES)
         start, end = self.encode_prompt([*texts("first", first), *texts("second", second)], None, 1, False)[0]
         share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
         prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
         latents = call.get("latents")
-        if torch.is_tensor(latents) and latents.ndim == 4 and len(latents) == 1:  # else the call says what is wrong
+        if torch.is_tensor(latents) and latents.ndim == 4 and len(latents) == 1:  # else the call raises the error
             call["latents"] = latents.expand(num_images, -1, -1, -1)
         given = check_generators(call.pop("generator", None), 1)
         given = given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         one = given[0] if isinstance(given, list) else given
-        # each has its own of the same state: a sampler that draws noise, or an image, is one for all of them too
+        # one generator for each image, all of one state: scheduler noise and posterior samples are equal for all too
         call["generator"] = [one.clone_state() for _ in range(num_images)]
-        drawn = self(prompt_embeds=prompt_embeds, **call)
+        output = self(prompt_embeds=prompt_embeds, **call)
         one.set_state(call["generator"][0].get_state())
-        return drawn
+        return output
 
     def encode_prompt(
         self,
@@ -188,12 +189,12 @@ class Prompted:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return prompt and negative prompt embeddings, each (B * num_images_per_prompt, L, D), copies together.
+        """Return prompt and negative prompt embeddings, each (B * num_images_per_prompt, L, D), a prompt's in a row.
 
-        The negative ones are those of "" if none are given, and None without guidance. Embeddings that are given
-        are only moved and repeated. Prompts that are too long are cut, with one warning. Rows of zeros are padding,
-        for a denoiser that is to see none. lora_scale: of LoRA layers in the text encoder. clip_skip: its last layers
-        that prompts, negative ones excepted (as in diffusers), leave out.
+        The default negative prompt is ""; without guidance the negative embeddings are None. Given embeddings are only
+        moved and repeated. Prompts that are too long are cut, with one warning. For a transformer, rows of zeros are
+        padding. lora_scale: weight of the LoRA layers in the text encoder. clip_skip: number of its last layers to
+        leave out, for prompts but not for negative ones (as in diffusers).
         """
         device = device or self._device
         dtype = (self.denoiser or self.text_encoder).dtype
@@ -213,9 +214,9 @@ class Prompted:
             return ready(prompt_embeds), ready(negative_prompt_embeds)
 
     def conditions(self, prompt_embeds: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what the denoiser is told, by its keyword arguments."""
-        told = {"encoder_hidden_states": prompt_embeds}
-        return told | {"encoder_attention_mask": prompt_embeds.any(-1)} if self._zero_padding else told
+        """Return the conditioning of the denoiser, as keyword arguments."""
+        kwargs = {"encoder_hidden_states": prompt_embeds}
+        return kwargs | {"encoder_attention_mask": prompt_embeds.any(-1)} if self._zero_padding else kwargs
 
     def _encode(
         self, name: str, prompts: list[str], length: int | None, device: torch.device, clip_skip: int | None = None
@@ -230,13 +231,13 @@ class Prompted:
         zeroed = self._zero_padding
         return encode(name, prompts, self.tokenizer, self.text_encoder, length, device, zeroed, clip_skip)
 
-    def _limits(self, images: Images | None) -> Limits:
-        """Return what the components can do; images: those whose size is the default."""
+    def _limits(self, images: GivenImages | None) -> Limits:
+        """Return the limits of the components; images: those whose size is the default, if any."""
         denoiser, size = self.denoiser.config, self.denoiser.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         widths = (denoiser.get(name) for name in ("encoder_hid_dim", "caption_channels", "cross_attention_dim"))
         width = next((width for width in widths if width is not None), None)
-        # PNDM starts with four Runge-Kutta steps, unless told not to.
+        # PNDM starts with four Runge-Kutta steps unless its config skips them
         fewest = 4 if self.scheduler.config.get("skip_prk_steps") is False else 1
         factor, patch = self.vae_scale_factor, denoiser.get("patch_size") or 1
         learned = rows * factor, columns * factor
@@ -251,10 +252,12 @@ class Prompted:
             callback_tensors=tuple(self._callback_tensor_inputs),
         )
 
-    def _start(self, inputs: Inputs, images: Images | None, mask_image: Any, strength: float) -> StartImage | None:
-        """Return what the latents start from besides noise; the posterior is drawn before the noise."""
+    def _start(
+        self, inputs: CallInputs, images: GivenImages | None, mask_image: Any, strength: float
+    ) -> StartImage | None:
+        """Return the encoded image to start from, None without images; the posterior is sampled before the noise."""
         if images is not None and not is_latents(images) and self.vae is None:
-            raise ValueError("image: the pipeline has no autoencoder, whose latents it would start from; give latents")
+            raise ValueError("image: the pipeline has no autoencoder to encode it with; give latents")
         rows, columns = inputs.latents_shape[2:]
 
         def encoded(pixel_values: torch.Tensor, generator: Any) -> torch.Tensor:
@@ -273,7 +276,7 @@ class Prompted:
 
     def _denoise(
         self,
-        inputs: Inputs,
+        inputs: CallInputs,
         timesteps: torch.Tensor,
         start: StartImage | None,
         callback: StepCallback | None,
@@ -299,11 +302,11 @@ class Prompted:
         noise = noise.to(self._device)
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            told: dict[str, Any] = {**self.conditions(embeds[0])}
+            kwargs: dict[str, Any] = {**self.conditions(embeds[0])}
             if self.cross_attention_kwargs is not None:
-                told["cross_attention_kwargs"] = self.cross_attention_kwargs
+                kwargs["cross_attention_kwargs"] = self.cross_attention_kwargs
             scale, rescale = self.guidance_scale, self.guidance_rescale
-            return guided_output(self.denoiser, self.scheduler, latents, timestep, scale, (), told, rescale)
+            return guided_output(self.denoiser, self.scheduler, latents, timestep, scale, (), kwargs, rescale)
 
         def after_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback is not None:

@@ -1,4 +1,4 @@
-"""Prompts to embeddings."""
+"""The encoding of prompts to embeddings."""
 
 import logging
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ def encode(
 ) -> torch.Tensor:
     """Return the embeddings of `prompts`, padded or cut to `length` tokens: (B, length, D), on `device`.
 
-    They are the encoder's first output; the encoder is given the attention mask if its config has
-    `use_attention_mask`, as in `StableDiffusionPipeline`. If any prompt is cut, one warning counts its tokens; `name`
-    stands in it. zero_padding: those of padding are zeros. clip_skip: as `hidden_states`. ValueError if the encoder
-    cannot read `length` tokens, or the tokenizer makes more of "".
+    They are the encoder's first output. The encoder gets the attention mask if its config has `use_attention_mask`, as
+    in `StableDiffusionPipeline`. If a prompt is cut, one warning gives the number of its tokens. name: the argument's,
+    for the warning and errors. zero_padding: embeddings of padding are set to zero. clip_skip: as in `hidden_states`.
+    ValueError if the encoder cannot read `length` tokens, or if the tokenizer needs more than that for "".
     """
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
@@ -38,9 +38,9 @@ def encode(
     if longest > length:
         logger.warning("%s: %d tokens, of which the text encoder reads %d; the rest is cut", name, longest, length)
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    if tokens.input_ids.shape[1] != length:  # begin and end are never cut
+    if tokens.input_ids.shape[1] != length:  # more than `length`: begin and end are never cut
         raise ValueError(
-            f"{name}: {tokens.input_ids.shape[1]} tokens at least, and prompt_embeds have {length}; give "
+            f"{name}: {tokens.input_ids.shape[1]} tokens at least, but prompt_embeds have {length}; give "
             f"{name}_embeds too, or longer ones"
         )
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
@@ -51,15 +51,15 @@ def encode(
 def hidden_states(
     text_encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, clip_skip: int | None
 ) -> torch.Tensor:
-    """Return what a text encoder makes of tokens (B, L): (B, L, D), its first output.
+    """Return the first output of a text encoder for tokens (B, L): (B, L, D).
 
-    clip_skip: layers, from the last one on, that are left out; the encoder's last layer norm stays. ValueError if it
-    has no such norm, or fewer layers.
+    clip_skip: number of last layers to leave out; the final layer norm is applied all the same. ValueError if the
+    encoder has no such norm, or fewer layers.
     """
     if clip_skip is None:
         embeds: torch.Tensor = text_encoder(input_ids, attention_mask=attention_mask)[0]
         return embeds
-    # transformers 5 has the norm in the text encoder itself, before it was one level deeper
+    # in transformers 5 the norm is in the text encoder itself, in older versions one level deeper
     norm = getattr(getattr(text_encoder, "text_model", text_encoder), "final_layer_norm", None)
     if norm is None:
         name = type(text_encoder).__name__
@@ -74,7 +74,7 @@ def hidden_states(
 
 @contextmanager
 def lora_scaled(text_encoder: Any, scale: float | None) -> Iterator[None]:
-    """Give the LoRA layers of a text encoder another weight for a while; there are none without peft."""
+    """Scale the LoRA layers of a text encoder inside the context; without peft there are none."""
     given = scale is not None and text_encoder is not None and USE_PEFT_BACKEND
     if given:
         scale_lora_layers(text_encoder, scale)

@@ -1,4 +1,4 @@
-"""From noise to x0: the one sampling loop, for any space, denoiser and conditions."""
+"""The sampling loop, for any space, denoiser and conditions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from .guidance import guide
 from .image import StartImage
 from .schedulers import step_options, takes_variance
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From x_t and the timestep to what the scheduler takes."""
+PredictOutput = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``predict(x_t, timestep)``: the model output for ``scheduler.step``, guided if there is guidance."""
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]]
-"""From step number, timestep and x_t to the x_t to go on with, and whether to stop."""
+"""``after_step(step, timestep, x_t)``: the x_t to continue with, and True to stop."""
 
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
-"""``callback(pipeline, step, timestep, tensors)``, which returns the tensors it replaces."""
+"""``callback(pipeline, step, timestep, tensors)``: the tensors that it replaces, by name."""
 
 
 def denoise(
-    predict: Predict,
+    predict: PredictOutput,
     scheduler: Any,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
@@ -29,12 +29,11 @@ def denoise(
     start_image: StartImage | None = None,
     eta: float = 0.0,
 ) -> torch.Tensor:
-    """Return x0 of unit `noise`, both (B, C, ...), after one step of `scheduler` at each of its `timesteps`.
+    """Return x0, sampled from unit `noise`, both (B, C, ...), with one step of `scheduler` at each of its `timesteps`.
 
-    Float32 throughout: bfloat16 would lose the small steps. `generator` and `eta` are for schedulers that add noise
-    (`step_options`); `progress` iterates over the timesteps, with a bar; `start_image` is another start than noise, at
-    the first of them.
-    FloatingPointError if a step gives NaN or infinity.
+    x_t is float32 throughout: bfloat16 would lose the small steps. generator, eta: for schedulers that add noise
+    (`step_options`). progress: iterates over the timesteps, with a progress bar. start_image: an image to start from at
+    the first timestep. FloatingPointError if a step gives NaN or infinity.
     """
     options = step_options(scheduler, generator, eta)
     noise = noise.float()
@@ -68,15 +67,16 @@ def guided_output(
     kwargs: Mapping[str, Any] | None = None,
     guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
-    """Return what `scheduler` takes at `timestep`: the guided output, float32, with the variance only if it is used.
+    """Return the guided model output for ``scheduler.step``, float32, with the learned variance if the step uses it.
 
-    channels, kwargs: the conditions of B samples; with guidance, above 1, of 2B, the nulls first (`both`): one pass
-    computes both. guidance_rescale: as `guide`.
+    channels, kwargs: the conditions of the B samples, as more input channels and as keyword arguments. With guidance (a
+    scale above 1) they have 2B rows, the null conditions first (`both`): one pass computes both outputs.
+    guidance_rescale: as in `guide`.
     """
     guided, width = guidance_scale > 1, x_t.shape[1]
     model_input = scheduler.scale_model_input(torch.cat([x_t] * 2) if guided else x_t, timestep)
     model_input = torch.cat([model_input, *channels], 1).to(denoiser.dtype)
-    timesteps = timestep.expand(len(model_input))  # transformers take no scalar
+    timesteps = timestep.expand(len(model_input))  # transformer denoisers take no scalar
     model_output: torch.Tensor = denoiser(model_input, timestep=timesteps, **kwargs or {}, return_dict=False)[0]
     model_output = model_output.to(x_t.dtype)
     if guided:
@@ -86,7 +86,7 @@ def guided_output(
 
 
 def both(null: Any, given: Any) -> Any:
-    """Return conditions for one pass over nulls and given ones: tensors one after the other, containers alike."""
+    """Return null and given conditions as one batch: tensors are concatenated, also those in dicts and lists."""
     if isinstance(given, Mapping):
         return {name: both(null[name], given[name]) for name in given}
     if isinstance(given, list | tuple):

@@ -1,4 +1,4 @@
-"""The schedulers that sample each kind of model rightly."""
+"""The schedulers that sample correctly, for each noise path and prediction type, and their timesteps."""
 
 import inspect
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ SCHEDULERS = {
     ("flow", "sample"): SECOND_ORDER,
 }
 SCHEDULERS["diffusion", "v_prediction"] = SCHEDULERS["diffusion", "epsilon"]
-"""Class names for each noise path and prediction type. Each is held to a closed form by a test: with the perfect
-denoiser of Gaussian data the samples have the data's mean and standard deviation."""
+"""Class names for each noise path and prediction type. A test compares each with a closed form: with the optimal
+denoiser of Gaussian data, the samples have the data's mean and standard deviation."""
 
 WRONG = {
     "diffusion": {"LCMScheduler": 36},
     "flow": {"DEISMultistepScheduler": 8, "SASolverScheduler": 7},
 }
-"""Those that run on a noise path and are wrong by the same test: by how much, in percent of the data's standard
-deviation, in 25 steps. LCM's is for models that were distilled for it."""
+"""Schedulers that run on a noise path and fail the same test: error of the samples' standard deviation in 25 steps, in
+percent of the data's. LCMScheduler is for models that were distilled for it."""
 
 TRAINED_WITH = ("use_flow_sigmas", "rescale_betas_zero_snr")
-"""What a scheduler must know where its config has it, because the model was trained so."""
+"""Keys of a scheduler's config that its class must support if they are set, because the model was trained with them."""
 
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
@@ -51,7 +51,7 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
     """Raise ValueError, with the remedy, if `scheduler` would run but sample wrongly, or not run at all.
 
     channels, out_channels: of the denoiser; out_channels is ``2 * channels`` with a learned variance. may_clip: x0 is
-    in [-1, 1], as that of images, and ``clip_sample`` and ``thresholding`` are right.
+    an image in [-1, 1], so that ``clip_sample`` and ``thresholding`` are allowed.
     """
     name, config = type(scheduler).__name__, scheduler.config
     path = "flow" if config.get("use_flow_sigmas") else "diffusion"
@@ -77,10 +77,10 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
             f"{name} {wrong_by if off else 'is untested here'} for {prediction_type!r} on the {path} path; allowed: "
             f"{', '.join(allowed)}. Set pipe.scheduler = CLASS.from_config(pipe.scheduler.config)"
         )
-    # latents reach well beyond 1
+    # latents are not limited to [-1, 1]
     wrong = [key for key in ("clip_sample", "thresholding") if config.get(key) and not may_clip]
     if path == "flow":
-        wrong += [key for key in RESPACINGS if config.get(key)]  # these space ratios sigma / alpha, not sigma
+        wrong += [key for key in RESPACINGS if config.get(key)]  # they space the ratios sigma / alpha, not sigma
     if wrong:
         raise ValueError(
             f"{name} with {', '.join(wrong)}=True samples {prediction_type!r} latents on the {path} path wrongly: "
@@ -90,7 +90,7 @@ def check_scheduler(scheduler: Any, channels: int, out_channels: int, may_clip: 
 
 
 def _knowing(names: Sequence[str], key: str) -> list[str]:
-    """Return those of some schedulers whose config has a key."""
+    """Return the names of the schedulers whose class has the config key `key`."""
     return [name for name in names if key in inspect.signature(getattr(diffusers, name).__init__).parameters]
 
 
@@ -102,20 +102,22 @@ def set_timesteps(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """Return the timesteps of the last `strength` of `num_inference_steps` steps, to which `scheduler` is set.
+    """Set the timesteps of `scheduler`, and return those of the last `strength` of `num_inference_steps` steps.
 
-    At least one a step, in whole steps, rounded down. timesteps, sigmas: those to take in place of
-    `num_inference_steps`, falling, as diffusers' `retrieve_timesteps` takes them. ValueError if the scheduler takes no
-    such; if the steps are none; if they are not all and the scheduler always begins with noise.
-    ValueError if any is outside of the model's. Trailing spacing rounds a few odd numbers of steps (61, 103, 121, ...)
-    to one step too many, at timestep -1; leading spacing with steps_offset=1 starts some at num_train_timesteps.
+    The number of steps is rounded down; schedulers of second order have several timesteps in a step. timesteps,
+    sigmas: falling numbers in place of `num_inference_steps`, as in diffusers' `retrieve_timesteps`.
+
+    ValueError if the scheduler does not take them; if no step is left; if steps are left out although the scheduler
+    always begins with noise; or if a timestep is outside the model's range. That happens in two cases: trailing spacing
+    gives a few odd numbers of steps (61, 103, 121, ...) one step too many, at timestep -1; and leading spacing with
+    steps_offset=1 may start at num_train_timesteps.
     """
     given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
     if not given:
         scheduler.set_timesteps(num_inference_steps, device=device)
     else:
         scheduler.set_timesteps(**_checked_times(scheduler, given), device=device)
-        num_inference_steps = -(-len(scheduler.timesteps) // scheduler.order)  # Heun's last step has one of its two
+        num_inference_steps = -(-len(scheduler.timesteps) // scheduler.order)  # Heun's last step has one, not two
     taken = int(num_inference_steps * strength)
     if not taken:
         raise ValueError(
@@ -124,30 +126,30 @@ def set_timesteps(
         )
     if taken < num_inference_steps and scheduler.config.get("skip_prk_steps") is False:
         raise ValueError(
-            f"strength: {type(scheduler).__name__} takes its first steps at the highest noise whatever it starts from: "
+            f"strength: {type(scheduler).__name__} takes its first steps at the highest noise, also from an image: "
             "pass skip_prk_steps=True to from_config"
         )
     skipped = (num_inference_steps - taken) * scheduler.order
     left: torch.Tensor = scheduler.timesteps[skipped:]
-    if hasattr(scheduler, "set_begin_index"):  # else the first timestep is looked up, and of equal ones the second
+    if hasattr(scheduler, "set_begin_index"):  # else it looks the timestep up, and takes the second of two equal ones
         scheduler.set_begin_index(skipped)
     low, high, last = left.min().item(), left.max().item(), scheduler.config.num_train_timesteps - 1
     if low < 0 or high > last:
         raise ValueError(
             f"{next(iter(given), 'num_inference_steps')}: {num_inference_steps} make {type(scheduler).__name__} take "
-            f"timesteps from {high:g} to {low:g}, of which the model knows {last} to 0; use "
+            f"timesteps from {high:g} to {low:g}, and the model knows only {last} to 0; use "
             f"{'others' if given else 'some steps more or fewer'}"
         )
     return left
 
 
 def _checked_times(scheduler: Any, given: dict[str, Sequence[float]]) -> dict[str, NDArray[np.float64]]:
-    """Return the timesteps or sigmas of a call, one of them, as the scheduler takes them."""
+    """Return the timesteps or sigmas in `given` as arguments of ``scheduler.set_timesteps``."""
     if len(given) > 1:
         raise ValueError("timesteps, sigmas: got both; give one of them")
     ((name, values),) = given.items()
     known = inspect.signature(scheduler.set_timesteps).parameters
-    flow = scheduler.config.get("use_flow_sigmas")  # diffusers spaces those by themselves, or by sigmas
+    flow = scheduler.config.get("use_flow_sigmas")  # for flow, diffusers takes sigmas but no timesteps
     if name not in known or (name == "timesteps" and flow):
         kind = f"{type(scheduler).__name__}{' on the flow path' if flow else ''}"
         raise ValueError(f"{name}: {kind} takes none; leave them out for num_inference_steps")
@@ -160,10 +162,11 @@ def _checked_times(scheduler: Any, given: dict[str, Sequence[float]]) -> dict[st
 
 
 def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
-    """Return what a step of `scheduler` is told besides: those of its arguments that it has.
+    """Return the optional arguments of ``scheduler.step`` that this scheduler has.
 
-    eta: share of DDPM's noise that DDIM adds (Song et al. 2021, eq. 16). Where x0 is clipped, the noise is that which
-    leads from there to x_t, as guided-diffusion's is: diffusers' default goes on with noise that does not.
+    eta: share of DDPM's noise that DDIM adds (Song et al. 2021, eq. 16). If x0 is clipped, the predicted noise is
+    computed again from x_t and the clipped x0, as in guided-diffusion (`use_clipped_model_output`); diffusers' default
+    keeps the noise from before, which does not fit it.
     """
     clips = bool(scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"))
     options = {"generator": generator, "eta": eta, "use_clipped_model_output": clips}
@@ -172,15 +175,15 @@ def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
 
 
 def check_eta(scheduler: Any, eta: float) -> None:
-    """Raise ValueError if `eta` is no number from 0 to 1, or not 0 and the scheduler has none."""
+    """Raise ValueError if `eta` is not a number from 0 to 1, or if it is above 0 and the scheduler takes none."""
     if not isinstance(eta, Real) or not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {shown(eta)}; expected a number from 0, no noise, to 1, that of DDPM")
+        raise ValueError(f"eta: got {shown(eta)}; expected a number from 0 (no noise) to 1 (DDPM's noise)")
     if eta and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ValueError(f"eta: {type(scheduler).__name__} has none; leave it out, or use DDIMScheduler")
 
 
 def takes_variance(scheduler: Any) -> bool:
-    """Return whether `scheduler` wants the learned variance with the mean (Nichol & Dhariwal 2021, eq. 15)."""
+    """Return True if `scheduler` takes a learned variance with the mean (Nichol & Dhariwal 2021, eq. 15)."""
     return type(scheduler).__name__ == "DDPMScheduler" and _learned(scheduler.config.get("variance_type"))
 
 
@@ -196,7 +199,7 @@ def _check_variance(name: str, variance_type: str | None, channels: int, out_cha
             f"variance_type {variance_type!r} needs a denoiser with {2 * channels} output channels, this one has "
             f"{out_channels}: pass variance_type='fixed_small' to from_config"
         )
-    if name != "DDPMScheduler" and channels != 3:  # the slice [:, :3] in diffusers' DPM solvers
+    if name != "DDPMScheduler" and channels != 3:  # diffusers' DPM solvers slice [:, :3]
         raise ValueError(
             f"{name} with variance_type {variance_type!r} keeps 3 of {channels} channels: pass variance_type=None "
             "to from_config; the learned variance is for DDPMScheduler"

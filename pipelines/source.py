@@ -1,4 +1,4 @@
-"""What a pipeline writes beside its weights: its own source, and configs that name no folder of this machine."""
+"""The files that a pipeline saves beside its weights: its own source, and configs without paths of this machine."""
 
 import json
 import re
@@ -9,14 +9,14 @@ SIBLING = re.compile(r"^from \.(\w+) import (?:\([^)]*\)|.*)\n", re.MULTILINE)
 
 
 def single_file(path: Path) -> str:
-    """Return the source at `path` with each of its sibling modules put where it is first imported.
+    """Return the source at `path` as one file: each sibling module replaces the first statement that imports it.
 
-    One file, because diffusers, loading a pipeline from a local folder, finds the modules that it imports but not
-    those that they import, and keeps them by their bare names, so that two folders in one process get one version.
-    A file without sibling imports comes back as it is: what was loaded from a folder can be saved again.
+    One file has two reasons. When diffusers loads a pipeline from a local folder, it finds the modules that it imports,
+    but not those that these import. And it caches them by their bare names, so that two folders in one process share
+    one version. A file without sibling imports is not changed, so that a loaded pipeline can be saved again.
 
-    The modules must agree on their top-level names and use none by its module's name, and no module may have a
-    ``from __future__ import``, which stands only at the top of a file.
+    Top-level names must be unique among the modules, and be used without the name of their module. No module may have a
+    ``from __future__ import``, which is allowed only at the top of a file.
     """
     placed: set[str] = set()
 
@@ -34,33 +34,34 @@ def single_file(path: Path) -> str:
 
 
 def without_path(config: str, **changes: str) -> str:
-    """Return the JSON text `config`, changed, and without the name of the folder that it was loaded from."""
+    """Return the JSON text `config` with `changes`, and without the folder that it was loaded from."""
     values = {**json.loads(config), **changes}
     values.pop("_name_or_path", None)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-# diffusers runs the pipeline.py of every folder in one module, in which it wants to find one pipeline, no earlier one
+# diffusers runs the pipeline.py of every folder in one module and expects one pipeline in it: delete earlier ones
 for _earlier in [name for name, value in globals().items() if hasattr(value, "_stock")]:
     del globals()[_earlier]
 
 
 class Portable:
-    """A pipeline whose folder is that of a stock class, with the pipeline's own source in it. A base that comes first.
+    """A base class, to be named first, of pipelines that save the folder of a stock class and their own source in it.
 
-    ``from_pretrained(folder)`` of `DiffusionPipeline` gives the stock class, ``from_pretrained(folder,
-    custom_pipeline=folder, trust_remote_code=True)`` this one.
+    ``from_pretrained(folder)`` of `DiffusionPipeline` then loads the stock class, and ``from_pretrained(folder,
+    custom_pipeline=folder, trust_remote_code=True)`` the pipeline itself.
     """
 
     _stock: ClassVar[str]
     """Name of the stock class."""
     _source: ClassVar[str]
-    """Read with the class: diffusers runs a pipeline from a cache file that the next one it loads overwrites."""
+    """Source of pipeline.py. It is read when the class is defined: diffusers runs a pipeline from a cache file, and the
+    next pipeline that it loads overwrites that file."""
 
     def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write model_index.json, the last file of `save_pretrained`, with this pipeline's source as pipeline.py.
+        """Write model_index.json, the last file of `save_pretrained`, and this pipeline's source as pipeline.py.
 
-        From the components' config.json goes `_name_or_path`, the folder that they were once loaded from.
+        `_name_or_path`, the folder that a component was loaded from, is removed from each component's config.json.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,5 +71,5 @@ class Portable:
         super().save_config(folder, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
-        """Return model_index.json's text, which names the stock class."""
+        """Return the text of model_index.json, with the name of the stock class."""
         return without_path(super().to_json_string(), _class_name=self._stock)  # type: ignore[misc]

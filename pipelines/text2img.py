@@ -22,17 +22,19 @@ class TextToImagePipeline(
     TextualInversionLoaderMixin,  # type: ignore[misc]
     StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
 ):
-    """Images from prompts, as `StableDiffusionPipeline` makes them, with every input checked.
+    """The text-to-image pipeline: images of prompts like `StableDiffusionPipeline`'s, with every input checked.
 
-    The components are that class's, and a saved folder is read by both: ``from_pretrained(folder)`` of
-    `DiffusionPipeline` gives the stock pipeline, ``from_pretrained(folder, custom_pipeline=folder,
-    trust_remote_code=True)`` this one, from its source in the folder. Same components, same noise: same images.
+    It has the components of that class, and both can load a saved folder. ``from_pretrained(folder)`` of
+    `DiffusionPipeline` returns the stock pipeline; ``from_pretrained(folder, custom_pipeline=folder,
+    trust_remote_code=True)`` returns this one, from its source in the folder. With the same components and the same
+    noise, both give the same images.
 
-    Beyond the stock pipeline: denoisers with a learned variance (twice the latent channels), ValueError for
-    schedulers that would run but sample wrongly (`check_scheduler`), FloatingPointError for black images.
+    It adds to the stock pipeline: denoisers with a learned variance (twice the latent channels); ValueError for
+    schedulers that would run but sample wrongly (`check_scheduler`); FloatingPointError in place of black images.
 
-    text_encoder: its first output, (B, L, D), is the embeddings; if its config has `use_attention_mask`, as BERT-like
-    ones need, it is given the mask. safety_checker: None. Components that a call does not need may be None.
+    text_encoder: its first output, (B, L, D), is the prompt embeddings. It gets the attention mask if its config has
+    `use_attention_mask`, as BERT-like encoders need. safety_checker: must be None. Components that a call does not use
+    may be None.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -57,9 +59,9 @@ class TextToImagePipeline(
         if safety_checker is not None:
             raise ValueError("TextToImagePipeline runs no safety checker: pass safety_checker=None")
         if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
-            raise ValueError("unet: it is told the guidance scale (time_cond_proj_dim); build it without")
+            raise ValueError("unet: it is conditioned on the guidance scale (time_cond_proj_dim); build it without")
         if scheduler is not None:
-            # As the stock class does, so that both sample a folder alike.
+            # as the stock class does, so that both give the same images
             stock = {"steps_offset": 1, "clip_sample": False}
             scheduler.register_to_config(**{key: value for key, value in stock.items() if key in scheduler.config})
         if scheduler is not None and unet is not None:

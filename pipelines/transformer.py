@@ -17,14 +17,14 @@ class TransformerPipeline(
     Prompted,
     DiffusionPipeline,  # type: ignore[misc]
 ):
-    """Images from prompts, as `PixArtAlphaPipeline` makes them (Chen et al. 2023), with every input checked.
+    """The text-to-image pipeline with a transformer: images of prompts like `PixArtAlphaPipeline`'s (Chen et al. 2023).
 
-    The components are that class's, with a text encoder of any kind, and it reads a saved folder. Same components, same
-    noise: same images, if it is told ``use_resolution_binning=False, clean_caption=False`` and
-    ``max_sequence_length=pipe.tokenizer.model_max_length``, prompts are in lower case, which is how it reads all, and
-    no denoiser with micro-conditions is used.
+    It has the components of that class, with a text encoder of any kind, and that class can load a saved folder. With
+    the same components and the same noise, both give the same images if the stock pipeline is called with
+    ``use_resolution_binning=False, clean_caption=False, max_sequence_length=pipe.tokenizer.model_max_length``, if
+    prompts are in lower case (it lowers them), and if the denoiser takes no micro-conditions. Every input is checked.
 
-    The transformer is told which tokens are padding; of prompt embeddings, that is rows of zeros.
+    The transformer gets a mask of the padding tokens; in prompt embeddings, rows of zeros are padding.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -44,7 +44,7 @@ class TransformerPipeline(
     ) -> None:
         super().__init__()
         if transformer is not None and transformer.use_additional_conditions:
-            raise ValueError("transformer: it wants sizes as conditions; build it with use_additional_conditions=False")
+            raise ValueError("transformer: conditioned on image sizes; build it with use_additional_conditions=False")
         if scheduler is not None and transformer is not None:
             check_scheduler(scheduler, transformer.config.in_channels, transformer.config.out_channels)
         self.register_modules(

@@ -95,7 +95,7 @@ WRONG = {
     "sample --model MODEL --out FILE/x a": "out: FILE/x cannot be made a folder: Not a directory",
     "sample --model nowhere/at/all a": "nowhere/at/all: no folder of a pipeline",
     "sample --model $NOWHERE/x a": "model: got '$NOWHERE/x'; the environment variable NOWHERE is not set",
-    "sample --model MODEL --out out/$HF_TOKEN a": "out: $HF_TOKEN may be a secret, which a path would tell",
+    "sample --model MODEL --out out/$HF_TOKEN a": "out: $HF_TOKEN may be a secret, which a path would reveal",
     "sample --model ~nobody-here/x a": "model: got '~nobody-here/x'; there is no such user",
     "sample --model MODEL --image no.png a": "image: no.png: [Errno 2] No such file or directory",
     "evaluate MODEL --data DATA --captions no.txt": "data.path: no metadata.jsonl",

@@ -405,7 +405,7 @@ def test_every_path_of_a_config_is_expanded_and_none_of_it_is_saved(tmp_path, mo
         (["--data.path", "~nobody-here/x"], "data.path: got '~nobody-here/x'; there is no such user; for a folder of"),
         (["--data.held_out.test", "$NOWHERE"], "data.held_out.test: got '$NOWHERE'; the environment variable"),
         (["--denoiser.pretrained", "$NOWHERE"], "denoiser.pretrained: got '$NOWHERE'; the environment variable"),
-        (["--output_dir", "out/${HF_TOKEN}"], "output_dir: ${HF_TOKEN} may be a secret, which a path would tell"),
+        (["--output_dir", "out/${HF_TOKEN}"], "output_dir: ${HF_TOKEN} may be a secret, which a path would reveal"),
         (["--config", "$NOWHERE/x.yaml"], "--config: got '$NOWHERE/x.yaml'; the environment variable NOWHERE"),
     ],
 )

@@ -161,7 +161,7 @@ UNUSABLE_TOO = {  # found by tests/fuzzing.py
     ),
     "embeds of one token": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 1, WIDTH)},
-        "negative_prompt: 2 tokens at least, and prompt_embeds have 1; give negative_prompt_embeds too",
+        "negative_prompt: 2 tokens at least, but prompt_embeds have 1; give negative_prompt_embeds too",
     ),
     "embeds of 40 tokens": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 40, WIDTH)},

@@ -239,5 +239,5 @@ def test_unusable_options_are_refused(call, message):
 
 
 def test_a_denoiser_of_guidance_scales_is_refused():
-    with pytest.raises(ValueError, match="unet: it is told the guidance scale"):
+    with pytest.raises(ValueError, match="unet: it is conditioned on the guidance scale"):
         tiny_pipeline.pipeline(unet=tiny_pipeline.unet(time_cond_proj_dim=8))

@@ -16,7 +16,7 @@ from ldm.config.check import checked
 from ldm.config.conditioners import TextConfig
 from ldm.config.places import made_folder
 from ldm.data.batches import CaptionedImages
-from ldm.data.inspection import CountTokens, Report, inspect, place
+from ldm.data.inspection import CountTokens, Inspection, inspect, place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.errors import explained
 from ldm.evaluation.images import CELL_WIDTH, contact_sheet
@@ -38,7 +38,7 @@ def validate(
     max_length: int = 77,
     workers: int | None = None,
     **options: Unpack[DataOptions],
-) -> Report:
+) -> Inspection:
     """Look at every image and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
 
     Args:
@@ -54,12 +54,12 @@ def validate(
     config = checked(source_config(data, image_size=image_size, **options), "data")
     source = build_source(config)
     workers = cores() if workers is None else workers
-    report = inspect(source, config, token_counter(tokenizer, max_length), max_length, workers)
+    inspection = inspect(source, config, token_counter(tokenizer, max_length), max_length, workers)
     folder = made_folder(out)
-    (folder / "validation.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
-    _problem_sheet(report, source, config).save(folder / "contact_sheet.png")
-    print(report.text())
-    return report
+    (folder / "validation.json").write_text(json.dumps(inspection.as_json(), indent=2) + "\n", encoding="utf-8")
+    _problem_sheet(inspection, source, config).save(folder / "contact_sheet.png")
+    print(inspection.text())
+    return inspection
 
 
 def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
@@ -76,14 +76,14 @@ def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
     return count
 
 
-def _problem_sheet(report: Report, source: Source, config: DataConfig) -> Image.Image:
+def _problem_sheet(inspection: Inspection, source: Source, config: DataConfig) -> Image.Image:
     """Return a sheet of some good images and of some problems of each kind; grey: no image can be shown."""
     images = CaptionedImages(source, replace(config, image_size=CELL_WIDTH))
     cells: list[tuple[int | None, str]] = [
-        (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in report.examples
+        (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in inspection.examples
     ]
-    for kind in dict.fromkeys(problem.kind for problem in report.problems):
-        for problem in [problem for problem in report.problems if problem.kind == kind][:SHEET_PROBLEMS]:
+    for kind in dict.fromkeys(problem.kind for problem in inspection.problems):
+        for problem in [problem for problem in inspection.problems if problem.kind == kind][:SHEET_PROBLEMS]:
             cells.append((problem.row, str(problem)))
             cells += [(row, place(source, row)) for row in problem.like[:SHEET_LIKE]]
 

@@ -1,4 +1,4 @@
-"""What one run is: frozen dataclasses, read from one YAML file and checked before anything is built."""
+"""The config of a run: frozen dataclasses, read from one YAML file and checked before anything is built."""
 
 from .conditioners import ConditionersConfig, Network
 from .schema import (

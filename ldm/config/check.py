@@ -1,4 +1,4 @@
-"""What no run can be made of: ranges of the numbers in `ldm.config`, contradictions, and the error that says so."""
+"""The checks of a config: ranges of its numbers, its texts and paths, and contradictions between its fields."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers from `low` to `high`, both included unless `above` or `below`; never NaN."""
+    """A range of numbers from `low` to `high`, without `low` if `above`, without `high` if `below`; never NaN."""
 
     low: float
     high: float = math.inf
@@ -39,13 +39,13 @@ class Numbers:
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        """Return whether a number is one of them."""
+        """Return True if `value` is in the range."""
         return self.low <= value <= self.high and not (
             (self.above and value == self.low) or (self.below and value == self.high)
         )
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the range in words."""
         if self.high == math.inf:
             kind = "a finite number" if self.below else "a number"
             return f"{kind} above {self.low:g}" if self.above else f"{kind}, {self.low:g} or more"
@@ -65,13 +65,13 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
         "limit": COUNT,
-        "held_out_percent": Numbers(0, 50, below=True),  # as many again are for test
+        "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
         "batch_size": Numbers(1, 2**20),
         "workers": Numbers(0, 1024),
         "timeout_seconds": Numbers(1, 1e7),
     },
     SpaceConfig: {},
-    # below 514 there is no entry for every byte; begin, end and a token between them
+    # 514: two entries for every byte, begin and end; 3: begin, end and a token between them
     TextConfig: {"vocab_size": Numbers(514, 2**20), "max_length": Numbers(3, 2**16), "dropout": SHARE},
     LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
     ImageConfig: {"dropout": SHARE},
@@ -99,7 +99,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     OptimConfig: {
         "learning_rate": POSITIVE,
         "betas": SHARE,
-        "eps": Numbers(1e-37, math.inf, below=True),  # less is 0 in float32, and 0 / 0 the first update
+        "eps": Numbers(1e-37, math.inf, below=True),  # less is 0 in float32, and the first update would be 0 / 0
         "weight_decay": WEIGHT,
         "max_grad_norm": Numbers(0, math.inf, above=True),  # infinity: gradients are not clipped
         "warmup_steps": COUNT_OR_NONE,
@@ -129,25 +129,25 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     RunConfig: {"seed": SEED, "push_every_steps": COUNT},
     StageConfig: {
         "snapshot_every_steps": COUNT,
-        "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # all steps alike are 0.2887
+        "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # the average over all steps alike has 0.2887
     },
     AutoencoderConfig: {},
 }
-"""Ranges of each number that a part adds to those of its base class; of each entry, where a field holds several."""
+"""The range of each number of a config, by class; a subclass adds to its base. It holds for each entry of a tuple."""
 
 FILES = ("output_dir", "path", "held_out", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
 """Fields that name files."""
 NAMES = ("_class_name", "pretrained", "revision", "subfolder")
-"""Keys of a network that are no arguments of it."""
+"""Keys of a network's config that are not arguments of its class."""
 MAX_LAYERS = 1000
 MAX_DEPTH = 4
-"""Lists in lists that a network's value may have."""
+"""Deepest nesting of lists in a value of a network's config."""
 
 
 def faults(config: Any, path: str = "") -> Iterator[str]:
-    """Yield a line ``path: what is wrong`` for each value of a config that no run can be made of.
+    """Yield a line ``path: fault`` for each unusable value of a config.
 
-    What only building or trying the parts shows is found there, before training: see `explained`.
+    Faults that show only when the parts are built or tried are found there, before training: see `explained`.
     """
     ranges = ranges_of(type(config))
     networks = network_fields(type(config))
@@ -172,23 +172,23 @@ def faults(config: Any, path: str = "") -> Iterator[str]:
 
 
 def ranges_of(kind: type[Any]) -> dict[str, Numbers]:
-    """Return the range of each number of a dataclass, those of its base classes included."""
+    """Return the range of each number of a dataclass, base classes included."""
     return {name: allowed for base in kind.__mro__ for name, allowed in RANGES.get(base, {}).items()}
 
 
 def network_fields(kind: type[Any]) -> set[str]:
-    """Return the names of a dataclass's fields that are annotated with `Network`, by that name."""
+    """Return the names of a dataclass's fields whose annotation is the word `Network`."""
     return {field.name for field in fields(kind) if field.type == "Network"}
 
 
 def field_hints(kind: type[Any]) -> dict[str, Any]:
-    """Return the annotation of each field of a dataclass, in the fields' order."""
+    """Return the annotation of each field of a dataclass, by name, in the fields' order."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def checked(config: C, path: str = "") -> C:
-    """Return the config, of which a run can be made; raises ConfigError, with all `faults`, if none can."""
+    """Return the config; ConfigError, with all `faults`, if it has any."""
     if problems := list(faults(config, path)):
         raise ConfigError("\n".join(problems))
     return config
@@ -236,7 +236,7 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
     if config.validation.retrieval_images and config.conditioners.text is None:
         yield (
             f"validation.retrieval_images: got {config.validation.retrieval_images} without conditioners.text; "
-            "expected 0: there is no caption to draw"
+            "expected 0: there is no caption to sample an image of"
         )
     if config.snapshot_every_steps is not None and not config.snapshot_sigma_rels:
         yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
@@ -254,11 +254,11 @@ CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
     RunConfig: _run_contradictions,
     StageConfig: _stage_contradictions,
 }
-"""Lines on what single values of a part do not show."""
+"""Checks of several fields together, by class; each yields lines like `faults`."""
 
 
 def _text_faults(value: object, at: str, files: bool) -> Iterator[str]:
-    """Yield what is wrong with texts: empty ones, which are easily taken for none, and those that no file can hold."""
+    """Yield the faults of texts: empty ones, which look like null, and those that cannot be written to a file."""
     if isinstance(value, Mapping):
         value = tuple(text for pair in value.items() for text in pair)
     texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
@@ -269,7 +269,7 @@ def _text_faults(value: object, at: str, files: bool) -> Iterator[str]:
 
 
 def _network_faults(network: Mapping[Any, Any], at: str) -> Iterator[str]:
-    """Yield what no network has among its keys; what the others mean, only building it shows."""
+    """Yield the faults of a network's keys and values that are wrong for every class; building it finds the others."""
     for key, value in network.items():
         if not isinstance(key, str) or not key or _unwritable(key):
             yield f"{at}: got the key {shown(key)}; expected the name of an argument"
@@ -283,7 +283,10 @@ def _network_faults(network: Mapping[Any, Any], at: str) -> Iterator[str]:
 
 
 def _value_fault(value: object, layers: bool, depth: int = 0) -> str | None:
-    """Return why a value of a network is none; values stay out of it, since the key may be unknown."""
+    """Return the fault of a value of a network's config, None if it has none.
+
+    It does not quote the value: the key may be unknown, and the value a secret.
+    """
     if isinstance(value, list | tuple) and depth < MAX_DEPTH:
         return next((reason for entry in value if (reason := _value_fault(entry, layers, depth + 1))), None)
     if isinstance(value, str):
@@ -306,7 +309,7 @@ def _too_long(path: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, cut to 80 characters; whole numbers beyond Python's own limit as hex."""
+    """Return the `repr` of a value, cut to 80 characters; whole numbers that are too long for `repr` as hex."""
     try:
         return f"{value!r:.80}"
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the denoiser is told: a frozen dataclass for each conditioner."""
+"""The conditioning of the denoiser: a frozen dataclass for each conditioner."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class TextConfig:
     vocab_size: int = 2048
     """Size of the BPE vocabulary that is learned from the training captions, from scratch."""
     max_length: int = 24
-    """Tokens a caption is padded or cut to, begin and end tokens included."""
+    """Tokens that a caption is padded or cut to, begin and end tokens included."""
     train: bool = True
     """Train the encoder with the denoiser; False: frozen, and its embeddings are cached."""
     dropout: float = 0.1
-    """Share of captions replaced by "", which is what guidance needs."""
+    """Share of captions that are replaced by ""; guidance needs it."""
     keywords: dict[str, TextOutput] = field(default_factory=lambda: {"encoder_hidden_states": "prompt_embeds"})
-    """The denoiser's keyword arguments and the output that each gets; ``added_cond_kwargs.NAME`` is an entry."""
+    """Output of the encoder for each keyword argument of the denoiser; ``added_cond_kwargs.NAME`` is an entry of it."""
 
 
 UNKNOWN_CLASS = -1
-"""In a batch, of an image whose class is not known: it trains as if its class were dropped."""
+"""Class label of an image whose class is unknown; it trains as if its class were dropped."""
 
 
 @dataclass(frozen=True)
@@ -39,45 +39,46 @@ class LabelConfig:
     """Classes, by number."""
 
     num_classes: int
-    """The denoiser needs ``num_class_embeds`` one higher, for the null (DiT: ``num_embeds_ada_norm``, this number)."""
+    """Number of classes. The denoiser needs ``num_class_embeds`` one higher, for the null class (DiT:
+    ``num_embeds_ada_norm``, this number)."""
     dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """The embedding of the image itself, which at sampling a prior predicts."""
+    """The embedding of the image itself; at sampling a prior predicts it."""
 
     pretrained: str
     """Folder or Hub name of a CLIP vision model with projection, or of a pipeline with it."""
     null: Literal["zeros", "zero_picture"] = "zeros"
-    """What dropped samples see: zeros (DALL-E 2), or the embedding of a zero image (Kandinsky 2.2)."""
+    """Embedding in place of dropped ones: zeros (DALL-E 2), or that of an image of zeros (Kandinsky 2.2)."""
     dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class LowResConfig:
-    """The image itself, smaller, as three more input channels: a cascade's next stage."""
+    """The image itself at a lower resolution, as three more input channels: for super-resolution in a cascade."""
 
     image_size: int
     """Pixels, height and width, of the small image."""
     noise_timesteps: int = 0
-    """Noise is put on it up to this step of the cosine path of 1000, and the level told as ``class_labels``; 0: no."""
+    """Noise is added to it, up to this step of 1000 of the cosine path; ``class_labels`` is the step. 0: no noise."""
 
 
 @dataclass(frozen=True)
 class FramesConfig:
-    """The first frames of each clip, as 1 + C more input channels."""
+    """The first frames of each clip, as C more input channels, and one more that marks them."""
 
     num_frames: int
     """Frames of a clip; ``data.batch_size`` counts frames."""
     max_context: int = 1
-    """Most frames that are given."""
+    """Largest number of frames that are given."""
     dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class ConditionersConfig:
-    """What the denoiser is told besides the noisy latents and the time."""
+    """The conditioning of the denoiser, besides the noisy latents and the timestep."""
 
     text: TextConfig | None = None
     label: LabelConfig | None = None

@@ -1,7 +1,7 @@
 """Configs as files: YAML and command-line overrides into the frozen dataclasses of `ldm.config`, and back.
 
-jsonargparse reads each field by its annotation and prints the help; the words of the errors are our own. Networks
-(``dict[str, Any]``) pass it by: there it would read the text "2" as a number and import what a ``class_path`` names.
+jsonargparse reads each field by its annotation and prints the help; the error messages are our own. Networks
+(``dict[str, Any]``) are not passed to it: it would read the text "2" as a number, and import any ``class_path``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML as version 1.2 has it: 1e-4 is a number; on, off, yes, no and dates are text."""
+    """A loader of YAML 1.2: 1e-4 is a number; on, off, yes, no and dates are text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes text that `_Loader` or a YAML 1.1 reader would take for something else."""
+    """A dumper that quotes text which `_Loader` or a YAML 1.1 reader would read as another type."""
 
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
@@ -60,7 +60,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True
 
 
 def _load_yaml(text: str, place: str = "value") -> Any:
-    """Return what the text says; an error names the place and the line but quotes nothing, it may be a secret."""
+    """Return the value of a YAML text; an error names place and line and quotes nothing, since it may be a secret."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except RecursionError:
@@ -72,7 +72,7 @@ def _load_yaml(text: str, place: str = "value") -> Any:
 
 
 def _load_word(text: str) -> Any:
-    """Return what a word of a command line says: YAML, but of all that YAML takes for null only "null" is."""
+    """Return the value of a word of a command line: YAML, except that only "null" is null ("~" and "" are text)."""
     value = _load_yaml(text)
     return text if value is None and text != "null" else value
 
@@ -84,7 +84,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @contextmanager
 def exit_on_config_error() -> Iterator[None]:
-    """Turn a `ConfigError` into its message on stderr and exit code 2; also a decorator, for ``main``."""
+    """Print a `ConfigError`'s message on stderr and exit with code 2; also a decorator, for ``main``."""
     try:
         yield
     except ConfigError as error:
@@ -95,14 +95,14 @@ def exit_on_config_error() -> Iterator[None]:
 def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     """Return the config in ``--config FILE.yaml``, changed by ``--path.to.field VALUE`` (or ``=VALUE``).
 
-    ``argv`` defaults to the command line; of several values for an option the last counts. A value is YAML, but
-    a text field takes it as it stands. ``--path.to.field`` alone means true; of an optional part true is its defaults
-    (with what else is set of it) and false null. An override inside a mapping, or inside an optional part that is null,
-    adds what is missing; an override of a whole part or mapping replaces it. ``~`` and ``$NAME`` in paths are replaced.
-    ``--help`` lists every field and exits.
+    ``argv`` defaults to the command line. If an option is given twice, the last value counts. A value is YAML, except
+    for a text field, which takes it literally. ``--path.to.field`` alone means true. For an optional part, true stands
+    for its defaults (with its other overrides), and false for null. An override inside a mapping, or inside an optional
+    part that is null, adds what is missing; an override of a whole part or mapping replaces it. ``~`` and ``$NAME`` in
+    paths are replaced. ``--help`` lists every field and exits.
 
     Raises:
-        ConfigError: with all problems. Values under unknown keys are left out, they may be secrets.
+        ConfigError: with all problems. Values of unknown keys are not quoted, they may be secrets.
 
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -121,7 +121,7 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
 def save_config(config: Any, path: str | Path) -> None:
     """Write every field as YAML into an existing folder; `load_config` reads back an equal config.
 
-    But for what `portable` changes. For a network that takes values that YAML has: a tuple there comes back as a list.
+    Two things differ: paths are made `portable`, and a tuple in a network's config comes back as a list.
     """
     Path(path).write_text(config_text(portable(asdict(config))), encoding="utf-8")
 
@@ -133,7 +133,7 @@ def config_text(tree: Mapping[str, Any]) -> str:
 
 
 def tree_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yield a line ``path: old -> new`` for each leaf in which two trees differ."""
+    """Yield a line ``path: old -> new`` for each difference between two trees."""
     for key in {**a, **b}:
         both = [tree[key] for tree in (a, b) if key in tree]
         if all(isinstance(value, dict) for value in both) and len(both) == 2:
@@ -169,7 +169,7 @@ def _leaves(kind: type[Any]) -> Tree:
 
 
 def _switches(kind: type[Any]) -> set[str]:
-    """Return the paths of what is on or off: fields that are true or false, and optional parts."""
+    """Return the paths of everything that can be switched on or off: bool fields and optional parts."""
     fields = ((_join(path, name), hint) for path, part in _parts(kind) for name, hint in field_hints(part).items())
     return {path for path, hint in fields if hint is bool or (_part(hint) and NoneType in get_args(hint))}
 
@@ -187,11 +187,11 @@ def _parser(*parts: tuple[str, type[Any]]) -> ArgumentParser:
     return parser
 
 
-# ---- the tree: the mapping in the file, with the overrides put into it ----
+# ---- the tree: the mapping in the file, with the overrides applied ----
 
 
 def _read_tree(kind: type[Any], words: list[str]) -> Tree:
-    """Return the values of a command line, unchecked; overrides of leaves other than mappings are still text."""
+    """Return the tree of a command line, unchecked; overrides of leaves other than mappings are still text."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     switches = _switches(kind)
     for option in {word.partition("=")[0] for word in words if re.match("--[^=]", word)}:
@@ -239,11 +239,11 @@ def _read_file(file: str) -> Tree:
     return tree or {}
 
 
-# ---- from the tree to the dataclasses; a problem is noted ----
+# ---- from the tree to the dataclasses; each problem is appended to a list ----
 
 
 def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | None:
-    """Return the dataclass of a mapping; None if there are problems."""
+    """Return the dataclass of a mapping, None if there are problems; they are appended to `problems`."""
     hints = field_hints(kind)
     values: Tree = {}
     leaves: Tree = {}
@@ -256,7 +256,7 @@ def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | Non
             advice = f"did you mean {meant[0]!r}?" if meant else f"choose from {', '.join(hints)}"
             problems.append(f"{at}: no such field; {advice}")
         elif NoneType in get_args(hint) and (value is None or (isinstance(value, str) and str in get_args(hint))):
-            values[key] = value  # jsonargparse would take the text "#1" for null, which YAML it is
+            values[key] = value  # jsonargparse would read the text "#1" as YAML: a comment, so null
         elif value is None or (part and not isinstance(value, dict)):  # jsonargparse takes null for not given
             problems.append(f"{at}: {_complaint(hint, value)}")
         elif part:
@@ -268,7 +268,7 @@ def _build(kind: type[T], tree: Tree, path: str, problems: list[str]) -> T | Non
 
 
 def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) -> Tree:
-    """Return the leaves as jsonargparse reads them, networks as they are; what it refuses is a problem."""
+    """Return the leaves as jsonargparse reads them, networks unchanged; append each value it refuses to `problems`."""
     hints = field_hints(kind)
     networks = {name: value for name, value in leaves.items() if hints[name] == Network}
     asked = leaves | {name: {} if isinstance(value, dict) else [] for name, value in networks.items()}
@@ -289,7 +289,7 @@ def _read_leaves(kind: type[Any], leaves: Tree, path: str, problems: list[str]) 
 
 
 def _with_places(config: T, path: str, problems: list[str]) -> T:
-    """Return the config with `expanded` paths; a problem is noted."""
+    """Return the config with `expanded` paths; append paths that cannot be expanded to `problems`."""
     changes: Tree = {}
     networks = network_fields(type(config))
     for field in fields(config):  # type: ignore[arg-type]
@@ -309,7 +309,7 @@ def _with_places(config: T, path: str, problems: list[str]) -> T:
 
 
 def _complaint(hint: Any, value: Any) -> str:
-    """Return what is wrong with a value, with the choice nearest to it; what a container holds stays out of it."""
+    """Return the message on a wrong value, with the most similar choice; the entries of a container are not quoted."""
     kind = type(value).__name__
     got = f"a {kind} of {len(value)}" if isinstance(value, dict | list) else shown(value)
     if get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""What the texts of a config name: folders of this machine, models and data on the Hub, files inside packages."""
+"""Places that a config names: folders of this machine, models and data on the Hub, files inside packages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""The name of a file or a folder that leads nowhere else."""
+"""A file's or folder's name that cannot lead out of its folder."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]*)?")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\")
 _ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _HOMES = ("home", "users")
-"""Folders whose folders are called after their users."""
+"""Folders that contain the homes of users."""
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 _SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
@@ -24,11 +24,11 @@ _SECRET = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", 
 def expanded(tree: Any, where: str) -> Any:
     """Return a path, or a mapping's paths, with ``~``, ``~USER``, ``$NAME`` and ``${NAME}`` replaced, as a shell does.
 
-    Addresses, and everything that is no text, stay as they are. What came of a variable is a path, never a name on the
-    Hub: nobody is asked for it.
+    Addresses, and everything that is no text, are not changed. A text with a variable is always a path, never a name
+    on the Hub: the variable's value must not be sent there.
 
     Raises:
-        ValueError: there is no such variable or user, or the variable may be a secret; it begins with `where`.
+        ValueError: there is no such variable or user, or the variable may be a secret. The message begins with `where`.
 
     """
     if isinstance(tree, Mapping):
@@ -39,7 +39,7 @@ def expanded(tree: Any, where: str) -> Any:
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2] or ""
         if _SECRET.search(name):
-            raise ValueError(f"{where}: {match[0]} may be a secret, which a path would tell; name another variable")
+            raise ValueError(f"{where}: {match[0]} may be a secret, which a path would reveal; name another variable")
         if name not in os.environ:
             raise ValueError(f"{where}: got {tree!r}; the environment variable {name} is not set")
         return os.environ[name]
@@ -52,7 +52,7 @@ def expanded(tree: Any, where: str) -> Any:
 
 
 def made_folder(name: str) -> Path:
-    """Return the folder that results go to, made if there is none; raises ValueError if that cannot be."""
+    """Return the folder for results, created if it is missing; ValueError if it cannot be created."""
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,11 +61,11 @@ def made_folder(name: str) -> Path:
 
 
 def portable(tree: Any) -> Any:
-    """Return a config's fields as they may travel: without the paths, users and hosts of this machine.
+    """Return a config's fields for publication: without the paths, users and hosts of this machine.
 
-    Paths below the working folder are relative to it. All others, also relative ones that leave it, are cut to their
-    last name, or to "." where that is a user's. Addresses lose passwords and what follows "?". Names on the Hub,
-    ``package:NAME/FOLDER`` and every other text stay as they are.
+    Paths below the working folder become relative to it. All other paths, also relative ones that leave it, are cut to
+    their last name, or to "." if that is a user's home. Addresses lose passwords and everything after "?". Names on
+    the Hub, ``package:NAME/FOLDER`` and every other text are not changed.
     """
     if isinstance(tree, Mapping):
         return {key: portable(value) for key, value in tree.items()}
@@ -79,15 +79,15 @@ def portable(tree: Any) -> Any:
 
 
 def on_hub(name: str) -> bool:
-    """Whether `name`, of a model or data, is ``name``, ``user/name`` or ``user/name@revision`` and not a path here."""
+    """Return True if `name` is ``name``, ``user/name`` or ``user/name@revision`` and no path of this machine."""
     return _HUB_NAME.fullmatch(name) is not None and not os.path.exists(name)
 
 
 def pinned(name: str) -> tuple[str, dict[str, str]]:
     """Return a name without its revision, and ``{"revision": ...}`` if it has one.
 
-    ``user/name@revision`` on the Hub is a commit, a branch or a tag of ``user/name``. Raises ValueError if nothing
-    follows the "@"; a path stays as it is.
+    ``user/name@revision`` on the Hub is a commit, a branch or a tag of ``user/name``. ValueError if nothing follows
+    the "@". A path is not changed.
     """
     if "@" not in name or not on_hub(name):
         return name, {}
@@ -133,7 +133,7 @@ def resolve(name: str) -> str:
 def _portable_path(text: str) -> str:
     if _WINDOWS.match(text):
         return _last_name(PureWindowsPath(text))
-    if text.startswith("~") and not text.startswith("~/"):  # a home
+    if text.startswith("~") and not text.startswith("~/"):  # a user's home
         return _last_name(PurePosixPath(text)) if "/" in text else "."
     whole = os.path.expanduser(text)
     if not os.path.isabs(whole):
@@ -142,7 +142,7 @@ def _portable_path(text: str) -> str:
     pairs: tuple[tuple[str, str], ...] = ()
     try:
         here = os.getcwd()
-        pairs = (here, os.path.normpath(whole)), (os.path.realpath(here), os.path.realpath(whole))  # links on the way
+        pairs = (here, os.path.normpath(whole)), (os.path.realpath(here), os.path.realpath(whole))  # links resolved
     except (OSError, ValueError):  # a working folder that is gone; characters that no path has
         pass
     for base, path in pairs:
@@ -152,7 +152,7 @@ def _portable_path(text: str) -> str:
 
 
 def _last_name(path: PurePosixPath | PureWindowsPath) -> str:
-    """Return the last name of a path, "." if there is none or it is that of a user's home."""
+    """Return the last name of a path; "." if there is none, or if the path is a user's home."""
     is_home = str(path) == os.path.expanduser("~") or path.parent.name.lower() in _HOMES
     return "." if is_home or path.name in ("", "..") else path.name
 

@@ -1,6 +1,6 @@
-"""What one run is: frozen dataclasses, one for each part, read from one YAML file.
+"""The fields of a run's config: one frozen dataclass for each part.
 
-Nothing here computes. `ldm.config.file` reads and checks them; each part is built from its own dataclass.
+Nothing here computes. `ldm.config.file` reads and checks them; each part of a run is built from its own dataclass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SourceName = Literal["openmoji", "imagefolder", "parquet", "dataset"]
 
 
 class DataOptions(TypedDict, total=False):
-    """The fields of `DataConfig` that decide how data are read: said to a command, or recorded with a model."""
+    """The fields of `DataConfig` that decide how data are read: options of a command, or recorded with a model."""
 
     source: SourceName
-    """As data.source of a training; left out: seen from what lies there."""
+    """Kind of data, as data.source of a training; left out: recognised by its files."""
     split: str
     """Split of a `datasets` data set."""
     image_column: str | None
@@ -33,7 +33,7 @@ class DataOptions(TypedDict, total=False):
     languages: tuple[str, ...]
     """Caption languages of openmoji."""
     limit: int | None
-    """How many images are kept; null: all."""
+    """Number of images that are kept; null: all."""
     held_out: dict[str, str]
     """Files of held-out captions, as {"validation": FILE, "test": FILE}; {}: held out by hash."""
     held_out_percent: float
@@ -48,46 +48,48 @@ class DataConfig:
     path: str | None = None
     """Folder, Parquet file or data set name; not used by openmoji."""
     split: str = "train"
-    """Split to read, of those that `datasets` finds; our own train/validation/test split is made from it. A folder or
-    table whose names of folders and files say nothing of splits is all train."""
+    """Split to read, one of those that `datasets` finds; our own train/validation/test split is made from it. If the
+    names of folders and files define no splits, all data is train."""
     licence: str | None = None
     """Licence of the images, for the model card, such as CC BY 4.0; that of openmoji is known."""
     image_column: str | None = None
-    """None: file_name of metadata, the column of images of a table, or one of a usual name (image, image, ...)."""
+    """Column of the images. None: file_name in metadata; in a table the column of type Image, else the one with a usual
+    name (image, images, img, ...)."""
     caption_column: str | None = None
-    """None: the one of a usual name (text, caption, captions, prompt, ...); without one there are no captions."""
+    """Column of the captions. None: the one with a usual name (text, caption, captions, prompt, ...); without such a
+    column there are no captions."""
     class_column: str | None = None
     """Column of class numbers, from 0 on, for `conditioners.label`; of openmoji: group, Unicode's nine."""
     on_bad_data: Literal["error", "skip"] = "error"
-    """What rows do that cannot be trained on: stop the run before its first step, or are left out and counted."""
+    """Rows that cannot be trained on: error stops the run before its first step, skip leaves them out."""
     image_size: int = 64
     """Pixels, height and width."""
     background: str = "white"
     """Colour under transparent pixels (any PIL colour)."""
     languages: tuple[str, ...] = ("en",)
-    """Caption languages of openmoji; several: one is drawn each time an image is loaded."""
+    """Caption languages of openmoji; several: one is chosen at random each time an image is loaded."""
     flip: bool = False
     """Mirror half of the images; only right where captions and images have no left and right."""
     limit: int | None = None
-    """Keep only this many images of all splits together, the first by hash, for trials."""
+    """Keep only this many images of all splits together, the first by hash; for trials."""
     held_out: dict[str, str] = field(default_factory=dict)
-    """``{"validation": file, "test": file}``: captions, a line each, whose images no stage trains on."""
+    """``{"validation": file, "test": file}``: files of captions, one a line, whose images no stage trains on."""
     held_out_percent: float = 2.0
-    """Without `held_out`: percent of the images for validation, and as many for test, by pixel hash. One image of
-    two or more is for validation at least, unless it is 0, with which nothing can be trained."""
+    """Without `held_out`: percent of the images for validation, and as many for test, by pixel hash. Above 0, at least
+    one image is for validation; with 0 and no `held_out` nothing can be trained."""
     batch_size: int = 64
     """Images per optimiser step, over all processes and accumulation steps."""
     workers: int = 0
     """Loader processes per training process; 0 loads in the training process."""
     timeout_seconds: float = 300.0
-    """A loader process that takes longer than this for a batch ends the run."""
+    """The run ends if a loader process takes longer than this for a batch."""
     cache: bool = True
-    """Keep what frozen networks compute from an image or a caption (latents, prompt embeddings)."""
+    """Cache the outputs of frozen networks for each image and caption (latents, prompt embeddings)."""
 
 
 @dataclass(frozen=True)
 class SpaceConfig:
-    """What is diffused."""
+    """The space to diffuse in."""
 
     kind: Literal["pixel", "latent", "embedding"] = "latent"
     autoencoder: str | None = None
@@ -98,42 +100,44 @@ class SpaceConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """From noise to loss; the sampling scheduler is derived from the same values."""
+    """Noise path, prediction type and loss; the sampling scheduler is derived from the same values."""
 
     path: PathName = "scaled_linear"
     prediction_type: PredictionType = "epsilon"
     num_train_timesteps: int = 1000
-    """Steps of the discrete paths; the flow path is continuous and only scales its time by it."""
+    """Number of steps of the discrete paths; the flow path is continuous, and only its time is scaled by it."""
     zero_terminal_snr: bool = False
     """Rescale a discrete path so that its last step is pure noise (Lin et al. 2024)."""
     timestep_density: Literal["uniform", "logit_normal", "loss_second_moment"] = "uniform"
     """logit_normal: Esser et al. 2024; loss_second_moment: for variational_only (Nichol & Dhariwal 2021, eq. 18)."""
     logit_mean: float = 0.0
-    """Mean of the logit of the time (0: data, 1: noise) under logit_normal; positive: more noise."""
+    """Mean of logit(t) for logit_normal, where t is 0 at the data and 1 at the noise; positive: more noise."""
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     """Clamp of the signal-to-noise weight (Hang et al. 2023); None: unweighted."""
     variational_weight: float | None = None
-    """Learn the variance of sampling too: weight of one step's term of its bound, in bits. Usual is 1: lambda =
-    0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser has twice the output channels, and
-    our pipeline samples it, the stock one does not. None: fixed."""
+    """Learn the variance of sampling too; None: fixed. It is the weight of one step's term of the variational bound, in
+    bits. 1 is usual: lambda = 0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser needs twice the
+    output channels. Our pipeline can sample it, the stock one cannot."""
     variational_only: bool = False
-    """Train the mean by the bound as well, and by nothing else: L_vlb of Nichol & Dhariwal 2021, for likelihoods."""
+    """Train the mean with the variational bound only: L_vlb of Nichol & Dhariwal 2021, for likelihoods."""
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The scheduler that draws during validation and is saved with the model; any other can take its place later."""
+    """The scheduler that samples during validation and is saved with the model; it can be replaced later."""
 
     kind: Literal["dpm_solver", "ddim", "ddpm"] = "dpm_solver"
-    """dpm_solver: DPM-Solver++, 20 to 50 steps, the only one on the flow path; ddim; ddpm: ancestral, hundreds."""
+    """dpm_solver: DPM-Solver++, 20 to 50 steps, the only one for the flow path; ddim; ddpm: ancestral sampling,
+    hundreds of steps."""
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    """Of ddpm: the posterior's or beta (Ho et al. 2020, section 3.2); learned with objective.variational_weight."""
+    """Variance of ddpm's noise: the posterior's (fixed_small) or beta (fixed_large; Ho et al. 2020, section 3.2). With
+    objective.variational_weight it is learned instead."""
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Autoencoder losses; each is per element of the image, so the weights do not depend on its size."""
+    """Autoencoder losses; each is a mean over the elements of the image, so that weights do not depend on its size."""
 
     l1_weight: float = 1.0
     l2_weight: float = 0.0
@@ -147,19 +151,20 @@ class ReconstructionConfig:
     lpips_weights: str | None = None
     """safetensors file of lpips_vgg: ``safetensors.torch.save_model(lpips.LPIPS(net="vgg"), FILE)``."""
     adversarial: Literal["none", "hinge", "minimax"] = "none"
-    """Loss of a PatchGAN that is trained along (Isola et al. 2017; Goodfellow et al. 2014)."""
+    """Loss of a PatchGAN that is trained with the autoencoder (Isola et al. 2017; Goodfellow et al. 2014)."""
     adversarial_weight: float = 0.5
     adaptive: bool = True
-    """Scale it to the error's gradient at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    """Scale the adversarial loss: its gradient at the decoder's last layer is made as large as the reconstruction
+    error's (Esser et al. 2021, eq. 7)."""
     discriminator_start_step: int = 0
-    """Steps before which the discriminator is neither used nor trained."""
+    """First step at which the discriminator is used and trained."""
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and learning rate, a pure function of the step."""
+    """Optimiser, learning rate schedule and averaged weights."""
 
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4
@@ -179,12 +184,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long, how often, on what."""
+    """Length of the training, precision and memory, and how often it logs, saves and validates."""
 
     max_train_steps: int | None = None
     max_train_epochs: float | None = None
     max_train_seconds: float | None = None
-    """Exactly one of the three. Seconds, of steps alone, become a number of steps when the learning rate begins to
+    """Set exactly one of the three. Seconds, of steps alone, become a number of steps when the learning rate begins to
     decay: with optim.decay_fraction 0.3 they are kept though the machine becomes slower in the first half."""
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -192,61 +197,61 @@ class LoopConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     xformers: bool = False
-    """Attention by xformers, on a GPU; torch's own is as good on most."""
+    """Use xformers' attention, on a GPU; on most GPUs torch's own is as good."""
     log_every_steps: int = 10
     save_every_steps: int = 1000
     keep_checkpoints: int = 2
     process_timeout_seconds: float = 1800.0
-    """A process that waits longer than this for the others ends, and the run with it."""
+    """The run ends if a process waits longer than this for the others."""
     validate_every_steps: int = 1000
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """What is looked at during training, always with the averaged weights and fixed noise."""
+    """The validation during training, always with the averaged weights and the same noise."""
 
     num_images: int = 8
-    """Held-out images on the sheet of each validation, generated (or reconstructed) beside true."""
+    """Held-out images on each validation's sheet: true ones beside generated (or reconstructed) ones."""
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
     loss_images: int = 128
-    """Images of the validation split that the held-out loss is measured on."""
+    """Number of images of the validation split for the held-out loss."""
     retrieval_images: int = 0
-    """Captions of the validation split that are sampled for held-out retrieval; 0: not measured."""
+    """Captions of the validation split for which images are sampled and held-out retrieval is measured; 0: none."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Only look whether this config can learn and what it will cost (OUTPUT_DIR/doctor), and train nothing."""
+    """Check if this config can learn and estimate its cost (OUTPUT_DIR/doctor), and train nothing."""
 
     price_per_hour: float | None = None
-    """Of the machine, in any currency: of the other one if `gpu_tflops` describes it, else of this one."""
+    """Price of an hour, in any currency: of the machine that `gpu_tflops` describes, else of this one."""
     gpu_tflops: float | None = None
-    """Peak speed of another machine's GPU in TFLOP/s, at the precision that it will train in."""
+    """Peak speed of another machine's GPU in TFLOP/s, at its training precision."""
     gpu_memory_gib: float | None = None
     """Memory of another machine's GPU in GiB."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run of any kind of training: its folder, its data, its optimiser and how long it takes."""
+    """A run of any kind of training: its folder, data, optimiser and length."""
 
     output_dir: str
     _: KW_ONLY
     seed: int = 0
     resume_check: bool = False
-    """Train nothing, but prove on this config that a killed and resumed training equals one that was not."""
+    """Only prove, with this config, that a killed and resumed training equals an uninterrupted one."""
     doctor: DoctorConfig | None = None
-    """Look whether this config can learn and what it will cost, and train nothing; `--doctor` alone will do."""
+    """Only check if this config can learn and estimate its cost; `--doctor` alone is enough."""
     allow_config_change: bool = False
-    """Resume also if the config or the images are others than those the training was started with."""
+    """Resume even if the config or the images have changed since the training began."""
     push_to_hub: str | None = None
-    """Hub repository, user/name, that the finished model goes to. The token: HF_TOKEN or ``hf auth login``."""
+    """Hub repository, user/name, to which the finished model is pushed. Token: HF_TOKEN or ``hf auth login``."""
     push_every_steps: int | None = None
-    """Push the model as it stands every so many steps too; None: only the finished one."""
+    """Push the current model after every so many steps too; None: only the finished one."""
     push_private: bool = False
-    """Make the repository private; False: as the account has it, usually public."""
+    """Make the repository private; False: the account's default, usually public."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -261,9 +266,10 @@ class StageConfig(RunConfig):
     """UNet2DConditionModel's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     _: KW_ONLY
     snapshot_every_steps: int | None = None
-    """Keep averages from which one of any length is made afterwards (`ldm average`); None: no, at no cost."""
+    """Save snapshots of averaged weights, from which `ldm average` makes one of any length; None: none."""
     snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
-    """Their lengths, shares of the training. Each is another copy of the trained weights, also in every snapshot."""
+    """Lengths of these averages, as shares of the training. Each needs one more copy of the trained weights, in memory
+    and in every snapshot."""
     space: SpaceConfig = field(default_factory=SpaceConfig)
     conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -278,5 +284,5 @@ class AutoencoderConfig(RunConfig):
     """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     _: KW_ONLY
     save_dtype: Literal["float32", "float16"] = "float32"
-    """Of the weights in the model folder; checkpoints are always float32."""
+    """Type of the weights in the model folder; checkpoints are always float32."""
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)

@@ -1,4 +1,4 @@
-"""From captioned images to typed batches; which and how is a function of the position."""
+"""From captioned images to batches; a batch is a function of its positions alone."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_images
 
 log = logging.getLogger(__name__)
-Moments = tuple[Tensor, Tensor]
-Encode = Callable[[Tensor], Moments]
+MeanAndStd = tuple[Tensor, Tensor]
+"""Mean and standard deviation of a Gaussian over x0, each (C, H, W); in a batch (B, C, H, W)."""
+Encode = Callable[[Tensor], MeanAndStd]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned image at one position: pixels (3, H, W) in [-1, 1], its cached encoding's moments, or both."""
+    """One captioned image at one position: pixels (3, H, W) in [-1, 1], cached moments of its encoding, or both."""
 
     position: int
     row: int
     caption: str
     class_label: int | None = None
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: MeanAndStd | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Batch:
     rows: list[int]
     captions: list[str]
     pixel_values: Tensor | None = None
-    moments: Moments | None = None
+    moments: MeanAndStd | None = None
     class_labels: Tensor | None = None
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class CaptionedImages:
         self.source, self.config = source, config
 
     def image(self, row: int) -> Image.Image:
-        """Return image `row` of the source in RGB, as it is trained on."""
+        """Return image `row` of the source in RGB, resized and cropped for training."""
         return resize_and_crop(self._rgb(row), self.config.image_size)
 
     def _rgb(self, row: int) -> Image.Image:
@@ -91,10 +92,11 @@ class CaptionedImages:
 
     @cached_property
     def hashes(self) -> list[str]:
-        """Name of each image's content: equal pixels, equal names. Computed once and kept.
+        """Hash of each image's content: equal pixels, equal hashes. Computed once and cached.
 
-        From the pixels before they are resized, so that stages of different sizes split alike; where the source
-        has names of its own, the first of those with equal pixels, the same on machines that render differently.
+        The pixels are hashed before they are resized, so that stages of different sizes split alike. If the source
+        has its own names, they take the place of the hashes (`lasting_names`), so that machines that render
+        differently split alike too.
         """
         hashes = [value for value in pixel_hashes(self.source, self.config.background) if value is not None]
         if len(hashes) < len(self.source):
@@ -109,7 +111,7 @@ class CaptionedImages:
         return split_images(self.hashes, self.source.all_captions, held_out, percent, limit)
 
     def gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
-        """Return the distinct images, (M, S, S, 3), and for each image of the source its place among them."""
+        """Return the distinct images, (M, S, S, 3) uint8, and the index in them of each image of the source."""
         place: dict[str, int] = {}
         shown = []
         for row, value in enumerate(self.hashes):
@@ -119,7 +121,7 @@ class CaptionedImages:
         return np.stack(shown), [place[value] for value in self.hashes]
 
     def rows_of(self, captions: Sequence[str]) -> list[int]:
-        """Return the first image that has each caption, in any language; raises ValueError if one has none."""
+        """Return the row of the first image with each caption, in any language; ValueError if there is none."""
         owner: dict[str, int] = {}
         for row in range(len(self.source)):
             for caption in self.source.all_captions(row):
@@ -133,34 +135,34 @@ class CaptionedImages:
         return [caption for row in self.splits[split] for caption in self.source.captions(row)]
 
     def names(self, *splits: str) -> set[str]:
-        """Return the names, as in `hashes`, of the images of some splits."""
+        """Return the entries of `hashes` for the images of some splits."""
         return {self.hashes[row] for split in splits for row in self.splits[split]}
 
     def first_images(self, split: str, count: int) -> Tensor:
-        """Return up to `count` images of a split, (N, 3, H, W), in the order of their hashes: as good as random."""
+        """Return up to `count` images of a split, (N, 3, H, W), in the order of their hashes: a random choice."""
         rows = sorted(self.splits[split], key=lambda row: self.hashes[row])[:count]
         return torch.stack([self.pixel_values(row) for row in rows])
 
     @property
     def key(self) -> str:
-        """Name of what the images look like: equal keys, equal images."""
+        """Name of the images as they are trained on: equal keys, equal images."""
         return f"{self.source.fingerprint}/{self.config.image_size}/{self.config.background}/{READING}"
 
     def encoded(self, key: str, encode: Encode) -> EncodedImages:
-        """Return the moments that `encode` gives of each image of the splits (with flips, of its mirror image too).
+        """Return the cached moments of all images of the splits, and with ``data.flip`` of their mirror images.
 
-        They are cached; `key` names what `encode` computes. With ``data.limit`` the others are not encoded.
+        `encode` computes them, and `key` names what it computes. Images beyond ``data.limit`` are not encoded.
         """
         return EncodedImages(self, key, encode)
 
     def known_captions(self) -> list[str]:
-        """Return every caption that training or validation may show, "" included, in alphabetical order."""
+        """Return every caption of the training and validation splits, and "", in alphabetical order."""
         rows = (*self.splits["train"], *self.splits["validation"])
         return sorted({""}.union(*(self.source.captions(row) for row in rows)))
 
 
 class EncodedImages:
-    """Mean and std of what is diffused, by image and mirror image, kept as `CachedRows`."""
+    """Mean and std of x0 for each image and its mirror image, cached as `CachedRows`."""
 
     def __init__(self, images: CaptionedImages, key: str, encode: Encode):
         self.views = 1 + images.config.flip
@@ -179,14 +181,14 @@ class EncodedImages:
             named += f"/{blake2b(','.join(map(str, encoded_rows)).encode(), digest_size=16).hexdigest()}"
         self._rows = CachedRows("latents", named, len(encoded_rows) * self.views, compute)
 
-    def moments(self, row: int, mirrored: bool = False) -> Moments:
-        """Return mean and std of one image, or with flips of its mirror image."""
+    def moments(self, row: int, mirrored: bool = False) -> MeanAndStd:
+        """Return mean and std of one image, or of its mirror image if `mirrored` (with ``data.flip`` only)."""
         kept = self._rows[self._place[row] * self.views + mirrored]
         return kept["mean"], kept["std"]
 
 
 class PositionDataset(Dataset[Sample]):
-    """A split as the endless stream of positions that training runs along."""
+    """A split as an endless stream: the sample at position p is a function of p and the seed."""
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class PositionDataset(Dataset[Sample]):
         encoded: EncodedImages | None = None,
         with_pixels: bool = False,
     ):
-        """Read moments from `encoded` if it is given, the images if it is not or if `with_pixels` asks for both."""
+        """Take moments from `encoded` if it is given; load pixels without it, or if `with_pixels`."""
         self.images, self.seed, self.encoded = images, seed, encoded
         self.with_pixels = with_pixels or encoded is None
         self.rows = images.splits.filled(split)
@@ -225,5 +227,5 @@ class PositionDataset(Dataset[Sample]):
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:
-    """Return the first `count` positions of a data set (fewer if it is smaller): the same in every run."""
+    """Return the samples at the first `count` positions (fewer if the data set is smaller): equal in every run."""
     return collate([dataset[position] for position in range(min(count, len(dataset)))])

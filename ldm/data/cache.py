@@ -1,4 +1,4 @@
-"""Rows of tensors that cost something to compute, kept on disk between runs and shared by them."""
+"""A cache on disk for rows of tensors that are slow to compute, shared by all runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Compute = Callable[[range], dict[str, Tensor]]
 class CachedRows:
     """``count`` rows of named tensors in safetensors shards, memory-mapped: memory stays flat as the set grows.
 
-    `key` must name everything the rows depend on (data, transform, network). Shards that are missing or damaged are
-    computed, one after another, so that an interrupted build goes on where it stopped. The name of a shard has the
-    hash of its bytes; they are read again when the file has changed since they had it.
+    `key` must name everything the rows depend on (data, transform, network). Missing and damaged shards are computed
+    one after another, so that an interrupted build goes on where it stopped. A shard's file name contains the hash of
+    its bytes; the hash is checked again when the file has changed.
     """
 
     def __init__(self, kind: str, key: str, count: int, compute: Compute, rows_per_shard: int = ROWS_PER_SHARD):
@@ -43,14 +43,14 @@ class CachedRows:
         if missing := [start for start in starts if start not in found]:
             found |= self._build(missing, count, compute)
         if len(found) < len(starts):
-            found |= self._sound_shards()  # of other processes of the run
+            found |= self._sound_shards()  # written by other processes of the run
         if len(found) < len(starts):
             raise OSError(f"{self.folder}: shards that were just written are gone or damaged")
         self._shards: list[Any] = [safe_open(found[start], framework="pt") for start in starts]
         self._names: list[str] = list(self._shards[0].keys()) if self._shards else []
 
     def _sound_shards(self) -> dict[int, Path]:
-        """Return the file of each shard that has the bytes that its name says; the others are named and deleted."""
+        """Return the files of the undamaged shards by first row; the others are logged and deleted."""
         sound = {}
         with locked(self.folder):
             shards = [shard for name in sorted(_names_in(self.folder)) if (shard := _SHARD.fullmatch(name))]
@@ -65,7 +65,7 @@ class CachedRows:
         return sound
 
     def _build(self, missing: list[int], count: int, compute: Compute) -> dict[int, Path]:
-        """Compute the shards that begin at these rows, except those that another process has meanwhile."""
+        """Compute the shards that begin at these rows, except those that another process has written meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         built = {}
         stops = {start: min(start + self.rows_per_shard, count) for start in missing}
@@ -73,7 +73,7 @@ class CachedRows:
         with progress_bar(rows, f"caching {self.kind}", "row") as bar:
             for start in _from_own_share(missing):
                 if any(name.startswith(f"{start:09d}-") for name in _names_in(self.folder)):
-                    bar.update(stops[start] - start)  # by now, from another process of the run
+                    bar.update(stops[start] - start)  # another process of the run has written it meanwhile
                     continue
                 parts = []
                 for first in range(start, stops[start], 64):
@@ -103,17 +103,17 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _from_own_share(shards: list[int]) -> list[int]:
-    """Return all shards, beginning where this process of a run with several begins: so that they share the work."""
+    """Return all shards, rotated: each process of a run begins at another one, so that they share the work."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank * len(shards) // world
     return shards[first:] + shards[:first]
 
 
 class CachedCaptions(Mapping[str, dict[str, Tensor]]):
-    """What a frozen encoder makes of captions, by caption, kept as `CachedRows`."""
+    """Outputs of a frozen encoder by caption, cached as `CachedRows`."""
 
     def __init__(self, captions: Sequence[str], key: str, encode: Callable[[Sequence[str]], dict[str, Tensor]]):
-        """`encode` returns tensors (B, ...) for B captions; `key` names what it makes of these captions."""
+        """Cache the tensors (B, ...) that `encode` returns for B captions; `key` names encoder and captions."""
         self._rows = {caption: row for row, caption in enumerate(captions)}
         self._cached = CachedRows("captions", key, len(captions), lambda rows: encode(captions[rows.start : rows.stop]))
 

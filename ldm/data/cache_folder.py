@@ -1,4 +1,4 @@
-"""The folder of everything that can be computed again."""
+"""The cache folder: everything in it can be computed again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DIGEST_SIZE = 12
 _ENTRY = rf"[0-9a-f]{{{2 * DIGEST_SIZE}}}"
 _OURS = re.compile(
     rf"{_ENTRY}/(\d{{9}}(-[0-9a-f]{{32}})?\.safetensors|hashes\.safetensors|[\w.]+\.tmp|\.lock)"
-    r"|openmoji-[\d.]+-\d+(\.\d+)?\.(safetensors|tmp)"  # of 0.1.0, as are shards without a hash
+    r"|openmoji-[\d.]+-\d+(\.\d+)?\.(safetensors|tmp)"  # written by version 0.1.0, as are shards without a hash
 )
-"""Paths below a kind of what this project has written: the folder may be shared with anything."""
+"""Paths, relative to a kind's folder, of files that this project writes; the folder may contain other files."""
 
 
 def cache_folder() -> Path:
@@ -27,13 +27,13 @@ def cache_folder() -> Path:
 
 
 def entry_folder(kind: str, key: str) -> Path:
-    """Return the folder of one entry of a kind; `key` names all that it depends on."""
+    """Return the folder of one entry of a kind; `key` names everything the entry depends on."""
     return cache_folder() / kind / blake2b(key.encode(errors="surrogateescape"), digest_size=DIGEST_SIZE).hexdigest()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Entries of one kind: their number, their bytes, and the time at which the newest file was written."""
+    """A kind of cache entries: their number, their size in bytes, and the time at which the newest was written."""
 
     name: str
     entries: int
@@ -42,7 +42,7 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    """Return what is kept, by kind."""
+    """Return the kinds that the cache has entries of, in alphabetical order."""
     found = []
     for name in sorted(os.listdir(cache_folder())) if cache_folder().is_dir() else []:
         states = {path: path.lstat() for path in _files(name)}
@@ -60,7 +60,7 @@ def clear(kind: str) -> None:
     for file in files:
         file.unlink(missing_ok=True)
     for folder in [*{file.parent for file in files}, cache_folder() / kind]:
-        with suppress(OSError):  # something else is in it, or it is gone
+        with suppress(OSError):  # it holds other files, or is gone
             folder.rmdir()
 
 

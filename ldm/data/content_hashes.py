@@ -1,4 +1,4 @@
-"""Names of files by their bytes, each of which is read once, and of the images in them."""
+"""Hashes of files' bytes, cached so that each file is read once, and fingerprints of the images in them."""
 
 from __future__ import annotations
 
@@ -23,33 +23,30 @@ from ldm.terminal import progress_bar
 log = logging.getLogger(__name__)
 
 DIGEST_SIZE = 16
-"""Bytes."""
+"""Bytes of a hash."""
 KEPT = 2**20
-"""Hashes that are kept of each root beyond those that were asked for last."""
+"""Hashes that are kept for each root besides those of the last call."""
 FILES_AT_ONCE, READERS = 4096, 8
 SAVE_SECONDS = 60.0
 TIME_STEP, COARSE_TIME_STEP = 20_000_000, 2_000_000_000
-"""Nanoseconds after which a change of a file shows in its ctime, and where file systems have whole seconds only."""
+"""Nanoseconds after which a change of a file shows in its ctime; the second is for file systems with whole seconds."""
 
 Hashes = dict[bytes, bytes]
-"""Of bytes, by a hash of the path and state of the file that had them."""
+"""From a hash of a file's path and state to the hash of its bytes."""
 
 
 def images_fingerprint(hashes: Iterable[bytes | None]) -> str:
-    """Return a name of images, given hashes of their bytes: equal names, equal images in this order.
-
-    None stands for an image that cannot be read.
-    """
+    """Return a name for images in this order, given the hashes of their bytes; None: an unreadable image."""
     return f"images-{joint_hash(hashes).hex()}"
 
 
 def joint_hash(hashes: Iterable[bytes | None]) -> bytes:
-    """Return the name of several contents in their order."""
+    """Return one hash of several hashes in this order."""
     return content_hash(b"".join(value or bytes(DIGEST_SIZE) for value in hashes))
 
 
 def content_hash(data: bytes | memoryview) -> bytes:
-    """Return the name of these bytes."""
+    """Return the hash of these bytes."""
     return blake2b(data, digest_size=DIGEST_SIZE).digest()
 
 
@@ -60,11 +57,11 @@ def file_hash(path: str | Path) -> bytes:
 
 
 def content_hashes(root: str, paths: Sequence[str | None]) -> list[bytes | None]:
-    """Return the `content_hash` of each file's bytes, None where there is no file or none that can be read.
+    """Return the `content_hash` of each file's bytes, None for a missing or unreadable file.
 
-    `paths` are real ones. Hashes are kept, those of the files in folder `root` together, and a file is read again if
-    its path, size, mtime, ctime or inode is another than before: nobody can set a ctime back. Of several processes
-    one reads, and the others wait for what it finds.
+    `paths` are real paths. Hashes are cached, together for all files of folder `root`. A file is read again if its
+    path, size, mtime, ctime or inode has changed: nobody can set a ctime back. If several processes call this, one
+    reads and the others wait for its results.
     """
     if not any(paths):
         return [None] * len(paths)
@@ -102,12 +99,12 @@ def _key(path: str, state: os.stat_result) -> bytes:
 
 
 def _read(files: dict[str, os.stat_result]) -> Iterator[tuple[str, bytes | None, bytes]]:
-    """Yield path, key and hash of each file that can be read; the key is None if another file may come to have it."""
+    """Yield path, key and hash of each readable file; the key is None if a later change might not alter it."""
     _let_settle(files.values())
 
     def read(path: str) -> tuple[str, bytes | None, bytes] | None:
         try:
-            state = os.stat(path)  # before its bytes: if they change meanwhile, that state will not come again
+            state = os.stat(path)  # before the bytes: if they change meanwhile, this state never occurs again
             settled = _settled_at(state) < time.time_ns()
             return path, _key(path, state) if settled else None, file_hash(path)
         except OSError:
@@ -126,18 +123,18 @@ def _read(files: dict[str, os.stat_result]) -> Iterator[tuple[str, bytes | None,
 
 
 def _settled_at(state: os.stat_result) -> int:
-    """Return the time, in ns, from which on a change of the file gives it another ctime."""
+    """Return the time, in ns, after which every change of the file alters its ctime."""
     return state.st_ctime_ns + (TIME_STEP if state.st_ctime_ns % 10**9 else COARSE_TIME_STEP)
 
 
 def _let_settle(states: Iterable[os.stat_result]) -> None:
-    """Wait until files that have just been written would show a change."""
+    """Wait until a change of any of the files would alter its ctime."""
     wait = max(map(_settled_at, states), default=0) - time.time_ns()
     time.sleep(min(max(wait, 0), COARSE_TIME_STEP) / 10**9)
 
 
 def _load(folder: Path) -> Hashes:
-    """Return the hashes that are kept, none if their file is missing or damaged."""
+    """Return the cached hashes, none if their file is missing or damaged."""
     path = folder / "hashes.safetensors"
     try:
         with safe_open(path, framework="np") as file:
@@ -147,14 +144,14 @@ def _load(folder: Path) -> Hashes:
     except FileNotFoundError:
         return {}
     except (OSError, SafetensorError) as error:
-        log.warning("%s is damaged (%s); the files that it has hashes of are read again", path, error)
+        log.warning("%s is damaged (%s); the files whose hashes it holds are read again", path, error)
         return {}
     table = np.frombuffer(rows, f"V{DIGEST_SIZE}").reshape(-1, 2)
     return dict(zip(table[:, 0].tolist(), table[:, 1].tolist(), strict=True))
 
 
 def _save(folder: Path, known: Hashes, wanted: Iterable[bytes]) -> None:
-    """Keep the hashes of the `wanted` keys, and some of the others."""
+    """Save the hashes of the `wanted` keys, and up to `KEPT` others."""
     rows = {key: known[key] for key in wanted if key in known}
     rows |= dict(islice(((key, value) for key, value in known.items() if key not in rows), KEPT))
     table = np.frombuffer(b"".join(key + value for key, value in rows.items()), np.uint8)
@@ -163,4 +160,4 @@ def _save(folder: Path, known: Hashes, wanted: Iterable[bytes]) -> None:
             save_file({"hashes": table}, aside, {"blake2b": content_hash(table.data).hex()})
             put_in_place(aside, folder / "hashes.safetensors")
     except OSError as error:
-        log.warning("hashes of files cannot be kept, and are computed again by the next run: %s", error)
+        log.warning("hashes of files cannot be kept; the next run computes them again: %s", error)

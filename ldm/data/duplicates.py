@@ -1,4 +1,4 @@
-"""Images that look alike: found by a small hash, confirmed by their pixels, in time that grows with their number."""
+"""Near-duplicate images: found by a small hash and confirmed by their pixels, in linear time."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 STEP = 2
-"""Grey levels from one place to the next that count as brighter; less is noise of compression."""
+"""Grey levels by which a place must be brighter than its neighbour for a 1 in the hash; less is compression noise."""
 BITS = 128
 MOST_BITS = 16
-"""Bits in which candidates differ at most; images that have nothing in common differ in about 64."""
+"""Largest number of bits in which candidates differ; unrelated images differ in about 64."""
 BANDS = 8
 WINDOW = 64
-"""Images of one bucket that each is compared with: a bound, for sets in which most images are nearly empty."""
+"""Most images of one bucket that each image is compared with; it matters where most images are nearly empty."""
 PLACES = 32
 """Places on a side at which pixels are compared."""
 COARSE = 16
-"""Places at which they are compared first, and last if one of the images has fewer than 32 pixels on a side."""
+"""Places on a side of the first comparison, and of the only one if an image has fewer than 32 pixels on a side."""
 MOST_COLOUR = 12
-"""Levels by which luma and chroma differ at most, in each of 4 x 4 parts of the image."""
+"""Largest difference of luma and chroma, in levels of 255, in each of 4 x 4 parts of the image."""
 GRAIN = 25.0
-"""Squared levels of one place that compression changes where the image is even."""
+"""Squared levels by which compression changes a place where the image is even."""
 MOST_RESIDUAL = 0.33
-"""Share of what varies in a block that may differ; of two that have nothing in common most does."""
+"""Largest squared difference in a block, as a share of what varies in it; unrelated images differ in most of that."""
 CHUNK = 1024
-"""Pairs or images that are computed at once, which bounds the memory."""
+"""Pairs or images that are computed at once; this bounds the memory."""
 
 Indices = NDArray[np.intp]
 Values = NDArray[np.float32]
@@ -37,23 +37,23 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True, order=True)
 class Look:
-    """The look of an image, whatever its size, in 3 KB."""
+    """A summary of an image of any size, in 3 KB, for comparisons."""
 
     bits: bytes
-    """Where it gets brighter to the right (8 x 8 places) and downwards (8 x 8): a difference hash."""
+    """Difference hash: 1 where the image gets brighter to the right (8 x 8 places) or downwards (8 x 8 places)."""
     pixels: bytes
     """YCbCr of 32 x 32 places."""
     detailed: bool
-    """Whether the image has as many pixels on each side."""
+    """True if the image has at least 32 pixels on each side."""
 
 
 def look(image: Image.Image) -> Look:
-    """Return the look of an RGB image; compression and other sizes hardly change it, crops and mirrors do."""
+    """Return the look of an RGB image. Compression and resizing hardly change it; cropping and mirroring do."""
     small = image.resize((9, 9), Image.Resampling.BILINEAR, reducing_gap=3)
     grey = np.asarray(small, dtype=np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     right, down = grey[:8, 1:] - grey[:8, :-1], grey[1:, :8] - grey[:-1, :8]
     bits = np.concatenate([right.ravel(), down.ravel()]) > STEP
-    # HAMMING neither blurs an image that is as small as this nor shifts what a larger one shows
+    # HAMMING does not blur an image of this size, and does not shift the contents of a larger one
     pixels = image.resize((PLACES, PLACES), Image.Resampling.HAMMING, reducing_gap=3).convert("YCbCr")
     return Look(np.packbits(bits).tobytes(), pixels.tobytes(), min(image.size) >= PLACES)
 
@@ -61,10 +61,10 @@ def look(image: Image.Image) -> Look:
 def groups(looks: Sequence[Look]) -> list[list[int]]:
     """Return the groups of two or more images that look alike, largest first, each in ascending order.
 
-    A group has everything that is connected by pairs that look alike. A pair is a candidate if it agrees in all 16 bits
-    of one of eight bands: of two that differ in up to 7 bits none is missed, of those that differ in up to 10 few. In
-    a bucket of more than `WINDOW` images each is compared with those that are nearest along one direction of colour,
-    another in each band. A candidate that differs in no more than `MOST_BITS` is confirmed by the pixels. Groups do
+    Groups are the connected components of the pairs that look alike. A pair is a candidate if it agrees in all 16 bits
+    of one of eight bands: no pair that differs in up to 7 bits is missed, and few that differ in up to 10. In a bucket
+    of more than `WINDOW` images each image is compared with its nearest ones along one direction of colour; each band
+    has another direction. A candidate pair that differs in at most `MOST_BITS` is then compared by pixels. Groups do
     not depend on the order of the images.
     """
     rows = sorted(range(len(looks)), key=looks.__getitem__)
@@ -76,7 +76,7 @@ def groups(looks: Sequence[Look]) -> list[list[int]]:
 
 
 def _labels(looks: Sequence[Look]) -> Indices:
-    """Return the least index of each image's group."""
+    """Return for each image the smallest index of its group."""
     labels = np.arange(len(looks))
     if not looks:
         return labels
@@ -103,9 +103,9 @@ def _labels(looks: Sequence[Look]) -> Indices:
 
 
 def _candidates(bits: NDArray[np.uint8], coarse: NDArray[np.uint8]) -> Iterator[tuple[Indices, Indices]]:
-    """Yield pairs whose bits and colours are near, none twice; `bits` is (N, 16), `coarse` (N, 3, 16, 16)."""
+    """Yield pairs with similar bits and colours, each pair once; `bits` is (N, 16), `coarse` (N, 3, 16, 16)."""
     rng, count, side = np.random.default_rng(0), len(bits), COARSE // 4
-    shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # no band is one place
+    shuffled = np.unpackbits(bits, axis=1)[:, rng.permutation(BITS)]  # so that a band is not one region
     bands = np.ascontiguousarray(np.packbits(shuffled, axis=1)).view(np.uint16).T
     first, second = np.ascontiguousarray(bits.view(np.uint64).T)
     colours = coarse.reshape(count, 3, 4, side, 4, side).sum((3, 5), dtype=np.int32).reshape(count, -1)
@@ -137,7 +137,10 @@ def _halved(values: NDArray[Any]) -> Values:
 
 
 def _blocks(values: Values) -> Values:
-    """Return the means, (..., 7, 7), of blocks of a quarter of the side, half a block apart; of 32 or 16 places."""
+    """Return the means, (..., 7, 7), of overlapping blocks: a quarter of the side wide, half a block apart.
+
+    `values` has 32 or 16 places on a side.
+    """
     while values.shape[-1] > 8:
         values = _halved(values)
     rows = values[..., 1:, :] + values[..., :-1, :]
@@ -146,7 +149,10 @@ def _blocks(values: Values) -> Values:
 
 
 def _varying(pixels: NDArray[np.uint8]) -> Values:
-    """Return how much varies in each block, (N, 7, 7): its variance, a fifth of the image's, and grain."""
+    """Return the scale that differences in each block are divided by, (N, 7, 7).
+
+    It is the block's variance plus a fifth of the image's plus `GRAIN`.
+    """
     values = pixels.astype(np.float32)
     block = (_blocks(values**2) - _blocks(values) ** 2).sum(1)
     image = values.var((2, 3)).sum(1)
@@ -155,14 +161,14 @@ def _varying(pixels: NDArray[np.uint8]) -> Values:
 
 
 def _alike(one: NDArray[np.uint8], other: NDArray[np.uint8], varying: Values) -> NDArray[np.bool_]:
-    """Return whether no block of each pair differs in much of what varies in it."""
+    """Return for each pair, (N,), True if no block differs by more than `MOST_RESIDUAL` of `varying`."""
     differing = _blocks(((one.astype(np.float32) - other) ** 2).sum(1))
     alike: NDArray[np.bool_] = (differing / varying).max((1, 2)) <= MOST_RESIDUAL
     return alike
 
 
 def _joined(labels: Indices, left: Indices, right: Indices) -> Indices:
-    """Return the labels after the groups of each pair were joined."""
+    """Return the labels after the two groups of each pair were joined."""
     labels = labels.copy()
     while (apart := labels[left] != labels[right]).any():
         one, other = labels[left[apart]], labels[right[apart]]

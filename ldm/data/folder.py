@@ -1,7 +1,7 @@
 """A folder of images with a metadata file beside them.
 
-Read by ourselves and not by `datasets`, which refuses the whole folder for one bad row, finds a missing file when
-training comes to it, and leaves out silently what no row names.
+We read it ourselves, because `datasets` refuses the whole folder for one bad row, finds a missing file only when
+training reaches it, and silently leaves out images that no row names.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class FolderRows:
-    """The images of a split that the metadata files of a folder name, in their order.
+    """The rows of one split in the metadata files of a folder, in their order.
 
-    Bad lines, rows of images in no split, and images that no row names, are among the `problems`.
+    `problems` lists bad lines, rows of images in no split, and images that no row names.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class FolderRows:
         caption_column: str | None = None,
         class_column: str | None = None,
     ):
-        """Read the rows of `split`, one of those that `image_files` finds in the folder: "train" if it finds none."""
+        """Read the rows of `split`, one of the splits that `image_files` finds; without splits all rows are "train"."""
         self._root = os.path.realpath(folder)
         files = list(files_below(self._root))
         metadata = [file for file in files if os.path.basename(file) in METADATA]
@@ -48,7 +48,7 @@ class FolderRows:
         if class_column:
             choose_column("data.class_column", class_column, columns)
         named = [self._path(file, row.get(self.image_column)) for file, _, row in rows]
-        within = (path for path in named if path and not _leads_out(path))  # other names say nothing of this folder
+        within = (path for path in named if path and not _leads_out(path))  # the others are not of this folder
         splits = image_files(self._root, list(dict.fromkeys([*metadata, *images, *within])))
         if split not in splits:
             raise ValueError(f"data.split: no split {split!r}; there are: {', '.join(splits)}")
@@ -96,10 +96,10 @@ class FolderRows:
         return rows, bad
 
     def _path(self, metadata: str, name: object) -> str | None:
-        """Return the path, relative to the folder, of a file that `metadata` names; None if it is no name of a file.
+        """Return the path, relative to the folder, of a file that `metadata` names; None if `name` names no file.
 
-        Paths that lead out of the folder stay what they are, and are found when they are opened. Separators of Windows
-        are taken for ours, as `datasets` does.
+        Paths that lead out of the folder stay unchanged and are refused when they are opened. Backslashes are
+        separators, as in `datasets`.
         """
         if not _names_a_file(name):
             return None
@@ -112,7 +112,7 @@ class FolderRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Name of the images' bytes, in the order of the rows; a file is read if it has changed since it was last."""
+        """Hash of the images' bytes in the order of the rows; only files that have changed are read."""
         return images_fingerprint(content_hashes(self._root, [self._readable(row) for row in range(len(self))]))
 
     def _readable(self, index: int) -> str | None:
@@ -130,7 +130,7 @@ class FolderRows:
         return self._paths[index]
 
     def file(self, index: int) -> str:
-        """Return the image's real path, which lies in the folder."""
+        """Return the image's real path; ImageError if it is missing or outside the folder."""
         return inside(self._root, self._paths[index])
 
     def caption_values(self) -> Iterator[object]:
@@ -142,7 +142,7 @@ class FolderRows:
         return self._captions[index]
 
     def label_value(self, index: int) -> object:
-        """Return the class of row `index`; a CSV file has digits, which are a number."""
+        """Return the class of row `index`; digits, as in a CSV file, become an int."""
         label = self._labels[index]
         return int(label) if isinstance(label, str) and label.isdecimal() else label
 

@@ -1,4 +1,4 @@
-"""Names of images by their pixels."""
+"""Hashes of images' pixels."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ldm.data.cache import CachedRows
-from ldm.data.headers import ImageError, explained
+from ldm.data.headers import ImageError, image_errors
 from ldm.data.pixels import READING, to_rgb
 from ldm.data.sources import Source
 
 DIGEST_SIZE = 16
-"""Bytes."""
+"""Bytes of a hash."""
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """Return the name of an RGB image: equal size and pixels, equal names."""
+    """Return the hash of an RGB image's size and pixels."""
     size = b"%dx%d" % image.size
     return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE, salt=size[:16]).digest()
 
 
 def pixel_hashes(source: Source, background: str) -> list[str | None]:
-    """Return `pixel_digest` of each image in hex, None where it cannot be decoded. Computed once and kept."""
+    """Return `pixel_digest` of each image in hex, None for an image that cannot be decoded; cached."""
 
     def compute(rows: range) -> dict[str, Tensor]:
         return {"hash": torch.stack([torch.tensor(list(digest(row)), dtype=torch.uint8) for row in rows])}
@@ -34,21 +34,21 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
     def digest(row: int) -> bytes:
         try:
             image = source.image(row)
-            with explained():
+            with image_errors():
                 return pixel_digest(to_rgb(image, background))
         except ImageError:
             return bytes(DIGEST_SIZE)
 
-    ImageColor.getrgb(background)  # a wrong colour is an error of its own, not that of every image
+    ImageColor.getrgb(background)  # a wrong colour is one error, not one for each image
     cached = CachedRows("image-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
     digests = (row.tobytes() for row in cached.column("hash").numpy())
     return [value.hex() if any(value) else None for value in digests]
 
 
 def lasting_names(hashes: Sequence[str], names: Sequence[str] | None) -> list[str]:
-    """Return for each hash the first of the source's own `names` with it; the hashes where the source has none.
+    """Return a name for each hash that is equal on all machines, even if they render differently.
 
-    Names are the same on machines that render differently; images of equal pixels still share one.
+    It is the source's own name, and of several images with equal pixels the smallest one; without `names`, the hash.
     """
     if names is None:
         return list(hashes)

@@ -1,4 +1,4 @@
-"""What an image file says of itself before it is decoded: the one door for files of unknown origin."""
+"""Image files of unknown origin: the one place where they are opened and checked before they are decoded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm.data.png import without_odd_chunks
 from ldm.data.profiles import profile_fault
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that are read; the others of PIL are rare, and their readers are where its holes are found."""
+"""Formats that are read; PIL's others are rare, and most of its security holes are in their readers."""
 
 LEFT_OUT = "left out"
-"""Entry of `Image.info`: chunks of a PNG that were not given to its reader."""
+"""Entry of `Image.info` that lists the chunks of a PNG that were hidden from its reader."""
 
 
 class ImageError(ValueError):
-    """An image cannot be read; the message says why. `kind` is one word or two for why, to count by."""
+    """An image cannot be read; the message says why. `kind` is a short name of the reason, to count by."""
 
     def __init__(self, reason: str, kind: str = "unreadable"):
         super().__init__(reason)
@@ -30,15 +30,15 @@ class ImageError(ValueError):
 
 
 def open_image(file: str | BinaryIO) -> Image.Image:
-    """Return the image in `file` with its size, mode and format known and its pixels not yet decoded.
+    """Return the image in `file`: size, mode and format are known, the pixels are not decoded yet.
 
     Raises:
-        ImageError: it is empty, of none of `FORMATS`, or of more than `MAX_PIXELS` pixels by its header.
+        ImageError: the file is empty, in none of `FORMATS`, or has more than `MAX_PIXELS` pixels by its header.
         OSError: the file itself is missing or cannot be read.
 
     """
     try:
-        with explained(), warnings.catch_warnings():
+        with image_errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             sound, left_out = without_odd_chunks(file)
             image: Image.Image = Image.open(sound, formats=FORMATS)
@@ -56,7 +56,10 @@ def open_image(file: str | BinaryIO) -> Image.Image:
 
 
 def metadata_fault(image: Image.Image) -> str | None:
-    """Return what of the metadata of an image, not decoded yet, cannot be read and is ignored; None if all can."""
+    """Return the part of an image's metadata that cannot be read and is ignored, with the reason; None if all can.
+
+    The image is not decoded yet.
+    """
     if left_out := image.info.get(LEFT_OUT):
         return f"chunks that are damaged or too long: {', '.join(left_out)}"
     try:
@@ -67,17 +70,17 @@ def metadata_fault(image: Image.Image) -> str | None:
 
 
 def decode(image: Image.Image) -> Image.Image:
-    """Return the image with its pixels decoded; raises ImageError if they are cut short or broken."""
-    with explained():
+    """Return the image with its pixels decoded; ImageError if they are cut short or broken."""
+    with image_errors():
         image.load()
     return image
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn what readers of images raise on a broken file into a `ImageError`.
+def image_errors() -> Iterator[None]:
+    """Turn errors of the image readers on a broken file into an `ImageError`.
 
-    Errors of the disk stay what they are: the file may be sound.
+    Disk errors are not changed: the file may be sound.
     """
     try:
         yield
@@ -94,16 +97,16 @@ def explained() -> Iterator[None]:
 
 
 def inside(root: str, path: str) -> str:
-    """Return the real path of file `path`, relative to the folder `root`, which is a real path itself.
+    """Return the real path of the file at `path`, relative to the folder `root`, itself a real path.
 
     Raises:
-        ImageError: it leads out of the folder, also by a symbolic link, or there is no such file.
+        ImageError: the path leads out of the folder, also by a symbolic link; or there is no such file.
 
     """
     real = os.path.realpath(os.path.join(root, path))
     if not real.startswith(os.path.join(root, "")):
         raise ImageError("the path leads out of the folder", "outside")
-    if not os.path.isfile(real):  # also no pipe, which would be waited for
+    if not os.path.isfile(real):  # a pipe is refused too: opening it would wait forever
         raise ImageError("no such file", "missing")
     return real
 

@@ -1,4 +1,4 @@
-"""What is worth knowing of a data set before a training: each image decoded, repeats, captions, sizes."""
+"""The inspection of a data set before a training: unreadable images, duplicates, captions, sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import lasting_names, pixel_digest
-from ldm.data.headers import ImageError, decode, explained
+from ldm.data.headers import ImageError, decode, image_errors
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
 from ldm.data.profiles import profile_name
@@ -24,15 +24,15 @@ from ldm.data.splits import SPLITS, split_images
 from ldm.terminal import progress_bar
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
-"""Tokens of each caption, begin and end included."""
+"""From captions to their numbers of tokens, begin and end included."""
 EXAMPLES = 12
 NAMED = 3
-"""Images of a group and split that its reason names; `Report.near_duplicates` has all."""
+"""Images of a group and split that the problem's reason names; `Inspection.near_duplicates` has all."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What decoding an image showed; `size` is width and height, upright."""
+    """Properties of a decoded image; `size` is its upright width and height in pixels."""
 
     row: int
     size: tuple[int, int]
@@ -44,23 +44,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was found: problems, and `statistics` that JSON can hold."""
+class Inspection:
+    """Problems and statistics of a data set; `statistics` can be written as JSON."""
 
     problems: list[Problem]
     statistics: dict[str, Any]
     examples: list[int]
-    """Some good rows."""
+    """Some rows without problems."""
     near_duplicates: list[dict[str, list[str]]]
-    """Groups of images that look alike, largest first: the places of those in each split."""
+    """Groups of images that look alike, largest first: by split, the path or name of each image."""
 
     @property
     def stops(self) -> bool:
-        """Whether a training would refuse the data."""
+        """True if a training would refuse the data."""
         return any(problem.stops for problem in self.problems)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything: the statistics, by kind each problem with its place and reason, the groups."""
+        """Return everything for a JSON file: statistics, problems by kind, and groups of near duplicates."""
         kinds: dict[str, list[dict[str, str]]] = defaultdict(list)
         for problem in self.problems:
             kinds[problem.kind].append({"where": problem.where, "reason": problem.reason})
@@ -68,7 +68,7 @@ class Report:
         return {"trainable": not self.stops, **self.statistics, **found}
 
     def text(self) -> str:
-        """Return it for people: the first problems of each kind, the statistics line by line."""
+        """Return a summary to print: the statistics line by line, and the first problems of each kind."""
         lines = [f"{name}: {_shown(value)}" for name, value in self.statistics.items()]
         stopping, others = ([p for p in self.problems if p.stops is stops] for stops in (True, False))
         if others:
@@ -78,14 +78,16 @@ class Report:
         return "\n".join([*lines, "a training would stop" if stopping else "nothing here stops a training"])
 
 
-def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0) -> Report:
-    """Return what is wrong with the images and captions of a source and what they are like.
+def inspect(
+    source: Source, config: DataConfig, count_tokens: CountTokens, max_length: int, workers: int = 0
+) -> Inspection:
+    """Return the problems and statistics of a source's images and captions.
 
-    Decodes in `workers` processes (0: in this one); memory grows by some 10 KB an image. `max_length` is the
-    number of tokens that a caption may have.
+    Images are decoded in `workers` processes (0: in this one); memory grows by about 10 KB an image. `max_length` is
+    the number of tokens that a caption may have.
 
     Raises:
-        ValueError: there are no rows, and nothing says why.
+        ValueError: there are no rows, and no problem that explains it.
 
     """
     if not len(source) and not (isinstance(source, RowSource) and source.problems):
@@ -116,11 +118,11 @@ def inspect(source: Source, config: DataConfig, count_tokens: CountTokens, max_l
     near_duplicates = [
         {split: [place(source, row) for row in rows] for split, rows in group.items()} for group in alike
     ]
-    return Report(problems, statistics, examples, near_duplicates)
+    return Inspection(problems, statistics, examples, near_duplicates)
 
 
 def place(source: Source, row: int) -> str:
-    """Return what a person finds a row by: the path of its image in the folder, its name, or its number."""
+    """Return a row's name for people: the path of its image in the folder, the image's name, or the row's number."""
     if isinstance(source, RowSource):
         return source.where(row)
     return f"row {row}" if source.names is None else source.names[row]
@@ -133,7 +135,7 @@ def _shown(value: object) -> str:
 
 
 class _Decoding(Dataset[Facts | Problem]):
-    """The facts of rows, or the problem with them; what worker processes are given."""
+    """The facts of each row, or its problem; worker processes read it."""
 
     def __init__(self, source: Source, background: str, rows: Sequence[int]):
         self.source, self.background, self.rows = source, background, rows
@@ -145,7 +147,7 @@ class _Decoding(Dataset[Facts | Problem]):
         row, source = self.rows[index], self.source
         where = place(source, row)
         try:
-            with explained():
+            with image_errors():
                 image = source.header(row) if isinstance(source, RowSource) else source.image(row)
                 mode, kind = image.mode, image.format or "none"
                 profile = profile_name(image.info.get("icc_profile"), mode)
@@ -169,7 +171,7 @@ def _decoded(source: Source, config: DataConfig, rows: Sequence[int], workers: i
 def _splits(
     source: Source, config: DataConfig, facts: Sequence[Facts], problems: Sequence[Problem]
 ) -> tuple[dict[int, str], list[Problem]]:
-    """Return the split of each row that can be trained on, and what keeps the data from being split."""
+    """Return the split of each row that can be trained on, and the problem if the data cannot be split."""
     bad = {problem.row for problem in problems if problem.stops}
     rows = [fact.row for fact in facts if fact.row not in bad]
     if not rows:
@@ -188,7 +190,7 @@ def _splits(
 
 
 def _exact_duplicates(source: Source, facts: Sequence[Facts]) -> Iterator[Problem]:
-    """Yield the images that are the same as an earlier one, whose split they always share."""
+    """Yield a problem for each image with the pixels of an earlier one; the two always share a split."""
     first: dict[bytes, int] = {}
     for fact in facts:
         earlier = first.setdefault(fact.digest, fact.row)
@@ -198,7 +200,7 @@ def _exact_duplicates(source: Source, facts: Sequence[Facts]) -> Iterator[Proble
 
 
 def _look_alikes(facts: Sequence[Facts], owner: dict[int, str]) -> list[dict[str, list[int]]]:
-    """Return the rows, by split, of each group of images that look alike, largest first; of exact duplicates one."""
+    """Return the groups of images that look alike, largest first, as rows by split; one row for exact duplicates."""
     first: dict[bytes, Facts] = {}
     for fact in facts:
         first.setdefault(fact.digest, fact)
@@ -213,7 +215,7 @@ def _look_alikes(facts: Sequence[Facts], owner: dict[int, str]) -> list[dict[str
 
 
 def _near_duplicate(source: Source, group: dict[str, list[int]]) -> Problem:
-    """Return the problem that a group of images looks alike; it is like one of each split first."""
+    """Return the problem of a group of images that look alike; its rows alternate between the splits."""
     kind = "near duplicate" if len(group) == 1 else "near duplicate across splits"
     counts = ", ".join(f"{len(rows)} in {split}" for split, rows in group.items())
     flattered = "; this flatters what is measured" if len(group) > 1 else ""
@@ -229,14 +231,14 @@ def _names(source: Source, rows: Sequence[int]) -> str:
 
 
 def _columns(source: Source) -> dict[str, Any]:
-    """Return the columns that images and captions are read from."""
+    """Return the names of the columns of images and captions."""
     if not isinstance(source, RowSource):
         return {}
     return {"columns": {"images": source.rows.image_column, "captions": source.rows.caption_column or "none"}}
 
 
 def _image_statistics(facts: Sequence[Facts], image_size: int) -> dict[str, Any]:
-    """Return sizes, modes and formats; `aspect` is width over height."""
+    """Return statistics of sizes, modes and formats; `aspect` is width over height."""
     if not facts:
         return {}
     widths, heights = ([fact.size[side] for fact in facts] for side in (0, 1))
@@ -259,7 +261,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _caption_statistics(
     captions: Sequence[Sequence[str]], count_tokens: CountTokens, max_length: int
 ) -> dict[str, Any]:
-    """Return how many there are, which stand at several images, and how much of them is cut off."""
+    """Return the number of captions, the ones that several images share, and the share of tokens that is cut off."""
     images = Counter(caption for several in captions for caption in set(several))
     everything = [caption for several in captions for caption in several]
     repeated = [(caption, count) for caption, count in images.most_common() if count > 1]

@@ -1,4 +1,4 @@
-"""The files of a folder and the splits that they make, as `datasets` reads them from their names."""
+"""The splits of a folder's files, read from their names as `datasets` does."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
-Splits = dict[str, list[str]]
+SplitFiles = dict[str, list[str]]
 """Relative paths of the files of each split."""
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """Yield the relative paths of the files in a tree, in an order that does not change.
+    """Yield the relative paths of all files below a folder, in a fixed order.
 
-    Hidden files and folders, and folders whose names begin with two underscores, are left out.
+    Hidden files and folders are left out, and folders whose names begin with two underscores.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
@@ -32,9 +32,9 @@ def files_below(folder: str) -> Iterator[str]:
 
 
 def kind_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
-    """Return the kind of data at `path`, which is the name of a data set if there is nothing.
+    """Return the kind of data at `path`; "dataset" if there is no such path: the name of a data set.
 
-    A folder with both tables and metadata files is what the one nearest to its root says.
+    In a folder with both tables and metadata files, the file nearest to the root decides.
     """
     if path.endswith(".parquet"):
         return "parquet"
@@ -51,8 +51,8 @@ def kind_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
     return "imagefolder"
 
 
-def tables(path: str) -> Splits:
-    """Return the Parquet files of each split of a folder, with its path; one file is "train", whatever its name.
+def tables(path: str) -> SplitFiles:
+    """Return the paths of the Parquet files of each split of a folder; a single file is "train".
 
     Raises:
         ValueError: there are none.
@@ -67,12 +67,12 @@ def tables(path: str) -> Splits:
     return {split: [os.path.join(path, name) for name in files] for split, files in found.items()}
 
 
-def image_files(folder: str, names: Sequence[str]) -> Splits:
-    """Return the image and metadata files, `names`, of each split of a folder.
+def image_files(folder: str, names: Sequence[str]) -> SplitFiles:
+    """Return the files of each split of a folder; `names` are its image and metadata files.
 
-    It differs from `datasets` in two things. Names of image files (test-1.png) count only where every image has one: a
-    test-tube.png among a thousand other images is no split. And metadata outside the splits, such as in the folder
-    itself above train/ and test/, is not left out by it: its rows belong to the splits of their images.
+    It differs from `datasets` in two ways. First, names of image files (test-1.png) define splits only if every image
+    has such a name: one test-tube.png among a thousand other images is no split. Second, metadata outside the splits,
+    such as in the folder above train/ and test/, is read: its rows belong to the splits of their images.
     """
     found = by_card(folder, names) or by_folder(names)
     if found:
@@ -87,11 +87,11 @@ def image_files(folder: str, names: Sequence[str]) -> Splits:
     return found or {"train": list(names)}
 
 
-def by_card(folder: str, names: Sequence[str]) -> Splits:
-    """Return the splits that the ``configs`` of the folder's README.md name, none without such.
+def by_card(folder: str, names: Sequence[str]) -> SplitFiles:
+    """Return the splits in the ``configs`` of the folder's README.md, none if there are none.
 
     Raises:
-        ValueError: it has several configs and none is the default.
+        ValueError: there are several configs and none is the default.
 
     """
     from datasets.data_files import sanitize_patterns
@@ -102,7 +102,7 @@ def by_card(folder: str, names: Sequence[str]) -> Splits:
         return {}
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
-    except Exception:  # any text may be called so, and what is no card says nothing of splits
+    except Exception:  # any file may be called README.md; if it is no card, it defines no splits
         return {}
     if not configs:
         return {}
@@ -114,16 +114,16 @@ def by_card(folder: str, names: Sequence[str]) -> Splits:
     return {} if patterns is None else _matching(names, sanitize_patterns(patterns))
 
 
-def by_shard(names: Sequence[str]) -> Splits:
-    """Return the splits of files called ``data/SPLIT-00000-of-00001.*``, none without such."""
+def by_shard(names: Sequence[str]) -> SplitFiles:
+    """Return the splits of files called ``data/SPLIT-00000-of-00001.*``, none if there are none."""
     from datasets.data_files import SPLIT_PATTERN_SHARDED as PATTERN
 
     found = [re.match(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.", name) for name in names]
     return _matching(names, {match[1]: [PATTERN.format(split=match[1])] for match in found if match})
 
 
-def by_folder(names: Sequence[str]) -> Splits:
-    """Return the splits by the names of the folders that files lie in, none without such."""
+def by_folder(names: Sequence[str]) -> SplitFiles:
+    """Return the splits by the names of the files' folders, none if no folder is named like a split."""
     from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME as PATTERNS
 
     folders = _matching(dict.fromkeys(f"{os.path.dirname(name)}/" for name in names), PATTERNS)
@@ -131,23 +131,23 @@ def by_folder(names: Sequence[str]) -> Splits:
     return {split: [name for name in names if f"{os.path.dirname(name)}/" in chosen] for split, chosen in members}
 
 
-def by_file_name(names: Sequence[str]) -> Splits:
-    """Return the splits by the names of the files, none without such."""
+def by_file_name(names: Sequence[str]) -> SplitFiles:
+    """Return the splits by the names of the files, none if no file is named like a split."""
     from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_FILENAME as PATTERNS
 
     return _matching(names, PATTERNS)
 
 
 def chosen_splits(splits: Mapping[str, object], wanted: str) -> list[str]:
-    """Return the names of the splits in `wanted`, such as train, train[:10%] or train+test; ValueError if unknown."""
+    """Return the splits that `wanted` names (train, train[:10%], train+test); ValueError if one is unknown."""
     names = [part.partition("[")[0].strip() for part in wanted.split("+")]
     if unknown := [name for name in names if name not in splits]:
         raise ValueError(f"no split {unknown[0]!r}; there are: {', '.join(splits)}")
     return names
 
 
-def _matching(names: Iterable[str], patterns: Mapping[Any, Sequence[str]]) -> Splits:
-    """Return the names that one of a split's patterns matches, of each split that has any."""
+def _matching(names: Iterable[str], patterns: Mapping[Any, Sequence[str]]) -> SplitFiles:
+    """Return for each split the names that match one of its patterns; splits without names are left out."""
     names = list(names)
     found = {}
     for split, several in patterns.items():

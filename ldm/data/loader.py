@@ -1,4 +1,4 @@
-"""Batches along the stream of positions, loaded beside the training if it asks for that."""
+"""The batches of a training, loaded by worker processes if ``data.workers`` is above 0."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ldm.data.batches import Batch, PositionDataset, Sample, collate
 from ldm.data.positions import step_positions
 
 _LIVE: WeakSet[Iterator[Batch]] = WeakSet()
-"""What DataLoader iterates over in this process's loaders."""
+"""The DataLoader iterators of this process that have worker processes."""
 _ABANDONED: list[Iterator[Batch]] = []
-"""Those whose loaders were killed, kept until the process ends: a DataLoader that is let go sets an event whose lock a
-killed process may have held, and would wait for it forever; at the end of a process torch leaves that out."""
+"""Iterators whose loader processes were killed, kept until this process ends. A deleted DataLoader iterator sets an
+event; a killed process may have held its lock, and this process would wait forever. Torch skips that at exit."""
 
 
 class LoadingError(RuntimeError):
-    """A loader process died or hung; the message names the images that the loader processes were at."""
+    """A loader process died or hung; the message names the images that the loader processes were loading."""
 
 
 class _Watched(Dataset[Sample]):
-    """A data set that says at which position each loader process is, in `places`, -1 before its first."""
+    """A data set that records in `places` the position that each loader process is loading; -1 before its first."""
 
     def __init__(self, dataset: PositionDataset, workers: int):
         self.dataset = dataset
@@ -42,7 +42,7 @@ class _Watched(Dataset[Sample]):
         return self.dataset[position]
 
     def failed(self, error: BaseException) -> LoadingError:
-        """Return the error that says what failed and where."""
+        """Return the error that says what failed and at which images."""
         positions = [int(place) for place in self.places if place >= 0]
         rows = [self.dataset.row(position) for position in positions]
         return LoadingError(
@@ -57,8 +57,8 @@ def training_batches(
     """Yield, for each optimiser step from `start_step` on, this process's micro-batches.
 
     Raises:
-        LoadingError: a loader process died, or took longer than ``data.timeout_seconds`` for a batch. A death is
-            raised from wherever the training is by then.
+        LoadingError: a loader process died, or took longer than ``data.timeout_seconds`` for a batch. When one dies,
+            the error is raised by a signal handler, anywhere in the main thread.
 
     """
     config = dataset.images.config
@@ -92,23 +92,23 @@ def training_batches(
 
 
 def _from_processes(watched: _Watched, timeout_seconds: float, following: Callable[[], Batch]) -> Batch:
-    """Return the next batch; LoadingError if a loader process ends or hangs, the data's own error as it is."""
+    """Return the next batch; LoadingError if a loader process ends or hangs; errors of the data are not changed."""
     try:
         return _within(timeout_seconds, following)
     except LoadingError:
         raise
     except Exception as error:
         _kill_loaders()
-        if isinstance(error, RuntimeError | OSError | EOFError):  # the latter two: it ended while handing a batch over
+        if isinstance(error, RuntimeError | OSError | EOFError):  # the last two: it ended while it sent a batch
             raise watched.failed(error) from error
         raise
 
 
 def _within(seconds: float, following: Callable[[], Batch]) -> Batch:
-    """Return what `following` returns, or raise what it raises; TimeoutError if it does neither in time.
+    """Return the batch of `following`, or raise its error; TimeoutError if it has not finished after `seconds`.
 
-    It is called in a thread, which is left behind then. DataLoader's own timeout waits for a batch to be announced; its
-    tensors are fetched from the process that made them, and one that has stopped by then is waited for forever.
+    It runs in a thread, which is abandoned after a timeout. DataLoader's own timeout is not enough: it covers the
+    announcement of a batch, but the tensors are then fetched from the worker, and a stopped one is waited for forever.
     """
     answers: SimpleQueue[Batch | BaseException] = SimpleQueue()
 
@@ -129,12 +129,12 @@ def _within(seconds: float, following: Callable[[], Batch]) -> Batch:
 
 
 def _leave_process_group(worker: int) -> None:
-    """Leave signals to the run's processes: a loader that they ended would look like one that failed."""
+    """Leave the run's process group: a loader ended by a signal to the run would look like one that failed."""
     os.setpgid(0, 0)
 
 
 class _Death:
-    """Torch's handler of a loader process's death, which raises, made to say at which images of one stream it was."""
+    """Torch's signal handler for the death of a loader process; its error also names the images of one stream."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], object], watched: _Watched):
         self.handler, self.watched = handler, watched
@@ -148,7 +148,7 @@ class _Death:
 
 
 def _name_what_died(watched: _Watched) -> None:
-    """Name the images of this stream from now on; those of an earlier one are no news."""
+    """Make the error of a dead loader process name the images of this stream, no longer those of an earlier one."""
     handler = signal.getsignal(signal.SIGCHLD)
     if isinstance(handler, _Death):
         handler = handler.handler
@@ -157,9 +157,9 @@ def _name_what_died(watched: _Watched) -> None:
 
 
 def _kill_loaders() -> None:
-    """Kill this process's loaders: one that hangs, and those beside one that failed, would be waited for."""
+    """Kill all loader processes of this process, which would otherwise wait for them at its end."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their deaths are expected
     _ABANDONED.extend(_LIVE)
     for process in active_children():
         process.kill()

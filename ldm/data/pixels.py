@@ -1,4 +1,4 @@
-"""From any image file's mode to RGB, and from RGB to ``pixel_values``."""
+"""Conversion of images in any mode to RGB, and of RGB to ``pixel_values``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.data.profiles import to_srgb
 
 MAX_PIXELS = 64_000_000
 READING = 2
-"""Counted up when a file becomes other pixels than before; in the names of what is kept of them."""
+"""Version of the conversion, part of the cache keys; raise it when the same file gives other pixels than before."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,17 +22,17 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF's orientation (EXIF 2.32, table 6); 1 is upright."""
+"""Transposition for each value of EXIF's orientation (EXIF 2.32, table 6); 1 is upright."""
 ORIENTED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Entries of `Image.info` that may say how an image is turned."""
+"""Entries of `Image.info` that may hold the orientation."""
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Return the image upright, in sRGB, over `background` where it is transparent.
+    """Return the image upright, in sRGB, with `background` under its transparent parts.
 
-    16-bit and float greys are scaled (PIL's own conversion clips them), the EXIF orientation is applied once and
-    its tag dropped, palette and key transparency become alpha before they are composited, a colour profile is
-    applied. Metadata that cannot be read changes nothing.
+    16-bit and float greys are scaled (PIL's own conversion clips them). The EXIF orientation is applied once and its
+    tag dropped. Transparency by palette or key becomes alpha before it is composited. A colour profile is applied.
+    Unreadable metadata is ignored.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"image of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
@@ -51,18 +51,18 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of an image, decoded or not; raises nearly anything if it is damaged."""
+    """Return the EXIF orientation, 1 to 8, of an image, decoded or not; damaged EXIF raises nearly any error."""
     if isinstance(image, TiffImageFile) or image._exif is not None or any(entry in image.info for entry in ORIENTED):
-        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # that of PngImageFile would decode
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # PngImageFile's own getexif would decode
         return found if found in TURNS else 1
     return 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Return a copy of the image as it is to be looked at, which says nothing more of how to turn it."""
+    """Return an upright copy of the image, without its entries on orientation."""
     try:
         turn = TURNS.get(orientation(image))
-    except Exception:  # the pixels are sound: metadata is not worth losing them
+    except Exception:  # the pixels are sound: damaged metadata is ignored
         turn = None
     upright = image.copy() if turn is None else image.transpose(turn)
     upright.info = {key: value for key, value in upright.info.items() if key not in ORIENTED}
@@ -70,9 +70,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:
-    """Return an 8-bit grey image: integers are 16-bit (65535 is white), floats are 0..1, or 0..255 above that.
+    """Return an 8-bit grey image, with alpha if one grey value is marked as transparent.
 
-    With alpha if the image has a transparent key value, which has 16 bits too.
+    White is 65535 for integers; for floats it is 1, or 255 if any is above 1.
     """
     values = np.asarray(image, dtype=np.float64)
     float_scale = 255.0 if values.max() <= 1 else 1.0
@@ -85,7 +85,7 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the central ``image_size`` square of the image after its shorter side was resized to it."""
+    """Return the central square of the image, its shorter side resized to ``image_size`` pixels."""
     if image.size == (image_size, image_size):
         return image
     return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Chunks of PNG files that are none of the pixels, and that would keep a reader from them."""
+"""Damaged or oversized chunks of PNG files that are not needed for the pixels but make Pillow refuse the file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
-"""Chunks that PNG calls ancillary, as everything that begins with a small letter, though pixels depend on them."""
+"""Chunks that the pixels depend on although PNG counts them as ancillary (their names begin with a small letter)."""
 SHORTEST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
-"""Bytes that a chunk must have."""
+"""Smallest number of bytes of a chunk."""
 MOST_TEXT = 2**20
-"""Bytes of all texts of a file, unpacked, and of its colour profile; Pillow refuses an image with longer ones."""
+"""Most bytes of all texts of a file, unpacked, and of its colour profile; Pillow refuses an image with more."""
 
 
 def without_odd_chunks(file: str | BinaryIO) -> tuple[str | BinaryIO, list[str]]:
-    """Return a PNG file without the chunks that a reader would stumble over, and their names; others as they are.
+    """Return a PNG file without its damaged or oversized ancillary chunks, and their names; other files unchanged.
 
-    Left out are texts that are too long, and texts, profiles, EXIF and the like that are damaged; never what pixels
+    Texts that are too long are left out, and damaged texts, profiles, EXIF and the like; never a chunk that the pixels
     depend on. Chunks are defined in the PNG specification (third edition), section 11.
     """
     with Path(file).open("rb") if isinstance(file, str) else nullcontext(file) as opened:
@@ -37,7 +37,7 @@ def without_odd_chunks(file: str | BinaryIO) -> tuple[str | BinaryIO, list[str]]
 
 
 def _odd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, start and end of each odd chunk; none where the file is no PNG."""
+    """Yield name, start and end of each chunk to leave out; nothing if the file is no PNG."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if file.read(8) != SIGNATURE:
@@ -58,7 +58,7 @@ def _odd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _unpacked(name: bytes, data: bytes) -> int | None:
-    """Return the number of bytes of a chunk once it is unpacked, up to one more than may be; None if none can be."""
+    """Return the unpacked size of a chunk in bytes, counted up to ``MOST_TEXT + 1``; None if it cannot be unpacked."""
     packed = data.partition(b"\0")[2]
     if name == b"iTXt" and packed[:2] == b"\1\0":
         packed = packed[2:].split(b"\0", 2)[-1]

@@ -1,7 +1,7 @@
-"""Randomness as a function of position: what sample p is and what is drawn for it, whoever asks and whenever.
+"""Randomness as a function of position: sample p and its random numbers do not depend on who asks, or when.
 
-Training is one endless stream of positions 0, 1, 2, ...; an epoch of n samples is n consecutive positions.
-Nothing here has state, so a resumed run needs only the number of the next position.
+Training runs along one endless stream of positions 0, 1, 2, ...; an epoch of n samples is n consecutive positions.
+Nothing here has state, so that a resumed run needs only the number of the next position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def draw_key(seed: int, position: int, stream: str) -> int:
 
 
 def generator(seed: int, position: int, stream: str) -> torch.Generator:
-    """Return a CPU generator for one kind of draw (noise, caption, ...) at one position."""
+    """Return a CPU generator for one kind of random numbers (noise, caption, ...) at one position."""
     return torch.Generator().manual_seed(draw_key(seed, position, stream))
 
 
@@ -31,7 +31,7 @@ def generators(seed: int, positions: Sequence[int], stream: str) -> list[torch.G
 
 
 def permuted(index: int, length: int, key: int) -> int:
-    """Return where a permutation of ``range(length)`` sends `index`, in constant memory.
+    """Return the image of `index` under a permutation of ``range(length)``, in constant memory.
 
     A balanced Feistel network permutes the smallest power of four that holds `length`; walking its cycle until it
     is back inside the range makes it a permutation of the range itself (Black & Rogaway 2002, "cycle walking").
@@ -59,7 +59,7 @@ def _mix(value: int) -> int:
 
 
 def sample_index(seed: int, position: int, length: int) -> int:
-    """Return which of `length` samples stands at `position`: each exactly once an epoch, each epoch reshuffled."""
+    """Return the index, below `length`, of the sample at `position`; each epoch has each sample once, reshuffled."""
     epoch, offset = divmod(position, length)
     return permuted(offset, length, draw_key(seed, epoch, "order"))
 

@@ -1,4 +1,4 @@
-"""What is wrong with the data, found before the first step: quickly, and then what only decoding shows."""
+"""The check of the data before the first step: quick checks first, then every image is decoded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
-from ldm.data.headers import ImageError, decode, explained, metadata_fault
+from ldm.data.headers import ImageError, decode, image_errors, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
@@ -18,23 +18,23 @@ from ldm.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LISTED = 20
-"""Problems of a kind that a message lists one by one."""
-SAID = {
+"""Most problems of one kind that a message lists one by one."""
+WARNINGS = {
     "unlisted": "%d images of the folder are in no row, such as %s",
     "in no split": "%d rows are of images in no split and left out, such as %s",
     "ignored metadata": "%d images have metadata that cannot be read and is ignored, such as %s",
 }
-"""What a training says of kinds of problems that do not stop it: how many, and one of them."""
+"""Warnings of a training about problems that do not stop it: their number and one example."""
 
 
 def checked_source(config: DataConfig) -> Source:
-    """Return the images that `config` names, all of which can be trained on.
+    """Return the images that `config` names, without those that cannot be trained on.
 
-    Metadata, paths, headers and captions are looked at, then every image is decoded, which the split needs anyway
-    and which is kept. Images that we make ourselves (openmoji) pass unseen.
+    Metadata, paths, headers and captions are checked. Then every image is decoded: the split needs its hash anyway,
+    and the hash is cached. Images that we render ourselves (openmoji) are not checked.
 
     Raises:
-        ValueError: something cannot be trained on and `data.on_bad_data` is "error", or nothing can be.
+        ValueError: a row cannot be trained on and `data.on_bad_data` is "error", or no row can be.
 
     """
     source = build_source(config)
@@ -43,7 +43,7 @@ def checked_source(config: DataConfig) -> Source:
     began = time.perf_counter()
     found = list(quick_problems(source, config))
     log.info("looked at %d images and captions in %.1f s", len(source), time.perf_counter() - began)
-    for kind, words in SAID.items():
+    for kind, words in WARNINGS.items():
         if of := [problem for problem in found if problem.kind == kind]:
             log.warning(words, len(of), of[0].where)
     stopping = [problem for problem in found if problem.stops]
@@ -64,7 +64,7 @@ def checked_source(config: DataConfig) -> Source:
 
 
 def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
-    """Yield what is wrong with metadata, paths, headers, captions and classes; no image is decoded."""
+    """Yield the problems of metadata, paths, headers, captions and classes; no image is decoded."""
     yield from source.problems
     for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
@@ -85,7 +85,10 @@ def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
 
 
 def caption_fault(value: object) -> str | None:
-    """Return why a caption column's value is not a text in valid Unicode, a list of such, or nothing; else None."""
+    """Return the fault of a caption column's value, None if it has none.
+
+    Allowed are null, a text in valid Unicode, and a list of such texts.
+    """
     for caption in value if isinstance(value, list | tuple) else [value]:
         if caption is None:
             continue
@@ -99,9 +102,9 @@ def caption_fault(value: object) -> str | None:
 
 
 def undecodable_problem(source: RowSource, row: int, background: str) -> Problem:
-    """Return why the image of a row cannot be decoded."""
+    """Return the problem of a row whose image cannot be decoded."""
     try:
-        with explained():
+        with image_errors():
             to_rgb(decode(source.header(row)), background)
         reason = "it cannot be decoded"
     except (ImageError, OSError) as error:
@@ -110,7 +113,7 @@ def undecodable_problem(source: RowSource, row: int, background: str) -> Problem
 
 
 def listing(problems: Sequence[Problem]) -> str:
-    """Return a line for each of the first problems of each kind, and how many more there are."""
+    """Return the first problems of each kind, a line each, and the number of the others."""
     lines = []
     for kind, count in Counter(problem.kind for problem in problems).items():
         lines += [f"  {problem}" for problem in problems if problem.kind == kind][:LISTED]
@@ -120,11 +123,11 @@ def listing(problems: Sequence[Problem]) -> str:
 
 
 def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfig) -> list[int]:
-    """Return the rows without a problem; raises ValueError if that is none or there may be no other."""
+    """Return the rows without a problem; ConfigError if there is none, or if problems are errors by the config."""
     if stopping and config.on_bad_data == "error":
         raise ConfigError(
             f"{len(stopping)} problem(s) in data.path {config.path}, which has {len(source)} rows:\n"
-            f"{listing(stopping)}\nMend them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
+            f"{listing(stopping)}\nCorrect them, or leave them out with data.on_bad_data: skip; ldm validate finds more"
         )
     bad = {problem.row for problem in stopping}
     good = [row for row in range(len(source)) if row not in bad]

@@ -1,4 +1,4 @@
-"""Colour profiles of image files: what their numbers mean, and how they become sRGB, by littleCMS."""
+"""Colour profiles of image files, and the conversion to sRGB by littleCMS."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageCms
 
 MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Mode of an image by the colour space of its profile."""
+"""PIL's mode for each colour space of a profile."""
 SAME = 2
-"""Levels of 255 by which a profile that is sRGB differs from ours at most: its makers round differently."""
+"""Largest difference, in levels of 255, between sRGB profiles of different makers: they round differently."""
 
 
 class ProfileError(ValueError):
@@ -21,7 +21,7 @@ class ProfileError(ValueError):
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Return the image, of mode L, RGB or CMYK, as RGB in sRGB, by perceptual intent.
 
-    A profile that is sRGB, none, or one that cannot be used, changes nothing: pixels are then taken for sRGB.
+    Pixels are taken for sRGB already if there is no profile, if it cannot be used, or if it is sRGB.
     """
     if profile:
         try:
@@ -34,7 +34,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def profile_name(profile: bytes | None, mode: str) -> str:
-    """Return what a profile of an image of `mode` is called: "none", "sRGB", or its own description."""
+    """Return the name of the profile of an image of `mode`: "none", "sRGB", "unusable", or its own description."""
     if not profile:
         return "none"
     try:
@@ -47,7 +47,7 @@ def profile_name(profile: bytes | None, mode: str) -> str:
 
 
 def profile_fault(profile: bytes | None, mode: str) -> str | None:
-    """Return why the profile of an image of `mode` cannot be used; None if it can, or there is none."""
+    """Return the reason why the profile of an image of `mode` cannot be used; None if it can, or there is none."""
     try:
         if profile:
             _transform(profile, _plain(mode))
@@ -57,13 +57,13 @@ def profile_fault(profile: bytes | None, mode: str) -> str | None:
 
 
 def _plain(mode: str) -> str:
-    """Return which of L, RGB and CMYK the colours of an image of `mode` become."""
+    """Return the mode without alpha or palette, L, RGB or CMYK, for the colours of an image of `mode`."""
     return "CMYK" if mode == "CMYK" else "L" if mode[0] in "1LIF" and mode != "LAB" else "RGB"
 
 
 @lru_cache(maxsize=32)  # the images of a data set share a few profiles, and a transform costs milliseconds
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Return the mode that the profile is for and its transform to sRGB, None for the identity; raises ProfileError."""
+    """Return the profile's mode and its transform to sRGB, None for the identity; ProfileError if it is unusable."""
     try:
         known = ImageCms.ImageCmsProfile(BytesIO(profile))
         space = known.profile.xcolor_space
@@ -74,12 +74,12 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         return wanted, None if _is_identity(transform, wanted) else transform
     except ProfileError:
         raise
-    except Exception as error:  # OSError, PyCMSError, and what is wrong with a header
+    except Exception as error:  # OSError, PyCMSError, and errors of a damaged header
         raise ProfileError(f"a colour profile that cannot be used: {error}") from error
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a transform leaves a grid of colours where they are, but for `SAME` levels."""
+    """Return True if a transform changes no colour of a grid by more than `SAME` levels."""
     if mode == "CMYK":
         return False
     levels = np.linspace(0, 255, 9).astype(np.uint8)

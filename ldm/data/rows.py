@@ -1,4 +1,4 @@
-"""Captioned images in rows that were written by others, so that anything in them may be wrong."""
+"""Captioned images in rows of tables and metadata files; they come from others, so anything in them may be wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATHS = ("string", "large_string", "string_view")
 STOPPING = frozenset(
     {"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
 )
-"""Kinds of problems that a training cannot begin with; the others are worth knowing."""
+"""Kinds of problems that stop a training before it begins; the others are only reported."""
 
 
 @dataclass(frozen=True)
@@ -40,55 +40,55 @@ class Problem:
     kind: str
     reason: str
     row: int | None = None
-    """Row of the source, if it got as far as being one."""
+    """Index of the row in the source; None if the problem is not of one row."""
     like: tuple[int, ...] = ()
-    """Rows that it repeats or looks like."""
+    """Rows with the same image or one that looks alike."""
 
     @property
     def stops(self) -> bool:
-        """Whether a training cannot begin with it."""
+        """True if a training cannot begin with this problem."""
         return self.kind in STOPPING
 
     def __str__(self) -> str:
-        """Return what, where and why in a line that can be printed, whatever bytes a file name has."""
+        """Return kind, place and reason in one line that can be printed, even if a file name is not valid Unicode."""
         return f"{self.kind}: {self.where}: {self.reason}".encode(errors="backslashreplace").decode()
 
 
 class Rows(Protocol):
-    """Where images and captions stand, as they stand there."""
+    """Rows of images and captions with their values unchecked: a table's, or those of a folder's metadata."""
 
     image_column: str
     caption_column: str | None
 
     @property
     def fingerprint(self) -> str:
-        """Return a name of the images' bytes in the order of the rows, and of nothing else."""
+        """Return a hash of the images' bytes in the order of the rows, and of nothing else."""
 
     @property
     def problems(self) -> Sequence[Problem]:
-        """Return what was found wrong before there were rows."""
+        """Return the problems that were found while the rows were read."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
 
     def where(self, index: int) -> str:
-        """Return what a person finds row `index` by."""
+        """Return the place of row `index` for messages, such as a path."""
 
     def file(self, index: int) -> str | BinaryIO:
-        """Return the path or the bytes of an image; raises ImageError if it has none that may be read."""
+        """Return the path or the bytes of an image; ImageError if there is none or it may not be read."""
 
     def caption_values(self) -> Iterator[object]:
-        """Yield what stands in the caption column, row by row."""
+        """Yield the value of the caption column, row by row."""
 
     def caption_value(self, index: int) -> object:
-        """Return what stands in the caption column of row `index`."""
+        """Return the value of the caption column in row `index`."""
 
     def label_value(self, index: int) -> object:
-        """Return what stands in the class column of row `index`, None without such a column."""
+        """Return the value of the class column in row `index`, None without such a column."""
 
 
 class RowSource:
-    """A `Source` made of rows, that knows where each of its images comes from."""
+    """A `Source` made of rows; `where` gives the place of each image."""
 
     names = None
 
@@ -97,7 +97,7 @@ class RowSource:
 
     @property
     def fingerprint(self) -> str:
-        """Return a name of the images; the bytes of all may be read for it."""
+        """Return a hash of the images' bytes; all of them may be read for it."""
         return self.rows.fingerprint
 
     def __len__(self) -> int:
@@ -105,11 +105,11 @@ class RowSource:
         return len(self.rows)
 
     def header(self, index: int) -> Image.Image:
-        """Return an image that is not decoded yet; raises as `open_image` and `Rows.file`."""
+        """Return an image that is not decoded yet; errors as of `open_image` and `Rows.file`."""
         return open_image(self.rows.file(index))
 
     def image(self, index: int) -> Image.Image:
-        """Return the image of row `index`; raises ImageError with its place if it cannot be read."""
+        """Return the image of row `index`; ImageError, which names its place, if it cannot be read."""
         try:
             return decode(self.header(index))
         except ImageError as error:
@@ -120,11 +120,11 @@ class RowSource:
         return texts(self.rows.caption_value(index))
 
     def all_captions(self, index: int) -> Sequence[str]:
-        """Return the same: no others are known."""
+        """Return the captions of row `index`: rows have no others."""
         return self.captions(index)
 
     def class_label(self, index: int) -> int | None:
-        """Return the class of row `index`, None if there is none; raises ValueError unless it is a whole number."""
+        """Return the class of row `index`, None if there is none; ValueError if it is no whole number, 0 or more."""
         label = self.rows.label_value(index)
         if label is None:
             return None
@@ -134,7 +134,7 @@ class RowSource:
 
 
 class TableRows:
-    """Those of a map-style `datasets.Dataset`, an image column and a caption column (a string or a list of them)."""
+    """The rows of a map-style `datasets.Dataset`; a caption is a string or a list of strings."""
 
     problems: Sequence[Problem] = ()
 
@@ -147,15 +147,15 @@ class TableRows:
         root: str | None = None,
         beside: str = "",
     ):
-        """Images that are files must lie in folder `root`, a real path; None: where the Hub's libraries put files.
+        """Read image files only from folder `root`, a real path; None: from the caches of the Hub's libraries.
 
-        Their paths are relative to the folder `beside`, itself relative to `root`. Any format that was set on the table
-        is left out.
+        Paths in the table are relative to the folder `beside`, itself relative to `root`. A format that was set on the
+        table is ignored.
         """
         import datasets
 
         if table.format["type"] is not None or table.format["columns"] != table.column_names:
-            table = table.with_format(None)  # who saved it may have set one, such as "torch"
+            table = table.with_format(None)  # it may have been saved with one, such as "torch"
         columns = table.column_names
         self.image_column = _images_of(table.features, image_column)
         self.caption_column = find_captions(caption_column, columns, self.image_column)
@@ -173,7 +173,7 @@ class TableRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Name of the images' bytes, in the order of the rows; they are read if the table has changed."""
+        """Hash of the images' bytes in the order of the rows; they are read only if the table has changed."""
         cells = CachedRows("image-hashes", self._state(), len(self), self._cell_hashes).column("hash").numpy()
         hashes: list[bytes | None] = [cell.tobytes() if cell.any() else None for cell in cells]
         files = [row for row, value in enumerate(hashes) if value is None]
@@ -182,14 +182,14 @@ class TableRows:
         return images_fingerprint(hashes)
 
     def _state(self) -> str:
-        """Return a name of the table as it is on the disk, where its files can be exchanged below it."""
+        """Return a name of the table and of its files' states: the files may be replaced while the table stays."""
         files = [file["filename"] for file in self._table.cache_files]
         states = [os.stat(file) for file in files if os.path.exists(file)]
         times = [f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}-{state.st_ino}" for state in states]
         return "/".join([self._table._fingerprint, self.image_column, *times])
 
     def _cell_hashes(self, rows: range) -> dict[str, Tensor]:
-        """Return the hash of each row's bytes, 0 where it has none."""
+        """Return the hash of each row's image bytes, zeros for a row without bytes."""
         cells = self._images[rows.start : rows.stop][self.image_column]
         hashes = [
             content_hash(memoryview(cell["bytes"].as_buffer())) if cell.is_valid and cell["bytes"].is_valid else None
@@ -199,7 +199,7 @@ class TableRows:
         return {"hash": torch.frombuffer(bytearray(table), dtype=torch.uint8).view(-1, DIGEST_SIZE)}
 
     def _path(self, index: int) -> str | None:
-        """Return the path of the file that row `index` names, None if it names none that may be read."""
+        """Return the path of the image file of row `index`; None if it has none, or it may not be read."""
         try:
             file = self.file(index)
         except (ValueError, OSError):
@@ -237,7 +237,10 @@ class TableRows:
 
 
 def _downloaded(path: str) -> str:
-    """Return the real path of a file that came from the Hub; raises ImageError for any other: a row can name any."""
+    """Return the real path of a file that was downloaded from the Hub; ImageError for any other file of this machine.
+
+    A row could name any file.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -248,7 +251,7 @@ def _downloaded(path: str) -> str:
 
 
 def _images_of(features: Any, wanted: str | None) -> str:
-    """Return the column `wanted`, else the one of images, else the one of a usual name, of bytes rather than paths."""
+    """Return the image column: `wanted`, else the one of type Image, else a usual name (bytes before paths)."""
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -258,29 +261,29 @@ def _images_of(features: Any, wanted: str | None) -> str:
 
 
 def _is_bytes(feature: Any) -> bool:
-    """Whether a column holds bytes, or a struct of bytes and path."""
+    """Return True if a column holds bytes, or a struct of bytes and path."""
     if isinstance(feature, dict):
         return bool(feature.keys() & {"bytes", "path"})
     return getattr(feature, "dtype", None) in BYTES
 
 
 def _with_images(table: Any, column: str, feature: Any) -> Any:
-    """Return the table with images in `column`; raises ValueError if it holds neither images nor image files.
+    """Return the table with `column` cast to images; ValueError if it holds no image files.
 
-    Parquet files that were not written by `datasets` hold the bytes of image files, or a struct of bytes and path.
+    Parquet files of other writers than `datasets` hold the bytes of image files, or a struct of bytes and path.
     """
     import datasets
 
     kind = getattr(feature, "dtype", "")
     if not _is_bytes(feature) and kind not in PATHS:
         raise ValueError(f"data.image_column: {column!r} holds {feature}; expected images, or bytes of image files")
-    if kind.endswith("_view"):  # that of polars, which casts to nothing else
+    if kind.endswith("_view"):  # written by polars; it can be cast to this type only
         table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())
 
 
 def label_fault(value: object) -> str | None:
-    """Return why a class column's value is not a whole number, 0 or more; else None."""
+    """Return the fault of a class column's value; None if it is a whole number, 0 or more."""
     if not isinstance(value, int) or isinstance(value, bool):
         return "the row has no class" if value is None else f"the class is a {type(value).__name__}; expected a number"
     return f"the class is {value}; expected 0 or more" if value < 0 else None
@@ -293,7 +296,7 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def find_captions(wanted: str | None, columns: Sequence[str], images: str) -> str | None:
-    """Return the caption column, which is not that of the `images`; None if none is `wanted` and has a usual name."""
+    """Return the caption column: `wanted`, else one with a usual name other than `images`; None if there is none."""
     usual = [name for name in CAPTION_COLUMNS if name != images]
     if wanted is None and not set(columns) & set(usual):
         return None
@@ -301,10 +304,10 @@ def find_captions(wanted: str | None, columns: Sequence[str], images: str) -> st
 
 
 def choose_column(key: str, wanted: str | None, columns: Sequence[str], *usual: Sequence[str]) -> str:
-    """Return the column `wanted`, else the one of the first of the `usual` groups that has any; that one is logged.
+    """Return the column `wanted`, else the only one in the first of the `usual` groups that has any, and log it.
 
     Raises:
-        ValueError: there is none, or none is wanted and several are as good.
+        ValueError: there is no such column; or none is wanted and the group has several.
 
     """
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""Where captioned images come from: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
+"""Sources of captioned images: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Return a name of the images, not of captions or places: equal fingerprints, equal images in this order."""
+        """Return a name of the images, not of captions or paths: equal fingerprints, equal images in this order."""
 
     @property
     def names(self) -> Sequence[str] | None:
-        """A name of each image that outlives changes of its last bits, None if there is none but its pixels."""
+        """Return a name of each image that does not depend on the last bits of its pixels; None: there are none."""
 
     def __len__(self) -> int:
         """Return the number of images."""
 
     def image(self, index: int) -> Image.Image:
-        """Return an image in whatever mode it has."""
+        """Return an image in its own mode."""
 
     def captions(self, index: int) -> Sequence[str]:
-        """Return its captions to choose from, possibly none."""
+        """Return the captions that an image is trained with, possibly none."""
 
     def all_captions(self, index: int) -> Sequence[str]:
-        """Return every caption it is known by, also those not chosen: what held-out lists are matched with."""
+        """Return every caption of an image, also in other languages: lists of held-out captions match any of them."""
 
     def class_label(self, index: int) -> int | None:
-        """Return the number of its class, `UNKNOWN_CLASS` if it has none of them; None if the data has no classes."""
+        """Return the number of an image's class, `UNKNOWN_CLASS` if it is unknown; None if the data has no classes."""
 
 
 class Subset:
@@ -61,11 +61,11 @@ class Subset:
         return len(self._rows)
 
     def image(self, index: int) -> Image.Image:
-        """Return an image in whatever mode it has."""
+        """Return an image in its own mode."""
         return self._source.image(self._rows[index])
 
     def captions(self, index: int) -> Sequence[str]:
-        """Return the captions to choose from."""
+        """Return the captions that an image is trained with."""
         return self._source.captions(self._rows[index])
 
     def all_captions(self, index: int) -> Sequence[str]:
@@ -94,10 +94,10 @@ def build_source(config: DataConfig) -> Source:
 
 
 def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
-    """Return a split of a table, and where the images may be that it names: the `root` and `beside` of `TableRows`.
+    """Return a split of a table, and the arguments `root` and `beside` of `TableRows`: the folders of its images.
 
     Raises:
-        ValueError: there is no such split; the message lists those that there are.
+        ValueError: there is no such split; the message lists the existing ones.
 
     """
     import datasets
@@ -107,7 +107,7 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
         chosen = {name: files[name] for name in layout.chosen_splits(files, split)}
         root = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         real = [os.path.realpath(file) for several in chosen.values() for file in several]
-        # `datasets` knows files by paths and mtimes; a file that was exchanged under both must not give its old rows
+        # `datasets` caches by path and mtime; a replaced file with the same two must not give its old rows
         content = joint_hash(content_hashes(os.path.realpath(root), real)).hex()
         table = datasets.load_dataset("parquet", name=content, data_files=chosen, split=split)
         beside = os.path.commonpath([os.path.dirname(file) for several in chosen.values() for file in several])
@@ -117,16 +117,16 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
         return datasets.load_dataset(name, split=split, **revision), {"root": None}
     saved = datasets.load_from_disk(path)
     if not isinstance(saved, datasets.DatasetDict):
-        saved = {"train": saved, str(saved.split or "train"): saved}  # one table is "train", whatever it was
+        saved = {"train": saved, str(saved.split or "train"): saved}  # a single table is "train" too
     layout.chosen_splits(saved, split)
     return saved[split], {"root": os.path.realpath(path)}
 
 
 def source_config(data: str, source: SourceName | None = None, **more: Any) -> DataConfig:
-    """Return the config, with values `more`, of what `data` names, read as `source` if that is given.
+    """Return the config of `data`, with the fields `more`; `source` None: it is recognised.
 
-    That is "openmoji", a folder of images with a metadata file, a Parquet file or a folder of them, a folder that
-    `datasets` saved, or else the name of a data set.
+    `data` is "openmoji", a folder of images with a metadata file, a Parquet file or a folder of them, a folder that
+    `datasets` saved, or the name of a data set on the Hub.
     """
     if source is not None:
         return DataConfig(source=source, path=None if source == "openmoji" else data, **more)

@@ -1,4 +1,4 @@
-"""Train, validation and test: by image, never by caption."""
+"""The split into train, validation and test: by image, never by caption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Splits:
-    """Indices of each split, and a hash of what was held out for components to record."""
+    """Indices of each split, and a hash of the held-out images, which is recorded with the model."""
 
     indices: Mapping[str, tuple[int, ...]]
     held_out_hash: str
@@ -26,13 +26,13 @@ class Splits:
         return self.indices[name]
 
     def filled(self, name: str) -> tuple[int, ...]:
-        """Return the indices of split `name`; raises ValueError if it has none, which a training cannot do without."""
+        """Return the indices of split `name`; ConfigError if it is empty, since a training needs it."""
         if not self[name]:
             count = sum(map(len, self.indices.values()))
             raise ConfigError(
-                f"the {name} split has no images, of {count} in all; a training needs two or more that differ, one "
-                "of them for validation: by data.held_out_percent above 0, or by captions in data.held_out; data.limit "
-                "may leave too few"
+                f"the {name} split has no images, of {count} in all; a training needs two or more that differ, one of "
+                "them for validation: set data.held_out_percent above 0, or name captions in data.held_out; data.limit "
+                "may be too small"
             )
         return self[name]
 
@@ -46,15 +46,15 @@ def split_images(
 ) -> Splits:
     """Return the splits of images with these pixel `hashes`; images of equal pixels always share a split.
 
-    `held_out` maps "validation" and "test" to files of captions, a line each: every image that has one of them, in
-    any language, and every image equal to such a one, goes there. Without it, `held_out_percent` of the images
+    `held_out` maps "validation" and "test" to files of captions, one a line. Every image with such a caption, in any
+    language, goes to that split, and every image with equal pixels too. Without it, `held_out_percent` of the images
     go to each of the two by their hash, so that a growing data set never moves an image.
 
-    Of sets so small that this leaves no image for validation, one is taken from two or more for training, and this is
-    logged: the one nearest to validation by its hash. It is the only image that may be trained on when the set grows,
-    and then `held_out_hash` is another. No image that was trained on is ever held out by it.
+    If this leaves no image for validation and two or more for training, one training image is moved to validation and
+    this is logged: the one nearest to validation by its hash. When the set grows, it may go back to training, and
+    `held_out_hash` changes. No image ever moves from training to validation when the set grows.
 
-    With a `limit`, that many images are kept, the first by another hash, which favours no split.
+    With a `limit`, that many images are kept, the first ones by another hash, which favours no split.
     """
     unknown = sorted(set(held_out) - {"validation", "test"})
     if unknown:
@@ -77,21 +77,21 @@ def split_images(
 
 
 def _kept(hashes: Sequence[str], limit: int | None) -> Sequence[int]:
-    """Return the indices of the first `limit` images by a hash of their hashes, in order; None: of all."""
+    """Return the indices of the first `limit` images by a hash of their hashes, ascending; None: all indices."""
     if limit is None:
         return range(len(hashes))
     return sorted(sorted(range(len(hashes)), key=lambda index: _place(hashes[index], b"limit"))[:limit])
 
 
 def _hold_one_out(owner: dict[str, str], kept: Collection[str], percent: float) -> None:
-    """Give one of the `kept` images to validation if it has none and training has two or more."""
+    """Move one of the `kept` images to validation if it has none and training has two or more, in place."""
     train = [value for value in kept if owner[value] == "train"]
     if len(train) < 2 or any(owner[value] == "validation" for value in kept):
         return
     owner[min(train, key=_place)] = "validation"
     log.warning(
-        "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and goes back "
-        "to it when the set grows; raise it, or name captions in data.held_out, to hold images out for good",
+        "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and may go back "
+        "when the set grows; to hold images out for good, raise it, or name captions in data.held_out",
         percent, len(kept),
     )  # fmt: skip
 
@@ -131,5 +131,5 @@ def _by_hash(value: str, percent: float) -> str:
 
 
 def _place(value: str, use: bytes = b"") -> float:
-    """Return a number from 0 to below 1 that is as good as random, another for each `use`."""
+    """Return a pseudo-random number in [0, 1) for an image's hash, another one for each `use`."""
     return int(blake2b(value.encode(), digest_size=8, person=use).hexdigest(), 16) / 2**64

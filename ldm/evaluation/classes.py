@@ -10,8 +10,8 @@ import numpy as np
 from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.measure import Indices, mean_of
 from ldm.evaluation.report import Figure, Row, Section
-from ldm.evaluation.retrieval import Images
 from ldm.evaluation.subject import Features
+from ldm.models.vision import Images
 
 RIDGE = 0.1
 """Share of the mean variance of the features that is added to each."""

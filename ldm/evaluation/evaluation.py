@@ -31,7 +31,7 @@ from ldm.evaluation.conditions import CONDITIONS
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
-from ldm.evaluation.images import Images, pixel_values
+from ldm.evaluation.images import pixel_values
 from ldm.evaluation.leaks import refuse_leaks, refuse_teacher
 from ldm.evaluation.likelihood import bound_section, check_bound, variational_bound
 from ldm.evaluation.measure import Indices, Measure, mean_of
@@ -44,7 +44,7 @@ from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
 from ldm.models.pipeline import asked_by, call_settings, image_size, load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, versions
-from ldm.models.vision import ClipScore, FeatureNetwork, build_feature_network
+from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-Images = NDArray[np.uint8]
-"""Images, (N, H, W, 3), RGB in [0, 255]."""
+from ldm.models.vision import Images
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.evaluation.images import Images
 from ldm.evaluation.measure import mean_of
 from ldm.evaluation.report import Curve, Row, Section
 from ldm.models.scheduler import schedule_of
+from ldm.models.vision import Images
 from ldm.objectives.schedule import DiscreteSchedule, recover
 from ldm.objectives.variational import (
     GREY_STEP,

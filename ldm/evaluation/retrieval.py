@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm.evaluation.measure import Indices, Measure, mean_of
+from ldm.models.vision import Images
 
 COARSE_SIZE = 16
 """Pixels, height and width, that images are averaged to before they are compared."""
@@ -27,9 +28,6 @@ DRAWS = 10_000
 
 MAX_SHIFT = 3
 """Largest shift of a generated image in either direction, in 64ths of its size (pixels at 64)."""
-
-Images = NDArray[np.uint8]
-"""Images, (N, S, S, 3), RGB in [0, 255]; S is a multiple of 16."""
 
 Distances = NDArray[np.float64]
 """From each of N images to each of M, (N, M)."""

@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ldm.evaluation.images import Images
 from ldm.models.pipeline import plain_call
 from ldm.models.quiet import quietly
+from ldm.models.vision import Images
 from ldm.terminal import progress_bar
 
 CHUNK = 50

@@ -16,8 +16,9 @@ from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Curve, Figure, Row, Section
-from ldm.evaluation.retrieval import Images, feature_distances, ranks_among, recalls
+from ldm.evaluation.retrieval import feature_distances, ranks_among, recalls
 from ldm.evaluation.subject import Features, Subject
+from ldm.models.vision import Images
 
 SHEET_IMAGES = 24
 CLOSEST_PAIRS = 12

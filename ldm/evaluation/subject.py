@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ldm.evaluation.baselines import derangement
 from ldm.evaluation.measure import Indices
-from ldm.evaluation.retrieval import Images, pixel_distances
+from ldm.evaluation.retrieval import pixel_distances
+from ldm.models.vision import Images
 
 Features = NDArray[np.float32]
 """Of images, (N, D), in a network that the model was not trained against."""

@@ -1,4 +1,4 @@
-"""Autoencoders: built or loaded, and brought to unit scale when finished."""
+"""Autoencoders: encoding, decoding, and the scale of their latents."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 CHUNK = 32
-"""Images that pass through an autoencoder at once."""
+"""Images that an autoencoder encodes or decodes at once."""
 
 
 def downsampling_factor(autoencoder: AutoencoderKL | VQModel) -> int:
-    """Return the pixels per latent along one side."""
+    """Return the number of pixels per latent along one side."""
     return int(2 ** (len(autoencoder.config.block_out_channels) - 1))
 
 
 def posterior_moments(autoencoder: AutoencoderKL | VQModel, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and std of the posterior, (B, C, H/f, W/f), in the units that the denoiser sees.
 
-    An unfinished or foreign autoencoder's ``scaling_factor`` is applied; ours is 1 (see `fold_statistics`). Where an
-    encoder gives latents and no posterior (VQModel's, before quantisation; AutoencoderTiny's), their std is 0.
+    ``scaling_factor`` is applied; it is 1 for our finished autoencoders (`fold_statistics`). If the encoder returns
+    latents and no posterior, the std is 0: VQModel (before quantisation) and AutoencoderTiny.
     """
     encoded, scale = autoencoder.encode(pixel_values), autoencoder.config.scaling_factor
     if hasattr(encoded, "latents"):
@@ -30,7 +30,7 @@ def posterior_moments(autoencoder: AutoencoderKL | VQModel, pixel_values: Tensor
 def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
     """Return ``pixel_values`` (B, 3, H, W) of `latents` in the units that the denoiser sees; not clipped.
 
-    A VQModel decodes them as they are, not quantised, as Kandinsky's pipelines do.
+    A VQModel decodes them without quantising them first, as in Kandinsky's pipelines.
     """
     options = {"force_not_quantize": True} if isinstance(autoencoder, VQModel) else {}
     latents = latents / autoencoder.config.scaling_factor
@@ -40,10 +40,7 @@ def decode(autoencoder: AutoencoderKL | VQModel, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Return the images through the posterior's mean, (B, 3, H, W) in [-1, 1], on the CPU.
-
-    An autoencoder without a posterior, such as AutoencoderTiny, has one latent for each image.
-    """
+    """Return the images encoded to the posterior's mean and decoded, (B, 3, H, W) in [-1, 1], on the CPU."""
     device = next(autoencoder.parameters()).device
     parts = [
         decode(autoencoder, posterior_moments(autoencoder, part.to(device))[0]).cpu()
@@ -53,14 +50,14 @@ def reconstruct(autoencoder: AutoencoderKL, pixel_values: Tensor) -> Tensor:
 
 
 def fold_config(autoencoder: AutoencoderKL | VQModel) -> None:
-    """Fold a mean of the latents that the config names into the weights, in place; without one, change nothing.
+    """Fold the latents' shift or mean and std in the config into the weights, in place; do nothing if it has none.
 
-    The denoiser sees ``(z - shift_factor) * scaling_factor``, as of the autoencoders of Stable Diffusion 3 and Flux, or
-    ``(z - latents_mean) * scaling_factor / latents_std``, as in the pipeline of Stable Diffusion XL. Pipelines of
-    Stable Diffusion's kind know none of this: after it, they have nothing to know.
+    The denoiser's input is ``(z - shift_factor) * scaling_factor`` for the autoencoders of Stable Diffusion 3 and
+    Flux, and ``(z - latents_mean) * scaling_factor / latents_std`` in the pipeline of Stable Diffusion XL. The
+    pipelines of Stable Diffusion know only ``scaling_factor``: after folding, that is enough.
 
     Raises:
-        ValueError: a config that no pipeline of diffusers reads so: both, or a half of the second.
+        ValueError: the config has both forms, or one of the two statistics; no pipeline of diffusers reads that.
 
     """
     config = autoencoder.config
@@ -82,10 +79,10 @@ def fold_config(autoencoder: AutoencoderKL | VQModel) -> None:
 def fold_statistics(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Bring latents to zero mean and unit std per channel, in place, without changing any reconstruction.
 
-    `mean` and `std`, (C,), are those of the latents drawn for the training images, the posterior's own spread
-    included. ``quant_conv`` then returns ``(mean - m) / s`` and ``logvar - 2 log s`` and ``post_quant_conv`` undoes
-    it, so ``scaling_factor`` is 1, there is no shift, and no pipeline can get the scale wrong. An autoencoder without
-    them gets them: the 3 x 3 convolutions beside them pad with zeros, so that no mean folds into those exactly.
+    `mean` and `std`, (C,), are those of latents sampled from the posteriors of the training images. ``quant_conv``
+    then returns ``(mean - m) / s`` and ``logvar - 2 log s``, and ``post_quant_conv`` undoes it. So ``scaling_factor``
+    is 1, there is no shift, and no pipeline can get the scale wrong. An autoencoder without these two layers gets
+    them: the 3 x 3 convolutions beside them pad with zeros, so that a mean cannot be folded into those exactly.
     """
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise ValueError(f"latents of channel {int(std.argmin())} have std {float(std.min())}; expected > 0")
@@ -107,13 +104,13 @@ def fold_statistics(autoencoder: AutoencoderKL, mean: Tensor, std: Tensor) -> No
 
 
 def _pointwise(autoencoder: AutoencoderKL, name: str) -> nn.Conv2d:
-    """Return the 1 x 1 convolution `name`, which becomes one that changes nothing if there is none."""
+    """Return the 1 x 1 convolution `name`; if there is none, add the identity, in place."""
     if getattr(autoencoder, name) is None:
         like = autoencoder.decoder.conv_in.weight
         channels = 2 * like.shape[1] if name == "quant_conv" else like.shape[1]
         made = nn.Conv2d(channels, channels, 1, device="meta", dtype=like.dtype).to_empty(
             device=like.device
-        )  # no draws
+        )  # no random initialisation, which would advance the global generator
         made.load_state_dict({"weight": torch.eye(channels)[:, :, None, None], "bias": torch.zeros(channels)})
         setattr(autoencoder, name, made)
         autoencoder.register_to_config(**{f"use_{name}": True})

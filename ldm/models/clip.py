@@ -18,7 +18,7 @@ from ldm.models.quiet import quietly
 
 
 class ImageEncoder(nn.Module):
-    """A vision model with projection, from our images to its embeddings; frozen."""
+    """A frozen CLIP vision model with projection, from images in [-1, 1] to embeddings."""
 
     def __init__(self, network: CLIPVisionModelWithProjection):
         super().__init__()
@@ -53,9 +53,9 @@ class ImageEncoder(nn.Module):
 
 @quietly()
 def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
-    """Return the image encoder in a folder (a pipeline's, or its own) or of a Hub name, ``@revision`` included.
+    """Return the image encoder in a folder or on the Hub (``user/name@revision`` too), alone or in a pipeline.
 
-    ConfigError names `where`.
+    A ConfigError names the config path `where`.
     """
     with explained(where):
         place, keywords = find_component(pretrained, ("image_encoder",))

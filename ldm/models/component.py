@@ -1,4 +1,4 @@
-"""A network or tokenizer by the name of its own folder, or of the pipeline that it is a component of."""
+"""The place of a network or tokenizer, named by its own folder or by a pipeline's that has it as a component."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ INDEX = "model_index.json"
 def find_component(
     pretrained: str, names: Sequence[str], revision: str | None = None, subfolder: str | None = None
 ) -> tuple[str, dict[str, str]]:
-    """Return folder or Hub name of what `pretrained` names, and keywords of `from_pretrained` that say where in it.
+    """Return a model's folder or Hub name, and the keywords ``subfolder`` and ``revision`` of `from_pretrained`.
 
-    `names` are what diffusers' pipelines call a component of that kind. If `pretrained` is a pipeline, on the Hub too,
-    its component is found by ``model_index.json`` (or in a folder without one, by the folders in it), and
-    ``subfolder`` is its name; else the model is that of the folder itself. There is a ``revision`` if one is given,
-    apart or as ``user/name@revision``. A `subfolder` that is given is where to look.
+    `names` are diffusers' names for a component of this kind. If `pretrained` is a pipeline, in a folder or on the
+    Hub, its component is found in ``model_index.json`` (or, in a folder without one, by the subfolders), and
+    ``subfolder`` is its name. Otherwise the folder itself holds the model. A given `subfolder` is taken as it is.
+    ``revision`` is returned if it is given, alone or as ``user/name@revision``.
 
     Raises:
-        ValueError: a pipeline that has none of them, or more than one.
+        ValueError: the pipeline has none of these components, or several.
 
     """
     place, keywords = pinned(pretrained)
@@ -53,7 +53,7 @@ def _index(place: str, keywords: dict[str, str]) -> dict[str, Any] | None:
     if on_hub(place):
         try:
             path = Path(hf_hub_download(place, INDEX, revision=keywords.get("revision")))
-        except EntryNotFoundError:  # also offline, of a model that was fetched as one that is no pipeline
+        except EntryNotFoundError:  # also offline, if the cached model is no pipeline
             return None
     if not path.is_file():
         return None

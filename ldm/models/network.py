@@ -38,20 +38,20 @@ COMPONENTS = {
     **dict.fromkeys(("vae", "movq", "vqvae"), AUTOENCODERS),
     **dict.fromkeys(("unet", "transformer", "prior"), DENOISERS),
 }
-"""Names that diffusers' pipelines give their networks, and the classes that these may have here."""
+"""Classes that are allowed here for each name of a network in diffusers' pipelines."""
 LAST_LAYERS = ("conv_out", "proj_out", "proj_out_2", "proj_to_clip_embeddings")
-"""What those that denoise call theirs."""
+"""Names of the last layer in the denoisers of diffusers."""
 
 
 def build_network(
     network: dict[str, Any], where: str, classes: Collection[str] = (*AUTOENCODERS, *DENOISERS)
 ) -> nn.Module:
-    """Return the network that `network` describes, with random weights, or the one ``pretrained`` names.
+    """Return the network that `network` describes: new with random weights, or pretrained.
 
-    `network` holds ``_class_name``, one of `classes`, and arguments of that class's ``__init__``; or ``pretrained``
-    (folder or Hub name, ``user/name@revision`` too, of the network or of a pipeline with it), optionally with
-    ``revision`` and ``subfolder``, whose own config names the class. Raises ConfigError, which names the config path
-    `where`.
+    New: `network` holds ``_class_name``, one of `classes`, and arguments of that class's ``__init__``.
+    Pretrained: it holds ``pretrained``, the folder or Hub name (``user/name@revision`` too) of the network or of a
+    pipeline with it, and optionally ``revision`` and ``subfolder``; its own config names the class.
+    A ConfigError names the config path `where`.
     """
     keys = dict(network)
     folder, name = keys.pop("pretrained", None), keys.pop("_class_name", None)
@@ -77,10 +77,10 @@ def build_network(
 
 
 def built(build: Callable[[], nn.Module], where: str, name: str) -> nn.Module:
-    """Return what `build` builds, a network called `name`.
+    """Return the network that `build` returns; `name` is its class for messages.
 
-    It is built on the meta device first, without weights: whatever a library makes of impossible values, and weights
-    that this machine's memory cannot hold, are a ConfigError, which names the config path `where`.
+    It is built on the meta device first, without weights. If that fails, or if the weights are too large for this
+    machine's memory, a ConfigError names the config path `where`.
     """
     with explained(f"{where}: {name} refuses these values"), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -96,7 +96,7 @@ def built(build: Callable[[], nn.Module], where: str, name: str) -> nn.Module:
 
 
 def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str, what: str) -> None:
-    """Raise ConfigError if one of the keys at `where` is not `allowed`, with the allowed one it is nearest to."""
+    """Raise ConfigError if one of the keys at `where` is not `allowed`; it suggests the most similar allowed key."""
     for key in keys:
         if key not in allowed:
             close = difflib.get_close_matches(key, sorted(allowed), n=1)
@@ -105,10 +105,10 @@ def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str, 
 
 
 def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
-    """Make a network of diffusers ready to be trained here, in place.
+    """Prepare a network of diffusers for training, in place.
 
-    Statistics of an embedding are no parameters to train; what is dropped is the conditioners' affair and not the
-    label embedding's too. A `fresh` one, with random weights, gets `zero_tails` and statistics that change nothing.
+    The statistics of embeddings are frozen. The label embedding's dropout is switched off, since the conditioner drops
+    labels. A `fresh` network, with random weights, also gets `zero_tails` and a std of 1 in its statistics.
     """
     for module in denoiser.modules():
         if isinstance(module, LabelEmbedding):
@@ -116,14 +116,14 @@ def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
     if isinstance(denoiser, PriorTransformer):
         denoiser.clip_mean.requires_grad_(False)
         denoiser.clip_std.requires_grad_(False)
-        if fresh:  # they are zero, and so would be every embedding
+        if fresh:  # diffusers initialises them with zeros, which would make every embedding zero
             nn.init.ones_(denoiser.clip_std)
     if fresh:
         zero_tails(denoiser)
 
 
 def keep_statistics(denoiser: Any, mean: Tensor, std: Tensor) -> None:
-    """Write the mean and std of embeddings, (D,), where the denoiser's pipeline looks for them, in place."""
+    """Write the mean and std of embeddings, (D,), into the denoiser, where its pipeline reads them."""
     if not isinstance(denoiser, PriorTransformer):
         raise ValueError(f"denoiser: {type(denoiser).__name__} predicts no embeddings; use PriorTransformer")
     if denoiser.clip_mean.shape[1] != len(mean):
@@ -140,11 +140,11 @@ def zero_tails(denoiser: nn.Module) -> None:
     """Zero the last layer of the network and of each residual branch, in place.
 
     The network then starts as the zero function and every block as the identity ("zero_module" of Dhariwal & Nichol
-    2021; diffusers zeroes nothing), so that the first loss is the variance of the target and not that plus noise.
+    2021; diffusers zeroes nothing). So the first loss is the variance of the target; a random output would add to it.
     """
     tails = [getattr(denoiser, name, None) for name in LAST_LAYERS]
     whole = [module for module in denoiser.modules() if isinstance(module, Transformer2DModel)]
-    inside = {block for module in whole for block in module.modules()}  # one branch, whatever it is made of
+    inside = {block for module in whole for block in module.modules()}  # such a module is one residual branch
     for module in denoiser.modules():
         if isinstance(module, ResnetBlock2D):
             tails.append(module.conv2)
@@ -162,7 +162,7 @@ def zero_tails(denoiser: nn.Module) -> None:
 
 
 def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xformers: bool) -> None:
-    """Switch gradient checkpointing and xformers' attention on where asked for, in place.
+    """Switch on gradient checkpointing and xformers' attention if the arguments say so, in place.
 
     Raises:
         ImportError, RuntimeError: xformers is not installed, or there is no GPU for it.
@@ -170,13 +170,13 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
 
     """
     if gradient_checkpointing:
-        # of diffusers, of transformers, of transformers before it changed the name
+        # names in diffusers, in transformers, and in older versions of transformers
         names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next((getattr(network, name) for name in names if hasattr(network, name)), None)
         if enable is None:
             raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
         enable()
-    # networks of transformers have no such switch, and need none: their attention is short
+    # networks of transformers have no such switch and need none: their sequences are short
     if xformers and hasattr(network, "enable_xformers_memory_efficient_attention"):
         if importlib.util.find_spec("xformers") is None:
             raise ImportError("loop.xformers: pip install xformers, or set it to false for the attention of torch")
@@ -186,10 +186,10 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
 
 
 def unreached(module: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
-    """Return the names of the parameters of `module` that require grad and that no gradient of `outputs` reaches.
+    """Return the names of the trainable parameters of `module` that get no gradient from `outputs`.
 
-    Read off the graph that the forward pass left behind: a gradient that is zero is one, and no backward pass is taken.
-    Several processes cannot train them: the step after one without their gradient fails.
+    They are read from the autograd graph, without a backward pass; a gradient of zero counts as one. Such parameters
+    cannot be trained by several processes: DDP fails in the step after one without their gradient.
     """
     nodes, left = set[Any](), [output.grad_fn for output in outputs]
     while left:
@@ -202,14 +202,14 @@ def unreached(module: nn.Module, outputs: Iterable[Tensor]) -> list[str]:
 
 
 def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) -> list[str]:
-    """Freeze, in place, what of `module` works for none of the outputs of `forward`; return the parameters' names.
+    """Freeze, in place, the parameters of `module` that no output of `forward` depends on; return their names.
 
-    Only of parts that `forward` calls: one that this example leaves out (an expert) may be called by the next.
+    Parts that `forward` does not call are not frozen: the next batch may call them (an expert, for example).
     """
     called = set[nn.Module]()
     hooks = [part.register_forward_hook(lambda part, *_: called.add(part)) for part in module.modules()]
     training = module.training
-    module.eval()  # no layer is dropped
+    module.eval()  # no dropout
     with torch.enable_grad():
         unused = unreached(module, forward())
     module.train(training)
@@ -222,7 +222,7 @@ def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) ->
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Return 32 hexadecimal digits that name the weights: equal names and values, equal hash."""
+    """Return a hash of the weights, 32 hexadecimal digits, by their names, shapes, types and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -231,7 +231,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Return 64 hexadecimal digits that name the weights in whatever precision they are held, for others to read."""
+    """Return the SHA-256 of the weights, 64 hexadecimal digits, by names, shapes and values in float32."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

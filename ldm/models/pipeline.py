@@ -21,11 +21,11 @@ from ldm.models.quiet import quietly
 def load_pipeline(model: str, trust_remote_code: bool) -> Any:
     """Return the pipeline in folder or Hub repository `model`, ``user/name`` or ``user/name@revision``.
 
-    As the stock class that ``model_index.json`` names, or with `trust_remote_code` as the folder's own
-    ``pipeline.py``, which runs code that came with the model.
+    It is of the stock class in ``model_index.json``, or with `trust_remote_code` of the class in the folder's own
+    ``pipeline.py``: this runs code that came with the model.
 
     Raises:
-        ValueError: as `checked_pipeline`; or there is no such folder, and no such repository is reached.
+        ValueError: as `checked_pipeline`; or there is no such folder, and no such repository was found.
 
     """
     own: dict[str, Any] = {}
@@ -49,15 +49,15 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
 def starting_from(pipeline: Any, masked: bool) -> Any:
     """Return a pipeline of the same parts that takes an ``image``, and a ``mask_image`` if `masked`.
 
-    Ours takes both as it is; for the stock ones diffusers has others.
+    Our pipelines take both themselves; for a stock pipeline diffusers has a second class.
 
     Raises:
-        ValueError: there is none for pipelines of this kind.
+        ValueError: diffusers has no such class for this pipeline.
 
     """
     if "image" in inspect.signature(pipeline.__call__).parameters:
         return pipeline
-    # not above: they import every pipeline that there is, which takes a second
+    # imported here: they import every pipeline of diffusers, which takes a second
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     kind = AutoPipelineForInpainting if masked else AutoPipelineForImage2Image
@@ -75,9 +75,10 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
 
 
 def kept_size(pipeline: Any, width: int, height: int) -> dict[str, int]:
-    """Return what a call is told besides, so that an image that it starts from keeps its size, in whole latents.
+    """Return the height and width of a call for which a given image keeps its size, rounded down to whole latents.
 
-    Stock pipelines that inpaint would squeeze it into a square of the model's size.
+    Without them, stock inpainting pipelines resize the image to a square of the model's size. Empty if the pipeline
+    takes no image or no size.
     """
     factor, takes = getattr(pipeline, "vae_scale_factor", None), inspect.signature(pipeline.__call__).parameters
     if factor is None or not {"image", "height", "width"} <= set(takes):
@@ -88,13 +89,13 @@ def kept_size(pipeline: Any, width: int, height: int) -> dict[str, int]:
 
 
 MAX_TOKENS = 10_000
-"""Tokenizers that know no length say 1e30."""
+"""Largest ``model_max_length`` that is taken for a real one; tokenizers without a limit have 1e30."""
 
 
 def plain_call(pipeline: Any) -> dict[str, Any]:
-    """Return what a call is told besides, to take captions and sizes as the model has learned them.
+    """Return the arguments of a call with which captions and sizes are handled as in training.
 
-    PixArt's stock pipeline would draw at sizes of its own list alone, and read captions another length.
+    By default, PixArt's stock pipeline samples only sizes of its own list, and cuts captions at another length.
     """
     takes = inspect.signature(pipeline.__call__).parameters
     plain = {"use_resolution_binning": False, "clean_caption": False}
@@ -108,10 +109,10 @@ DEFAULT_GUIDANCE = 3.0
 
 
 def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float | None) -> dict[str, Any]:
-    """Return the settings of sampling that a pipeline's call takes; `DEFAULT_GUIDANCE` if None is given.
+    """Return the sampling arguments of a pipeline's call; a `guidance_scale` of None is `DEFAULT_GUIDANCE`.
 
     Raises:
-        ValueError: they are out of range; or there is to be guidance, which the pipeline does not have.
+        ValueError: one is out of range; or a guidance scale is given and the pipeline has no guidance.
 
     """
     most = pipeline.scheduler.config.num_train_timesteps
@@ -129,14 +130,14 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
 
 
 ASKS = ("prompt", "class_labels", "batch_size")
-"""Keywords of diffusers' pipelines that say what to sample, the one that says most first."""
+"""Arguments of diffusers' pipelines that say what to sample, the most specific first."""
 
 
 def asked_by(pipeline: Any) -> str:
-    """Return the keyword of a pipeline that says what to sample: of `ASKS`, of which the last says only how much.
+    """Return the argument of a pipeline's call that says what to sample, one of `ASKS`; ``batch_size``: only how many.
 
     Raises:
-        ValueError: it takes none of them; or its denoiser is conditioned on classes, which it cannot pass on.
+        ValueError: the call takes none of them; or the denoiser is conditioned on classes and the call takes no class.
 
     """
     takes = inspect.signature(pipeline.__call__).parameters
@@ -153,10 +154,10 @@ def asked_by(pipeline: Any) -> str:
 
 
 def image_size(pipeline: Any) -> int:
-    """Return the pixels, height and width, of the images that a pipeline samples by default.
+    """Return the size in pixels, height and width, of the images that a pipeline samples by default.
 
     Raises:
-        ValueError: it has no denoiser that says its size; as `asked_by`.
+        ValueError: its denoiser has no ``sample_size``; or as `asked_by`.
 
     """
     asked_by(pipeline)
@@ -165,7 +166,7 @@ def image_size(pipeline: Any) -> int:
     size = denoiser.config.get("sample_size") if denoiser is not None else None
     if size is None:
         raise ValueError(
-            f"{type(pipeline).__name__} does not draw images with a unet or transformer of a known sample_size; "
+            f"{type(pipeline).__name__} does not sample images with a unet or transformer of a known sample_size; "
             "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]

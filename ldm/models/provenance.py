@@ -1,4 +1,4 @@
-"""What a saved model says of its training: ``training.json`` beside its weights."""
+"""The record of a model's training: ``training.json`` beside its weights."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ HASH_DIGITS = 16
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a model came to be. Names no path, host or user: it travels with the model."""
+    """A model's training: data, steps, hardware, versions. It is published with the model: no path, host or user."""
 
     data: str
     """Fingerprint of the images."""
     held_out_hash: str
-    """Hash of the images that were left out of training; see `ldm.data.splits`."""
+    """Hash of the held-out images; see `ldm.data.splits`."""
     train_pictures: int
     global_step: int
     train_seconds: float
@@ -46,12 +46,12 @@ class Provenance:
     hardware: str
     versions: dict[str, str]
     networks: list[str] = field(default_factory=list)
-    """Networks that a loss or a condition looked through, of the model's parts too: name and hash of the weights. What
-    they see has been trained for, so that they must not measure it."""
+    """Frozen networks that a loss or a condition used, those of the model's parts included: name and hash of the
+    weights. The model was trained on their features, so they must not be used to evaluate it."""
     sigma_rel: float | None = None
-    """Length of the power-function average that the weights are; None: they are the training's own average."""
+    """Length of the power-function average of the weights; None: they are the training's own average."""
     data_options: DataOptions = field(default_factory=DataOptions)
-    """How the data were read, for whoever measures the model; empty of models from before this was recorded."""
+    """Options with which the data were read, for evaluation; empty for older models, which did not record them."""
 
     def save(self, folder: str | Path) -> None:
         """Write ``training.json`` into the model's folder."""
@@ -59,12 +59,11 @@ class Provenance:
 
 
 def read_provenance(name: str | Path) -> Provenance | None:
-    """Return what a model says of its training; None if it says nothing that we can read: a model of others.
+    """Return the record of a model's training; None if there is none that we can read, as for models of others.
 
-    `name` is all that a config or a command can name: a folder, ``package:NAME/FOLDER``, ``user/name`` or
-    ``user/name@revision`` on the Hub; a `Path` is a folder of this machine, and the Hub is not asked. A record that is
-    not ours, or of which a part is not known here, is said, and so is one that could not be asked for; nothing is
-    raised.
+    `name` is a folder, ``package:NAME/FOLDER``, or ``user/name`` or ``user/name@revision`` on the Hub. A `Path` is
+    always a folder of this machine. Nothing is raised: a warning is logged if the record is not ours, if it has
+    unknown fields, or if the Hub could not be asked.
     """
     path = _file_of(name, FILE)
     if path is None:
@@ -72,37 +71,37 @@ def read_provenance(name: str | Path) -> Provenance | None:
     try:
         known, others = _known_values(read_object(path), Provenance)
         if missing := [one.name for one in fields(Provenance) if one.name not in known and _is_required(one)]:
-            raise ValueError(f"{path}: it has no {missing[0]} as we write it")
+            raise ValueError(f"{path}: {missing[0]} is missing or of another type")
     except (ValueError, OSError) as error:
-        _say(f"no record of ours, and not read: {error}")
+        _warn_once(f"no record of ours, and not read: {error}")
         return None
     if others:
-        _say(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
+        _warn_once(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
     return Provenance(**known)
 
 
 @cache
-def _say(message: str) -> None:
-    """Log a warning, once: a record is read several times."""
+def _warn_once(message: str) -> None:
+    """Log a warning, each message once: a record is read several times."""
     log.warning(message)
 
 
 def _file_of(name: str | Path, file: str) -> Path | None:
-    """Return where a `file` beside a model lies on this machine, fetched from the Hub if need be; None: nowhere."""
+    """Return the path of a `file` beside a model, downloaded from the Hub if needed; None if there is none."""
     try:
         folder = Path(resolve(str(name)))
-        if folder.exists():  # a component's record is its pipeline's
+        if folder.exists():  # a component has the record of its pipeline
             return next((path for path in (folder / file, folder.parent / file) if path.is_file()), None)
-    except (ImportError, OSError, ValueError):  # no such package, no such path: loading the model says it
+    except (ImportError, OSError, ValueError):  # no such package or path: loading the model raises the error
         return None
     if isinstance(name, Path) or not on_hub(name):
         return None
     try:
         repository, revision = pinned(name)
         return Path(hf_hub_download(repository, file, revision=revision.get("revision")))
-    except Exception as error:  # of the client, of its HTTP library, of the disk
+    except Exception as error:  # errors of the client, of its HTTP library, of the disk
         if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-            _say(f"{name}: whether it has a {file}, which says what it has seen, was not checked: {_line(error)}")
+            _warn_once(f"{name}: its {file}, the record of its training images, was not checked: {_line(error)}")
         return None
 
 
@@ -111,7 +110,7 @@ def _line(error: Exception) -> str:
 
 
 def _known_values(found: dict[str, Any], kind: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return the values that `kind`, a record or its options, has fields for, and the names of the others."""
+    """Return the values that are fields of `kind`, a dataclass or TypedDict, and the names of the other values."""
     known: dict[str, Any] = {}
     others: list[str] = []
     hints = get_type_hints(kind)
@@ -132,7 +131,7 @@ def _is_required(one: Any) -> bool:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Return whether a value from JSON is what a field's annotation says."""
+    """Return True if a value from JSON has the type of a field's annotation."""
     kind, arms = get_origin(hint), get_args(hint)
     if kind is UnionType:
         return any(_is_a(value, arm) for arm in arms)
@@ -148,9 +147,9 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 def image_keys(names: Iterable[str]) -> Tensor:
-    """Return 64 bits of a hash of each distinct name of an image, int64 in ascending order: equal images, equal keys.
+    """Return a key for each distinct name of an image, 64 bits of its hash, as int64 in ascending order.
 
-    A million images share a key with one of a million others by a chance of 5e-8.
+    Two sets of a million different images share a key with a probability of 5e-8.
     """
     digests = (blake2b(name.encode(), digest_size=8).digest() for name in set(names))
     keys = [int.from_bytes(digest, "little", signed=True) for digest in digests]
@@ -168,25 +167,25 @@ def save_trained_images(folder: str | Path, keys: Tensor) -> None:
 
 
 def read_trained_images(name: str | Path) -> Tensor | None:
-    """Return the keys of the images that a model, named as in `read_provenance`, was trained on; None: it says none."""
+    """Return the keys of a model's training images, None if there is no record; `name` is as in `read_provenance`."""
     path = _file_of(name, TRAINED_IMAGES)
     if path is None:
         return None
     try:
         keys = load_file(path)["keys"]
     except (SafetensorError, OSError, KeyError) as error:
-        _say(f"{path}: no record of ours, and not read: {_line(error)}")
+        _warn_once(f"{path}: no record of ours, and not read: {_line(error)}")
         return None
     return keys
 
 
 def trained_through(name: str, sha256: str) -> str:
-    """Return how `Provenance.networks` names a network."""
+    """Return the entry of `Provenance.networks` for a network."""
     return f"{name} {sha256[:HASH_DIGITS]}"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
-    # ours is not asked of pip: a checkout that was never installed trains too
+    """Return the versions of ldm and of the libraries it computes with."""
+    # our own version is not read from package metadata: a checkout that was never installed has none
     others = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
     return {"ldm": __version__, **others}

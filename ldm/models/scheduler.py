@@ -1,4 +1,4 @@
-"""The scheduler that samples what `ldm.objectives.denoising` trained."""
+"""The sampling scheduler of a trained objective."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ DPM_SOLVER = SamplerConfig()
 
 
 def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clip_sample: bool = False) -> Any:
-    """Return the sampling scheduler of the noise path and prediction type that config trains.
+    """Return the sampling scheduler for the noise path and prediction type of `config`.
 
-    dpm_solver: DPM-Solver++ (Lu et al. 2022), second order: one class for every sound combination, flow included, and
-    any stock pipeline takes it. DDIM knows no flow prediction, and where the number of inference steps does not
-    divide num_train_timesteps each of its steps ends at another noise level than the next one starts from. ddpm:
-    Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one; fewer steps than in training are
-    spaced evenly from the last timestep to the first, as Nichol & Dhariwal 2021 do: diffusers adds noise in every step
-    but that of timestep 0, so that a sampling that ends elsewhere ends in noise.
+    dpm_solver: DPM-Solver++ (Lu et al. 2022), second order. It takes every sound combination, flow included, and every
+    stock pipeline takes it.
+    ddim: it knows no flow prediction. If the number of inference steps does not divide num_train_timesteps, each of its
+    steps ends at another noise level than the next one starts from.
+    ddpm: Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one. Fewer steps than in
+    training are spaced evenly from the last timestep to the first, as in Nichol & Dhariwal 2021: diffusers adds noise
+    in every step except at timestep 0, so that a sampling that ends at another timestep ends in noise.
 
-    clip_sample: x0 is in [-1, 1], and what ddim and ddpm think of it on the way is clipped to that.
+    clip_sample: x0 is in [-1, 1]; ddim and ddpm clip their estimate of it to that range.
 
-    The config also has what DPM-Solver does not know and hands on: with ``pipe.scheduler = X.from_config(
-    pipe.scheduler.config)`` DDIM and DDPM clip only where x0 is in [-1, 1], and PNDM takes as many steps as it is told.
+    The config also holds keys that DPM-Solver does not use, for ``pipe.scheduler = X.from_config(
+    pipe.scheduler.config)``: DDIM and DDPM then clip only if x0 is in [-1, 1], and PNDM takes the given steps.
 
     ValueError if the combination is unsound, as in training. Two limits of diffusers on the discrete paths:
-    more inference steps than num_train_timesteps give NaN, and a few odd numbers of them (61, 103, 121, ...)
-    get one step too many, at timestep -1, and samples whose standard deviation is some 3 % off.
+    more inference steps than num_train_timesteps give NaN; and with a few odd numbers of steps (61, 103, 121, ...)
+    there is one step too many, at timestep -1, and the samples' standard deviation is about 3 % off.
     """
     scheduler = _build(config, sampler, clip_sample)
     scheduler.register_to_config(clip_sample=clip_sample, skip_prk_steps=True)
@@ -53,7 +54,7 @@ def _build(config: ObjectiveConfig, sampler: SamplerConfig, clip_sample: bool) -
         "num_train_timesteps": steps,
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "timestep_spacing": "trailing",  # from the last step on, as zero terminal SNR needs (Lin et al. 2024)
+        "timestep_spacing": "trailing",  # starts at the last timestep, as zero terminal SNR needs (Lin et al. 2024)
         "beta_schedule": "squaredcos_cap_v2",
     }
     if config.path in BETAS:
@@ -68,17 +69,17 @@ def _build(config: ObjectiveConfig, sampler: SamplerConfig, clip_sample: bool) -
     return DPMSolverMultistepScheduler(
         **common,
         final_sigmas_type="zero",
-        # An error of the predicted noise is one of x0 times sigma / alpha, which is 20,000 at the end of the
-        # cosine path: start where it is 164 (diffusers' advice; the linear path ends at 157).
+        # An error of the predicted noise becomes an error of x0, multiplied by sigma / alpha. At the end of the cosine
+        # path that is 20,000: start where it is 164 (diffusers' advice; the linear path ends at 157).
         lambda_min_clipped=-5.1 if config.prediction_type == "epsilon" else -float("inf"),
     )
 
 
 def schedule_of(scheduler: Any) -> tuple[Schedule, PredictionType]:
-    """Return the noise path that a sampling scheduler of diffusers was made for, and what its network predicts.
+    """Return the noise path and the prediction type of a sampling scheduler of diffusers.
 
     Raises:
-        ValueError: it predicts what none of ours does.
+        ValueError: the prediction type is unknown here.
 
     """
     config = scheduler.config

@@ -42,9 +42,9 @@ WHOLE_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """Return a CLIP tokenizer whose byte-pair merges are learned from `captions`.
 
-    The vocabulary is laid out as CLIP's: 256 bytes, the same at the end of a word, the merges, begin, end. So every
-    string has a tokenization without unknown tokens, and the end token, which also pads, never has id 2 (which
-    transformers treats as a mark of old checkpoints). It has fewer than `vocab_size` entries if no pair is left.
+    The vocabulary has the layout of CLIP's: 256 bytes, the same 256 at the end of a word, the merges, begin, end. So
+    every string can be tokenized without unknown tokens. The end token, which also pads, never has id 2, which
+    transformers treats as a mark of old checkpoints. There are fewer than `vocab_size` entries if no pair is left.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = letters + [letter + WORD_END for letter in letters]
@@ -63,15 +63,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
 
 
 def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
-    """Return up to `count` byte-pair merges of `words`, symbols with how often they occur (Sennrich et al. 2016).
+    """Return up to `count` byte-pair merges (Sennrich et al. 2016); `words` maps symbols to their occurrences.
 
-    The most frequent pair first, the first in alphabetical order of equals: the same captions always give the same
-    tokenizer, with which weights were trained. The trainer of `tokenizers` 0.23 numbers the symbols in the order of a
-    randomly seeded hash map, and the numbers decide between equals: two calls may give two vocabularies. Where the
-    order is fixed (the symbols given as special tokens), they are still not those that older checkpoints know.
+    The most frequent pair is merged first, and of equally frequent ones the first in alphabetical order. So the same
+    captions always give the same tokenizer, on which trained weights depend. The trainer of `tokenizers` 0.23 breaks
+    ties by numbers from a randomly seeded hash map: two calls may give two vocabularies. Even with a fixed order (the
+    symbols as special tokens), its vocabulary is not that of older checkpoints.
 
-    A merge visits only the words that its pair occurs in. The heap has every count that a pair ever had; those that are
-    no longer true are skipped.
+    A merge visits only the words that contain its pair. The heap holds every count that a pair ever had; outdated
+    counts are skipped.
     """
     spellings, occurrences = [list(word) for word in words], list(words.values())
     counts: Counter[tuple[str, str]] = Counter()
@@ -106,13 +106,13 @@ def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Merge `pair` wherever it occurs in `symbols`, in place; return the pairs that are gone and those that are new."""
+    """Merge `pair` wherever it occurs in `symbols`, in place; return the pairs that vanish and those that appear."""
     lost: list[tuple[str, str]] = []
     gained: list[tuple[str, str]] = []
     left, right = pair
     merged: list[str] = []
     done = place = 0
-    with suppress(ValueError):  # no more of them
+    with suppress(ValueError):  # `left` does not occur any more
         while True:
             place = symbols.index(left, place, -1)
             if symbols[place + 1] != right:
@@ -129,9 +129,9 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> tuple[list[tuple[str, s
 
 
 def tokenizer_json(tokenizer: Any) -> str:
-    """Return a tokenizer as JSON, ``{file name: text}`` of the files that it saves; `tokenizer_from_json` reads it.
+    """Return a tokenizer as JSON, ``{file name: text}`` of its saved files; `tokenizer_from_json` reads it.
 
-    How a call has padded or truncated leaves no trace in it.
+    The padding and truncation of earlier calls are not in it.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -144,10 +144,10 @@ def tokenizer_json(tokenizer: Any) -> str:
 
 
 def tokenizer_from_json(text: str, max_length: int) -> Any:
-    """Return the tokenizer that `tokenizer_json` wrote, which gives the same ids, at most `max_length` of them.
+    """Return the tokenizer that `tokenizer_json` wrote: it gives the same ids, at most `max_length` of them.
 
     Raises:
-        ValueError: a file is to be written elsewhere, or code of its own is to be run.
+        ValueError: the JSON names a file in another folder, or the tokenizer would run its own code.
 
     """
     files = json.loads(text)
@@ -162,9 +162,9 @@ def tokenizer_from_json(text: str, max_length: int) -> Any:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return 32 hexadecimal digits: equal if two tokenizers give equal ids, padding and truncation included.
+    """Return a hash of a tokenizer's ids, 32 hexadecimal digits, padding and truncation included.
 
-    Compare those of one process: another version of transformers may write the same tokenizer with other fields.
+    Compare hashes of one process only: another version of transformers may save the same tokenizer differently.
     """
     files = json.loads(tokenizer_json(tokenizer))
     files.pop(CONFIG_FILE)
@@ -179,8 +179,8 @@ def build_text_encoder(
 ) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)``, from scratch or pretrained as `config` says.
 
-    `tokenizer` takes the place of the pretrained one's; from scratch, of one that is learned from `captions`, which
-    must be those of the training split only.
+    From scratch, the tokenizer is learned from `captions`, which must be those of the training split only. A given
+    `tokenizer` takes the place of the learned or pretrained one.
     """
     if config.pretrained is not None:
         return load_text_encoder(config.pretrained, config.max_length, tokenizer, config.keywords.values())
@@ -209,18 +209,18 @@ def load_text_encoder(
 ) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
-    On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run.
+    On the Hub, ``user/name@revision`` is a commit, branch or tag. Code that comes with a model is never run. A pipeline
+    has both as its components ``text_encoder`` and ``tokenizer``. A given `tokenizer` takes the place of the found one.
 
-    Of a pipeline they are ``text_encoder`` and ``tokenizer``. A `tokenizer` that is given takes the place of the one
-    found. A CLIP keeps its projection only if `outputs`, those of `TextConfig.keywords`, want
-    ``pooled_prompt_embeds``: with it, the encoder's first output, which pipelines take for ``prompt_embeds``, would be
-    that one. All encoders but CLIP's get ``use_attention_mask`` in their config: it makes the Stable Diffusion pipeline
-    pass them the mask they need.
+    A CLIP is loaded with its projection only if `outputs`, those of `TextConfig.keywords`, contain
+    ``pooled_prompt_embeds``. With the projection, these would be the encoder's first output, which pipelines take for
+    ``prompt_embeds``. All other encoders get ``use_attention_mask`` in their config: the Stable Diffusion pipeline
+    then passes them the mask that they need.
     """
     where = "conditioners.text.pretrained"
     with explained(where), own_code_refused(where, pretrained):
         place, keywords = find_component(resolve(pretrained), ("text_encoder",))
-        # not given, transformers asks at the terminal, and y runs the code
+        # without it, transformers asks at the terminal, and "y" runs the code
         options = {"trust_remote_code": False, **keywords}
         refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
         found = AutoConfig.from_pretrained(place, **options)
@@ -240,6 +240,6 @@ def load_text_encoder(
 
 
 def load_tokenizer(pretrained: str) -> Any:
-    """Return the tokenizer of a pipeline or in a folder of its own, named as in `load_text_encoder`."""
+    """Return the tokenizer of a pipeline or of its own folder, named as in `load_text_encoder`."""
     place, keywords = find_component(resolve(pretrained), ("tokenizer",))
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **keywords)

@@ -1,4 +1,4 @@
-"""Networks that measure: images to features, and how well an image agrees with a caption."""
+"""Networks for evaluation: features of images, and the agreement of images with captions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Images = NDArray[np.uint8]
 """Images, (N, H, W, 3), RGB in [0, 255]."""
 
 Statistics = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation by channel that a network was trained with, of RGB in [0, 1]."""
+"""Mean and standard deviation of RGB in [0, 1], by channel, with which a network's inputs are normalised."""
 
 NONE: Statistics = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 HALVES: Statistics = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -48,13 +48,14 @@ IMAGENET: Statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 OPENAI: Statistics = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 KINDS = ("clip", "clip_vision_model", "dinov2")
-"""Values of ``model_type`` in the config of a transformers model that is taken."""
+"""Allowed values of ``model_type`` in the config of a transformers model."""
 
 SIZE = 224
-"""Pixels, height and width, that DINOv2 is measured at (Stein et al. 2023)."""
+"""Pixels, height and width, of DINOv2's input (Stein et al. 2023)."""
 
 EFFICIENTNET_SIZE = 128
-"""Of the 224 that it was trained with a third of the time; 64-pixel images have nothing more to show there."""
+"""Pixels, height and width, of EfficientNet's input. It was trained with 224, which takes three times as long and adds
+nothing for 64-pixel images."""
 
 INCEPTION_SIZE = 299
 CHUNK = 64
@@ -62,13 +63,13 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A frozen network from images to features, and what decides its numbers."""
+    """A frozen network from images to features, with all that its numbers depend on."""
 
     name: str
     sha256: str
-    """Of the weights, without a projection: equal for all copies of one network."""
+    """SHA-256 of the weights without a projection: equal for all copies of one network."""
     size: int
-    """Pixels, height and width, that images are brought to."""
+    """Pixels, height and width, that images are resized to."""
     statistics: Statistics
     embed: Callable[[Tensor], Tensor]
     """Features, (B, D), of images (B, 3, size, size), resized and normalised."""
@@ -76,12 +77,12 @@ class FeatureNetwork:
 
     @property
     def resize(self) -> str:
-        """How images are brought to the network's size: numbers of another way are not comparable."""
+        """The resize of the images, in words; features of images that were resized otherwise are not comparable."""
         return f"bicubic, antialiased, to {self.size} x {self.size} px"
 
     @torch.no_grad()
     def __call__(self, images: Images) -> NDArray[np.float32]:
-        """Return the features, (N, D), of images (N, H, W, 3), uint8, of any size and shape, taken as a whole."""
+        """Return the features, (N, D), of images (N, H, W, 3), uint8, of any size and shape; nothing is cropped."""
         parts = [self.embed(self._prepared(part)).float().cpu() for part in _chunks(images, self.name)]
         return cast(NDArray[np.float32], torch.cat(parts).numpy())
 
@@ -91,10 +92,10 @@ class FeatureNetwork:
 
 
 class ClipScore:
-    """How well images agree with captions, as a CLIP sees it."""
+    """The agreement of images with captions, measured by a CLIP."""
 
     def __init__(self, name: str):
-        """Load a whole CLIP, both towers, from a folder or the Hub, ``user/name@revision``; errors as there."""
+        """Load a whole CLIP, both towers, from a folder or the Hub (``user/name@revision`` too)."""
         network = _load(name, ("clip",))
         self.network, self.images = network.network, network.features
         place, revision = pinned(name)
@@ -105,8 +106,8 @@ class ClipScore:
     def image_text_similarity(self, images: Images, captions: Sequence[str]) -> NDArray[np.float32]:
         """Return 100 max(cos, 0) of each image, (N, H, W, 3) uint8, and its caption, (N,) in [0, 100].
 
-        Hessel et al. 2021, eq. 1, with 100 in place of 2.5 and no words before the caption. Of a caption that is longer
-        than CLIP reads the rest is left out.
+        Hessel et al. 2021, eq. 1, with 100 in place of 2.5 and no words before the caption. Captions that are longer
+        than CLIP's context are cut.
         """
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images and {len(captions)} captions; expected a caption for each image")
@@ -125,14 +126,16 @@ class ClipScore:
 def build_feature_network(name: str) -> FeatureNetwork:
     """Return the network `name`, on the GPU if there is one.
 
-    ``efficientnet_lite0`` (1280 features before the classifier), ``inception`` (2048, of the original FID; only its
-    resize is another, Parmar et al. 2022), or folder or Hub name (``user/name@revision``) of a CLIP, its vision model,
-    with or without projection, or a DINOv2: the projected output if there is a projection, else the pooled one.
+    `name` is one of:
+    ``efficientnet_lite0``: the 1280 features before the classifier;
+    ``inception``: the 2048 features of the original FID, with another resize (Parmar et al. 2022);
+    a folder or Hub name (``user/name@revision`` too) of a CLIP, of its vision model with or without projection, or of a
+    DINOv2: the projected output if there is a projection, else the pooled one.
 
     Raises:
         ImportError: packages are missing.
         OSError: there is no such model, or its weights could not be downloaded.
-        ValueError: the model is of another kind, or lacks weights, or comes with code of its own.
+        ValueError: the model is of another kind, lacks weights, or comes with its own code.
 
     """
     if name == "inception":
@@ -148,9 +151,9 @@ def build_feature_network(name: str) -> FeatureNetwork:
 
 
 def resized(images: Images, size: int) -> Tensor:
-    """Return (N, 3, size, size) in [0, 1]: images (N, H, W, 3), uint8, under an antialiased bicubic filter.
+    """Return images (N, H, W, 3), uint8, resized by an antialiased bicubic filter: (N, 3, size, size) in [0, 1].
 
-    As Pillow does it with floats: no rounding in between, and what the filter puts out of range is clipped.
+    The filter is Pillow's on floats: nothing is rounded in between, and values out of range are clipped at the end.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
     if pixels.shape[-2:] != (size, size):
@@ -159,7 +162,7 @@ def resized(images: Images, size: int) -> Tensor:
 
 
 def tower(network: nn.Module) -> nn.Module:
-    """Return the vision model inside a CLIP, a network with a projection, or what it is alone: what is hashed."""
+    """Return the vision model of a CLIP or of a network with a projection, else the network itself; it is hashed."""
     return cast(nn.Module, getattr(network, "vision_model", network))
 
 
@@ -187,7 +190,7 @@ def _read(name: str, kinds: Sequence[str]) -> _Loaded:
         place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **revision
     )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name} lacks {missing[0]} of {kind.__name__}; what random weights measure says nothing")
+        raise ValueError(f"{name} lacks {missing[0]} of {kind.__name__}; random weights in its place measure nothing")
     network = network.eval().requires_grad_(False).to(_device())
 
     def embed(pixel_values: Tensor) -> Tensor:
@@ -224,7 +227,7 @@ def _inception() -> FeatureNetwork:
     network = network.eval().requires_grad_(False).to(_device())
 
     def embed(pixels: Tensor) -> Tensor:
-        return cast(Tensor, network((255 * pixels).round().to(torch.uint8))[0])  # takes whole grey levels only
+        return cast(Tensor, network((255 * pixels).round().to(torch.uint8))[0])  # it takes uint8 only
 
     return FeatureNetwork("inception", weights_sha256(network), INCEPTION_SIZE, NONE, embed, _device())
 
