@@ -1,5 +1,6 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.
 # make test: lint, types and the tests for every change.   make test-all: these, and the slow ones.
+# make reliability: all of these, and what each promise of docs/reliability.md is held by, in build/reliability.md.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
 # make audit: known holes in the packages of constraints.txt; needs pypi.org, AUDIT=osv asks api.osv.dev.
 PYTHON ?= python3
@@ -28,14 +29,13 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow" --outcomes=build/outcomes/fast.json
 
 test-all: test
-	$(BIN)/pytest $(PARALLEL) -m slow
+	$(BIN)/pytest $(PARALLEL) -m slow --outcomes=build/outcomes/slow.json
 
-# the whole suite, and docs/reliability.md from what it did
-reliability: $(BIN)/.installed
-	$(BIN)/pytest $(PARALLEL) --reliability=docs/reliability.md --deselect tests/test_structure.py::test_the_page_on_reliability_names_every_test_of_every_row
+reliability: test-all
+	$(BIN)/python -m tests.reliability build/outcomes/fast.json build/outcomes/slow.json > build/reliability.md
 
 browser: $(BIN)/.installed
 	command -v chromium && command -v chromedriver || { $(SUDO) apt-get -qq update && \

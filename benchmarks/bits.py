@@ -1,8 +1,8 @@
-"""Bits per dimension of models of pixels, beside the first: python -m benchmarks.bits MODEL OTHER ...
+"""Bits per dimension of models of pixels, and the difference from the first: python -m benchmarks.bits MODEL OTHER ...
 
-Of the images of OpenMoji that are held out by hash, `--held_out_percent` as in the trainings, which must all have
-it. MODEL is a pipeline folder, with ``:fixed_small`` or ``:fixed_large`` behind it for another variance than the one
-that was saved. All see the same timesteps and noise, so that the difference is known better than either.
+The images are those of OpenMoji that are held out by hash; `--held_out_percent` must be that of all the trainings.
+MODEL is a pipeline folder; append ``:fixed_small`` or ``:fixed_large`` for another variance than the saved one. All
+models get the same timesteps and noise, so that the difference has a smaller error than each number.
 """
 
 import argparse

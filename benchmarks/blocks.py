@@ -1,10 +1,11 @@
-"""What a pixel U-Net is best made of, at equal training time: python -m benchmarks.blocks
+"""Blocks of a pixel U-Net compared at equal training time: python -m benchmarks.blocks
 
-Each variant of configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance. Their steps are timed first, in turn,
-which gives each the number of steps that `--seconds` are on this machine; then each trains that many from the same seed
-on the same images, however disturbed; the one after "base" repeats it with another seed, for the noise of them all.
-Measured: the held-out loss, the squared error of the noise at five levels with fixed noise. The table is printed as
-Markdown, the numbers are written to docs/blocks.json.
+The variants change configs/improved_ddpm/openmoji/32px.yaml, with a fixed variance. First the steps of all variants are
+timed, in turn. This gives each variant the number of steps that it can take in `--seconds` on this machine. Then each
+trains for that many steps, with the same seed and images, so that other load on the machine does not matter. The
+variant after "base" repeats it with another seed, to show the spread. Measured is the held-out loss: the squared error
+of the noise at five noise levels, with fixed noise. The table is printed as Markdown, and the numbers are written to
+docs/blocks.json.
 """
 
 import argparse
@@ -82,7 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class ConvNeXtUNet(nn.Module):
-    """`StableCascadeUNet`, whose blocks are ConvNeXt's (Liu et al. 2022), told nothing but the time."""
+    """`StableCascadeUNet`, whose blocks are ConvNeXt's (Liu et al. 2022), conditioned on the timestep alone."""
 
     def __init__(self, channels: tuple[int, ...] = (48, 96, 192, 192)):
         super().__init__()
@@ -105,30 +106,30 @@ class ConvNeXtUNet(nn.Module):
         )
         tails = [block.channelwise[-1] for block in self.unet.modules() if isinstance(block, SDCascadeResBlock)]
         tails += [block.attention.to_out[0] for block in self.unet.modules() if isinstance(block, SDCascadeAttnBlock)]
-        for tail in (self.unet.clf[1], *tails):  # as `ldm.models.network.zero_tails` has it of the others
+        for tail in (self.unet.clf[1], *tails):  # as `ldm.models.network.zero_tails` does in the others
             nn.init.zeros_(tail.weight)
             nn.init.zeros_(tail.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Return the output for `sample`, (B, 3, H, W), at timesteps of 1000."""
+        """Return the output for `sample`, (B, 3, H, W), at timesteps in [0, 1000), as a tuple of one."""
         nothing = sample.new_zeros(len(sample), 1, 1)
         output: Tensor = self.unet(sample, timestep.float() / 1000, nothing, return_dict=False)[0]
         return (output,)
 
 
 def mirrored(down: list[str]) -> list[str]:
-    """Return the up blocks that belong to these down blocks."""
+    """Return the types of the up blocks that match these down blocks."""
     return [block.replace("Downsample", "Upsample").replace("DownBlock", "UpBlock") for block in reversed(down)]
 
 
 def denoiser(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the denoiser of a variant, as the config has it."""
+    """Return the denoiser section of a variant's config."""
     keys = yaml.safe_load((ROOT / CONFIG).read_text(encoding="utf-8"))["denoiser"] | BASE | changes
     return keys | {"up_block_types": mirrored(keys["down_block_types"])}
 
 
 def build(keys: dict[str, Any]) -> nn.Module:
-    """Return the network that keys describe, as it begins."""
+    """Return the network that `keys` describe, untrained."""
     if keys["_class_name"] == "ConvNeXtUNet":
         return ConvNeXtUNet()
     network = build_network(keys, "denoiser")
@@ -137,14 +138,14 @@ def build(keys: dict[str, Any]) -> nn.Module:
 
 
 class Bench:
-    """The images and the config that all variants share."""
+    """The config and the images that all variants share."""
 
     def __init__(self) -> None:
         self.config: StageConfig = load_config(StageConfig, ["--config", CONFIG, "--output_dir", "unused", *FIXED])
         self.images = CaptionedImages(checked_source(self.config.data), self.config.data)
 
     def train(self, keys: dict[str, Any], steps: int, seed: int) -> tuple[DiffusionStep, list[float]]:
-        """Return a variant after so many steps, and the seconds that each took."""
+        """Return a variant trained for `steps`, and the seconds of each step."""
         loop_config = replace(self.config.loop, max_train_steps=steps, save_every_steps=10**6)
         seconds: list[float] = []
 
@@ -166,7 +167,7 @@ class Bench:
         return step, seconds
 
     def step_seconds(self, keys: dict[str, Any]) -> float:
-        """Return the median seconds of a step, without the first ones."""
+        """Return the median seconds of a step, without the first ten."""
         return statistics.median(self.train(keys, TIMED_STEPS, seed=0)[1][10:])
 
     def held_out_loss(self, step: DiffusionStep) -> float:
@@ -178,7 +179,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--timed", help="an earlier result of this machine, whose times of a step are taken")
+    parser.add_argument("--timed", help="an earlier result of this machine, to take the times of a step from")
     parser.add_argument("--out", default="docs/blocks.json")
     known = parser.parse_args()
     bench, networks = Bench(), {name: denoiser(changes) for name, changes in VARIANTS.items()}

@@ -1,6 +1,7 @@
-"""What a checkpoint costs: python benchmarks/checkpoint_speed.py; saved, against a plain write and fsync of its bytes.
+"""Time to save a checkpoint, against a plain write of its bytes with fsync: python benchmarks/checkpoint_speed.py
 
-10 million parameters with AdamW and averages, 160 MB; in turn, medians. The result is printed as a line of JSON.
+The checkpoint has 10 million parameters with AdamW and averages, 160 MB. The two alternate, and medians are reported.
+The result is printed as a line of JSON.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What the doctor predicts, against the real run: python -m benchmarks.doctor_time --seconds 300 [--config FILE] [...].
+"""The doctor's predictions against the real run: python -m benchmarks.doctor_time --seconds 300 [--config FILE] [...].
 
-The doctor looks at a run of so many seconds, which is then trained; steps and wall time from the first step on are
-compared. More words are overrides of the config. The result is printed as a line of JSON; exit code 1 if a prediction
-is more than 25 % off.
+The doctor examines a run of so many seconds, which is then trained. Compared are the steps and the wall time from the
+first step on. Further words override the config. The result is printed as a line of JSON; the exit code is 1 if a
+prediction is more than 25 % off.
 """
 
 import argparse
@@ -19,7 +19,7 @@ WITHIN = 0.25
 
 
 def run(words: list[str]) -> None:
-    """Run train_text2img.py with these words; what a doctor finds wrong is no matter here."""
+    """Run train_text2img.py with these words; faults that a doctor finds are ignored."""
     done = subprocess.run([sys.executable, "train_text2img.py", *words], cwd=ROOT, check=False)
     if "--doctor" not in words:
         done.check_returncode()

@@ -1,6 +1,6 @@
-"""Image to image, inpainting and the way between two prompts, as an image: python -m benchmarks.edits MODEL
+"""A sheet of image-to-image, inpainting and interpolation between two prompts: python -m benchmarks.edits MODEL
 
-MODEL: the folder of a text-to-image pipeline trained here, such as out/demo/model. Nothing is chosen: seed 0.
+MODEL is the folder of a text-to-image pipeline trained here, such as out/demo/model. All images have seed 0.
 """
 
 import argparse
@@ -18,8 +18,8 @@ STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 CALL = {"num_inference_steps": 25, "guidance_scale": 1.25}
 
 
-def drawn(pipeline: Any, prompt: str, **more: Any) -> Image.Image:
-    """Return what seed 0 draws."""
+def sampled(pipeline: Any, prompt: str, **more: Any) -> Image.Image:
+    """Return the image of a prompt with seed 0."""
     image: Image.Image = pipeline(prompt, generator=torch.Generator().manual_seed(0), **CALL, **more).images[0]
     return image
 
@@ -31,15 +31,15 @@ def main() -> None:
     known = parser.parse_args()
     pipeline = load_pipeline(known.model, trust_remote_code=True)
     size = image_size(pipeline)
-    image = drawn(pipeline, FIRST)
+    image = sampled(pipeline, FIRST)
     upper, lower = Image.new("L", (size, size)), Image.new("L", (size, size), 255)
     upper.paste(255, (0, 0, size, size // 2))
     lower.paste(0, (0, 0, size, size // 2))
     images = {FIRST: image}
-    images |= {f"strength {share}": drawn(pipeline, SECOND, image=image, strength=share) for share in STRENGTHS}
+    images |= {f"strength {share}": sampled(pipeline, SECOND, image=image, strength=share) for share in STRENGTHS}
     images |= {
-        "upper half anew": drawn(pipeline, SECOND, image=image, mask_image=upper),
-        "lower half anew": drawn(pipeline, SECOND, image=image, mask_image=lower),
+        "upper half anew": sampled(pipeline, SECOND, image=image, mask_image=upper),
+        "lower half anew": sampled(pipeline, SECOND, image=image, mask_image=lower),
     }
     between = pipeline.interpolate(FIRST, SECOND, 8, generator=torch.Generator().manual_seed(0), **CALL).images
     images |= {f"{number} of 7 between": image for number, image in enumerate(between)}

@@ -1,4 +1,4 @@
-"""Thousands of wrong configs, arguments, captions and data, and what breaks a contract: python -m benchmarks.fuzz."""
+"""Fuzzing with thousands of wrong configs, arguments, captions and data: python -m benchmarks.fuzz."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ SHARES = {
     "tables": 0.04,
     "image files": 0.08,
 }
-"""Of all examples."""
+"""Share of the examples that each area gets."""
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "jsonargparse", "pyyaml", "pillow", "hypothesis")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("examples", nargs="?", type=int, default=10_000, help="in all; at least 1 an area")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument(
+        "examples", nargs="?", type=int, default=10_000, help="number of examples in all; at least 1 an area"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the examples")
     parser.add_argument("--out", default="docs/fuzz.json", help="file for the result")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
-    """Return for each area how many examples were drawn, how many kinds of failure there were, and the seconds."""
+    """Return for each area the number of examples, the number of kinds of failure, and the seconds."""
     import torch
 
     from tests.fuzzing import Bench, area
@@ -69,10 +71,10 @@ def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
     bench, results = Bench(folder), {}
     for name, share in SHARES.items():
         began = time.perf_counter()
-        drawn, error = fuzz_area(name, *area(name, bench), max(1, round(examples * share)), seed)
+        count, error = fuzz_area(name, *area(name, bench), max(1, round(examples * share)), seed)
         failures = len(error.exceptions) if isinstance(error, ExceptionGroup) else int(error is not None)
         seconds = round(time.perf_counter() - began, 1)
-        results[name] = {"examples": drawn, "failures": failures, "seconds": seconds}
+        results[name] = {"examples": count, "failures": failures, "seconds": seconds}
         if error is not None:
             print(f"{name}: a contract is broken", file=sys.stderr)
             traceback.print_exception(error)  # hypothesis has put the falsifying example into its notes
@@ -82,7 +84,7 @@ def fuzz(folder: str, examples: int, seed: int) -> dict[str, dict[str, float]]:
 def fuzz_area(
     name: str, strategy: Any, check: Callable[[Any], object], count: int, seed: int
 ) -> tuple[int, Exception | None]:
-    """Return how many examples were drawn, and what a check let through, in its smallest example."""
+    """Return the number of examples, and the error that a check raised in its smallest example, if it did."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as seeded
     from tqdm.auto import tqdm
@@ -98,15 +100,15 @@ def fuzz_area(
 
         try:
             one()
-        except Exception as error:  # of any kind: that is what is looked for
+        except Exception as error:  # any error is a finding
             return bar.n, error
     return bar.n, None
 
 
 def commit() -> str:
-    """Return the commit that was fuzzed, with a mark if files have been changed since."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    return told.stdout.strip()
+    """Return the commit that was fuzzed, with "-dirty" if files have been changed since."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    return described.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tests import trainers  # noqa: E402
 
 
 def last_logged(folder: Path) -> int:
-    """Return the last step that was logged; the last line may be one that was being written."""
+    """Return the last logged step, 0 if there is none; an unfinished last line is left out."""
     try:
         whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
     except FileNotFoundError:
@@ -32,7 +32,10 @@ def last_logged(folder: Path) -> int:
 
 
 def kill_once(script: str, words: tuple[object, ...], folder: Path, draw: random.Random) -> dict[str, int]:
-    """Resume, train to a step that is new, kill within the next quarter of a second; say what is left."""
+    """Resume a training, kill it within a quarter of a second after a new step, and return what is left of it.
+
+    usable: there is a checkpoint; lost: logged steps after it; in_a_save: the kill came during a save.
+    """
     before = last_logged(folder)
     process = trainers.start(script, (*words, "--output_dir", folder), folder.with_suffix(".log"))
     end = time.monotonic() + 120

@@ -1,7 +1,7 @@
 """Precision and recall of near duplicates by kind of image and edit: python -m benchmarks.near_duplicates.
 
-Each of N images of a kind is in the set with one edit of itself, one of `tests.edited_images.EDITS` in turn. The two
-are alike, nothing else is. Choose thresholds with one seed, report another.
+The set has N images of a kind, and one edit of each, from `tests.edited_images.EDITS` in turn. Only an image and its
+edit are near duplicates. Choose thresholds with one seed, and report those of another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.edited_images import EDITS, KINDS, originals
 
 
 def measure(kind: str, count: int, seed: int) -> None:
-    """Print what is found in `count` images of a kind and an edit of each."""
+    """Print precision and recall for `count` images of a kind and an edit of each."""
     images = list(originals(kind, count, seed))
     names = list(EDITS)
     images += [EDITS[names[number % len(names)]](image) for number, image in enumerate(images)]
@@ -37,7 +37,7 @@ def measure(kind: str, count: int, seed: int) -> None:
 
 
 def share(flags: Iterable[bool]) -> float:
-    """Return the share that is true; 1 of none."""
+    """Return the share of true flags; 1 if there are no flags."""
     flags = list(flags)
     return sum(flags) / len(flags) if flags else 1.0
 

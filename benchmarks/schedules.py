@@ -1,4 +1,4 @@
-"""Linear against cosine schedule, log-SNR by time and an image being noised: python -m benchmarks.schedules.
+"""A figure of the linear and the cosine schedule, log-SNR by time and a noised image: python -m benchmarks.schedules.
 
 Linear: Ho et al. 2020, section 4. Cosine: Nichol & Dhariwal 2021, eq. 17. Both with 1000 steps, and the same noise.
 """

@@ -1,4 +1,4 @@
-"""Trainings as others start them, for the comparisons here: how fast they are, and for how many steps."""
+"""Trainings in processes of their own, for the benchmarks, and the time of their steps."""
 
 import json
 import statistics
@@ -15,11 +15,11 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STEPS_TIMED = 120  # fewer were wrong by a tenth, on cores that others use too
 FIRST_STEPS = 15
-"""Slower than the others, and not counted."""
+"""First steps of a training, which are slower and not counted."""
 
 
 def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Run ``train_text2img.py`` into `folder`; return its training.json with the last of each logged number."""
+    """Run ``train_text2img.py`` into `folder`; return its training.json, with the last value of each logged number."""
     command = [sys.executable, "train_text2img.py", *words, "--output_dir", str(folder), "--loop.trackers", "[]"]
     subprocess.run(command, cwd=ROOT, check=True)
     found: dict[str, Any] = json.loads((folder / "model" / "training.json").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def step_seconds(trainings: Mapping[str, Sequence[str]], rounds: int) -> dict[str, float]:
-    """Return the seconds a step of each training, by name, the median of as many `rounds`, in turn."""
+    """Return the seconds of a step of each training, by name: the median of `rounds`, in which they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     for _ in range(rounds):
         for name, words in trainings.items():

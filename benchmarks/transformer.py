@@ -1,10 +1,10 @@
-"""U-Net or transformer, of as many parameters, after ten minutes of training: python -m benchmarks.transformer
+"""U-Net against transformer of as many parameters, after ten minutes of training: python -m benchmarks.transformer
 
-configs/stable_diffusion/openmoji/text2img.yaml against text2img_transformer.yaml. Their steps are timed first, in turn,
-which gives each the number of steps that `--seconds` are on this machine; then each trains that many with every seed,
-wherever, and however disturbed: `--steps N M` are the two numbers, if they are known. All are measured by
-``ldm evaluate`` on the held-out captions, with the demo's guidance; what is in `--out` already is not done again. The
-table is printed as Markdown, the numbers are in docs/transformer.json.
+configs/stable_diffusion/openmoji/text2img.yaml against text2img_transformer.yaml. First the steps of both are timed, in
+turn. This gives each the number of steps that it can take in `--seconds` on this machine; `--steps N M` gives the two
+numbers instead. Then each trains for that many steps with every seed, so that other load on the machine does not
+matter. All are measured by ``ldm evaluate`` on the held-out captions, with the demo's guidance. Results that `--out`
+holds already are kept. The table is printed as Markdown, and the numbers are written to docs/transformer.json.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHOWN = ("R@1, pixels", "R@5, pixels", "skin tone", "gender", "KID, efficientnet
 
 
 def measured(name: str, steps: int, seed: int, out: Path) -> dict[str, Any]:
-    """Return what a training of so many steps came to."""
+    """Return the results of a training of so many steps: its speed, held-out loss and evaluation."""
     folder = out / f"{name}-{seed}"
     words = [*CONFIGS[name], "--seed", str(seed), "--loop.max_train_seconds", "null"]
     trained = train(folder, [*words, "--loop.max_train_steps", str(steps), "--loop.validate_every_steps", "1000000"])
@@ -50,18 +50,18 @@ def measured(name: str, steps: int, seed: int, out: Path) -> dict[str, Any]:
     report = json.loads((folder / "evaluation" / "report.json").read_text(encoding="utf-8"))
     rows = [row for section in report["sections"] for row in section["rows"]]
     found = {row["name"]: [row["value"], row["low"], row["high"]] for row in rows}
-    told = {"denoiser": name, "seed": seed, "steps": steps, "images_per_second": trained["images_per_second"]}
-    return told | {"hardware": trained["hardware"], "held_out_loss": trained["validation/loss"], "measured": found}
+    summary = {"denoiser": name, "seed": seed, "steps": steps, "images_per_second": trained["images_per_second"]}
+    return summary | {"hardware": trained["hardware"], "held_out_loss": trained["validation/loss"], "measured": found}
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the runs as Markdown."""
+    """Return a Markdown table of the runs."""
     titles = ["denoiser", "seed", "steps", "images/s", "held-out loss", *SHOWN]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for run in runs:
         numbers = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in map(run["measured"].get, SHOWN)]
-        told = [run["denoiser"], run["seed"], run["steps"], f"{run['images_per_second']:.0f}"]
-        lines.append("| " + " | ".join(map(str, [*told, f"{run['held_out_loss']:.4f}", *numbers])) + " |")
+        first = [run["denoiser"], run["seed"], run["steps"], f"{run['images_per_second']:.0f}"]
+        lines.append("| " + " | ".join(map(str, [*first, f"{run['held_out_loss']:.4f}", *numbers])) + " |")
     return "\n".join(lines)
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, nargs=2)
-    parser.add_argument("--at_once", type=int, default=1, help="trainings beside one another")
+    parser.add_argument("--at_once", type=int, default=1, help="number of trainings that run at the same time")
     parser.add_argument("--out", default="out/transformer")
     parser.add_argument("--json", default="docs/transformer.json")
     known = parser.parse_args()

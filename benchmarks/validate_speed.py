@@ -1,4 +1,4 @@
-"""How long 10,000 images take to validate and to look at before a training: python -m benchmarks.validate_speed."""
+"""Time to validate 10,000 images, and to check them before a training: python -m benchmarks.validate_speed."""
 
 from __future__ import annotations
 

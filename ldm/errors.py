@@ -1,4 +1,4 @@
-"""The errors that other packages catch, and how those of libraries become ours."""
+"""The errors that other packages catch, and `explained`, which turns errors of libraries into ours."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """What is wrong with a config: a line for each problem, with its path."""
+    """An error in a config: one line for each problem, with the path of the setting."""
 
 
 class HubError(RuntimeError):
-    """What the Hub, or the way to it, refused, and what to do about it; one line, without the token."""
+    """A failed request to the Hub, and what to do about it, in one line; never with the token."""
 
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turn whatever a library makes of a config's values into a `ConfigError` that begins with the path `where`."""
+    """Turn any error of a library into a `ConfigError` that begins with `where`, the path of the setting."""
     try:
         yield
     except ConfigError:

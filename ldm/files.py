@@ -1,4 +1,4 @@
-"""Files: those of others read or refused by name, ours written so that a kill or a power cut leaves them whole."""
+"""Files: reading those of others, with errors that name the file, and writing ours so that a kill leaves them whole."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MAX_JSON_BYTES = 2**26
 def open_text(path: str | Path, errors: str = "strict", newline: str | None = None) -> TextIO:
     r"""Return the file opened as text, as `open` does it: UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
-    The encoding is known from the first four bytes, as RFC 4627, section 3, does it: without a mark the text must begin
-    with a character of ASCII to be known for UTF-16 or UTF-32. Line ends of every system are "\n" unless `newline`
-    says otherwise. Raises FileNotFoundError if there is no such file.
+    The encoding is found from the first four bytes, as in RFC 4627, section 3: UTF-16 and UTF-32 without a mark only if
+    the text begins with an ASCII character. Line ends of every system become "\n" unless `newline` says
+    otherwise. Raises FileNotFoundError if there is no such file.
     """
     file = Path(path)
     if not file.is_file():
@@ -30,7 +30,7 @@ def open_text(path: str | Path, errors: str = "strict", newline: str | None = No
 
 
 def read_text(path: str | Path) -> str:
-    """Return what is in a file, as `open_text` reads it; raises ValueError, which names the byte, if it is no text."""
+    """Return the text of a file, as `open_text` reads it; ValueError, which names the byte, if it is not text."""
     with open_text(path) as lines:
         try:
             return lines.read()
@@ -40,12 +40,15 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Return the lines of a file without spaces around them, empty ones left out; raises as `read_text`."""
+    """Return the lines of a file, stripped and without empty ones; raises as `read_text`."""
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises ValueError, which names it, for everything else; OSError if no file."""
+    """Return the object in a JSON file.
+
+    Raises ValueError, which names the file, for other content, and OSError if there is no file.
+    """
     try:
         if (size := path.stat().st_size) > MAX_JSON_BYTES:
             raise ValueError(f"{size} bytes, more than {MAX_JSON_BYTES}")
@@ -59,7 +62,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield the path of a new file in `folder`, to be written and put in place; what is left of it is deleted."""
+    """Yield the path of a temporary file in `folder`, for `put_in_place`; deleted at the end if it still exists."""
     aside = folder / f"{uuid4().hex}.tmp"
     try:
         yield aside
@@ -68,7 +71,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Flush the file `aside` to the disk and let it take the place of `path`: never is a part of it found there."""
+    """Flush the file `aside` to the disk and rename it to `path`, where a reader never finds half of it."""
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -76,7 +79,7 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: without it a new or renamed file may not outlive a power cut."""
+    """Flush a folder's entries to the disk; otherwise a new or renamed file may be lost in a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,10 +89,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here with this `folder`, which is made if there is none.
+    """Hold the lock of a folder: wait until no other process holds it. The folder is created if needed.
 
-    The system keeps the lock, so a killed process leaves none. Nobody waits where none can be had, as in a folder that
-    cannot be written.
+    The operating system keeps the lock, so a killed process leaves none. Where no lock is possible, as in a folder that
+    cannot be written, there is no waiting.
     """
     with ExitStack() as stack:
         with suppress(OSError):

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from .reliability import Reliability
+from .reliability import Outcomes
 
 PINS = hasattr(os, "sched_setaffinity")  # macOS has none
 CORES = os.sched_getaffinity(0) if PINS else set(range(os.cpu_count() or 1))
@@ -27,7 +27,7 @@ if PINS and (worker := os.environ.get("PYTEST_XDIST_WORKER", "")):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--reliability", type=Path, help="write the table of promises and tests to this file")
+    parser.addoption("--outcomes", type=Path, help="file for what the tests of docs/reliability.md did, as JSON")
 
 
 SLOWEST_FIRST = (
@@ -44,8 +44,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    if config.option.reliability is not None and not hasattr(config, "workerinput"):  # once, not in every process
-        config.pluginmanager.register(Reliability(config.option.reliability.resolve()))
+    if config.option.outcomes is not None and not hasattr(config, "workerinput"):  # once, not in every process
+        config.pluginmanager.register(Outcomes(config.option.outcomes.resolve()))
 
 
 @pytest.fixture(scope="session", autouse=True)

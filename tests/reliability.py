@@ -1,10 +1,14 @@
-"""docs/reliability.md, written from what a test run did: ``pytest --reliability=docs/reliability.md``.
+"""What can go wrong: the promises, and which tests hold them.
 
-A test belongs to the rows that its name begins with: ``test_r01_...``, ``test_r02_r17_...``, ``test_s03_...``.
+A test belongs to the rows that its name begins with: ``test_r01_...``, ``test_r02_r17_...``, ``test_s03_...``. Each run
+with ``--outcomes FILE`` leaves what its tests did; ``python -m tests.reliability FILES`` makes one page of them, and
+``python -m tests.reliability`` the page of promises alone, which is docs/reliability.md.
 """
 
+import json
 import platform
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -54,38 +58,67 @@ def rows_of(name: str) -> list[str]:
     return found[1].strip("_").split("_") if found else []
 
 
-class Reliability:
-    """Pytest plugin: collects the outcomes of the tests that belong to rows and writes the table at the end."""
+class Outcomes:
+    """Pytest plugin: writes the outcomes of the tests that belong to rows to a file, row by row."""
 
     def __init__(self, file: Path):
         self.file = file
-        self.outcomes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.rows: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
             module, _, name = report.nodeid.partition("::")
             name = name.partition("[")[0]
             for row in rows_of(name):
-                self.outcomes[row][f"`{Path(module).stem}::{name}`"].append(report.outcome)
+                self.rows[row][f"`{Path(module).stem}::{name}`"].append(report.outcome)
 
     def pytest_sessionfinish(self):
-        self.file.write_text(self.text(), encoding="utf-8")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
-    def text(self) -> str:
-        lines = [
-            "# What can go wrong, and what happens then",
-            "",
-            "Each promise, the tests that hold it, and what they did when this page was written, by",
-            f"`make reliability`: Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
-            "Longer runs of the same, by script: [kills.json](kills.json), [fuzz.json](fuzz.json).",
-            "",
-            "| | promise | tests | result |",
-            "|---|---|---|---|",
-        ]
-        for row, promise in ROWS.items():
-            tests = self.outcomes[row]
-            cases = [outcome for outcomes in tests.values() for outcome in outcomes]
-            counts = {outcome: cases.count(outcome) for outcome in ("passed", "failed", "skipped") if outcome in cases}
-            result = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test"
-            lines.append(f"| {row[0].upper()}{int(row[1:])} | {promise} | {'<br>'.join(sorted(tests))} | {result} |")
-        return "\n".join([*lines, ""])
+
+def title(row: str) -> str:
+    return f"{row[0].upper()}{int(row[1:])}"
+
+
+def promises() -> str:
+    """Return docs/reliability.md."""
+    lines = [
+        "# What can go wrong, and what happens then",
+        "",
+        "Each promise is held by the tests that are named after its row: `test_r04_...` holds R4, `test_s03_...` S3.",
+        "`make reliability` runs them all, and writes this table with the tests and what they did to",
+        "`build/reliability.md`.",
+        "Longer runs of the same, by script: [kills.json](kills.json), [fuzz.json](fuzz.json).",
+        "",
+        "| | promise |",
+        "|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {title(row)} | {promise} |" for row, promise in ROWS.items()), ""])
+
+
+def page(files: list[Path]) -> str:
+    """Return the same table with the tests of each row, and what they did in the runs that left ``files``."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        for row, tests in json.loads(file.read_text(encoding="utf-8")).items():
+            for test, outcomes in tests.items():
+                found[row][test] += outcomes
+    lines = [
+        "# What can go wrong, and what happens then",
+        "",
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.",
+        "",
+        "| | promise | tests | result |",
+        "|---|---|---|---|",
+    ]
+    for row, promise in ROWS.items():
+        cases = [outcome for outcomes in found[row].values() for outcome in outcomes]
+        counts = {outcome: cases.count(outcome) for outcome in ("passed", "failed", "skipped") if outcome in cases}
+        result = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test"
+        lines.append(f"| {title(row)} | {promise} | {'<br>'.join(sorted(found[row]))} | {result} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(page([Path(file) for file in sys.argv[1:]]) if sys.argv[1:] else promises(), end="")

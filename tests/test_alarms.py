@@ -24,6 +24,7 @@ from ldm.training.progress import Progress
 from ldm.training.updates import update_norms, weights
 
 from . import coloured_shapes
+from .table import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -257,7 +258,7 @@ def heard(rows, *, epoch=1000, batch_size=100, total=1000, levels=(), scaler=Non
     return names
 
 
-@pytest.mark.parametrize(
+@table(
     ("rows", "expected"),
     [
         (series(0.0001, 0.001, (100, 200, 300)), [(TEXT, 200)]),

@@ -13,13 +13,15 @@ from ldm.evaluation.baselines import (
     other_values,
 )
 
+from .table import table
+
 
 def images(count: int, seed: int = 0) -> np.ndarray:
     squares = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     return squares.repeat(4, axis=1).repeat(4, axis=2)
 
 
-@pytest.mark.parametrize(
+@table(
     ("caption", "training", "expected"),
     [
         ("man juggling dark skin tone", ["woman surfing", "man juggling light skin tone", "dark moon"], 1),
@@ -52,7 +54,7 @@ def test_nearest_training_captions_maximise_the_weighted_jaccard_index() -> None
         assert index == scores.index(max(scores))
 
 
-@pytest.mark.parametrize(("first", "second"), [("a b c", "d e f"), ("d e f", "a b c")])
+@table(("first", "second"), [("a b c", "d e f"), ("d e f", "a b c")])
 def test_equals_stay_equal_in_floating_point(first: str, second: str) -> None:
     """The same three weights, added in another order, differ in the last bit for some sizes of the data."""
     for others in range(40):
@@ -70,7 +72,7 @@ def test_nothing_to_copy_from_is_refused() -> None:
         nearest_training_captions(["cat"], [])
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 17, 200])
+@table("count", [2, 3, 4, 17, 200])
 def test_a_derangement_is_a_permutation_without_fixed_point(count: int) -> None:
     for seed in range(20):
         result = derangement(np.arange(count), seed)
@@ -87,7 +89,7 @@ def test_a_derangement_gives_no_caption_another_one_of_its_own_image() -> None:
         assert (own[result] != own).all()
 
 
-@pytest.mark.parametrize("own", [[], [3], [1, 1, 2]])
+@table("own", [[], [3], [1, 1, 2]])
 def test_a_derangement_that_cannot_be_is_refused(own: list[int]) -> None:
     with pytest.raises(ValueError, match="at most half may"):
         derangement(np.array(own, np.int64))

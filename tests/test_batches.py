@@ -9,6 +9,8 @@ from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.loader import training_batches
 
+from .table import table
+
 
 class Shades:
     """Images of one grey each; some have no caption, one has two."""
@@ -57,7 +59,7 @@ def test_a_sample_is_a_function_of_seed_and_position():
     assert [dataset(1)[p].row for p in range(12)] != [dataset()[p].row for p in range(12)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@table("workers", [0, 2])
 def test_r05_batches_from_any_step_on_are_the_same(workers):
     data = dataset(batch_size=4, workers=workers)
     straight = [b.positions for step in islice(training_batches(data, 0, micro_steps=2), 5) for b in step]
@@ -94,7 +96,7 @@ def test_flips_are_drawn_only_where_asked():
     assert abs(np.mean(mirrored(dataset(flip=True))) - 0.5) < 4 * 0.5 / 240**0.5
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@table("flip", [False, True])
 def test_cached_moments_are_those_of_the_image_that_would_have_been_loaded(flip):
     source = images(flip=flip)
     cached = PositionDataset(source, "train", 0, source.encoded(f"test-{flip}", encode))

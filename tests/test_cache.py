@@ -12,6 +12,7 @@ from ldm.data import cache
 from ldm.data.cache import CachedRows
 from ldm.data.cache_folder import cache_folder, clear, kinds
 
+from .table import table
 from .test_checkpoint import damage
 
 
@@ -56,7 +57,7 @@ def shards(rows):
     return sorted(rows.folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("how", ["emptied", "truncated", "zeroed", "flipped", "deleted", "exchanged", "of equal times"])
+@table("how", ["emptied", "truncated", "zeroed", "flipped", "deleted", "exchanged", "of equal times"])
 def test_r25_a_damaged_shard_is_named_and_computed_again(how, caplog):
     path = shards(numbers())[1]
     before, state = path.read_bytes(), path.stat()

@@ -20,6 +20,8 @@ from ldm.models.provenance import Provenance
 from ldm.recipes.autoencoder import autoencoder_card
 from tests.tiny_pipeline import FLOW, PIXELS, pipeline, vae
 
+from .table import table
+
 ROOT = Path(__file__).parent.parent
 RECORD = Provenance("fingerprint-7", "ab" * 16, 3553, 40, 12.5, 99.0, "2 threads, a processor", {"torch": "2.13.0"})
 OLD = {"step": 20, "validation/loss": 9.0, "validation/r_at_1": 0.5}
@@ -99,7 +101,7 @@ def test_what_was_measured_and_how_is_said(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 37, "validation/loss": 1.0, "validation/r_at_1": 0.5}) + "\n")
     text = card(run, stage("--validation.retrieval_images", "50")).text
-    assert "Retrieval: of 50 validation captions" in text
+    assert "Retrieval: the share of 50 validation captions" in text
     assert "At step 37" in text
     assert "40 steps" in text
 
@@ -115,7 +117,7 @@ def test_nothing_measured_and_nothing_drawn_is_said(run, tmp_path):
     assert bare.data.eval_results is None
 
 
-@pytest.mark.parametrize(
+@table(
     ("licence", "metadata", "said"),
     [
         (None, None, "Licence of the images: not stated."),
@@ -141,7 +143,7 @@ def test_a_data_set_of_the_hub_is_linked(run):
     assert card(run, stage("--data.source", "dataset", "--data.path", str(run))).data.datasets is None
 
 
-@pytest.mark.parametrize("kind", [stage, autoencoder])
+@table("kind", [stage, autoencoder])
 def test_s04_nothing_of_this_machine_is_told(run, kind):
     words = ["--output_dir", str(run), "--data.source", "imagefolder", "--data.path", "/home/alice/secret/birds"]
     words += ["--data.held_out", "{validation: /home/alice/v.txt, test: /Users/alice/t.txt}", "--push_to_hub", "al/ice"]
@@ -201,7 +203,7 @@ def test_a_repository_takes_the_place_of_the_folder(run):
     assert named.replace('"me/model"', '"model"') == text
 
 
-@pytest.mark.parametrize(("kind", "warned"), [("ddim", True), ("ddpm", False)])
+@table(("kind", "warned"), [("ddim", True), ("ddpm", False)])
 def test_where_plain_diffusers_draws_other_images_it_says_so(run, kind, warned):
     words = ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", kind]
     text = card(run, load_config(StageConfig, words)).text

@@ -149,7 +149,7 @@ def test_r25_a_grown_data_set_needs_leave_and_then_trains_with_the_autoencoder_o
 
 def test_r25_other_images_held_out_than_before_are_said_by_their_number(place, monkeypatch, capsys):
     said = place.refused(monkeypatch, capsys, 6, "--data.held_out_percent", 30)
-    assert "images that are held out here, which it would be measured on" in said
+    assert "images that are held out here, so it cannot be measured on them" in said
 
 
 def test_r25_the_same_bytes_elsewhere_are_the_same_data_and_networks(place, monkeypatch, caplog):

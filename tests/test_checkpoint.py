@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 
+from .table import table
+
 CRASHED = 9
 FILES = ["weights.safetensors", "moments.safetensors", "state.json", "manifest.json"]
 
@@ -91,13 +93,12 @@ def crash_at_disk_call(number: int) -> None:
         replace(name)
 
 
-@pytest.mark.parametrize(
+@table(
     ("keep", "before", "then"),
     [
         (1, [(1, 0)], (2, 0)),
         (1, [(1, 0)], (1, 1)),
     ],
-    ids=["prunes", "replaces"],
 )
 def test_r01_a_crash_at_any_disk_call_leaves_the_old_or_the_new_checkpoint(
     tmp_path, caplog, monkeypatch, keep, before, then
@@ -193,8 +194,8 @@ def damage(path: Path, how: str) -> None:
             path.unlink()
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "zeroed", "emptied", "deleted"])
-@pytest.mark.parametrize("file", FILES)
+@table("how", ["truncated", "flipped", "zeroed", "emptied", "deleted"])
+@table("file", FILES)
 def test_r03_a_damaged_file_is_named_and_the_older_checkpoint_is_the_latest(tmp_path, caplog, file, how):
     store = CheckpointStore(tmp_path, 2)
     old, new = save(store, 1), save(store, 2)
@@ -227,7 +228,7 @@ def test_a_manifest_of_another_format_says_so(tmp_path, monkeypatch):
         CheckpointStore.load(path)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
+@table("call", ["write", "fsync"])
 def test_r02_r17_a_full_disk_keeps_the_old_checkpoint_and_says_how_many_bytes(tmp_path, monkeypatch, call):
     store = CheckpointStore(tmp_path, 1)
     save(store, 1)

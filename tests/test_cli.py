@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from ldm.commands import cli
-from ldm.commands.cli import COMMANDS, PLACES, read_arguments
+from ldm.commands.cli import COMMANDS, PATH_ARGUMENTS, read_arguments
 from ldm.commands.sample import sample
 
+from .table import table
 from .tiny_pipeline import pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def test_help_is_there_at_once_and_names_every_command():
         assert f"  {name:8}  {command.help}\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@table("name", COMMANDS)
 def test_the_help_of_a_command_has_an_example_that_it_understands(name, capsys):
     example = COMMANDS[name].example
     program, subcommand, *words = shlex.split(example)
@@ -54,9 +55,7 @@ def test_the_help_of_a_command_has_an_example_that_it_understands(name, capsys):
     assert example in told
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), [(["sampel"], "did you mean sample?"), ([], "name a command"), (["--x"], "no command")]
-)
+@table(("words", "said"), [(["sampel"], "did you mean sample?"), ([], "name a command"), (["--x"], "no command")])
 def test_a_command_that_is_none_is_answered_with_the_commands(words, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
@@ -66,7 +65,7 @@ def test_a_command_that_is_none_is_answered_with_the_commands(words, said, capsy
     assert COMMANDS["average"].help in told
 
 
-@pytest.mark.parametrize("text", ODD_TEXTS)
+@table("text", ODD_TEXTS)
 def test_a_text_is_taken_as_it_stands(text):
     words = ["--model", "m", f"--negative_prompt={text}", "--", text]
     found = read_arguments("sample", sample, words)
@@ -82,7 +81,7 @@ def test_paths_of_every_command_are_expanded(monkeypatch):
         argument: one for name in COMMANDS for argument, one in inspect.signature(function(name)).parameters.items()
     }
     texts = {argument for argument, one in parameters.items() if "str" in str(one.annotation)}
-    assert texts - {*PLACES} == TEXTS & texts, "a text is a path or it is not"
+    assert texts - {*PATH_ARGUMENTS} == TEXTS & texts, "a text is a path or it is not"
     found = read_arguments("sample", sample, ["--model=~/a", "--out=$RUNS/b", "--image=~", "--", "~", "$RUNS"])
     assert (found["model"], found["out"], found["image"]) == ("/home/me/a", "/runs/b", "/home/me")
     assert found["prompts"] == ["~", "$RUNS"]
@@ -104,7 +103,7 @@ WRONG = {
     "evaluate MODEL": "data: name the images to measure on, --data",
     "evaluate MODEL --data nowhere/at/all": "data.path, data.split: ",
     "average DATA --sigma_rel 0.1": "DATA/model holds no model",
-    "average DATA --sigma_rel 0.1 --captions x": "to choose a length on captions, name --data too",
+    "average DATA --sigma_rel 0.1 --captions x": "to choose a length; name --data too",
     "push DATA me/model": "DATA is not the folder of a model",
     "validate nowhere/at/all": "data.path, data.split: ",
     "validate DATA --split train --limit 0": "data.limit: got 0; expected a number from 1 to",
@@ -120,7 +119,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("line", WRONG)
+@table("line", WRONG)
 def test_what_is_wrong_is_said_in_a_line(line, model, tmp_path):
     names = {"MODEL": model, "FILE": tmp_path / "file", "DATA": tmp_path / "data"}
     names["FILE"].touch()

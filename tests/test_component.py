@@ -17,6 +17,7 @@ from ldm.models.text_encoder import load_text_encoder, load_tokenizer, tokenizer
 from ldm.spaces import build_space
 
 from .fake_hub import FakeHub
+from .table import table
 from .tiny_pipeline import pipeline
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -50,7 +51,7 @@ def on_the_hub(model, tmp_path, monkeypatch):
     return "me/model@v1.2"
 
 
-@pytest.mark.parametrize("place", [in_a_folder, without_index, on_the_hub])
+@table("place", [in_a_folder, without_index, on_the_hub])
 def test_the_components_of_a_pipeline_are_found_by_its_name(place, model, tmp_path, monkeypatch):
     with FakeHub() as hub:
         hub.serve(monkeypatch, tmp_path)

@@ -31,6 +31,7 @@ from ldm.stage import ConditionedDenoiser
 from pipelines.text2img import TextToImagePipeline
 
 from . import tiny_pipeline
+from .table import table
 
 
 @dataclass
@@ -122,7 +123,7 @@ def test_an_output_that_the_encoder_lacks_is_named():
         tell(t5, Some(["a cat"]), 1)
 
 
-@pytest.mark.parametrize(
+@table(
     ("kind", "output", "frozen"),
     [
         (BertModel, "prompt_embeds", {"pooler.dense.weight", "pooler.dense.bias"}),
@@ -191,7 +192,7 @@ def test_image_embeddings_are_those_of_the_models_own_processor():
     torch.testing.assert_close(encoder(pixel_values), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("null", ["zeros", "zero_picture"])
+@table("null", ["zeros", "zero_picture"])
 def test_the_null_of_image_embeddings(null):
     encoder = image_encoder()
     conditioner = ImageConditioner(encoder, null, 0.5)
@@ -252,7 +253,7 @@ def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
         tell(conditioner, Some(), 6, x0=x0[:6])
 
 
-@pytest.mark.parametrize("kind", ["low_res", "frames"])
+@table("kind", ["low_res", "frames"])
 def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
     conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(2, 1, 0.5)
     x0 = images(40)
@@ -263,7 +264,7 @@ def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
         assert all(torch.equal(whole[name][first : first + 2], part[name]) for name in part)
 
 
-@pytest.mark.parametrize("made", [lambda d: LabelConditioner(3, d), lambda d: FramesConditioner(2, 1, d)])
+@table("made", [lambda d: LabelConditioner(3, d), lambda d: FramesConditioner(2, 1, d)])
 def test_a_share_that_leaves_nothing_is_refused(made):
     with pytest.raises(ValueError, match=r"conditioners\.\w+\.dropout: got 1; expected"):
         made(1)

@@ -20,6 +20,7 @@ from ldm.spaces import build_space
 from ldm.training.resume_check import STEPS
 
 from .fuzzing import SECRET, Bench, as_text, prepare
+from .table import table
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny" / "text2img.yaml"
 
@@ -55,7 +56,7 @@ def test_snapshots_of_no_average_or_of_one_too_long_are_refused():
     assert "snapshot_every_steps: got 0; expected" in refusal("--snapshot_every_steps", "0")
 
 
-@pytest.mark.parametrize("kind", RANGES)
+@table("kind", RANGES)
 def test_every_number_of_a_config_has_a_range(kind):
     def has_numbers(hint):
         return hint in (int, float) or (get_origin(hint) is not dict and any(map(has_numbers, get_args(hint))))
@@ -72,7 +73,7 @@ def test_every_number_of_a_config_has_a_range(kind):
         )
 
 
-@pytest.mark.parametrize(
+@table(
     ("word", "message"),
     [
         ("optim.learning_rate=-1", "optim.learning_rate: got -1.0; expected a finite number above 0"),
@@ -160,7 +161,7 @@ def test_what_a_library_raises_names_the_path_and_keeps_the_reason():
 # ---- what only building shows ----
 
 
-@pytest.mark.parametrize(
+@table(
     ("name", "path", "value"),
     [
         ("stable diffusion", "denoiser.norm_num_groups", 7),
@@ -205,7 +206,7 @@ def test_the_trial_build_takes_no_draw(bench):
     assert torch.equal(one, network.diffusers.UNet2DModel(**tree).conv_in.weight)
 
 
-@pytest.mark.parametrize("folder", ["no/such/folder", "not a name!", "a/b/c/d"])
+@table("folder", ["no/such/folder", "not a name!", "a/b/c/d"])
 def test_pretrained_parts_that_are_not_there_are_named(bench, folder):
     for path in ("denoiser", "space.autoencoder", "conditioners.text.pretrained"):
         value: Any = {"pretrained": folder} if path == "denoiser" else folder
@@ -224,7 +225,7 @@ def test_a_denoiser_is_no_autoencoder(bench):
 # ---- what only one step shows ----
 
 
-@pytest.mark.parametrize(
+@table(
     ("name", "changes", "message"),
     [
         ("stable diffusion", {"denoiser__in_channels": 3}, "^denoiser, space, .*, data.image_size 16 do not fit"),
@@ -246,7 +247,7 @@ def test_parts_that_do_not_fit_are_refused_before_the_first_step(bench, name, ch
         prepare(changed(bench, name, **changes), bench, name)
 
 
-@pytest.mark.parametrize("name", ["tiny vae", "stable diffusion", "unclip prior", "videoldm", "pixart"])
+@table("name", ["tiny vae", "stable diffusion", "unclip prior", "videoldm", "pixart"])
 def test_sound_configs_pass(bench, name):
     saved = bench.folder / "saved.yaml"
     saved.unlink(missing_ok=True)
@@ -258,7 +259,7 @@ def test_a_resume_check_has_steps_for_warm_up_and_for_decay():
     assert STEPS // 2 < 2 * STEPS - 1
 
 
-@pytest.mark.parametrize(
+@table(
     ("words", "path"),
     [
         (("--sampler.kind", "ddim"), "sampler.kind: got ddim, which knows no objective.path flow"),

@@ -23,6 +23,8 @@ from ldm.config.file import exit_on_config_error, load_config, save_config, tree
 from ldm.config.places import expanded, portable
 from ldm.errors import ConfigError
 
+from .table import table
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGE = """
 output_dir: runs/emoji
@@ -95,7 +97,7 @@ def our_own(file: str | Path) -> AutoencoderConfig | StageConfig:
     return load_config(kind, ["--config", str(file)])
 
 
-@pytest.mark.parametrize("name", sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")))
+@table("name", sorted(str(file.relative_to(CONFIGS)) for file in CONFIGS.rglob("*.yaml")))
 def test_our_own_configs_are_read(name):
     written = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     config = our_own(CONFIGS / name)
@@ -151,7 +153,7 @@ def test_the_command_line_is_the_default_and_needs_no_file(monkeypatch):
     assert load_config(Outer) == Outer("from argv", pair=(2, "b"))
 
 
-@pytest.mark.parametrize(
+@table(
     ("overrides", "expected"),
     [
         (["--inner.rate=0.25", "--inner.rate", "1e-3"], {"inner": Inner(rate=1e-3, mode="slow")}),
@@ -201,7 +203,7 @@ def test_overrides_of_a_real_stage(tmp_path):
 # ---- what is refused, word for word ----
 
 
-@pytest.mark.parametrize(
+@table(
     ("text", "message"),
     [
         (
@@ -233,7 +235,7 @@ def test_errors_say_path_value_and_what_is_allowed(text, message, tmp_path):
     assert problems(StageConfig, f"output_dir: x\ndenoiser: {{}}\n{text}", tmp_path) == [message]
 
 
-@pytest.mark.parametrize(
+@table(
     ("overrides", "message"),
     [
         (["--optim.learnin_rate", "1"], "optim.learnin_rate: no such field; did you mean 'learning_rate'?"),
@@ -266,7 +268,7 @@ def test_every_problem_has_its_line(tmp_path):
     assert "denoiser: required" in lines
 
 
-@pytest.mark.parametrize(
+@table(
     ("text", "words"),
     [
         ("hub_token: hunter2", []),
@@ -282,7 +284,7 @@ def test_values_that_may_be_secrets_are_not_echoed(text, words, tmp_path):
     assert "hunter2" not in "\n".join(problems(StageConfig, f"{STAGE}\n{text}", tmp_path, *words))
 
 
-@pytest.mark.parametrize(
+@table(
     ("content", "message"),
     [
         (b"token: hunter2\n\tseed: 1\n", "c.yaml, line 2: not valid YAML: found character"),
@@ -343,7 +345,7 @@ def leaves(kind: type, prefix: str = "") -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("kind", [StageConfig, AutoencoderConfig])
+@table("kind", [StageConfig, AutoencoderConfig])
 def test_help_lists_every_field(kind, capsys):
     with pytest.raises(SystemExit) as caught:
         load_config(kind, ["--config", "nowhere.yaml", "--help"])
@@ -397,7 +399,7 @@ def test_every_path_of_a_config_is_expanded_and_none_of_it_is_saved(tmp_path, mo
     assert not [word for word in ("zaphod", "/mnt", "$") if word in saved]
 
 
-@pytest.mark.parametrize(
+@table(
     ("words", "message"),
     [
         (["--output_dir", "$NOWHERE/x"], "output_dir: got '$NOWHERE/x'; the environment variable NOWHERE is not set"),

@@ -19,6 +19,7 @@ from ldm.data.sources import build_source
 from ldm.files import locked
 
 from .image_folders import write_folder, write_metadata
+from .table import table
 from .test_batches import encode
 
 LAYOUTS = ("imagefolder", "parquet", "parquet of paths", "dataset")
@@ -30,11 +31,15 @@ def _own_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+def six(folder):
+    """Write six images, which every layout is made of, into a folder in this one; return their rows."""
+    (folder / "images").mkdir()
+    return write_folder(folder / "images", 6)
+
+
 @pytest.fixture
 def rows(tmp_path):
-    """Six images in a folder, which every layout is made of."""
-    (tmp_path / "images").mkdir()
-    return write_folder(tmp_path / "images", 6)
+    return six(tmp_path)
 
 
 def data(layout, folder, rows):
@@ -67,8 +72,9 @@ def expected(folder, rows):
     return "images-" + blake2b(b"".join(hashes), digest_size=16).hexdigest()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_r25_the_same_bytes_elsewhere_and_later_are_the_same_images(layout, tmp_path, rows):
+@table("layout", LAYOUTS)
+def test_r25_the_same_bytes_elsewhere_and_later_are_the_same_images(layout, tmp_path):
+    rows = six(tmp_path)
     folder = tmp_path / "images"
     config = data(layout, folder, rows)
     before = expected(folder, rows)
@@ -93,8 +99,9 @@ def test_r25_the_same_bytes_elsewhere_and_later_are_the_same_images(layout, tmp_
     CaptionedImages(build_source(again), again).encoded("test", None)  # not computed again
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_r25_other_bytes_are_other_images(layout, tmp_path, rows):
+@table("layout", LAYOUTS)
+def test_r25_other_bytes_are_other_images(layout, tmp_path):
+    rows = six(tmp_path)
     folder = tmp_path / "images"
     names = {fingerprint(data(layout, folder, rows))}
     file = folder / rows[2]["file_name"]
@@ -129,8 +136,9 @@ def test_r25_parquet_that_was_exchanged_under_its_mtime_is_read_anew(tmp_path, r
         assert source.fingerprint == expected(tmp_path / "images", order)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_warm_start_reads_no_image(layout, tmp_path, rows, monkeypatch):
+@table("layout", LAYOUTS)
+def test_a_warm_start_reads_no_image(layout, tmp_path, monkeypatch):
+    rows = six(tmp_path)
     config = data(layout, tmp_path / "images", rows)
     before = [fingerprint(config), fingerprint(config)]  # the second reads what was kept of the cells
     monkeypatch.setattr(module, "file_hash", None)

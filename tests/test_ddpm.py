@@ -8,6 +8,8 @@ from ldm.config import ObjectiveConfig, SamplerConfig
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.denoising import Objective
 
+from .table import table
+
 T = 1000
 BETA = np.linspace(1e-4, 0.02, T)  # section 4
 ALPHA = 1 - BETA
@@ -24,7 +26,7 @@ def gaussian(seed):
     return torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("t", [1, 2, 17, 500, 1000])
+@table("t", [1, 2, 17, 500, 1000])
 def test_training_is_algorithm_1(t):
     """Line 5: || eps - eps_theta(sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, t) ||^2."""
     x0, noise = gaussian(0), gaussian(1)
@@ -45,8 +47,8 @@ def test_every_time_is_trained_alike():
     assert int(counts.max()) <= 101
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("t", [1, 2, 17, 500, 1000])
+@table("variance", ["fixed_small", "fixed_large"])
+@table("t", [1, 2, 17, 500, 1000])
 def test_sampling_is_algorithm_2(t, variance):
     """Line 4, and section 3.2: sigma_t^2 is beta_t, or (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t."""
     scheduler = build_scheduler(LINEAR, SamplerConfig("ddpm", variance))
@@ -90,7 +92,7 @@ def test_ddim_is_the_path_without_noise():
     torch.testing.assert_close(scheduler.step(output, t - 1, x_t).prev_sample, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+@table("kind", ["ddim", "ddpm"])
 def test_the_flow_path_has_another_sampler(kind):
     with pytest.raises(ValueError, match="expected dpm_solver"):
         build_scheduler(ObjectiveConfig(path="flow", prediction_type="flow_prediction"), SamplerConfig(kind))

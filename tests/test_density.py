@@ -8,6 +8,8 @@ from ldm.objectives.denoising import Objective
 from ldm.objectives.density import LossSecondMomentDensity, build_density
 from ldm.objectives.schedule import build_schedule
 
+from .table import table
+
 STEPS = 40
 BOUND = ObjectiveConfig(
     "cosine",
@@ -106,7 +108,7 @@ def test_the_bound_alone_trains_mean_and_variance():
     torch.testing.assert_close(alone, both - error, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
+@table(
     ("wrong", "said"),
     [
         ({"path": "flow", "prediction_type": "flow_prediction"}, "the flow path has none"),
@@ -118,7 +120,7 @@ def test_what_it_cannot_be_built_from_is_refused(wrong, said):
         build_density(ObjectiveConfig(**{"timestep_density": "loss_second_moment"} | wrong))
 
 
-@pytest.mark.parametrize("wrong", [{"variational_weight": None}, {"min_snr_gamma": 5.0}])
+@table("wrong", [{"variational_weight": None}, {"min_snr_gamma": 5.0}])
 def test_the_bound_alone_needs_a_learned_variance_and_no_other_weight(wrong):
     settings = {"path": "cosine", "variational_weight": 1.0, "variational_only": True} | wrong
     with pytest.raises(ValueError, match=r"objective\.variational_only"):

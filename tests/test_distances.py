@@ -10,6 +10,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.evaluation.distances import frechet_distance, kid
 
+from .table import table
+
 
 class Rows(torch.nn.Module):
     """Takes features for images and gives them back."""
@@ -32,7 +34,7 @@ def whitened(count, width, seed):
     return np.linalg.qr(rows)[0] * np.sqrt(count - 1)
 
 
-@pytest.mark.parametrize("width", [2, 6, 60])  # more images than features, and fewer
+@table("width", [2, 6, 60])  # more images than features, and fewer
 def test_kid_is_that_of_torchmetrics(width):
     one, two = clouds(width=width)
     theirs = KernelInceptionDistance(feature=Rows(), subsets=1, subset_size=len(one))
@@ -94,7 +96,7 @@ def test_a_thousand_resamples_of_kid_take_seconds():
     assert time.process_time() - start < 10
 
 
-@pytest.mark.parametrize("count", [5, 40])
+@table("count", [5, 40])
 def test_frechet_distance_is_that_of_torchmetrics(count):
     one, two = clouds(count)
     theirs = FrechetInceptionDistance(feature=Rows(), input_img_size=(6,), normalize=True)
@@ -105,7 +107,7 @@ def test_frechet_distance_is_that_of_torchmetrics(count):
     assert frechet_distance(one, two, draws=2).value == pytest.approx(float(theirs.compute()), rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [9, 30, 200])
+@table("count", [9, 30, 200])
 def test_frechet_distance_of_gaussians_on_common_axes_is_its_closed_form(count):
     """|m1 - m2|^2 + sum (s1 - s2)^2; with fewer images than axes, or axes without spread, as well."""
     deviations, others = np.array([1, 2, 0.5, 0, 3, 0]), np.array([2, 1, 0.5, 1, 0, 0])
@@ -135,7 +137,7 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_and_falls_with_the_number_o
     assert values == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("width", [5, 60])
+@table("width", [5, 60])
 def test_the_interval_of_a_frechet_distance_lies_around_it_and_holds_its_mean(width):
     rng = np.random.default_rng(2)
     found = [frechet_distance(rng.normal(0.3, 1, (30, width)), rng.normal(size=(30, width)), 60) for _ in range(30)]

@@ -4,11 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from ldm.commands import cli
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config.file import load_config
+
+from .table import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,7 +27,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@table("command", COMMANDS)
 def test_every_command_is_understood(command):
     match shlex.split(command):
         case ["make", target]:
@@ -44,7 +44,7 @@ def test_the_first_screen_has_both_commands():
     assert list(COMMANDS)[:2] == ["make demo", "make test"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@table("page", PAGES)
 def test_every_file_that_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     for config in re.findall(r"configs/[\w/.-]+\.(?:yaml|txt|json)", text):

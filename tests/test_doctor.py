@@ -26,7 +26,7 @@ from ldm.doctor.cost import GIB, Cost, Memory, Stopwatch, kept_for_backward, kep
 from ldm.doctor.examination import examined, overfit_finding
 from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
-from ldm.doctor.overfit import Overfit, drawn, restored
+from ldm.doctor.overfit import Overfit, fixed_draws, restored
 from ldm.doctor.plan import Plan
 from ldm.export import kinds as export_module
 from ldm.models.scheduler import build_scheduler
@@ -37,6 +37,7 @@ from ldm.training.loop import Loop
 from ldm.training.run import Run, opened
 from pipelines.text2img import TextToImagePipeline
 
+from .table import table
 from .test_objective import SOUND
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def test_an_autoencoder_that_loses_too_much_is_found_by_the_round_trip_alone(tmp
     assert (wrong(report), code) == (["autoencoder"], 1)
 
 
-@pytest.mark.parametrize("rate", ["1e-9", "1e4"])
+@table("rate", ["1e-9", "1e4"])
 def test_a_learning_rate_that_teaches_nothing_is_found_by_the_overfit_alone(rate, tmp_path, monkeypatch):
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--optim.learning_rate", rate)
     assert (wrong(report), code) == (["overfits one batch"], 1)
@@ -235,7 +236,7 @@ def test_the_plan_in_words():
     )
 
 
-@pytest.mark.parametrize(
+@table(
     ("changes", "words"),
     [
         ({"steps": 20}, "less than one epoch: 28% of the images are never seen"),  # 20 * 128 / 3553 = 0.72
@@ -260,7 +261,7 @@ def test_a_warm_up_as_long_as_the_run_is_a_fault():
     assert list(plan(optim=OptimConfig(warmup_steps=799)).faults()) == []
 
 
-@pytest.mark.parametrize(("decay", "steps"), [(0.9999, 1000), (0.9, 1000), (0.999, 30)])
+@table(("decay", "steps"), [(0.9999, 1000), (0.9, 1000), (0.999, 30)])
 def test_the_half_life_is_that_of_the_averages(decay, steps):
     """Average a weight that is 0 but in the last `n` steps, 1 there: about half of it has arrived after a half-life."""
     half = round(plan(steps, optim=OptimConfig(ema_decay=decay)).average_half_life)
@@ -343,7 +344,7 @@ def test_flops_and_activations_of_a_known_network():
     assert all(parameter.grad is None for parameter in step.net.parameters())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@table("optimizer", ["adamw", "muon"])
 def test_the_memory_is_what_a_logged_step_holds_at_its_peak(optimizer, tmp_path):
     """As torch's profiler counts what is allocated; two modules, a text encoder's frozen half and a small batch."""
     with opened(Run(str(tmp_path), 0, LoopConfig(9, log_every_steps=1, trackers=(), mixed_precision="no"))) as run:
@@ -398,16 +399,16 @@ def test_the_stopwatch_tells_steps_from_loading(monkeypatch):
 # ---- the objective and the scheduler ----
 
 
-@pytest.mark.parametrize(("path", "prediction_type", "rescaled"), SOUND)
-@pytest.mark.parametrize("steps", [20, 50])
+@table(("path", "prediction_type", "rescaled"), SOUND)
+@table("steps", [20, 50])
 def test_our_scheduler_agrees_with_every_objective(path, prediction_type, rescaled, steps):
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)
     finding = agreement(Objective(config), build_scheduler(config), steps)
     assert (finding.ok, finding.warnings) == (True, ()), finding.text
 
 
-@pytest.mark.parametrize("sampler", [("ddim", "fixed_small"), ("ddpm", "fixed_small"), ("ddpm", "fixed_large")])
-@pytest.mark.parametrize("path", ["linear", "scaled_linear", "cosine"])
+@table("sampler", [("ddim", "fixed_small"), ("ddpm", "fixed_small"), ("ddpm", "fixed_large")])
+@table("path", ["linear", "scaled_linear", "cosine"])
 def test_the_other_samplers_agree_too(path, sampler):
     config = ObjectiveConfig(path, "epsilon")
     scheduler = build_scheduler(config, SamplerConfig(*sampler), clip_sample=True)
@@ -417,7 +418,7 @@ def test_the_other_samplers_agree_too(path, sampler):
     assert scheduler.config.clip_sample, "the one that is asked about stays as it is"
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@table("sampler", ["ddim", "ddpm"])
 def test_another_sampler_of_another_objective_is_wrong(sampler):
     scheduler = build_scheduler(ObjectiveConfig("scaled_linear", "epsilon"), SamplerConfig(sampler))
     finding = agreement(Objective(ObjectiveConfig("linear", "epsilon")), scheduler, 50)
@@ -425,7 +426,7 @@ def test_another_sampler_of_another_objective_is_wrong(sampler):
     assert "the levels may differ by" in finding.text
 
 
-@pytest.mark.parametrize("path", ["scaled_linear", "flow"])
+@table("path", ["scaled_linear", "flow"])
 def test_few_steps_are_a_warning_and_no_disagreement(path):
     config = ObjectiveConfig(path, "sample")
     finding = agreement(Objective(config), build_scheduler(config), 4)
@@ -433,11 +434,11 @@ def test_few_steps_are_a_warning_and_no_disagreement(path):
     assert finding.warnings[0].startswith("validation.num_inference_steps 4: too few")
 
 
-@pytest.mark.parametrize(
+@table(
     ("trained", "sampled", "words"),
     [
-        (("linear", "epsilon"), ("linear", "v_prediction"), "takes the model output for v_prediction"),
-        (("flow", "flow_prediction"), ("flow", "sample"), "takes the model output for sample"),
+        (("linear", "epsilon"), ("linear", "v_prediction"), "reads the model output as v_prediction"),
+        (("flow", "flow_prediction"), ("flow", "sample"), "reads the model output as sample"),
         (("linear", "epsilon"), ("scaled_linear", "epsilon"), "the levels may differ by"),
         (("cosine", "sample"), ("flow", "sample"), "the levels may differ by"),
         (("linear", "sample", 1000, True), ("linear", "sample", 1000, False), "the levels may differ by"),
@@ -466,7 +467,7 @@ def test_a_solver_that_does_nothing_keeps_the_std_of_noise():
 # ---- what is learned, and what comes back ----
 
 
-@pytest.mark.parametrize(
+@table(
     ("start", "end", "steps", "pretrained", "ok"),
     [
         (2.0, 1.19, 300, False, True),
@@ -484,9 +485,9 @@ def test_how_far_is_far_enough(start, end, steps, pretrained, ok):
 
 
 def test_draws_are_fixed_and_have_other_positions():
-    batches = drawn(Batch([7, 9], [1, 2], ["a", "b"]))
+    batches = fixed_draws(Batch([7, 9], [1, 2], ["a", "b"]))
     positions = [position for batch in batches for position in batch.positions]
-    assert len(set(positions)) == len(positions) == 2 * overfit_module.DRAWS
+    assert len(set(positions)) == len(positions) == 2 * overfit_module.NOISE_DRAWS
     assert all(batch.rows == [1, 2] for batch in batches)
 
 
@@ -504,7 +505,7 @@ def test_weights_and_averages_are_put_back():
         assert all(torch.equal(kept[name], now[name]) for name in kept)
 
 
-@pytest.mark.parametrize(("noise", "ok"), [(0.05, True), (0.3, False)])
+@table(("noise", "ok"), [(0.05, True), (0.3, False)])
 def test_a_round_trip_is_judged_by_its_error(noise, ok, tmp_path):
     """Noise of std 0.05 in a range of 2 is 32 dB, of 0.3 16.5 dB."""
     side = torch.linspace(-0.9, 0.9, 32)

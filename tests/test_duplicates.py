@@ -3,12 +3,13 @@
 from itertools import combinations
 
 import numpy as np
-import pytest
 from PIL import Image, ImageOps
 
 from ldm.data.duplicates import BANDS, BITS, MOST_COLOUR, WINDOW, Look, _candidates, groups, look
 from tests.edited_images import EDITS, KINDS, icon, originals
 from tests.image_folders import noise_image
+
+from .table import table
 
 BLANK = bytes(32 * 32 * 3)
 
@@ -17,7 +18,7 @@ def pairs_of(found):
     return {pair for group in found for pair in combinations(group, 2)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@table("kind", KINDS)
 def test_known_edits_are_found_and_nothing_else(kind):
     """Two in five images share all parts but one with another; all sets are of 700 images, one edit each."""
     count = 350

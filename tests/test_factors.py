@@ -7,6 +7,8 @@ from ldm.data.openmoji import OpenMoji
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families, read_factors
 from ldm.files import read_lines
 
+from .table import table
+
 TONES = ["light skin tone", "medium-light skin tone", "dark skin tone"]
 CAPTIONS = [
     "woman judge light skin tone",
@@ -59,7 +61,7 @@ def test_openmoji_composes():
     assert all(word in text for words in factors.values() for word in words if word != "child")
 
 
-@pytest.mark.parametrize("text", ["[red, blue]", "colour: red", "colour: [red]", "colour: [1, 2]", "colour: [red, '']"])
+@table("text", ["[red, blue]", "colour: red", "colour: [red]", "colour: [1, 2]", "colour: [red, '']"])
 def test_files_that_name_no_factors_are_refused(tmp_path, text):
     (tmp_path / "factors.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"expected factors, each with a list of two alternatives"):

@@ -22,6 +22,7 @@ from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
 from ldm.training.run import Run, opened
 from ldm.training.state import training_state
 
+from .table import table
 from .test_batches import Shades
 from .test_loop import Quadratic, batches, lines, train, weights
 
@@ -170,7 +171,7 @@ def test_r07_no_state_of_a_generator_is_needed_to_resume(tmp_path):
     assert torch.equal(weights(again), weights(whole))
 
 
-@pytest.mark.parametrize("missing", ["main-weights", "main-average", "other-optimizer"])
+@table("missing", ["main-weights", "main-average", "other-optimizer"])
 def test_r07_a_checkpoint_without_a_part_is_refused_not_filled_in(missing, tmp_path):
     _, loop, _ = train(tmp_path, 4)
     saved = CheckpointStore.load(loop.store.latest())
@@ -210,7 +211,7 @@ class Failing(Shades):
         return super().image(index)
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs", "stands still", "raises"])
+@table("how", ["dies", "hangs", "stands still", "raises"])
 def test_r18_a_loader_process_that_fails_is_an_error_that_names_the_images_in_time(how):
     seconds = 5 if how in ("hangs", "stands still") else 200  # the others are to be noticed without it
     config = DataConfig(image_size=8, held_out_percent=0.0, batch_size=4, workers=2, timeout_seconds=seconds)

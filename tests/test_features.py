@@ -1,4 +1,5 @@
 import hashlib
+from functools import cache
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import save_file
 from ldm.models import features
 from ldm.models.features import PerceptualDistance, VGGFeatures, build_perceptual_distance
 
+from .table import table
+
 
 def images(count=3, size=32):
     torch.manual_seed(0)
@@ -14,12 +17,13 @@ def images(count=3, size=32):
     return smooth.clamp(0, 1) * 2 - 1
 
 
-@pytest.fixture(scope="module", params=["efficientnet_lite0", "efficientnet_lite2"])
-def distance(request):
-    return build_perceptual_distance(request.param)
+network = cache(build_perceptual_distance)
+every_network = table("name", ("efficientnet_lite0", "efficientnet_lite2"))
 
 
-def test_it_is_a_distance(distance):
+@every_network
+def test_it_is_a_distance(name):
+    distance = network(name)
     one = images()
     two = one.flip(0)
     assert distance(one, one).abs().max() < 1e-6
@@ -27,21 +31,27 @@ def test_it_is_a_distance(distance):
     assert (distance(one[:1], two[:1]) > 0).all()
 
 
-def test_it_grows_with_noise(distance):
+@every_network
+def test_it_grows_with_noise(name):
+    distance = network(name)
     one = images()
     noise = torch.randn_like(one)
     values = [float(distance(one + level * noise, one).mean()) for level in (0.05, 0.2, 0.5)]
     assert values == sorted(values)
 
 
-def test_it_has_a_gradient_for_the_images_and_none_for_itself(distance):
+@every_network
+def test_it_has_a_gradient_for_the_images_and_none_for_itself(name):
+    distance = network(name)
     one = images().requires_grad_()
     distance(one, images().flip(0)).sum().backward()
     assert one.grad.abs().max() > 0
     assert not any(p.requires_grad for p in distance.parameters())
 
 
-def test_it_stays_in_eval_mode(distance):
+@every_network
+def test_it_stays_in_eval_mode(name):
+    distance = network(name)
     distance.train()
     before = {name: value.clone() for name, value in distance.state_dict().items()}
     distance(images(), images().flip(0))
@@ -49,12 +59,16 @@ def test_it_stays_in_eval_mode(distance):
     assert all(torch.equal(before[name], value) for name, value in distance.state_dict().items())
 
 
-def test_a_pair_does_not_depend_on_the_others(distance):
+@every_network
+def test_a_pair_does_not_depend_on_the_others(name):
+    distance = network(name)
     one, two = images(), images().flip(0)
     assert torch.allclose(distance(one, two)[1:2], distance(one[1:2], two[1:2]), atol=1e-5)
 
 
-def test_efficientnet_sees_five_resolutions(distance):
+@every_network
+def test_efficientnet_sees_five_resolutions(name):
+    distance = network(name)
     sizes = [feature.shape[-1] for feature in distance.features(images(1, 64))]
     assert sizes == [32, 16, 8, 4, 2]
 

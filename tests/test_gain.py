@@ -15,6 +15,8 @@ from ldm.objectives.schedule import FlowSchedule, build_schedule
 from pipelines.transformer import TransformerPipeline
 from tests.tiny_pipeline import PIXELS, pipeline, seeds, transformer
 
+from .table import table
+
 SOUND = [
     ObjectiveConfig(path="flow", prediction_type="flow_prediction"),
     ObjectiveConfig(path="flow", prediction_type="sample"),
@@ -33,7 +35,7 @@ def called(config):
     return f"{config.path}-{config.prediction_type}"
 
 
-@pytest.mark.parametrize("config", SOUND, ids=called)
+@table("config", SOUND)
 def test_the_path_of_a_sampling_scheduler_is_that_of_training(config):
     schedule, prediction_type = schedule_of(build_scheduler(config))
     u = torch.linspace(0, 1, 33)
@@ -52,7 +54,7 @@ def test_schedulers_of_others_are_understood_or_refused():
         schedule_of(DDIMScheduler(prediction_type="velocity"))
 
 
-@pytest.mark.parametrize("config", SOUND, ids=called)
+@table("config", SOUND)
 def test_losses_are_those_of_the_objective(config):
     pipe = pipeline(scheduler=build_scheduler(config))
     pipe.vae.register_to_config(shift_factor=1.5)  # which pipelines of this kind never look at
@@ -123,5 +125,5 @@ def test_equal_captions_are_never_exchanged():
 
 
 def test_pipelines_that_are_not_known_are_refused():
-    with pytest.raises(ValueError, match="SimpleNamespace: known are StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match="got a SimpleNamespace; expected one of StableDiffusionPipeline"):
         losses_with_and_without(SimpleNamespace(), images(), CAPTIONS, 0)

@@ -6,6 +6,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from pipelines.guidance import guide
 
+from .table import table
+
 
 def outputs(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +52,7 @@ def test_rescaled_guidance_is_that_of_the_stock_pipeline_and_has_the_conditional
     torch.testing.assert_close(found[:, :4].std((1, 2, 3)), cond[:, :4].std((1, 2, 3)))
 
 
-@pytest.mark.parametrize(("first", "second"), [(6, 6), (4, 8), (3, 3)])
+@table(("first", "second"), [(6, 6), (4, 8), (3, 3)])
 def test_other_shapes_are_refused(first, second):
     with pytest.raises(ValueError, match="expected two alike with 4 channels, or 8 with a learned variance"):
         guide(outputs(first)[0], outputs(second)[0], 3.0, 4)

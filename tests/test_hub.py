@@ -27,6 +27,8 @@ from ldm.models.provenance import Provenance
 from tests.fake_hub import DROP, TOKEN, FakeHub
 from tests.tiny_pipeline import FLOW, arrays, pipeline, vae
 
+from .table import table
+
 ROOT = Path(__file__).parent.parent
 PRIVATE = {
     *(
@@ -204,27 +206,28 @@ def test_s06_nothing_outside_of_the_folder_is_pushed(hub, model, what):
 # ---- what fails ----
 
 
-@pytest.mark.parametrize(
+@table(
     ("what", "how"),
     [*(("commit", how) for how in (500, DROP, 401, 403, 409)), ("create", 500), ("create", DROP), ("lfs", 401)],
 )
 def test_s06_a_failed_push_leaves_both_sides_whole_and_the_next_one_succeeds(hub, model, what, how, capsys):
-    push(model, "me/model")
-    shutil.copy(model / "unet" / "config.json", model / "config.json")
+    name = f"me/{what}-{how}"
+    push(model, name)
+    (model / "config.json").write_text(json.dumps({"changed": name}))
     before = files(model)
     hub.fail(what, how)
     with pytest.raises(HubError) as failed:
-        push(model, "me/model")
+        push(model, name)
     assert files(model) == before
-    assert len(hub.repositories["me/model"].commits) == 1
+    assert len(hub.repositories[name].commits) == 1
     said = str(failed.value)
     again = re.search("to push it again: ldm (.*)", said)[1].split()
-    assert again == ["push", str(model), "me/model"]
+    assert again == ["push", str(model), name]
     assert TOKEN not in said
     assert "\n" not in said
     cli.main(again)
-    assert f"{hub.url}/me/model" in capsys.readouterr().out
-    assert "config.json" in hub.repositories["me/model"].files
+    assert f"{hub.url}/{name}" in capsys.readouterr().out
+    assert "config.json" in hub.repositories[name].files
 
 
 def test_s06_the_command_says_what_failed_in_one_line(hub, model):
@@ -233,7 +236,7 @@ def test_s06_the_command_says_what_failed_in_one_line(hub, model):
         cli.main(["push", str(model), "me/model", "--private", "true"])
 
 
-@pytest.mark.parametrize(
+@table(
     ("name", "message"),
     [
         ("model", "must be user/name"),
@@ -265,7 +268,7 @@ def test_s06_tokens_that_cannot_push_are_refused_at_the_start(hub, monkeypatch):
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize("words", [["--push_private", "true"], ["--push_every_steps", "5"]])
+@table("words", [["--push_private", "true"], ["--push_every_steps", "5"]])
 def test_settings_of_a_push_without_a_repository_are_refused(words, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="push_to_hub: name the repository"):
         train_autoencoder(monkeypatch, tmp_path, *words)

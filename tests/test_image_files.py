@@ -16,6 +16,8 @@ from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
 
+from .table import table
+
 SIZE = 16  # 256 pixels: each value of a byte once
 DRAWS = np.random.default_rng(0)
 EVERY = DRAWS.permutation(256).astype(np.uint8).reshape(SIZE, SIZE)
@@ -177,7 +179,7 @@ def images(folder):
     return images_of("imagefolder", folder)
 
 
-@pytest.mark.parametrize("name", FILES)
+@table("name", FILES)
 def test_r14_a_file_becomes_the_pixels_that_its_format_defines(name, images):
     (found,) = images.rows_of([name])
     values, expected = images.pixel_values(found).numpy(), in_minus_one_to_one(FILES[name].meant)
@@ -216,7 +218,7 @@ def turned_file():
     return file.getvalue(), over(COLOURS, EVERY, (0, 0, 0))
 
 
-@pytest.mark.parametrize("kind", ["parquet of datasets", "parquet with bytes", "parquet with structs", "dataset"])
+@table("kind", ["parquet of datasets", "parquet with bytes", "parquet with structs", "dataset"])
 def test_r14_an_image_in_a_table_becomes_the_same_pixels_as_its_file(kind, tmp_path):
     file, expected = turned_file()
     held = file if kind == "parquet with bytes" else {"bytes": file, "path": "a.png"}

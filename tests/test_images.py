@@ -15,6 +15,8 @@ from ldm.evaluation.images import (
     wrap,
 )
 
+from .table import table
+
 LONG = "men with bunny ears medium skin tone medium-dark skin tone"
 
 
@@ -43,7 +45,7 @@ def test_grid_has_the_images_row_by_row() -> None:
     assert image_grid(images[:2], columns=3).size == (2 * 12 + GAP, 10)
 
 
-@pytest.mark.parametrize(("height", "width", "factor"), [(64, 64, 2), (32, 32, 4), (160, 160, 1), (40, 100, 2)])
+@table(("height", "width", "factor"), [(64, 64, 2), (32, 32, 4), (160, 160, 1), (40, 100, 2)])
 def test_sheet_has_each_generated_image_over_the_true_one(height: int, width: int, factor: int) -> None:
     generated, true = random_images(5, height, width), random_images(5, height, width, seed=1)
     sheet = comparison_sheet(["cat"] * 5, generated, true, columns=3)
@@ -68,7 +70,7 @@ def test_sheet_is_as_large_as_its_images_and_captions() -> None:
     assert flat.height == 2 * (2 * CELL_WIDTH + GAP + MARGIN // 2 + LINE_HEIGHT + MARGIN) + MARGIN
 
 
-@pytest.mark.parametrize("long", [LONG, "Donaudampfschifffahrtsgesellschaftskapitän at work", "WWW " * 25])
+@table("long", [LONG, "Donaudampfschifffahrtsgesellschaftskapitän at work", "WWW " * 25])
 def test_captions_stay_in_their_column_and_above_the_next_row(long: str) -> None:
     images = random_images(6)
     sheet = comparison_sheet([long] * 6, images, images, columns=3)
@@ -153,7 +155,7 @@ def test_wrong_input_is_refused() -> None:
         image_grid(images, columns=0)
 
 
-@pytest.mark.parametrize("letter", ["x", "x ", "\u200d", "\u0301", "e\u0301"])
+@table("letter", ["x", "x ", "\u200d", "\u0301", "e\u0301"])
 def test_a_caption_without_end_makes_no_sheet_without_end(letter: str) -> None:
     images = random_images(1)
     assert contact_sheet([letter * 100_000], images).height < 1500

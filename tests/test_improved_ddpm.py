@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
-import pytest
 import torch
 
 from ldm.config import ObjectiveConfig, SamplerConfig
 from ldm.models.scheduler import build_scheduler
+
+from .table import table
 
 T = 60
 COSINE = ObjectiveConfig("cosine", num_train_timesteps=T, variational_weight=1.0)
@@ -28,8 +29,8 @@ def network(x_t, timestep):
     return torch.cat([torch.sin(2 * x_t + timestep / 9), torch.tanh(x_t - 1)], 1)
 
 
-@pytest.mark.parametrize("clips", [True, False])
-@pytest.mark.parametrize("steps", [T, 20, 7])
+@table("clips", [True, False])
+@table("steps", [T, 20, 7])
 def test_respaced_sampling_takes_the_betas_of_its_own_steps(steps, clips):
     """Section 4: beta_{S_t} = 1 - alpha_bar_{S_t} / alpha_bar_{S_{t-1}}, and both bounds of the variance of those."""
     scheduler = build_scheduler(COSINE, SamplerConfig("ddpm"), clip_sample=clips)

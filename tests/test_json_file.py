@@ -21,6 +21,7 @@ from ldm.training.checkpoint import CheckpointError, CheckpointStore
 from ldm.training.manifest import read_manifest
 from ldm.training.snapshots import read_snapshots
 
+from .table import table
 from .test_sample import unet
 
 JUNK = {
@@ -64,8 +65,8 @@ def pixels(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("junk", JUNK)
-@pytest.mark.parametrize("name", READERS)
+@table("junk", JUNK)
+@table("name", READERS)
 def test_junk_is_refused_with_the_name_of_the_file_or_its_model(name, junk, pixels, tmp_path):
     path = tmp_path / name
     if name.startswith("pipeline/"):
@@ -84,7 +85,7 @@ def signed(content):
     return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
-@pytest.mark.parametrize(
+@table(
     "manifest",
     [
         *(
@@ -109,7 +110,7 @@ def test_a_state_that_is_signed_and_no_object_is_refused(tmp_path):
         CheckpointStore.load(step)
 
 
-@pytest.mark.parametrize(
+@table(
     "about",
     [
         *({}, {"global_step": "x"}, {"global_step": "1", "steps_taken": "1", "sigma_rel": "nan"}),

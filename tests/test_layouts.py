@@ -22,6 +22,8 @@ from ldm.evaluation.evaluation import read_as_trained
 from ldm.models.provenance import Provenance
 from ldm.training.record import data_options
 
+from .table import table
+
 
 def image(number):
     return Image.fromarray(np.full((4, 4, 3), number, np.uint8))
@@ -89,7 +91,7 @@ IMAGE_FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("layout", IMAGE_FOLDERS)
+@table("layout", IMAGE_FOLDERS)
 def test_r26_splits_of_image_folders_are_those_of_datasets_and_captions_come_along(layout, tmp_path):
     write_images(tmp_path / "images", IMAGE_FOLDERS[layout])
     wanted = splits_of_datasets(datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "images")))
@@ -121,7 +123,7 @@ PARQUET = {
 }
 
 
-@pytest.mark.parametrize("layout", PARQUET)
+@table("layout", PARQUET)
 def test_r26_splits_of_tables_are_those_of_datasets(layout, tmp_path):
     folder = tmp_path / "tables"
     names, card = PARQUET[layout]
@@ -198,7 +200,7 @@ def test_r26_validate_and_train_read_the_same_of_every_kind_of_data(tmp_path):
             assert build_source(config).fingerprint == checked_source(config).fingerprint
 
 
-@pytest.mark.parametrize("named", ["folder", "file"])
+@table("named", ["folder", "file"])
 def test_r26_image_paths_are_relative_to_their_parquet_file(named, tmp_path):
     (tmp_path / "data" / "images").mkdir(parents=True)
     image(3).save(tmp_path / "data" / "images" / "3.png")
@@ -227,7 +229,7 @@ COLUMNS = {  # what pandas, polars and others write
 }
 
 
-@pytest.mark.parametrize("kind", COLUMNS)
+@table("kind", COLUMNS)
 def test_r26_columns_of_every_writer_are_read(kind, tmp_path):
     images, texts = COLUMNS[kind]
     cell = {"bytes": png(5), "path": None} if images is STRUCT else png(5)
@@ -237,7 +239,7 @@ def test_r26_columns_of_every_writer_are_read(kind, tmp_path):
     assert numbers_of(tmp_path) == ([(5, ())] if kind == "no text" else expected([5]))
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow", "columns"])
+@table("kind", ["torch", "numpy", "pandas", "arrow", "columns"])
 def test_r26_a_format_that_a_table_was_saved_with_changes_nothing(kind, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))})
     table = datasets.Dataset.from_dict({"image": [image(6)], "text": [["number 6", "six"]]}, features)
@@ -266,8 +268,8 @@ IMAGE_KEYS = [  # keys of the rows in any order, what data.image_column says, th
 ]
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize(("keys", "wanted", "found"), IMAGE_KEYS)
+@table("backwards", [False, True])
+@table(("keys", "wanted", "found"), IMAGE_KEYS)
 def test_r26_the_key_that_names_the_images(keys, wanted, found, backwards, tmp_path):
     image(1).save(tmp_path / "1.png")
     row = {key: "1.png" if key == found else f"other {key}" for key in keys[:: -1 if backwards else 1]}
@@ -311,8 +313,8 @@ def test_r26_the_image_column_of_a_table_is_the_one_of_images(tmp_path):
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@table("encoding", ENCODINGS)
+@table("end", ["\n", "\r\n", "\r"])
 def test_r26_metadata_of_every_encoding_and_line_end_is_read(encoding, end, tmp_path):
     image(1).save(tmp_path / "1.png")
     for name, lines in {
@@ -346,7 +348,7 @@ CSV_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", CSV_FAULTS)
+@table("fault", CSV_FAULTS)
 def test_r26_rows_of_csv_that_would_be_misread_are_named(fault, tmp_path):
     image(1).save(tmp_path / "1.png")
     data, reason = CSV_FAULTS[fault]

@@ -14,6 +14,8 @@ from ldm.objectives.schedule import build_schedule
 from pipelines.pixels import PixelPipeline
 from tests.tiny_pipeline import pipeline as latent_pipeline
 
+from .table import table
+
 STEPS = 12
 BLOCKS = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
 CONFIG = ObjectiveConfig("linear", num_train_timesteps=STEPS + 21)
@@ -84,8 +86,8 @@ def written_out(pipe, x0, seed):
     return np.array([*terms, prior.mean() / np.log(2)])
 
 
-@pytest.mark.parametrize("clips", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@table("clips", [True, False])
+@table("kind", KINDS)
 def test_every_term_is_the_papers(kind, clips):
     pipe, x0 = drawing(kind, clip_sample=clips), random_images()
     found = variational_bound(pipe, x0, None, STEPS - 1, seed=3)

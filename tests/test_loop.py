@@ -17,6 +17,8 @@ from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
 from ldm.training.progress import TIMED_STEPS, Progress, expected_steps, fix_total_steps, planned_steps
 from ldm.training.run import Run, opened
 
+from .table import table
+
 
 @dataclass
 class Points:
@@ -193,10 +195,10 @@ def planned(step_seconds, optim, asked=ASKED):
     return progress
 
 
-@pytest.mark.parametrize("slower_from", [0.02, 0.1, 0.3, 0.5])
-@pytest.mark.parametrize("factor", [0.5, 2])
-@pytest.mark.parametrize(("seconds", "warmup_steps"), [(0.3, 100), (6.0, 5)])
-@pytest.mark.parametrize("optim", [{"decay": "linear", "decay_fraction": 0.3}, {"decay": "constant"}])
+@table("slower_from", [0.02, 0.1, 0.3, 0.5])
+@table("factor", [0.5, 2])
+@table(("seconds", "warmup_steps"), [(0.3, 100), (6.0, 5)])
+@table("optim", [{"decay": "linear", "decay_fraction": 0.3}, {"decay": "constant"}])
 def test_seconds_are_kept_though_the_speed_changes_in_the_first_half(optim, seconds, warmup_steps, factor, slower_from):
     def step_seconds(progress):
         late = progress.train_seconds >= slower_from * 600
@@ -207,7 +209,7 @@ def test_seconds_are_kept_though_the_speed_changes_in_the_first_half(optim, seco
     assert progress.train_seconds == pytest.approx(600, rel=0.1)
 
 
-@pytest.mark.parametrize(
+@table(
     ("optim", "start", "total"),
     [
         ({"decay": "cosine", "decay_fraction": 0.3}, 420, 600),
@@ -287,7 +289,7 @@ def test_r04_a_training_by_the_clock_that_is_resumed_takes_the_same_steps_at_the
     assert rates == pytest.approx([0.025, *[0.05] * 49, *(0.05 * (14 - k) / 14 for k in range(15))], abs=1e-12)
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
+@table("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
 def test_exactly_one_limit_is_required(limits):
     with pytest.raises(ValueError, match="set one of max_train_steps"):
         planned_steps(LoopConfig(**limits), 10)

@@ -5,8 +5,10 @@ from ldm.config import OptimConfig
 from ldm.training.muon import RMS, Muon, orthogonalized
 from ldm.training.optim import build_optimizer, lookup_tables
 
+from .table import table
 
-@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+
+@table("shape", [(8, 40), (40, 8), (16, 16)])
 def test_singular_values_become_about_one_and_directions_stay(shape):
     torch.manual_seed(0)
     matrices = torch.randn(3, *shape) * torch.tensor([1, 1e-3, 1e3]).view(3, 1, 1)

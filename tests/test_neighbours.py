@@ -5,6 +5,8 @@ import pytest
 
 from ldm.evaluation.neighbours import euclidean, manifold_measures, share_nearer, spread
 
+from .table import table
+
 
 def naive(features, reference, k):
     """The definitions, one pair at a time: Kynkaanniemi et al. 2019, eq. 1; Naeem et al. 2020, eqs. 3 and 4."""
@@ -24,8 +26,8 @@ def naive(features, reference, k):
     }
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("k", [1, 3, 5])
+@table("shift", [0.0, 1.0, 3.0])
+@table("k", [1, 3, 5])
 def test_the_four_are_their_definitions(shift, k):
     rng = np.random.default_rng(0)
     features, reference = rng.normal(size=(20, 3)) + shift, rng.normal(size=(24, 3))

@@ -19,6 +19,7 @@ from ldm.models.network import (
 from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import LatentSpace, build_space
 
+from .table import table
 from .tiny_stages import stages
 
 UNET = {
@@ -69,7 +70,7 @@ def test_zeroed_residual_branches_leave_the_input_unchanged():
     assert inside.attn2.to_out[0].weight.abs().max() > 0, "one zero a branch: behind two of them nothing would learn"
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "unclip prior"])
+@table("name", ["dit", "pixart", "unclip prior"])
 def test_zeroed_transformer_blocks_leave_the_input_unchanged(name, tmp_path):
     denoiser = build_network(stages(tmp_path)[name]["denoiser"], "denoiser")
     zero_tails(denoiser)
@@ -152,7 +153,7 @@ BLOCKS = {
 BARE = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
-@pytest.mark.parametrize("keys", [{}, BARE, {"use_post_quant_conv": False, "shift_factor": 0.5}], ids=str)
+@table("keys", [{}, BARE, {"use_post_quant_conv": False, "shift_factor": 0.5}])
 def test_folded_latents_have_unit_scale_and_reconstruct_the_same(keys):
     torch.manual_seed(0)
     vae = AutoencoderKL(**BLOCKS, **keys)
@@ -189,7 +190,7 @@ SHIFTED = {  # an autoencoder's config, and the mean and the divisor that pipeli
 }
 
 
-@pytest.mark.parametrize("kind", SHIFTED)
+@table("kind", SHIFTED)
 def test_a_mean_that_a_config_names_is_folded_and_stock_pipelines_decode_the_same(kind, tmp_path):
     keys, mean, divisor = SHIFTED[kind]
     torch.manual_seed(0)

@@ -13,13 +13,15 @@ from ldm.config import ObjectiveConfig, PathName, PredictionType
 from ldm.objectives.denoising import Objective
 from ldm.objectives.schedule import recover, snr, target_coefficients
 
+from .table import table
+
 S = 0.5  # standard deviation of the data
 SOUND = [
     *product(("linear", "scaled_linear", "cosine"), ("epsilon", "sample", "v_prediction"), (False,)),
     *product(("linear", "scaled_linear", "cosine"), ("sample", "v_prediction"), (True,)),
     *product(("flow",), ("sample", "flow_prediction"), (False,)),
 ]
-sound = pytest.mark.parametrize("config", [ObjectiveConfig(p, t, zero_terminal_snr=z) for p, t, z in SOUND])
+sound = table("config", [ObjectiveConfig(p, t, zero_terminal_snr=z) for p, t, z in SOUND])
 
 
 def best_predictor(config):
@@ -62,7 +64,7 @@ def test_loss_at_optimum_is_the_posterior_variance(config):
         torch.testing.assert_close(loss, posterior_variance(config, torch.tensor([u])), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
+@table(
     "config",
     [
         ObjectiveConfig("scaled_linear", "epsilon"),
@@ -70,7 +72,6 @@ def test_loss_at_optimum_is_the_posterior_variance(config):
         ObjectiveConfig("flow", "flow_prediction"),
         ObjectiveConfig("flow", "sample", timestep_density="logit_normal", logit_mean=0.5, logit_std=1.5),
     ],
-    ids=lambda config: f"{config.path}-{config.timestep_density}",
 )
 def test_mean_loss_at_optimum_is_the_posterior_variance_under_the_density(config):
     grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -122,7 +123,7 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch_mates():
     assert torch.equal(losses([3, 5, 0, 2, 1, 4]), whole[[3, 5, 0, 2, 1, 4]])
 
 
-@pytest.mark.parametrize(("path", "dtype"), [("scaled_linear", torch.int64), ("flow", torch.float32)])
+@table(("path", "dtype"), [("scaled_linear", torch.int64), ("flow", torch.float32)])
 def test_the_network_gets_float32_latents_and_the_timesteps_of_its_path(path, dtype):
     def predict(x_t, timesteps):
         assert x_t.dtype == torch.float32
@@ -178,7 +179,7 @@ def test_loss_is_finite_at_pure_data_and_at_pure_noise(config):
     assert loss.isfinite().all()
 
 
-@pytest.mark.parametrize(
+@table(
     "config",
     [
         ObjectiveConfig("cosine", "v_prediction", zero_terminal_snr=True),
@@ -194,7 +195,7 @@ def test_min_snr_warns_where_pure_noise_would_go_untrained(config):
     assert [objective.config.min_snr_gamma for objective in silent] == [None, 5.0]
 
 
-@pytest.mark.parametrize(
+@table(
     ("path", "prediction_type", "rescaled"),
     [*product(get_args(PathName), get_args(PredictionType), (False, True))],
 )
@@ -207,7 +208,7 @@ def test_exactly_the_sound_combinations_are_built(path, prediction_type, rescale
             Objective(config)
 
 
-@pytest.mark.parametrize(
+@table(
     ("changes", "reason"),
     [
         ({"timestep_density": "logit_normal", "logit_std": 0.0}, "logit_std 0.0: must be positive"),

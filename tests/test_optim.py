@@ -16,6 +16,8 @@ from ldm.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from ldm.training.optim import build_optimizer, flatten_optimizer, learning_rate, restore_optimizer
 from ldm.training.state import load_trained, restore_training, training_state
 
+from .table import table
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -51,7 +53,7 @@ def test_cosine_decay_is_half_a_cosine_to_the_final_fraction():
     assert found[-1] == 0.1
 
 
-@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@table("decay", ["linear", "cosine"])
 def test_decay_ends_exactly_on_the_final_fraction_of_the_setting(decay):
     config = OptimConfig(learning_rate=3e-4, decay=decay, warmup_steps=9, final_fraction=0.5)
     assert learning_rate(9, 1000, config) == pytest.approx(3e-4, rel=1e-12)
@@ -74,7 +76,7 @@ def test_a_constant_run_may_end_in_its_warm_up():
     assert rates(2, warmup_steps=100) == pytest.approx([0.01, 0.02], rel=1e-12)
 
 
-@pytest.mark.parametrize(
+@table(
     ("step", "total", "settings", "message"),
     [
         (5, 5, {}, "global_step: got 5; expected 0 to 4, of 5 steps"),
@@ -191,8 +193,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@table("dtype", [torch.float32, torch.bfloat16])
+@table("name", OPTIMIZERS)
 def test_state_through_a_checkpoint_and_the_steps_after_it_are_bitwise_the_same(tmp_path, name, dtype):
     module = network(dtype)
     optimizer = OPTIMIZERS[name](module.parameters())

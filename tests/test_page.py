@@ -23,6 +23,8 @@ from ldm.evaluation.report import Curve, Figure, Report, Row, Section
 from ldm.export.evaluation_card import BEGIN, END, merge_into_card
 from tests.tiny_report import HOSTILE, UNICODE, around, tiny_report
 
+from .table import table
+
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
 
@@ -92,7 +94,7 @@ def test_every_image_is_in_the_page_with_its_pixels_and_without_metadata(page):
     assert [attributes["width"] for attributes in images] == [str(figures()[0].image.width), "256"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+@table("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
 def test_rows_of_any_mode_lose_what_they_say_of_their_making(mode):
     image = Image.new(mode, (3, 2))
     image.info |= {
@@ -242,7 +244,7 @@ def test_a_plot_shows_its_points_to_scale_and_gaps_where_there_is_no_number():
     assert xs[1] - xs[0] == pytest.approx((xs[-1] - xs[0]) / 3, abs=1e-3)
 
 
-@pytest.mark.parametrize("log_x", [False, True])
+@table("log_x", [False, True])
 def test_plots_of_nothing_of_one_point_and_of_many_lines_can_be_drawn(log_x):
     assert svg(Curve("", "", "", {}, log_x)).startswith("<svg")
     assert svg(Curve("", "", "", {"a": []}, log_x)).startswith("<svg")
@@ -322,7 +324,7 @@ def test_a_card_without_metadata_gets_them_and_a_folder_without_a_card_is_left_a
     assert {result.task_type for result in data.eval_results} == {"image-to-image"}
 
 
-@pytest.mark.parametrize("metadata", ["a: [", "- a", "model-index: 3", "model-index: [{name: x, results: [{}]}]"])
+@table("metadata", ["a: [", "- a", "model-index: 3", "model-index: [{name: x, results: [{}]}]"])
 def test_metadata_that_cannot_be_read_are_refused_by_name_and_left_alone(tmp_path, metadata):
     text = f"---\n{metadata}\n---\n# Mine\n"
     (tmp_path / "README.md").write_text(text)

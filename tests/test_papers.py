@@ -10,6 +10,8 @@ import torch
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config.file import load_config
 
+from .table import table
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 rounded = partial(pytest.approx, rel=2e-3)
 PUBLISHED = {
@@ -28,7 +30,7 @@ def test_every_paper_is_counted():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/paper/*.yaml")} == PUBLISHED.keys()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@table("name", PUBLISHED)
 def test_the_network_has_the_published_number_of_parameters(name):
     kind, network = (AutoencoderConfig, "autoencoder") if name.endswith("vae.yaml") else (StageConfig, "denoiser")
     keys = dict(getattr(load_config(kind, ["--config", str(CONFIGS / name)]), network))

@@ -27,6 +27,8 @@ from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, PIXELS, arrays, pipeline, seeds, unet
 
+from .table import table
+
 SCHEDULERS = [
     tiny_pipeline.scheduler(timestep_spacing="trailing"),
     EulerDiscreteScheduler(),
@@ -70,8 +72,8 @@ def both_draw(stock, scheduler, **call):
     return [arrays(pipe, steps=7, **call) for pipe in pipes]
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY, PNDMScheduler(skip_prk_steps=True)], ids=name)
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@table("scheduler", [*SCHEDULERS, *NOISY, PNDMScheduler(skip_prk_steps=True)], ids=name)
+@table("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_the_stock_pipelines(scheduler, strength):
     call = {"prompt": "a cat", "negative_prompt": "bad", "num_images_per_prompt": 2}
     ours, stock = both_draw(StableDiffusionImg2ImgPipeline, scheduler, image=photograph(), strength=strength, **call)
@@ -92,15 +94,15 @@ def test_a_generator_and_an_image_for_each_image_is_the_stock_pipelines():
     np.testing.assert_array_equal(*images)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=name)
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@table("scheduler", SCHEDULERS, ids=name)
+@table("strength", [0.5, 1.0])
 def test_inpainting_is_the_stock_pipelines(scheduler, strength):
     call = {"prompt": "a cat", "image": photograph(), "mask_image": half(), "strength": strength}
     ours, stock = both_draw(StableDiffusionInpaintPipeline, scheduler, height=PIXELS, width=PIXELS, **call)
     np.testing.assert_allclose(ours, stock, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *NOISY], ids=name)
+@table("scheduler", [*SCHEDULERS, *NOISY], ids=name)
 def test_what_the_mask_keeps_is_the_image_to_the_bit(scheduler):
     pipe = pipeline(scheduler=scheduler)
     call = {"image": photograph(), "mask_image": half(), "generator": seeds(0)[0], "output_type": "latent"}
@@ -150,7 +152,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@table("kind", KINDS)
 def test_every_kind_of_image_of_every_size_is_the_stock_pipelines(kind):
     call = {"image": KINDS[kind], "strength": 0.5, "prompt": ["a cat", "two"]}
     ours, stock = both_draw(StableDiffusionImg2ImgPipeline, tiny_pipeline.scheduler(), **call)
@@ -171,7 +173,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@table("kind", MASKS)
 def test_every_kind_of_mask_is_the_stock_pipelines(kind):
     call = {"prompt": "a cat", "image": floats(), "mask_image": MASKS[kind]}
     sizes = {"height": 24, "width": 20}  # the stock class makes a square of the image, unless it is told both
@@ -236,7 +238,7 @@ def lopsided():
     return AsymmetricAutoencoderKL(**blocks, **sizes, latent_channels=4).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_autoencoder, quantised, lopsided])
+@table("make", [tiny_autoencoder, quantised, lopsided])
 def test_any_autoencoder_starts_from_an_image_as_in_the_stock_pipeline(make):
     parts = tiny_pipeline.parts(vae=make())
     stock = StableDiffusionImg2ImgPipeline(**parts)
@@ -267,7 +269,7 @@ def test_a_mask_painted_on_transparency_is_white_where_it_is_painted():
     np.testing.assert_array_equal(arrays(pipeline(), image=photograph(), mask_image=painted), expected)
 
 
-@pytest.mark.parametrize("images", [1, 2, 4])
+@table("images", [1, 2, 4])
 def test_one_image_for_all_for_a_prompt_or_for_an_image(images):
     sources = [photograph(seed) for seed in range(images)]
     call = {"prompt": ["a cat", "two"], "num_images_per_prompt": 2, "image": sources, "strength": 0.5}
@@ -302,7 +304,7 @@ def test_pixels_keep_the_size_of_an_image_too():
         pipe(height=9, **call)
 
 
-@pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
+@table("classes", [{}, {"num_class_embeds": 3}])
 def test_pixels_start_from_an_image_too(classes):
     pipe = pixel_pipeline(**classes)
     call = {"batch_size": 2, "num_inference_steps": 10, "output_type": "pt"}
@@ -315,7 +317,7 @@ def test_pixels_start_from_an_image_too(classes):
     assert (near - true).abs().mean() < (far - true).abs().mean() / 2
 
 
-@pytest.mark.parametrize(
+@table(
     ("call", "message"),
     [
         ({"image": photograph(), "strength": 0.0}, "strength: got 0.0; expected a number above 0, and at most 1"),
@@ -371,7 +373,7 @@ def test_between_two_prompts():
             pipe.interpolate("a cat", "two", 5, latents=latents, **call)
 
 
-@pytest.mark.parametrize("scheduler", NOISY, ids=name)
+@table("scheduler", NOISY, ids=name)
 def test_between_two_prompts_all_is_drawn_of_one_noise_also_on_the_way_and_of_an_image(scheduler):
     pipe = pipeline(scheduler=scheduler)
     call = {"num_inference_steps": 4, "output_type": "np", "image": photograph(), "strength": 0.5}

@@ -11,6 +11,8 @@ from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import LENGTH, WIDTH, arrays, pipeline, seeds, text_encoder
 
+from .table import table
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -70,14 +72,14 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("case", UNUSABLE)
+@table("case", UNUSABLE)
 def test_unusable_inputs(pipe, case):
     call, message = UNUSABLE[case]
     with pytest.raises(ValueError, match=message):
         arrays(pipe, **call)
 
 
-@pytest.mark.parametrize(
+@table(
     "call",
     [
         {"prompt": ("a", "b")},
@@ -89,7 +91,6 @@ def test_unusable_inputs(pipe, case):
         {"height": 2, "width": 34},
         {"prompt": None, "prompt_embeds": torch.zeros(2, 7, WIDTH)},
     ],
-    ids=str,
 )
 def test_usable_inputs(pipe, call):
     images = arrays(pipe, **call)
@@ -124,7 +125,7 @@ def test_pndm_with_runge_kutta_steps_needs_four():
         arrays(pipeline(scheduler=PNDMScheduler()))
 
 
-@pytest.mark.parametrize("prompt", ["x" * 100_000, ["x" * 50, "short"]], ids=["100k", "batch"])
+@table("prompt", ["x" * 100_000, ["x" * 50, "short"]])
 def test_long_prompts_are_cut_with_one_short_warning(pipe, caplog, prompt):
     arrays(pipe, prompt, steps=1)
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -182,7 +183,7 @@ UNUSABLE_TOO = {  # found by tests/fuzzing.py
 }
 
 
-@pytest.mark.parametrize("case", UNUSABLE_TOO)
+@table("case", UNUSABLE_TOO)
 def test_junk_is_refused_by_name_and_the_next_call_is_as_ever(pipe, case):
     usual = arrays(pipe)
     call, message = UNUSABLE_TOO[case]

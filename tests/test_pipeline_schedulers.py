@@ -19,6 +19,8 @@ from pipelines import schedulers
 from pipelines.schedulers import SCHEDULERS, WRONG, set_timesteps
 from tests import tiny_pipeline
 
+from .table import table
+
 STD = 0.5  # of the data
 STARTS = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 STARTS = (STARTS - STARTS.mean()) / STARTS.std()  # the deterministic samplers then have no sampling error
@@ -132,7 +134,7 @@ def sample(scheduler, steps, mean=0.0, out_channels=1):
     return float(latents.mean() - mean) / STD, float(latents.std()) / STD
 
 
-@pytest.mark.parametrize(("path", "kind", "name"), [case for case in CASES if case[0] == "diffusion"])
+@table(("path", "kind", "name"), [case for case in CASES if case[0] == "diffusion"])
 def test_permitted_schedulers_sample_the_data(path, kind, name):
     """At 100 steps those of first order are 3.2 to 5.9 % off, the others at most 2.1 %; 16,384 random draws, 0.6 %."""
     mean, std = sample(build(name, path, kind), steps=100)
@@ -140,14 +142,14 @@ def test_permitted_schedulers_sample_the_data(path, kind, name):
     assert abs(std - 1) < (0.065 if name in FIRST_ORDER else 0.025)
 
 
-@pytest.mark.parametrize(("path", "kind", "name"), [case for case in CASES if case[0] == "flow"])
+@table(("path", "kind", "name"), [case for case in CASES if case[0] == "flow"])
 def test_permitted_flow_schedulers_sample_the_data_in_25_steps(path, kind, name):
     mean, std = sample(build(name, path, kind), steps=25, mean=1.0)
     assert abs(mean) < 0.01  # the network is given whole timesteps
     assert abs(std - 1) < 0.015
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in WRONG.items() for name in names])
+@table(("path", "name"), [(path, name) for path, names in WRONG.items() for name in names])
 def test_refused_schedulers_are_as_wrong_as_they_are_said_to_be(path, name, monkeypatch):
     kind = "flow_prediction" if path == "flow" else "epsilon"
     scheduler = build(name, path, kind)
@@ -176,7 +178,7 @@ WRONG_SWAPS = {
 """Stock schedulers that plain diffusers draws wrongly with, and cannot know; what it refuses is not among them."""
 
 
-@pytest.mark.parametrize("saved", WRONG_SWAPS, ids=str)
+@table("saved", WRONG_SWAPS)
 def test_which_stock_schedulers_plain_diffusers_may_swap_in(saved, tmp_path):
     """By `X.from_config(pipe.scheduler.config)`, of every class that `StableDiffusionPipeline` says it takes."""
     path, kind, rescaled = saved
@@ -262,7 +264,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@table("case", REFUSED)
 def test_refused_schedulers(case):
     name, changes, message = REFUSED[case]
     scheduler = build(name, **changes)
@@ -298,7 +300,7 @@ def test_a_swapped_scheduler_may_neither_clip_nor_forget_zero_terminal_snr():
         schedulers.check_scheduler(DDIMScheduler.from_config(flow.config), 4, 4)
 
 
-@pytest.mark.parametrize(
+@table(
     ("scheduler", "steps"),
     [
         (DDIMScheduler(timestep_spacing="trailing"), 61),

@@ -22,6 +22,8 @@ from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, LENGTH, WIDTH, arrays, seeds, text_encoder
 
+from .table import table
+
 PAGE = Path(__file__).parents[1] / "docs" / "diffusers.md"
 STOCK, OURS = StableDiffusionPipeline, TextToImagePipeline
 DDIM, EULER, HEUN = tiny_pipeline.scheduler(), EulerDiscreteScheduler(), HeunDiscreteScheduler()
@@ -96,7 +98,7 @@ def stock_finds_the_layer_norm(monkeypatch):
     monkeypatch.setattr(type(text_encoder()), "text_model", property(lambda encoder: encoder), raising=False)
 
 
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[name for name, _ in CASES])
+@table(("name", "case"), CASES)
 def test_every_argument_of_a_call_draws_what_the_stock_pipeline_draws(name, case):
     call, scheduler = case if isinstance(case, tuple) else (case, DDIM)
     ours, stock = drawn_by_both(call, scheduler)
@@ -136,7 +138,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@table("name", METHODS)
 def test_switches_do_what_they_do_to_the_stock_pipeline(name):
     blocks = {"block_out_channels": (8, 16, 16), "sample_size": 16}  # FreeU changes the first two of three
     blocks |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
@@ -185,7 +187,7 @@ class Adapted(TunerLayer, torch.nn.Linear):
         return super().forward(x) + self.scale * x.roll(1, -1)[..., : self.out_features]
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
+@table("scale", [0.0, 0.3, 1.0])
 def test_the_scale_of_lora_layers_is_that_of_the_call(scale, monkeypatch):
     tuners = types.ModuleType("peft.tuners.tuners_utils")
     tuners.BaseTunerLayer = TunerLayer
@@ -230,7 +232,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), REFUSED)
+@table(("call", "message"), REFUSED)
 def test_unusable_options_are_refused(call, message):
     pipe = tiny_pipeline.pipeline(scheduler=call.get("scheduler", DDIM))
     call = {name: value for name, value in call.items() if name != "scheduler"}

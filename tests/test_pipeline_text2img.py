@@ -21,6 +21,8 @@ from pipelines.text2img import TextToImagePipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, LENGTH, WIDTH, arrays, pipeline, seeds, text_encoder, unet
 
+from .table import table
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -30,7 +32,7 @@ def pipe():
 # Parity
 
 
-@pytest.mark.parametrize(
+@table(
     "scheduler",
     [
         tiny_pipeline.scheduler(),
@@ -43,7 +45,6 @@ def pipe():
         DPMSolverMultistepScheduler(**FLOW),
         UniPCMultistepScheduler(**FLOW),
     ],
-    ids=lambda scheduler: f"{type(scheduler).__name__}-{scheduler.config.prediction_type}",
 )
 def test_equal_to_the_stock_pipeline(scheduler):
     parts = tiny_pipeline.parts(scheduler=scheduler)
@@ -51,8 +52,8 @@ def test_equal_to_the_stock_pipeline(scheduler):
     assert_equal_to_stock(parts, **call, height=24, width=8)
 
 
-@pytest.mark.parametrize("kind", ["clip", "bert", "t5"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@table("kind", ["clip", "bert", "t5"])
+@table("guidance_scale", [1.0, 3.0])
 def test_equal_to_the_stock_pipeline_with_any_text_encoder(kind, guidance_scale):
     parts = tiny_pipeline.parts(text_encoder=text_encoder(kind))
     assert_equal_to_stock(parts, guidance_scale=guidance_scale)
@@ -89,7 +90,7 @@ def test_the_mask_reaches_only_encoders_that_ask_for_it():
 # What a call does
 
 
-@pytest.mark.parametrize(("guidance_scale", "images"), [(0.0, 2), (1.0, 2), (1.5, 4)])
+@table(("guidance_scale", "images"), [(0.0, 2), (1.0, 2), (1.5, 4)])
 def test_one_pass_a_step_without_guidance(guidance_scale, images):
     denoiser = unet()
     seen = []
@@ -166,7 +167,7 @@ def test_official_callback_turns_guidance_off_as_in_the_stock_pipeline():
     assert_equal_to_stock(tiny_pipeline.parts(), callback_on_step_end=SDCFGCutoffCallback(0.5), steps=4)
 
 
-@pytest.mark.parametrize("scheduler", [PNDMScheduler(skip_prk_steps=True), UniPCMultistepScheduler(**FLOW)])
+@table("scheduler", [PNDMScheduler(skip_prk_steps=True), UniPCMultistepScheduler(**FLOW)])
 def test_interrupted_and_failed_calls_leave_no_trace(scheduler):
     pipe = pipeline(scheduler=scheduler)
     expected, steps = arrays(pipe, steps=4), []

@@ -12,6 +12,8 @@ from pipelines.transformer import TransformerPipeline
 from tests import tiny_pipeline
 from tests.tiny_pipeline import FLOW, LENGTH, arrays, seeds, text_encoder, tokenizer, transformer
 
+from .table import table
+
 STOCK = {"use_resolution_binning": False, "max_sequence_length": LENGTH, "clean_caption": False}
 
 
@@ -27,8 +29,8 @@ def pipeline(**changes):
     return pipe
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("kind", ["clip", "bert"])
+@table("guidance_scale", [1.0, 3.0])
+@table("kind", ["clip", "bert"])
 def test_equal_to_the_stock_pipeline(kind, guidance_scale):
     made = parts(text_encoder=text_encoder(kind), scheduler=DPMSolverMultistepScheduler(**FLOW))
     ours, stock = TransformerPipeline(**made), PixArtAlphaPipeline(**made)
@@ -64,7 +66,7 @@ def test_what_stands_at_padding_is_not_seen():
     assert not np.allclose(cut, arrays(pipe, "a dog", guidance_scale=1.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [{"height": 18}, {"width": 2}])
+@table("size", [{"height": 18}, {"width": 2}])
 def test_sizes_are_whole_patches(size):
     pipe = pipeline(transformer=transformer(patch_size=2))
     assert arrays(pipe, height=20, width=4).shape == (1, 20, 4, 3)

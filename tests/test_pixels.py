@@ -6,6 +6,8 @@ from PIL import Image
 from ldm.data import pixels
 from ldm.data.pixels import resize_and_crop, to_pixel_values, to_rgb, to_uint8
 
+from .table import table
+
 
 def rgb_at(image, x=0, y=0):
     assert image.mode == "RGB"
@@ -16,19 +18,19 @@ def grey16(value):
     return Image.fromarray(np.full((4, 4), value, np.uint16))
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+@table(("value", "expected"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
 def test_r14_16_bit_grey_is_scaled_not_clipped(value, expected):
     assert rgb_at(to_rgb(grey16(value))) == (expected,) * 3
     as_int = Image.fromarray(np.full((4, 4), value, np.int32), mode="I")
     assert rgb_at(to_rgb(as_int)) == (expected,) * 3
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.0, 0), (0.5, 128), (1.0, 255), (200.0, 200)])
+@table(("value", "expected"), [(0.0, 0), (0.5, 128), (1.0, 255), (200.0, 200)])
 def test_r14_float_grey_is_read_from_0_to_1_or_to_255(value, expected):
     assert rgb_at(to_rgb(Image.fromarray(np.full((4, 4), value, np.float32)))) == (expected,) * 3
 
 
-@pytest.mark.parametrize(("background", "expected"), [("white", (255, 127, 127)), ("black", (128, 0, 0))])
+@table(("background", "expected"), [("white", (255, 127, 127)), ("black", (128, 0, 0))])
 def test_r14_alpha_is_composited_on_the_background(background, expected):
     half_red = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert np.abs(np.subtract(rgb_at(to_rgb(half_red, background)), expected)).max() <= 1  # alpha is 128/255
@@ -54,7 +56,7 @@ def test_r14_cmyk_one_bit_and_grey():
     assert rgb_at(to_rgb(Image.new("L", (4, 4), 77))) == (77, 77, 77)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@table("orientation", range(1, 9))
 def test_r14_exif_orientation_is_applied_once(orientation):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[0, 0] = 255  # top left
@@ -81,7 +83,7 @@ def test_r13_a_pixel_bomb_is_refused_before_it_is_decoded(monkeypatch):
         to_rgb(Image.new("RGB", (4, 4)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (300, 2), (10, 10), (64, 64), (5, 8)])
+@table("size", [(1, 1), (1, 9), (300, 2), (10, 10), (64, 64), (5, 8)])
 def test_r16_every_shape_becomes_the_square(size):
     assert resize_and_crop(Image.new("RGB", size, (9, 8, 7)), 8).size == (8, 8)
     assert rgb_at(resize_and_crop(Image.new("RGB", size, (9, 8, 7)), 8), 3, 3) == (9, 8, 7)

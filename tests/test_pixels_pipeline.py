@@ -16,6 +16,7 @@ from diffusers import (
 from pipelines.pixels import PixelPipeline
 
 from . import tiny_pipeline
+from .table import table
 
 SIZE, CLASSES, STEPS = 8, 3, 12
 
@@ -45,7 +46,7 @@ def arrays(pipe, **call):
     return pipe(generator=seeded(), num_inference_steps=STEPS, output_type="np", **call).images
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@table("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_it_draws_as_the_stock_ddpm_pipeline(variance):
     scheduler = DDPMScheduler(num_train_timesteps=STEPS, variance_type=variance)
     ours = drawing(scheduler=scheduler, out_channels=6 if variance == "learned_range" else 3)
@@ -53,8 +54,8 @@ def test_it_draws_as_the_stock_ddpm_pipeline(variance):
     np.testing.assert_allclose(arrays(ours, batch_size=3), arrays(stock, batch_size=3), atol=1e-6)
 
 
-@pytest.mark.parametrize("limit", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}])
-@pytest.mark.parametrize("eta", [0.0, 0.5])
+@table("limit", [{"clip_sample": True}, {"clip_sample": False}, {"thresholding": True}])
+@table("eta", [0.0, 0.5])
 def test_it_draws_as_the_stock_ddim_pipeline_with_the_noise_of_the_clipped_image(limit, eta):
     ours = drawing(scheduler=DDIMScheduler(num_train_timesteps=STEPS, **{"clip_sample": False} | limit))
     stock = quiet(DDIMPipeline(ours.unet, ours.scheduler))
@@ -157,7 +158,7 @@ def test_folders_of_both_kinds_are_loaded_in_turn(tmp_path):
         assert type(loaded).__name__ == {"pixels": "PixelPipeline", "text": "TextToImagePipeline"}[name]
 
 
-@pytest.mark.parametrize(
+@table(
     ("call", "words"),
     [
         ({"class_labels": [3]}, "class_labels: got 3; expected a whole number from 0 to 2"),

@@ -3,8 +3,10 @@ import torch
 
 from ldm.data.positions import generator, permuted, sample_index, step_positions
 
+from .table import table
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 64, 1000])
+
+@table("length", [1, 2, 3, 5, 16, 17, 64, 1000])
 def test_r05_every_sample_stands_exactly_once_in_every_epoch(length):
     for epoch in range(3):
         positions = range(epoch * length, (epoch + 1) * length)
@@ -29,7 +31,7 @@ def test_an_index_outside_the_range_is_refused():
         permuted(5, 5, 0)
 
 
-@pytest.mark.parametrize(("micro_steps", "world"), [(1, 1), (4, 1), (1, 2), (2, 2)])
+@table(("micro_steps", "world"), [(1, 1), (4, 1), (1, 2), (2, 2)])
 def test_r20_processes_and_micro_steps_share_a_step_without_gap_or_overlap(micro_steps, world):
     taken = [
         p

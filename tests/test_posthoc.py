@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm.training.averages import Average, gamma_of, power_function
-from ldm.training.posthoc import MAX_ERROR, coefficients, inner_products, reconstruct
+from ldm.training.posthoc import MAX_ERROR, averaged_weights, coefficients, inner_products
 from ldm.training.snapshots import Snapshot
+
+from .table import table
 
 STORED = (0.05, 0.1)
 STEPS = 256
@@ -86,13 +88,13 @@ def test_factors_and_error_are_those_of_sampled_profiles():
         assert x.sum() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize(("count", "most"), [(8, 1e-2), (32, 3e-4), (64, 3e-5)])
+@table(("count", "most"), [(8, 1e-2), (32, 3e-4), (64, 3e-5)])
 def test_a_random_walk_is_reconstructed_better_with_more_snapshots(count, most, tmp_path):
     """Measured, relative to the weights: see `most`; from the nearest stored average it is 0.9 to 6 percent."""
     stored = snapshots(tmp_path, count)
     for sigma_rel in (0.04, 0.07, 0.15, 0.2):
         expected = walked(sigma_rel)[-1]
-        assert relative_error(reconstruct(stored, sigma_rel)["w"], expected) < most
+        assert relative_error(averaged_weights(stored, sigma_rel)["w"], expected) < most
         assert relative_error(walked(0.05)[-1], expected) > 8e-3
 
 
@@ -100,19 +102,19 @@ def test_a_stored_average_comes_back_to_the_bit(tmp_path):
     stored = snapshots(tmp_path, 64, dtype=torch.float32)
     for sigma_rel in STORED:
         for step in (128, STEPS):
-            found = reconstruct(stored, sigma_rel, step)
+            found = averaged_weights(stored, sigma_rel, step)
             assert found["w"].dtype == torch.float32
             assert torch.equal(found["w"], walked(sigma_rel)[step - 1].float())
 
 
 def test_the_step_of_any_snapshot_can_be_asked_for(tmp_path):
     expected = walked(0.08)[160 - 1]
-    assert relative_error(reconstruct(snapshots(tmp_path, 64), 0.08, 160)["w"], expected) < 1e-4
+    assert relative_error(averaged_weights(snapshots(tmp_path, 64), 0.08, 160)["w"], expected) < 1e-4
 
 
 def test_weights_that_stand_still_stay_what_they_are(tmp_path):
     still = torch.full((64, 3), 7.0, dtype=torch.float64)
-    found = reconstruct(snapshots(tmp_path, 8, still, torch.float32), 0.2)  # its profile is 8 % off
+    found = averaged_weights(snapshots(tmp_path, 8, still, torch.float32), 0.2)  # its profile is 8 % off
     assert torch.equal(found["w"], torch.full((3,), 7.0))
     assert found["steps"].dtype == torch.int64
     assert found["steps"] == 64
@@ -122,21 +124,21 @@ def test_time_is_counted_in_steps_that_changed_the_weights(tmp_path):
     """The last 8 steps were skipped: the averages did not move, and two snapshots are alike."""
     stored = snapshots(tmp_path, 64)
     again = [Snapshot(one.path, STEPS + 8, STEPS, one.sigma_rel) for one in stored if one.global_step == STEPS]
-    assert relative_error(reconstruct([*stored, *again], 0.08)["w"], walked(0.08)[-1]) < 1e-5
+    assert relative_error(averaged_weights([*stored, *again], 0.08)["w"], walked(0.08)[-1]) < 1e-5
 
 
 def test_what_snapshots_cannot_represent_is_refused(tmp_path):
     stored = snapshots(tmp_path, 4)
     with pytest.raises(ValueError, match=r"sigma_rel: 0\.01 cannot be made of 8 snapshots of \[0\.05, 0\.1\].*smaller"):
-        reconstruct(stored, 0.01)
+        averaged_weights(stored, 0.01)
     with pytest.raises(ValueError, match=r"sigma_rel: got 0\.3; expected a number above 0, to 0\.28"):
-        reconstruct(stored, 0.3)
+        averaged_weights(stored, 0.3)
     for step in (0, 65, STEPS + 1):
         with pytest.raises(ValueError, match=f"at_step: got {step}; expected a step of a snapshot: 64, 128, 192, 256"):
-            reconstruct(stored, 0.05, step)
+            averaged_weights(stored, 0.05, step)
     save_file({"w": torch.zeros(3)}, stored[0].path)
     with pytest.raises(ValueError, match="is of another network than"):
-        reconstruct(stored, 0.05)
+        averaged_weights(stored, 0.05)
 
 
 def test_fifty_snapshots_reach_from_a_third_of_the_shortest_to_the_longest():

@@ -17,6 +17,7 @@ from ldm.training.precision import LAUNCHED, chosen_precision
 from ldm.training.record import RunRecord
 from ldm.training.run import Run, opened
 
+from .table import table
 from .test_loop import Quadratic, batches
 
 
@@ -30,7 +31,7 @@ def test_native_precision_is_what_the_device_is_faster_in(monkeypatch):
         assert native_precision() == expected
 
 
-@pytest.mark.parametrize(
+@table(
     ("wanted", "recorded", "launched", "chosen", "warning"),
     [
         ("auto", None, None, "measured", None),
@@ -79,7 +80,7 @@ def test_r25_a_resume_computes_in_the_precision_of_its_checkpoint_whatever_is_me
     assert run(4, "bf16") == ("no", {"no"})
 
 
-@pytest.mark.parametrize(
+@table(
     ("words", "environment", "processes", "error", "warning"),
     [
         ("python accelerate launch --cpu train_vae.py --num_processes 2", {}, 1, None, None),  # the script's own

@@ -32,6 +32,8 @@ from ldm.data.sources import build_source, source_config
 from ldm.models.text_encoder import train_tokenizer
 from tests.image_folders import corrupt, encoded, noise_image, png, write_folder, write_metadata
 
+from .table import table
+
 ROOT = Path(__file__).parent.parent
 QUICK = {"too large", "missing", "outside", "bad row", "bad caption"}
 NOT_STOPPING = {"no caption", "unlisted", "exact duplicate", "near duplicate", "near duplicate across splits"}
@@ -235,7 +237,7 @@ def test_nothing_good_is_an_error_even_when_skipping(clean):
     assert "unreadable: and 10 more, 30 in all" in str(error.value)
 
 
-@pytest.mark.parametrize(("script", "stage"), [(train_vae, "vae"), (train_text2img, "text2img")])
+@table(("script", "stage"), [(train_vae, "vae"), (train_text2img, "text2img")])
 def test_r11_r12_the_entry_scripts_stop_before_they_begin(script, stage, spoiled, tmp_path, monkeypatch, capsys):
     arguments = [
         "--config",
@@ -350,12 +352,12 @@ def test_s05_a_table_cannot_read_files_beside_its_folder(tmp_path):
             RowSource(TableRows(table, None, None, root=elsewhere)).image(0)
 
 
-@pytest.mark.parametrize("value", [None, "", "text", ["one", None], ("zwölf", "日本"), []])
+@table("value", [None, "", "text", ["one", None], ("zwölf", "日本"), []])
 def test_r15_captions_without_fault(value):
     assert caption_fault(value) is None
 
 
-@pytest.mark.parametrize("value", [1, 1.5, True, {}, [1], ["a", "\udcff"], b"bytes", [["nested"]]])
+@table("value", [1, 1.5, True, {}, [1], ["a", "\udcff"], b"bytes", [["nested"]]])
 def test_r15_captions_with_a_fault(value):
     assert caption_fault(value)
 

@@ -7,17 +7,18 @@ import zlib
 from io import BytesIO
 
 import numpy as np
-import pytest
 from PIL import Image, ImageCms
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_digest
-from ldm.data.headers import decode, metadata_fault, open_image
+from ldm.data.headers import decode_pixels, metadata_fault, open_image
 from ldm.data.inspection import inspect
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import checked_source
 from ldm.data.profiles import profile_name
 from ldm.data.sources import build_source
+
+from .table import table
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 TO_XYZ = np.array(
@@ -127,7 +128,7 @@ def test_r26_inks_are_those_of_their_profile():
     assert plain[1].tolist() == [0, 255, 255]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@table("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_r26_a_profile_that_is_srgb_changes_no_pixel(kind):
     image = Image.fromarray(COLOURS)
     with_profile, without = (to_rgb(open_image(saved(image, kind, icc_profile=one))) for one in (SRGB, None))
@@ -144,7 +145,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
+@table("misfit", MISFITS)
 def test_r26_a_profile_that_cannot_be_used_changes_no_pixel_and_is_said(misfit):
     profile, mode = MISFITS[misfit]
     image = Image.fromarray(COLOURS).convert(mode)
@@ -183,8 +184,8 @@ CHUNKS = {  # of a PNG: whether it stands before the pixels or after them is tri
 }
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("name", CHUNKS)
+@table("place", ["before", "after"])
+@table("name", CHUNKS)
 def test_r26_no_chunk_beside_the_pixels_costs_a_png_its_pixels(name, place, tmp_path):
     data, said = CHUNKS[name]
     plain = saved(Image.fromarray(COLOURS), "PNG").getvalue()
@@ -194,7 +195,7 @@ def test_r26_no_chunk_beside_the_pixels_costs_a_png_its_pixels(name, place, tmp_
         image = open_image(file)
         fault = metadata_fault(image)
         assert (said in fault) if said and (place == "before" or said != "EXIF or XMP") else fault is None
-        assert np.array_equal(np.asarray(to_rgb(decode(image))), COLOURS)
+        assert np.array_equal(np.asarray(to_rgb(decode_pixels(image))), COLOURS)
 
 
 def jpeg(segment):
@@ -213,8 +214,8 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-@pytest.mark.parametrize("name", SEGMENTS)
+@table("kind", ["JPEG", "WEBP"])
+@table("name", SEGMENTS)
 def test_r26_exif_that_cannot_be_read_changes_no_pixel(name, kind):
     image = Image.fromarray(COLOURS)
     file = BytesIO(jpeg(SEGMENTS[name])) if kind == "JPEG" else saved(image, kind, lossless=True, exif=SEGMENTS[name])

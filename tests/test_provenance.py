@@ -35,6 +35,8 @@ from ldm.training.steps import AutoencoderStep, DiffusionStep
 from tests.fake_hub import FakeHub, Repository
 from tests.test_entry import train_autoencoder, train_model
 
+from .table import table
+
 RECORD = Provenance("images", "ab" * 16, 64, 40, 1.0, 64.0, "a processor", {"torch": "2.13.0"})
 TEACHER, OTHER = (EFFICIENTNETS[name] for name in ("efficientnet_lite2", "efficientnet_lite0"))
 TAUGHT = ["efficientnet_lite2 9656183eaeafe8cb"]
@@ -73,7 +75,7 @@ NOT_OURS = {
 }
 
 
-@pytest.mark.parametrize("what", NOT_OURS)
+@table("what", NOT_OURS)
 def test_a_record_that_is_not_ours_is_none_which_is_said_and_nothing_is_raised(what, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("ldm.files.MAX_JSON_BYTES", 2**19)
     content = NOT_OURS[what]
@@ -117,7 +119,7 @@ def test_a_record_is_read_from_wherever_a_config_may_name_a_model(tmp_path, monk
         hub.repositories["me/foreign"] = Repository(False, [("one", {"config.json": b"{}"})])
         for name in ("package:my_weights/vae", "me/taught", "me/taught@v1"):
             assert read_provenance(name) == taught
-            with pytest.raises(ValueError, match="its own pupil"):
+            with pytest.raises(ValueError, match="measure it fairly"):
                 refuse_teacher(name, "efficientnet_lite2", TEACHER)
         assert any("/resolve/v1/training.json" in request for request in hub.requests)
         assert read_provenance("me/foreign") is None
@@ -153,7 +155,7 @@ def test_a_network_may_measure_what_it_did_not_teach(tmp_path):
     model = saved(tmp_path / "model", replace(RECORD, networks=["CLIP 0123456701234567", *TAUGHT]))
     refuse_teacher(model, "efficientnet_lite0", OTHER)
     for name in ("efficientnet_lite2", "mine"):
-        with pytest.raises(ValueError, match=f"model was trained through {name}, which would grade its own pupil"):
+        with pytest.raises(ValueError, match=f"model was trained through {name}, which cannot measure it fairly"):
             refuse_teacher(model, name, TEACHER)
     refuse_teacher(saved(tmp_path / "untaught"), "efficientnet_lite2", TEACHER)
     refuse_teacher(tmp_path / "foreign", "efficientnet_lite2", TEACHER)
@@ -166,7 +168,7 @@ def test_a_part_has_the_teachers_of_its_pipeline(tmp_path):
         refuse_teacher(tmp_path / "vae", "efficientnet_lite2", TEACHER)
 
 
-@pytest.mark.parametrize(
+@table(
     ("trained", "hash_", "held_out", "leaks"),
     [
         ("abcd", "same", "ef", None),
@@ -227,7 +229,7 @@ def test_a_stage_is_taught_by_the_clips_it_sees_through(tmp_path):
     assert len(read_provenance(model).networks) == 2
     for name in ("space", "condition"):  # the network that measures, loaded on its own way, is known again
         network = build_feature_network(str(tmp_path / name))
-        with pytest.raises(ValueError, match="its own pupil"):
+        with pytest.raises(ValueError, match="measure it fairly"):
             refuse_teacher(model, network.name, network.sha256)
 
 

@@ -14,6 +14,8 @@ from ldm.objectives.reconstruction import (
     reconstruction_error,
 )
 
+from .table import table
+
 
 def test_kl_is_that_of_torch_distributions():
     torch.manual_seed(0)
@@ -106,7 +108,7 @@ def test_the_best_hinge_discriminator_says_who_is_likelier():
         assert float(discriminator_loss("hinge", draws(REAL, other), draws(FAKE, other))) >= loss - 1e-6
 
 
-@pytest.mark.parametrize("kind", ["hinge", "minimax"])
+@table("kind", ["hinge", "minimax"])
 def test_the_autoencoder_gains_by_being_taken_for_real(kind):
     logits = torch.linspace(-3, 3, 7, requires_grad=True)
     generator_loss(kind, logits).backward()

@@ -23,6 +23,7 @@ from ldm.errors import ConfigError
 from ldm.training.checkpoint import Checkpoint
 from ldm.training.record import RunRecord, refuse_changes, run_record
 
+from .table import table
 from .test_batches import Shades
 
 CONFIG = AutoencoderConfig(
@@ -54,7 +55,7 @@ def test_the_same_run_is_resumed_silently(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
+@table(
     ("changed", "line"),
     [
         ({"optim": OptimConfig(learning_rate=0.5)}, "optim.learning_rate: 0.0001 -> 0.5"),
@@ -79,7 +80,7 @@ def test_r22_other_images_are_refused():
         refuse_changes(record(), record(count=13), allowed=False)
 
 
-@pytest.mark.parametrize(
+@table(
     ("changed", "line"),
     [
         ({"captions": lambda row: ["mended"]}, "captions: '"),
@@ -98,7 +99,7 @@ def test_r25_what_changed_underneath_an_unchanged_config_is_refused_with_both_va
     assert line in caplog.text
 
 
-@pytest.mark.parametrize(
+@table(
     "changed",
     [
         {"data": DataConfig(image_size=8, source="imagefolder", path="elsewhere", image_column="image")},

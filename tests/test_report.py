@@ -3,19 +3,20 @@
 import json
 from math import inf, nan
 
-import pytest
 from PIL import Image
 
 from ldm.evaluation.measure import Measure
 from ldm.evaluation.report import Curve, Figure, Report, Row, Section
 from ldm.evaluation.summary import summary
 
+from .table import table
+
 
 def exactly(value):
     return Measure(value, value, value, 200)
 
 
-@pytest.mark.parametrize(
+@table(
     ("better", "interval", "beside", "copied"),
     [
         ("higher", (0.4, 0.6), {}, False),

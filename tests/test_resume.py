@@ -126,4 +126,16 @@ def differences_by_kills(script, arguments, kills, folder):
     trained, again = (ledger(folder / name) for name in ("whole", "killed"))
     assert list(trained) == list(range(STEPS))
     steps = [step for step in trained.keys() | again.keys() if trained.get(step) != again.get(step)]
-    return [*differences(folder / "whole", folder / "killed"), *(f"samples of step {step}" for step in sorted(steps))]
+    one, two = (exported(folder / name / "model") for name in ("whole", "killed"))
+    assert one.keys() == two.keys() != set()
+    return [
+        *differences(folder / "whole", folder / "killed"),
+        *(f"samples of step {step}" for step in sorted(steps)),
+        *(f"exported {name}" for name in one if not torch.equal(one[name], two[name])),
+    ]
+
+
+def exported(model):
+    """Return every tensor of a model folder, by its file and name."""
+    files = {file.relative_to(model): load_file(file) for file in model.rglob("*.safetensors")}
+    return {f"{file}: {name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}

@@ -14,6 +14,8 @@ from ldm.evaluation.retrieval import (
 )
 from tests import reference_retrieval as reference
 
+from .table import table
+
 
 def blocky(count: int, seed: int = 0, size: int = 64) -> np.ndarray:
     """Random images of 8 x 8 coloured squares: far apart, so float32 ranks them like exact arithmetic."""
@@ -35,7 +37,7 @@ def noisy(images: np.ndarray, strength: float, seed: int = 0) -> np.ndarray:
     return np.clip(images + noise.repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("make", [blocky, framed])
+@table("make", [blocky, framed])
 def test_ranks_equal_the_reference(make) -> None:
     gallery = make(120)
     own = np.random.default_rng(1).permutation(120)[:24]
@@ -102,7 +104,7 @@ def test_ranks_do_not_depend_on_the_resolution() -> None:
     assert len(set(ranks)) > 3
 
 
-@pytest.mark.parametrize(("size", "shift"), [(16, 0), (32, 1), (48, 2), (96, 4), (256, 12)])
+@table(("size", "shift"), [(16, 0), (32, 1), (48, 2), (96, 4), (256, 12)])
 def test_every_multiple_of_16_pixels_is_taken(size: int, shift: int) -> None:
     gallery = framed(6, size=size)
     generated = np.roll(gallery, shift, axis=1)
@@ -116,7 +118,7 @@ def test_a_part_of_the_images_has_the_ranks_it_has_among_all() -> None:
     np.testing.assert_array_equal(retrieval_ranks(generated[:7], gallery, own[:7]), ranks[:7])
 
 
-@pytest.mark.parametrize("hits", [3, 60, 170])
+@table("hits", [3, 60, 170])
 def test_bootstrap_interval_has_the_quantiles_of_the_binomial(hits: int) -> None:
     """A resample's hits are Binomial(n, p); the quantile of 10,000 draws is at most one hit away."""
     n = 200

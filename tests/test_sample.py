@@ -9,6 +9,7 @@ from PIL import Image
 from ldm.commands.sample import sample
 from ldm.models.pipeline import call_settings, image_size
 
+from .table import table
 from .tiny_pipeline import parts
 
 SIZE = 8
@@ -42,7 +43,7 @@ STOCK = {
 GUIDED = {"DiTPipeline", "StableDiffusionPipeline"}
 
 
-@pytest.mark.parametrize("name", STOCK)
+@table("name", STOCK)
 def test_a_stock_pipeline_draws_and_is_given_the_settings_that_it_takes(name, tmp_path):
     torch.manual_seed(0)
     made = STOCK[name]()

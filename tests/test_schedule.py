@@ -13,6 +13,8 @@ from torch.distributions import Normal, kl_divergence
 from ldm.config import ObjectiveConfig, PathName, PredictionType
 from ldm.objectives.schedule import BETAS, build_schedule, recover, refuse_unsound, snr, target_coefficients
 
+from .table import table
+
 PATHS, TYPES = get_args(PathName), get_args(PredictionType)
 DISCRETE = [path for path in PATHS if path != "flow"]
 
@@ -39,7 +41,7 @@ def diffusers_of(path, zero_terminal_snr=False, steps=1000):
     )
 
 
-@pytest.mark.parametrize(("path", "prediction_type"), [*product(PATHS, TYPES)])
+@table(("path", "prediction_type"), [*product(PATHS, TYPES)])
 def test_recover_inverts_the_target(path, prediction_type):
     alpha, sigma = levels(path, [[0.1], [0.5], [0.9]])
     x0, noise = torch.randn(2, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -50,7 +52,7 @@ def test_recover_inverts_the_target(path, prediction_type):
     torch.testing.assert_close(noise_again, noise, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("prediction_type", TYPES)
+@table("prediction_type", TYPES)
 def test_recover_is_singular_only_where_the_target_repeats_x_t(prediction_type):
     alpha, sigma = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])  # pure noise, pure data
     x0, noise = recover(torch.ones(2), torch.ones(2), prediction_type, alpha, sigma)
@@ -58,7 +60,7 @@ def test_recover_is_singular_only_where_the_target_repeats_x_t(prediction_type):
     assert (x0.isfinite() & noise.isfinite()).tolist() == solved
 
 
-@pytest.mark.parametrize(("path", "prediction_type"), [*product(PATHS, TYPES)])
+@table(("path", "prediction_type"), [*product(PATHS, TYPES)])
 def test_error_of_the_best_prediction_is_the_posterior_variance_of_the_target(path, prediction_type):
     """x0 ~ N(0, s^2): the target's part that x_t does not determine, by the closed form of each type."""
     s = 0.5
@@ -76,7 +78,7 @@ def test_error_of_the_best_prediction_is_the_posterior_variance_of_the_target(pa
     torch.testing.assert_close(left, expected[prediction_type], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", DISCRETE)
+@table("path", DISCRETE)
 def test_noisy_latents_and_velocity_equal_diffusers(path):
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 50, 16, generator=generator)
@@ -89,14 +91,14 @@ def test_noisy_latents_and_velocity_equal_diffusers(path):
     torch.testing.assert_close(a * x0 + b * noise, reference.get_velocity(x0, noise, timesteps), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("path", "rescaled", "steps"), [*product(DISCRETE, (False, True), (1000, 250))])
+@table(("path", "rescaled", "steps"), [*product(DISCRETE, (False, True), (1000, 250))])
 def test_alphas_cumprod_equal_diffusers(path, rescaled, steps):
     ours = schedule_of(path, rescaled, steps).alphas_cumprod
     theirs = diffusers_of(path, rescaled, steps).alphas_cumprod.double()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # float32 products, as above
 
 
-@pytest.mark.parametrize(("path", "rescaled"), [*product(DISCRETE, (False, True))])
+@table(("path", "rescaled"), [*product(DISCRETE, (False, True))])
 def test_one_step_transitions_chain_to_the_marginal(path, rescaled):
     """q(x_t | x_{t-1}) applied t times to x0 = 1 has mean alpha and variance sigma^2."""
     schedule = schedule_of(path, rescaled)
@@ -108,14 +110,14 @@ def test_one_step_transitions_chain_to_the_marginal(path, rescaled):
         assert variance == pytest.approx(sigma[step].item() ** 2, abs=1e-12)
 
 
-@pytest.mark.parametrize("path", DISCRETE)
+@table("path", DISCRETE)
 def test_zero_terminal_snr_is_exact_and_keeps_the_first_step(path):
     alpha, sigma = levels(path, [0.0, 1.0], zero_terminal_snr=True)
     assert (alpha[-1], sigma[-1]) == (0, 1)
     torch.testing.assert_close(alpha[0], levels(path, [0.0])[0][0], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("path", "rescaled"), [*product(DISCRETE, (False, True)), ("flow", False)])
+@table(("path", "rescaled"), [*product(DISCRETE, (False, True)), ("flow", False)])
 def test_noise_grows_along_every_path(path, rescaled):
     alpha, sigma = levels(path, torch.linspace(0.0005, 0.9995, 1000).tolist(), rescaled)
     assert (snr(alpha, sigma).diff() < 0).all()
@@ -134,7 +136,7 @@ def test_uniform_noise_levels_make_every_discrete_step_equally_likely():
     assert timesteps.bincount().tolist() == [100] * 50
 
 
-@pytest.mark.parametrize("steps", [21, 999, 1000, 4000])
+@table("steps", [21, 999, 1000, 4000])
 def test_the_ends_of_u_are_the_first_and_last_step(steps):
     below_one = 1 - 2**-24
     assert schedule_of("linear", steps=steps).timesteps(torch.tensor([0, below_one, 1])).tolist() == [
@@ -152,9 +154,7 @@ def test_the_flow_path_is_a_straight_line_over_1000_t():
     assert (alpha.tolist(), sigma.tolist()) == ([1, 0.75, 0], [0, 0.25, 1])
 
 
-@pytest.mark.parametrize(
-    ("path", "bits"), [("linear", 2.91e-5), ("scaled_linear", 3.37e-3), ("cosine", 1.75e-9), ("flow", 0)]
-)
+@table(("path", "bits"), [("linear", 2.91e-5), ("scaled_linear", 3.37e-3), ("cosine", 1.75e-9), ("flow", 0)])
 def test_each_path_ends_in_the_noise_that_sampling_starts_from(path, bits):
     """KL(q(x_T | x0) || N(0, I)), in bits per dimension of x0 of RMS 1: L_T of Ho et al. 2020, eq. 5.
 
@@ -194,13 +194,13 @@ def flow_error(order, steps, prediction_type, s=0.5, first=0.95, last=0.05):
     return abs(x_t.item() - std(last))  # the exact flow keeps x_t / std(t)
 
 
-@pytest.mark.parametrize(("order", "prediction_type"), [*product((1, 2), TYPES)])
+@table(("order", "prediction_type"), [*product((1, 2), TYPES)])
 def test_doubling_steps_halves_the_error_of_euler_and_quarters_that_of_heun(order, prediction_type):
     ratio = flow_error(order, 100, prediction_type) / flow_error(order, 200, prediction_type)
     assert ratio == pytest.approx(2**order, rel=0.05)  # the next order is 1 / 100 of this one, times a few
 
 
-@pytest.mark.parametrize(
+@table(
     ("changes", "reason"),
     [
         (

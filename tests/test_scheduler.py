@@ -12,6 +12,8 @@ from ldm.objectives.denoising import Objective
 from ldm.objectives.schedule import target_coefficients
 from tests.test_objective import SOUND
 
+from .table import table
+
 MEAN, S = 0.7, 0.5  # of the data
 
 
@@ -31,7 +33,7 @@ def sample(config, x_T, num_inference_steps):  # noqa: N803
     return x_t, *start
 
 
-@pytest.mark.parametrize(("path", "prediction_type", "rescaled"), SOUND)
+@table(("path", "prediction_type", "rescaled"), SOUND)
 def test_a_perfect_network_samples_the_data(path, prediction_type, rescaled):
     """Everything is affine, so two starting points give the mean and the standard deviation exactly."""
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)
@@ -45,7 +47,7 @@ def test_a_perfect_network_samples_the_data(path, prediction_type, rescaled):
     torch.testing.assert_close(at_0, MEAN - gain * alpha * MEAN, rtol=0, atol=tolerance * MEAN)
 
 
-@pytest.mark.parametrize(("path", "prediction_type", "rescaled"), SOUND)
+@table(("path", "prediction_type", "rescaled"), SOUND)
 def test_twenty_steps_come_close(path, prediction_type, rescaled):
     """Ten percent: the mean that the last step returns has lost 9 % of S on the scaled linear path."""
     config = ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled)
@@ -54,9 +56,7 @@ def test_twenty_steps_come_close(path, prediction_type, rescaled):
     assert at_0 == pytest.approx(MEAN, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("path", "rescaled", "steps"), [*product(("linear", "scaled_linear", "cosine"), (False, True), (1000, 100))]
-)
+@table(("path", "rescaled", "steps"), [*product(("linear", "scaled_linear", "cosine"), (False, True), (1000, 100))])
 def test_the_scheduler_has_the_noise_levels_of_training(path, rescaled, steps):
     config = ObjectiveConfig(path, "v_prediction", steps, rescaled)
     alpha, _ = Objective(config).schedule.alpha_sigma(torch.arange(steps))
@@ -64,7 +64,7 @@ def test_the_scheduler_has_the_noise_levels_of_training(path, rescaled, steps):
     torch.testing.assert_close(build_scheduler(config).alphas_cumprod, alpha.square(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("path", "prediction_type", "rescaled"), SOUND)
+@table(("path", "prediction_type", "rescaled"), SOUND)
 def test_sampling_starts_where_noise_and_training_meet(path, prediction_type, rescaled):
     scheduler = build_scheduler(ObjectiveConfig(path, prediction_type, zero_terminal_snr=rescaled))
     scheduler.set_timesteps(20)
@@ -73,7 +73,7 @@ def test_sampling_starts_where_noise_and_training_meet(path, prediction_type, re
     assert scheduler.timesteps[0] == first
 
 
-@pytest.mark.parametrize("path", ["scaled_linear", "flow"])
+@table("path", ["scaled_linear", "flow"])
 def test_usual_numbers_of_steps_are_kept(path):
     scheduler = build_scheduler(ObjectiveConfig(path, "sample"))
     for number in (*range(1, 61), 75, 80, 100, 150, 200, 250, 500, 1000):
@@ -82,7 +82,7 @@ def test_usual_numbers_of_steps_are_kept(path):
         assert scheduler.timesteps.min() >= 0
 
 
-@pytest.mark.parametrize(
+@table(
     ("path", "prediction_type", "rescaled"),
     [*product(get_args(PathName), get_args(PredictionType), (False, True))],
 )

@@ -42,7 +42,10 @@ from tests.fake_hub import TOKEN, FakeHub
 from tests.image_folders import noise_image, write_folder, write_metadata
 from tests.tiny_pipeline import FLOW, LENGTH, WIDTH, pipeline
 
+from .table import table
+
 ROOT = Path(__file__).parent.parent
+STRANGER = "the stranger was here"
 PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin", "optimizer.bin", "model.ckpt", "random_states_0.pkl")
 
 REFUSED = (ValueError, SystemExit)
@@ -78,7 +81,7 @@ def plant_code(file, marker):
 @pytest.fixture
 def marker(tmp_path):
     """A file that must not come to be, but where a test says so."""
-    return tmp_path / "the stranger was here"
+    return tmp_path / STRANGER
 
 
 @pytest.fixture
@@ -100,8 +103,13 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def model(saved, tmp_path):
     """A pipeline folder, with an image encoder beside it."""
-    shutil.copytree(saved.parent, tmp_path / "saved")
-    return tmp_path / "saved" / "model"
+    return copied(saved, tmp_path)[0]
+
+
+def copied(saved, to):
+    """Return a copy of the pipeline folder, with an image encoder beside it, and a file that must not come to be."""
+    shutil.copytree(saved.parent, to / "saved")
+    return to / "saved" / "model", to / STRANGER
 
 
 def sample(model, out, *more):
@@ -145,8 +153,9 @@ def test_s01_the_pickles_of_these_tests_would_do_harm(tmp_path):
         (tmp_path / "marker").unlink()
 
 
-@pytest.mark.parametrize("what", LOADERS)
-def test_s01_where_safetensors_are_missing_it_is_said_and_no_pickle_is_loaded(what, model, marker):
+@table("what", LOADERS)
+def test_s01_where_safetensors_are_missing_it_is_said_and_no_pickle_is_loaded(what, saved, tmp_path):
+    model, marker = copied(saved, tmp_path)
     part, load = LOADERS[what]
     plant(model / part, marker)
     weights(model / part).unlink()
@@ -155,8 +164,9 @@ def test_s01_where_safetensors_are_missing_it_is_said_and_no_pickle_is_loaded(wh
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("what", [name for name in LOADERS if name != "ldm evaluate"])
-def test_s01_pickles_beside_safetensors_are_not_loaded(what, model, marker, capsys):
+@table("what", [name for name in LOADERS if name != "ldm evaluate"])
+def test_s01_pickles_beside_safetensors_are_not_loaded(what, saved, tmp_path, capsys):
+    model, marker = copied(saved, tmp_path)
     part, load = LOADERS[what]
     for folder in (model, model / part):
         plant(folder, marker)
@@ -164,8 +174,9 @@ def test_s01_pickles_beside_safetensors_are_not_loaded(what, model, marker, caps
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("what", LOADERS)
-def test_s01_a_pickle_called_safetensors_is_not_loaded(what, model, marker):
+@table("what", LOADERS)
+def test_s01_a_pickle_called_safetensors_is_not_loaded(what, saved, tmp_path):
+    model, marker = copied(saved, tmp_path)
     part, load = LOADERS[what]
     torch.save(Evil(marker), weights(model / part))
     with pytest.raises((Exception, SystemExit), match=r"(?i)safetensors|header|load"):
@@ -173,9 +184,10 @@ def test_s01_a_pickle_called_safetensors_is_not_loaded(what, model, marker):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("shard", ["pytorch_model.bin", "../x.safetensors", "/etc/x.safetensors"])
-@pytest.mark.parametrize("what", LOADERS)
-def test_s01_an_index_of_weights_names_safetensors_of_its_folder_only(what, shard, model, marker):
+@table("shard", ["pytorch_model.bin", "../x.safetensors", "/etc/x.safetensors"])
+@table("what", LOADERS)
+def test_s01_an_index_of_weights_names_safetensors_of_its_folder_only(what, shard, saved, tmp_path):
+    model, marker = copied(saved, tmp_path)
     part, load = LOADERS[what]
     plant(model / part, marker)
     file = weights(model / part)
@@ -232,9 +244,10 @@ def write_index(model, **changes):
     (model / "model_index.json").write_text(json.dumps(index | changes))
 
 
-@pytest.mark.parametrize("command", [sample, evaluate])
-@pytest.mark.parametrize("what", ["pipeline", "community pipeline", "component", "library beside it"])
-def test_s02_a_pipeline_with_code_of_its_own_is_refused(what, command, model, marker, tmp_path, own_modules):
+@table("command", [sample, evaluate])
+@table("what", ["pipeline", "community pipeline", "component", "library beside it"])
+def test_s02_a_pipeline_with_code_of_its_own_is_refused(what, command, saved, tmp_path, own_modules):
+    model, marker = copied(saved, tmp_path)
     for file in ("pipeline.py", "custom.py", "unet/custom.py", "unet/diffusers.py"):
         if file != "unet/diffusers.py" or what == "library beside it":
             plant_code(model / file, marker)
@@ -250,17 +263,16 @@ def test_s02_a_pipeline_with_code_of_its_own_is_refused(what, command, model, ma
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("trust", ["false", "true"])
-@pytest.mark.parametrize(
-    "component", [["os", "system"], ["subprocess", "Popen"], ["builtins", "eval"], ["ldm", "cli"], ["custom", "A"]]
-)
-def test_s02_components_of_other_libraries_are_refused_trusted_or_not(component, trust, model, tmp_path):
+@table("trust", ["false", "true"])
+@table("component", [["os", "system"], ["subprocess", "Popen"], ["builtins", "eval"], ["ldm", "cli"], ["custom", "A"]])
+def test_s02_components_of_other_libraries_are_refused_trusted_or_not(component, trust, saved, tmp_path):
+    model, _ = copied(saved, tmp_path)
     write_index(model, unet=component)
     with pytest.raises(REFUSED, match="neither of diffusers nor of transformers"):
         sample(model, tmp_path, "--trust_remote_code", trust)
 
 
-@pytest.mark.parametrize(
+@table(
     "changes",
     [
         {"../vae": ["diffusers", "AutoencoderKL"]},
@@ -271,7 +283,8 @@ def test_s02_components_of_other_libraries_are_refused_trusted_or_not(component,
         {"unet": ["diffusers", None]},
     ],
 )
-def test_s05_components_that_are_no_folders_of_the_model_are_refused(changes, model, tmp_path):
+def test_s05_components_that_are_no_folders_of_the_model_are_refused(changes, saved, tmp_path):
+    model, _ = copied(saved, tmp_path)
     write_index(model, **changes)
     with pytest.raises(REFUSED, match="expected a folder, its library and its class"):
         sample(model, tmp_path)
@@ -287,8 +300,9 @@ def test_s02_code_is_run_when_it_is_trusted_and_only_then(model, marker, tmp_pat
     assert marker.exists()
 
 
-@pytest.mark.parametrize("file", ["text_encoder/config.json", "tokenizer/tokenizer_config.json"])
-def test_s02_a_text_encoder_with_code_of_its_own_is_refused_and_nobody_is_asked(file, model, marker, monkeypatch):
+@table("file", ["text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+def test_s02_a_text_encoder_with_code_of_its_own_is_refused_and_nobody_is_asked(file, saved, tmp_path, monkeypatch):
+    model, marker = copied(saved, tmp_path)
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked at the terminal"))
     own = {"AutoConfig": "custom.Custom", "AutoTokenizer": ["custom.Custom", None], "AutoModel": "custom.Custom"}
     for part in ("text_encoder", "tokenizer"):
@@ -673,7 +687,7 @@ def test_s05_rows_of_a_table_cannot_name_files_elsewhere(kind, tmp_path, opened,
     assert source.image(len(names) - 1).size == (64, 64)
 
 
-@pytest.mark.parametrize(
+@table(
     ("prompt", "name"),
     [
         ("../../etc/passwd", "etc-passwd"),
@@ -697,7 +711,7 @@ def test_s05_prompts_become_plain_file_names(prompt, name):
     assert slug(prompt) == name
 
 
-@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "..", "", "a/b", "a\\b", ".hidden"])
+@table("name", ["../../secret.safetensors", "/etc/passwd", "..", "", "a/b", "a\\b", ".hidden"])
 def test_s05_a_manifest_that_names_other_files_is_refused_and_they_are_not_read(name, tmp_path, monkeypatch):
     step = CheckpointStore(tmp_path / "run" / "checkpoints", 2).save(1, {"a": {"w": torch.ones(2)}}, {})
     content = json.loads((step / "manifest.json").read_text())

@@ -26,13 +26,15 @@ from ldm.models.provenance import read_provenance
 from ldm.stage import ConditionedDenoiser
 from ldm.training.averages import Average, power_function
 from ldm.training.loop import Loop
-from ldm.training.posthoc import reconstruct
+from ldm.training.posthoc import averaged_weights
 from ldm.training.run import Run, opened
 from ldm.training.signals import StopSignals
 from ldm.training.snapshots import Snapshots, read_snapshots, read_tensors
 from tests.test_card import RECORD, stage, worded
 from tests.test_loop import Points
 from tests.tiny_pipeline import pipeline, text_encoder, tokenizer, unet
+
+from .table import table
 
 STORED = (0.05, 0.1)
 POOLER = {"pooler.dense.weight", "pooler.dense.bias"}
@@ -110,10 +112,10 @@ def test_a_real_training_is_averaged_afterwards_as_if_it_had_been_on_the_way(tmp
         fewer = [one for one in stored if one.global_step % every_steps == 0]
         for length in lengths:
             distance = min(float((final[one] - final[length]).norm()) for one in STORED)
-            error = float((flat(reconstruct(fewer, length)) - final[length]).norm())
+            error = float((flat(averaged_weights(fewer, length)) - final[length]).norm())
             assert error < most * distance, (every_steps, length)
         for length in STORED:
-            assert torch.equal(flat(reconstruct(fewer, length)), final[length])
+            assert torch.equal(flat(averaged_weights(fewer, length)), final[length])
 
 
 def test_r04_power_averages_and_snapshots_of_a_killed_training_are_those_of_one_that_was_not(tmp_path):
@@ -196,7 +198,7 @@ def test_tied_and_strided_weights_are_written(tmp_path):
     assert torch.equal(found["2.weight"], average.module[2].weight)
 
 
-@pytest.mark.parametrize("bad", ["cut", "foreign"])
+@table("bad", ["cut", "foreign"])
 def test_a_file_that_is_no_snapshot_is_named(bad, tmp_path):
     train(tmp_path, 4, 2)
     path = tmp_path / "snapshots" / "step-0000002-0.1.safetensors"
@@ -297,7 +299,7 @@ def test_record_and_card_say_which_weights_these_are(run):
     assert asdict(read_provenance(folder)) == asdict(RECORD) | {"sigma_rel": 0.08, "global_step": 40}
     card, before = ((one / CARD).read_text() for one in (folder, run / "model"))
     assert 'model = "other"' in card
-    assert "power function whose standard deviation is 0.08 of it" in card
+    assert "average whose standard deviation is 0.08 of the training" in card
     assert "model-index" in before
     assert "Retrieval of others" in before
     assert "Retrieval of others" not in card, "an evaluation of the other weights"
@@ -313,7 +315,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(run):
         ("0.08", "model"): "model is there already",
         ("0.001", "other"): "cannot be made of 16 snapshots",
         ("long", "other"): "sigma_rel: got 'long'; expected numbers separated by commas",
-        ("0.05,0.1", "other"): "to: names one folder, for 2 lengths",
+        ("0.05,0.1", "other"): "to: got one folder for 2 lengths",
     }
     for (sigma_rel, to), message in refusals.items():
         with pytest.raises(SystemExit, match=message):
@@ -331,7 +333,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(run):
 def test_a_model_older_than_its_snapshots_is_averaged_at_its_own_step(run):
     wander(run, steps=60)
     stored = [one for one in read_snapshots(run) if one.global_step <= RECORD.global_step]
-    expected = reconstruct(stored, 0.08)
+    expected = averaged_weights(stored, 0.08)
     folder = averaged_model(run, 0.08, run / "other")
     assert read_provenance(folder).global_step == RECORD.global_step == 40
     name, tensor = next(iter(load_file(next((folder / "unet").glob("*.safetensors"))).items()))

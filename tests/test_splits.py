@@ -2,6 +2,8 @@ import pytest
 
 from ldm.data.splits import split_images
 
+from .table import table
+
 HASHES = ["a", "b", "a", "c", "d"]
 CAPTIONS = [("cat", "Katze"), ("dog",), ("cat again",), ("bird",), ("fish",)]
 
@@ -74,8 +76,8 @@ def test_a_list_that_is_no_text_is_named(tmp_path):
             split_images(HASHES, CAPTIONS.__getitem__, {"test": str(tmp_path / "test")}, 2.0)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@table("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@table("end", ["\n", "\r\n", "\r"])
 def test_r26_lists_of_every_editor_are_read(encoding, end, tmp_path):
     captions = ["cat", "größe", "日本\u2028two lines"]  # U+2028 is a character of its caption and ends no line
     (tmp_path / "test").write_bytes(end.join([f" {captions[0]} ", "", *captions[1:]]).encode(encoding))
@@ -84,7 +86,7 @@ def test_r26_lists_of_every_editor_are_read(encoding, end, tmp_path):
     assert splits["test"] == (0, 1, 2)
 
 
-@pytest.mark.parametrize("count", range(2, 40))
+@table("count", range(2, 40))
 def test_r26_tiny_sets_have_a_validation_image_and_growing_never_holds_out_what_was_trained_on(count, caplog):
     hashes = [str(number) for number in range(count)]
     small, large = (split_images(some, lambda _: (), {}, 2.0) for some in (hashes, [*hashes, "another"]))
@@ -107,7 +109,7 @@ def test_r26_too_few_images_are_told_apart_from_enough():
             splits.filled("validation")
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@table("held_out", [True, False])
 def test_r26_a_limit_keeps_the_first_images_by_hash_of_the_whole_set(held_out, tmp_path):
     hashes = [str(number) for number in range(4000)]
     (tmp_path / "test").write_text("\n".join(hashes[:400]))

@@ -18,6 +18,7 @@ from ldm.stage import build_stage
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
+from .table import table
 from .test_network import CAPTIONS, UNET
 
 ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -139,7 +140,7 @@ def test_frozen_embeddings_equal_the_encoders(run):
         assert torch.allclose(embeds, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@table("train", [False, True])
 def test_remembered_captions_are_encoded_once_for_all_runs_if_the_encoder_is_frozen(train, run, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_CACHE", str(tmp_path))
     known = sorted({"", *CAPTIONS})
@@ -173,7 +174,7 @@ def test_the_dropout_rate_is_the_one_asked_for(run):
     assert not (kept == null).all(1).any()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@table("dropout", [0.0, 0.3])
 def test_guidance_leaves_out_what_training_drops_and_nothing_else(dropout, run):
     step = DiffusionStep(build_stage(config(replace(TEXT, dropout=dropout)), CAPTIONS), run, 0.9)
     null = step.stage.model.conditioners["text"].tokenize([""])["input_ids"][0]

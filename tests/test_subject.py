@@ -115,7 +115,7 @@ def test_a_copier_is_nearer_to_training_than_any_true_image_and_a_perfect_model_
 
 def test_the_gain_is_what_the_right_captions_take_off_the_loss():
     right, wrong = np.full((3, 8), 0.25), np.full((3, 8), 0.5)
-    section = sections.conditional_gain((right, wrong), (0.1, 0.5, 0.9))
+    section = sections.caption_gain((right, wrong), (0.1, 0.5, 0.9))
     assert section.rows[0].measure.value == 0.25
     assert [x for x, _ in section.curves[1].lines["conditional gain"]] == [0.1, 0.5, 0.9]
 

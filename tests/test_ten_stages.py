@@ -16,6 +16,7 @@ from ldm.training.steps import DiffusionStep
 from pipelines.guidance import guide
 from pipelines.sampling import both, denoise, guided_output
 
+from .table import table
 from .test_network import CAPTIONS
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
@@ -61,32 +62,34 @@ def run(tmp_path_factory):
     return run
 
 
-@pytest.fixture(params=NAMES)
-def stage(request, parts, tmp_path_factory):
-    """Name, stage and config of each system, as it is before any training."""
-    file = tmp_path_factory.mktemp("config") / "stage.yaml"
-    file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[request.param]}))
+def build(name, parts, folder):
+    """Return the stage of a system, as it is before any training, and its config."""
+    file = folder / "stage.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[name]}))
     config = load_config(StageConfig, ["--config", str(file)])
-    return request.param, build_stage(config, CAPTIONS, lambda: images(range(40))), config
+    return build_stage(config, CAPTIONS, lambda: images(range(40))), config
 
 
-@pytest.fixture
-def step(stage, run):
-    _, made, _ = stage
-    step = DiffusionStep(made, run, 0.9)
+def moved(stage, run):
+    """Return the step of a stage whose weights are away from the zero function."""
+    step = DiffusionStep(stage, run, 0.9)
     torch.manual_seed(1)
-    for parameter in made.model.parameters():  # away from the zero function
+    for parameter in stage.model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return step
+
+
+every_system = table("name", NAMES)
 
 
 def test_the_table_is_whole(parts):
     assert list(stages(parts)) == NAMES
 
 
-def test_it_starts_as_the_zero_function(stage, run):
-    _, made, config = stage
+@every_system
+def test_it_starts_as_the_zero_function(name, parts, run, tmp_path):
+    made, config = build(name, parts, tmp_path)
     step = DiffusionStep(made, run, 0.9)
     x0 = step.x0(batch())
     output = made.model(torch.randn_like(x0), torch.full((4,), 500), step.inputs(batch(), x0))
@@ -95,13 +98,15 @@ def test_it_starts_as_the_zero_function(stage, run):
     assert output.abs().max() == 0
 
 
-def test_the_objective_knows_whether_x0_is_on_a_grid(stage):
-    _, made, config = stage
+@every_system
+def test_the_objective_knows_whether_x0_is_on_a_grid(name, parts, tmp_path):
+    made, config = build(name, parts, tmp_path)
     assert made.objective.grid_step == (2 / 255 if config.space.kind == "pixel" else 0)
 
 
-def test_the_prior_undoes_the_statistics_of_its_space(stage):
-    name, made, _ = stage
+@every_system
+def test_the_prior_undoes_the_statistics_of_its_space(name, parts, tmp_path):
+    made, _ = build(name, parts, tmp_path)
     if name == "unclip prior":  # as the pipelines of diffusers do, and every other space has none
         x0 = torch.randn(4, 16)
         torch.testing.assert_close(made.model.denoiser.post_process_latents(x0), made.space.decode(x0))
@@ -109,9 +114,11 @@ def test_the_prior_undoes_the_statistics_of_its_space(stage):
         assert made.space.statistics is None
 
 
-def test_every_trained_parameter_gets_a_gradient(stage, step):
+@every_system
+def test_every_trained_parameter_gets_a_gradient(name, parts, run, tmp_path):
     """In every step: otherwise several processes could not train it."""
-    _, made, _ = stage
+    made, _ = build(name, parts, tmp_path)
+    step = moved(made, run)
     loss = step.losses(batch(range(2)), 0)["denoiser"]
     assert unreached(made.model, [loss]) == []
     assert loss.isfinite()
@@ -119,14 +126,19 @@ def test_every_trained_parameter_gets_a_gradient(stage, step):
     assert all(p.grad is not None for p in made.model.parameters() if p.requires_grad)
 
 
-def test_a_loss_does_not_depend_on_how_the_batch_is_cut(step):
+@every_system
+def test_a_loss_does_not_depend_on_how_the_batch_is_cut(name, parts, run, tmp_path):
+    made, _ = build(name, parts, tmp_path)
+    step = moved(made, run)
     with torch.no_grad():
         whole, *halves = (step.losses(batch(part), 0)["denoiser"] for part in (range(4), range(2), range(2, 4)))
     assert float(whole) == pytest.approx(float(sum(halves)) / 2, rel=1e-4)
 
 
-def test_a_guided_step_is_guidance_of_two_separate_passes(stage, step):
-    _, made, config = stage
+@every_system
+def test_a_guided_step_is_guidance_of_two_separate_passes(name, parts, run, tmp_path):
+    made, config = build(name, parts, tmp_path)
+    step = moved(made, run)
     some = batch()
     x0 = step.x0(some)
     told = [made.model.conditions(step.inputs(some, x0, dropped=dropped)) for dropped in (True, False)]
@@ -146,8 +158,10 @@ def test_a_guided_step_is_guidance_of_two_separate_passes(stage, step):
     assert guided != torch.equal(passes[0], passes[1]), "what training drops, and nothing else, guidance compares"
 
 
-def test_it_samples_and_decodes(stage, step):
-    _, made, config = stage
+@every_system
+def test_it_samples_and_decodes(name, parts, run, tmp_path):
+    made, config = build(name, parts, tmp_path)
+    step = moved(made, run)
     some = batch()
     x0 = step.x0(some)
     told = made.model.conditions(step.inputs(some, x0, dropped=False))
@@ -165,8 +179,10 @@ def test_it_samples_and_decodes(stage, step):
     assert decoded.shape == (x0.shape if config.space.kind == "embedding" else some.pixel_values.shape)
 
 
-def test_what_is_saved_is_a_pretrained_denoiser_that_computes_the_same(stage, step, tmp_path):
-    _, made, _ = stage
+@every_system
+def test_what_is_saved_is_a_pretrained_denoiser_that_computes_the_same(name, parts, run, tmp_path):
+    made, _ = build(name, parts, tmp_path)
+    step = moved(made, run)
     made.model.denoiser.save_pretrained(tmp_path / "denoiser")
     again = build_network({"pretrained": str(tmp_path / "denoiser")}, "denoiser")
     some = batch()

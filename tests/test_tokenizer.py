@@ -18,6 +18,8 @@ from ldm.models.text_encoder import (
     train_tokenizer,
 )
 
+from .table import table
+
 CAPTIONS = ["men with bunny ears", "woman astronaut medium-dark skin tone", "keycap 3"]
 ODD = [
     *CAPTIONS,
@@ -149,7 +151,7 @@ def padded(tokenizer):
     return tokenizer(ODD, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@table("kind", KINDS)
 def test_a_tokenizer_of_any_kind_comes_back_from_json_with_equal_ids(kind, tmp_path):
     tokenizer = KINDS[kind]()
     text, name = tokenizer_json(tokenizer), tokenizer_hash(tokenizer)

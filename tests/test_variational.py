@@ -12,6 +12,8 @@ from ldm.objectives.schedule import build_schedule
 from ldm.objectives.variational import interpolated_log_variance, log_likelihood, normal_kl, posterior, variational_term
 from ldm.spaces import PixelSpace
 
+from .table import table
+
 STEPS = 50
 PIXEL_STEP = PixelSpace.grid_step
 CONFIG = ObjectiveConfig(path="linear", num_train_timesteps=STEPS, variational_weight=1.0)
@@ -80,7 +82,7 @@ def test_kl_and_density_are_those_of_torch_distributions():
     assert torch.allclose(log_likelihood(other, mean, log_variance, 0), one.log_prob(other), rtol=1e-10)
 
 
-@pytest.mark.parametrize("mean", [-1.4, -0.3, 0.0, 0.99])
+@table("mean", [-1.4, -0.3, 0.0, 0.99])
 def test_the_bins_of_a_pixel_have_probability_one_in_all(mean):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for log_variance in (-6.0, -1.0, 1.0):

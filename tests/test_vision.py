@@ -23,6 +23,8 @@ from ldm.models.network import weights_sha256
 from ldm.models.text_encoder import train_tokenizer
 from ldm.models.vision import ClipScore, build_feature_network, resized
 
+from .table import table
+
 WORDS = ("a red cat", "a blue dog", "two green birds", "cat")
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -61,7 +63,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (300, 300), (64, 96)])
+@table("shape", [(40, 40), (300, 300), (64, 96)])
 def test_the_resize_is_pillows_with_floats(shape):
     images = random_images(2, *shape)
     found = resized(images, 32).permute(0, 2, 3, 1).numpy() * 255
@@ -78,7 +80,7 @@ def test_rows_of_the_networks_size_are_not_touched():
     )
 
 
-@pytest.mark.parametrize("name", ["clip", "projected"])
+@table("name", ["clip", "projected"])
 def test_clip_features_are_transformers_image_embeds(folders, name):
     model = CLIPModel.from_pretrained(folders / "clip", use_safetensors=True)
     images = random_images(3, 32, 32)
@@ -120,7 +122,7 @@ def test_one_tower_has_one_hash_in_every_folder_and_precision(folders, tmp_path)
     assert build_feature_network(str(folders / "dino")).sha256 not in hashes
 
 
-@pytest.mark.parametrize("name", ["clip", "efficientnet_lite0"])
+@table("name", ["clip", "efficientnet_lite0"])
 def test_an_image_has_the_same_features_whatever_the_chunk(folders, name, monkeypatch):
     network = build_feature_network(str(folders / name) if name == "clip" else name)
     images = random_images(7)
@@ -145,7 +147,7 @@ def test_efficientnet_gives_what_its_classifier_sees():
     assert network.sha256.startswith("57934424")
 
 
-@pytest.mark.parametrize("chunk", [2, 64])
+@table("chunk", [2, 64])
 def test_image_text_similarity_is_transformers_logit(folders, chunk, monkeypatch):
     monkeypatch.setattr(vision, "CHUNK", chunk)
     score = ClipScore(str(folders / "clip"))

@@ -1,4 +1,4 @@
-"""``ldm average``: averages of other lengths of a training that is over, and which of them is the best."""
+"""``ldm average``: averages of other lengths for a finished training, and the choice of the best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.config import DataOptions
 from ldm.evaluation.evaluation import Evaluation
 from ldm.export.folder import averaged_model
 
-FILE = "averages.json"
+AVERAGES_FILE = "averages.json"
 
 
 def average(
@@ -30,30 +30,30 @@ def average(
 ) -> list[Path]:
     """Write ``RUN/model-LENGTH`` for each length of the average and return these folders; nothing is trained.
 
-    With `data`, the validation captions are drawn with each, and ``RUN/averages.json`` says which has the best R@1. The
-    data are read and held out as the training did it, by its ``training.json``, unless `options` say otherwise. The
-    held-out captions are only named: evaluate them with the one that is chosen.
+    With `data`, each of these models samples the validation captions, and ``RUN/averages.json`` says which has the best
+    R@1. The data are read and held out as in the training, by its ``training.json``, unless `options` say otherwise.
+    The held-out captions are not sampled here: evaluate the chosen model on them.
 
     Args:
         run: Folder of a training with snapshots, its output_dir.
         sigma_rel: Lengths, shares of the training, separated by commas, such as 0.02,0.05,0.1.
         to: Folder to write, for one length; none: RUN/model-LENGTH.
-        data: What `evaluate` takes.
+        data: The data, as in `evaluate`; none: nothing is measured.
         captions: File of the held-out captions: held_out.test.
-        validation_captions: File of the captions that are drawn to choose: held_out.validation.
+        validation_captions: File of the captions to choose the length on: held_out.validation.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
-        network: What measures the KID, as in `evaluate`.
-        options: As the fields of data of a training.
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        network: Network of the features for KID, as in `evaluate`.
+        options: Fields of data, as in a training's config.
 
     """
     named = named_captions(captions, validation_captions)
     if data is None and (named or options):
-        raise ValueError("to choose a length on captions, name --data too")
+        raise ValueError("captions and options of the data serve to choose a length; name --data too")
     lengths = numbers("sigma_rel", sigma_rel)
     if to is not None and len(lengths) > 1:
-        raise ValueError(f"to: names one folder, for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
+        raise ValueError(f"to: got one folder for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
     folders = {length: averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")) for length in lengths}
     for folder in folders.values():
         print(folder)
@@ -68,6 +68,6 @@ def average(
             print(f"{folder.name}: R@1 {r_at_1}, KID {distance}")
         best = max(rows, key=lambda row: row["r_at_1"]["value"])
         found = {"best": best["model"], "seed": seed, **call, "network": network, "lengths": rows}
-        (Path(run) / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (Path(run) / AVERAGES_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"the best on the validation captions: {Path(run) / best['model']}")
     return list(folders.values())

@@ -1,4 +1,4 @@
-"""``ldm cache``: what is kept between runs and can be computed again, and how to be rid of it."""
+"""``ldm cache``: list or delete the cache, which holds what later runs would compute again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ldm.data import cache_folder
 
 
 def cache(clear: str | None = None) -> None:
-    """List what is kept between runs: kinds, entries, size and age; or delete it. It is computed again when needed.
+    """List the kinds of cached results with entries, size and age; or delete them. They are computed again when needed.
 
     Args:
-        clear: A kind that the list names, or "all": deleted. Its folder is LDM_CACHE, else ~/.cache/ldm; nothing else
-            in it is touched, and links are not followed.
+        clear: The kind to delete, as listed, or "all". The folder is LDM_CACHE, else ~/.cache/ldm; other files in it
+            are not touched, and links are not followed.
 
     """
     kinds = cache_folder.kinds()

@@ -1,6 +1,6 @@
-"""The ``ldm`` command: acts on model folders and data.
+"""The ``ldm`` command line, for model folders and data.
 
-The module of a subcommand is imported when it is chosen, so that ``ldm --help`` answers at once.
+The module of a subcommand is imported only when it is called, so that ``ldm --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ from ldm.training.signals import exit_on_interrupt
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the function of its name in a module, of which it has the arguments."""
+    """A subcommand: it calls the function of its name in `module`, and has the arguments of that function."""
 
     module: str
     help: str
     example: str
     positional: dict[str, str]
-    """Arguments that are given without their names, and what they are."""
+    """Positional arguments, with their help."""
     after: Callable[[Any], object] = lambda result: None
-    """What is done with what the function returns."""
+    """Receives the result of the function."""
 
 
 A_PIPELINE = "folder or Hub name of a pipeline, user/name or user/name@revision"
 COMMANDS = {
     "validate": Command(
         "ldm.commands.validate",
-        "Look at every image and caption of a data set; exit code 1: a training would stop.",
+        "Check every image and caption of a data set; exit code 1 if a training would stop.",
         "ldm validate my_images --out out/my/validation",
         {"data": "a folder of images, Parquet, a data set, or openmoji"},
         lambda report: sys.exit(1) if report.stops else None,
     ),
     "sample": Command(
         "ldm.commands.sample",
-        "Draw images from prompts.",
+        "Sample images from prompts.",
         'ldm sample --model out/demo/model --guidance_scale 1.25 "woman astronaut medium-dark skin tone"',
-        {"prompts": "what to draw, one image each"},
+        {"prompts": "prompts, one image each"},
     ),
     "evaluate": Command(
         "ldm.commands.evaluate",
-        "Measure a model on images that it has not seen, and write a report.",
+        "Measure a model on held-out images, and write a report.",
         "ldm evaluate out/my/text2img/model --data my_images --out out/my/evaluation",
         {"model": A_PIPELINE},
     ),
     "average": Command(
         "ldm.commands.average",
-        "Make an average of another length of a training that is over.",
+        "Make averages of other lengths of a finished training's weights.",
         "ldm average out/my/text2img --sigma_rel 0.02,0.05,0.1",
         {"run": "folder of a training with snapshot_every_steps, its output_dir"},
     ),
@@ -70,25 +70,25 @@ COMMANDS = {
     ),
     "cache": Command(
         "ldm.commands.cache",
-        "List what is kept between runs and can be computed again, or delete it.",
+        "List or delete the cache, which is computed again when needed.",
         "ldm cache --clear latents",
         {},
     ),
 }
-PLACES = (
+PATH_ARGUMENTS = (
     *("model", "data", "out", "captions", "validation_captions", "held_out", "factors", "network", "clip", "image"),
     *("mask_image", "run", "to", "tokenizer", "folder"),
 )
-"""Arguments that name files, in which ``~`` and ``$NAME`` are replaced."""
+"""Arguments that are paths, in which ``~`` and ``$NAME`` are replaced."""
 
 
 def overview() -> str:
-    """Return what ``ldm --help`` says."""
+    """Return the text of ``ldm --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            *("usage: ldm COMMAND ...", "", "Acts on model folders and data.", "", "commands:", *lines, ""),
+            *("usage: ldm COMMAND ...", "", "Commands for model folders and data.", "", "commands:", *lines, ""),
             "ldm COMMAND --help lists the options of a command.",
         ]
     )
@@ -102,10 +102,10 @@ def __getattr__(name: str) -> Any:
 
 
 def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments that `words` give for the function of a subcommand; SystemExit for help and for errors."""
+    """Return the arguments of a subcommand's function, parsed from `words`; SystemExit for --help and for errors."""
     from jsonargparse import ArgumentParser
 
-    import ldm.config.file  # noqa: F401 (it says how words are read)
+    import ldm.config.file  # noqa: F401 (it registers the parser mode "words")
 
     command = COMMANDS[name]
     epilog = f"Example: {command.example}"
@@ -114,7 +114,7 @@ def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]
         parser.add_argument(argument, help=about, nargs="+" if argument == "prompts" else None)
     parser.add_function_arguments(function, skip={*command.positional}, as_positional=False)
     given: dict[str, Any] = parser.parse_args(words).as_dict()
-    return {key: expanded(value, key) if key in PLACES else value for key, value in given.items()}
+    return {key: expanded(value, key) if key in PATH_ARGUMENTS else value for key, value in given.items()}
 
 
 @exit_on_interrupt()

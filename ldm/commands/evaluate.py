@@ -1,4 +1,4 @@
-"""``ldm evaluate``: how good a pipeline is on images that it has never seen, and what that has to be read beside."""
+"""``ldm evaluate``: a report on a pipeline's samples for held-out images, beside baselines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.evaluation.summary import summary
 from ldm.export.evaluation_card import merge_into_card
 
 VARIETY_SEED = 2**20
-"""Above the seeds of the captions."""
+"""Added to the seed for images of one prompt; larger than the number of captions."""
 
 
 def evaluate(
@@ -43,33 +43,33 @@ def evaluate(
     trust_remote_code: bool = False,
     **options: Unpack[DataOptions],
 ) -> Report:
-    """Draw what is held out, measure, write ``report.json``, ``report.md``, ``report.html`` and ``samples.png``.
+    """Sample the held-out captions, measure, write ``report.json``, ``report.md``, ``report.html``, ``samples.png``.
 
     The data are read as the model's training read them, by its ``training.json``, unless `options` say otherwise.
 
     Args:
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
-        data: What `validate` takes; what cannot be read is left out. None: openmoji, if the model was trained on that.
+        data: Data, as in `validate`; unreadable images are left out. None: openmoji, if the model was trained on it.
         out: Folder for the results.
-        captions: File of captions, a line each, whose images the model has not seen: held_out.test. None: as its
-            training held them out, by a file or by hash.
+        captions: File of captions, a line each, whose images the model was not trained on: held_out.test. None: those
+            that its training held out, by a file or by hash.
         validation_captions: File of the validation captions, which the model was not trained on either:
             held_out.validation.
-        classes: Those to draw and tell apart, such as 0,3,5; none: all of class_column.
+        classes: Classes to sample and to judge, such as 0,3,5; none: all of class_column.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
-        network: What measures: efficientnet_lite0, inception, or a vision model's folder or Hub name (CLIP, DINOv2).
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        network: Network of the features: efficientnet_lite0, inception, or a CLIP or DINOv2 by folder or Hub name.
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
         factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.
-        variety_prompts: The first captions, of which several images are drawn, 2 or more; 0: not measured.
-        num_images_per_prompt: How many of each, and of each class, 2 or more.
-        guidance_sweep: Guidance scales to draw the validation captions with, such as 1,1.25,1.5,2.
-        steps_sweep: Numbers of steps to draw the validation captions with, such as 5,10,25,50.
-        bound_timesteps: Of a model of pixels, timesteps of the bound of each image, for bits per dimension; 0: none.
+        variety_prompts: Number of first captions that get several images each, 2 or more; 0: not measured.
+        num_images_per_prompt: Images of each of these captions, and of each class, 2 or more.
+        guidance_sweep: Guidance scales to sample the validation captions with, such as 1,1.25,1.5,2.
+        steps_sweep: Numbers of steps to sample the validation captions with, such as 5,10,25,50.
+        bound_timesteps: Timesteps per image for the bits per dimension of a model of pixels; 0: not measured.
         card: Put the results into the model's README.md, if the model is a folder that has one.
         trust_remote_code: Run the pipeline code that came with the model.
-        options: As the fields of data of a training.
+        options: Fields of data, as in a training's config.
 
     """
     sweeps = _sweeps(guidance_sweep, steps_sweep)
@@ -87,18 +87,18 @@ def evaluate(
 
 
 def _sweeps(guidance: str | None, steps: str | None) -> dict[str, list[float]]:
-    """Return the values of each setting that is swept."""
+    """Return the values of each setting to sweep."""
     texts = {"guidance_scale": guidance, "num_inference_steps": steps}
     return {setting: numbers(setting, text) for setting, text in texts.items() if text is not None}
 
 
 def named_captions(test: str | None, validation: str | None) -> dict[str, str]:
-    """Return the files of captions that are named, by split."""
+    """Return the given files of captions, by split."""
     return {split: file for split, file in {"test": test, "validation": validation}.items() if file is not None}
 
 
 def numbers(where: str, text: str) -> list[float]:
-    """Return the numbers in a text, separated by commas, whole ones as int; ValueError, which names `where`."""
+    """Return the numbers in a text, separated by commas, whole ones as int; a ValueError names the option `where`."""
     try:
         found = [float(number) for number in text.split(",")]
     except ValueError:
@@ -107,7 +107,7 @@ def numbers(where: str, text: str) -> list[float]:
 
 
 def write(report: Report, folder: Path, model: Path | None) -> Report:
-    """Write a report into `folder` and, where `model` is the folder of a model with a card, into that; return it."""
+    """Write the report into `folder` and into the card of the folder `model`, if there is one; return the report."""
     if not PartialState().is_main_process:
         return report
     (folder / "report.json").write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")

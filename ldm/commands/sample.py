@@ -1,4 +1,4 @@
-"""``ldm sample``: images of prompts from any pipeline, as files that say how they were made."""
+"""``ldm sample``: images of prompts from any pipeline, as PNG files that hold prompt, seed and settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config.places import made_folder
-from ldm.data.headers import ImageError, decode, open_image
+from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
-from ldm.models.pipeline import asked_by, call_settings, kept_size, load_pipeline, plain_call, starting_from
+from ldm.models.pipeline import asked_by, call_settings, load_pipeline, plain_call, size_arguments, starting_from
 
 NAME_LETTERS, NAME_BYTES = 80, 200
-"""Of a prompt in a file name: file systems take 255 bytes, and seed, number and suffix follow."""
+"""Limits of the prompt in a file name. File systems take 255 bytes, and seed, number and suffix follow."""
 
 
 def sample(
@@ -38,20 +38,20 @@ def sample(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Path]:
-    """Write one PNG per prompt and return their paths; prompt, seed and settings stand in its text chunk.
+    """Write one PNG per prompt and return their paths; prompt, seed and settings are in its text chunk.
 
     Args:
-        prompts: What to draw, one image each: texts; numbers of classes; or "" of a model that takes neither.
+        prompts: Prompts, one image each: texts; or numbers of classes; or "" for an unconditional model.
         model: Folder or Hub name of a pipeline; user/name@revision is a commit, branch or tag.
         out: Folder for the images.
-        negative_prompt: What to steer away from.
+        negative_prompt: Prompt that guidance steers away from.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance; 1 is none. Left out: 3, if the pipeline has guidance.
-        image: Image to start from, which keeps its size; transparent parts are white.
-        mask_image: Image, white where it is drawn anew; transparent parts are black.
-        strength: Share of the steps that the image goes through; left out: 0.8, and with a mask all.
-        overwrite: Write over files of the same name; left out, the next free name is taken (a-cat-0-2.png).
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        image: Image to start from, whose size is kept; transparent parts become white.
+        mask_image: Mask, white where the image is sampled anew; transparent parts become black.
+        strength: Share of the steps that are run on the start image. Default: 0.8, and 1 with a mask.
+        overwrite: Replace files of the same name; otherwise the next free name is used (a-cat-0-2.png).
         trust_remote_code: Run the pipeline code that came with the model.
 
     """
@@ -59,29 +59,29 @@ def sample(
         raise ValueError(f"seed: got {seed:#x}; expected a number from -2**62 to 2**62")
     for name, text in [("negative_prompt", negative_prompt), *(("prompts", prompt) for prompt in prompts)]:
         if not _is_unicode(text):
-            raise ValueError(f"{name}: got {text!r:.80}, which is not valid Unicode")
+            raise ValueError(f"{name}: got {text!r:.80}, which is not valid Unicode; leave out what is not text")
     paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
     started_at: dict[str, Any] = {}
     if image is not None:
-        started_at["strength"] = checked_strength(strength, num_inference_steps, mask_image is not None)
+        started_at["strength"] = image_strength(strength, num_inference_steps, mask_image is not None)
         if overwrite:
             refuse_overwriting(paths, image, mask_image)
     elif mask_image is not None or strength is not None:
-        raise ValueError("mask_image, strength: say of which --image")
+        raise ValueError("mask_image, strength: need an image to start from; name --image")
     pipeline, images = load_pipeline(model, trust_remote_code), {}
     settings = call_settings(pipeline, num_inference_steps, guidance_scale) | started_at
     if image is not None:
         images = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
-        settings |= kept_size(pipeline, *images["image"].size)
+        settings |= size_arguments(pipeline, *images["image"].size)
     made_folder(out)
     written = []
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
-        draw = torch.Generator().manual_seed(seed + number)
+        generator = torch.Generator().manual_seed(seed + number)
         call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
-        drawn = pipeline(**call, **images, generator=draw, **settings).images[0]
+        sampled = pipeline(**call, **images, generator=generator, **settings).images[0]
         described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
-        written.append(write_image(drawn, path, described, overwrite))
+        written.append(write_image(sampled, path, described, overwrite))
         print(written[-1])
     return written
 
@@ -90,8 +90,11 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def checked_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:
-    """Return the share of the steps that an image goes through; ValueError if that is not one of them."""
+def image_strength(strength: float | None, num_inference_steps: int, masked: bool) -> float:
+    """Return the share of the steps that a start image goes through; ValueError unless it is at least one step.
+
+    The default is 0.8, and 1 with a mask.
+    """
     share = (1.0 if masked else 0.8) if strength is None else strength
     if not 0 < share <= 1 or int(share * num_inference_steps) < 1:
         raise ValueError(
@@ -101,28 +104,28 @@ def checked_strength(strength: float | None, num_inference_steps: int, masked: b
 
 
 def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
-    """Raise ValueError if one of `paths`, to be written, is a file that is to be read."""
+    """Raise ValueError if one of `paths`, which will be written, is one of the files to read."""
     sources = {Path(file).resolve() for file in read if file is not None}
     for path in paths:
         if path.resolve() in sources:
-            raise ValueError(f"{path} would be written over itself: name another --out, or another --seed")
+            raise ValueError(f"{path} is an input and would be overwritten; name another --out, or another --seed")
 
 
 def started(**files: str | None) -> dict[str, Image.Image]:
-    """Return the images in `files`, those that are named; ValueError if one is none."""
+    """Return the images of the given `files`, by argument; ValueError for a file that is not an image."""
     images = {}
     for name, file in files.items():
         if file is not None:
             try:
                 behind = "black" if name == "mask_image" else "white"
-                images[name] = to_rgb(decode(open_image(file)), behind)
+                images[name] = to_rgb(decode_pixels(open_image(file)), behind)
             except (OSError, ImageError) as error:
                 raise ValueError(f"{name}: {file}: {error}") from error
     return images
 
 
 def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
-    """Return how a pipeline is asked for a prompt; ValueError if it takes no such thing."""
+    """Return the keywords of a pipeline's call for a prompt; ValueError if the pipeline does not take it."""
     keyword, takes = asked_by(pipeline), inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
     if negative_prompt and (keyword != "prompt" or "negative_prompt" not in takes):
@@ -134,16 +137,16 @@ def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
     if keyword == "class_labels" and prompt.isdecimal():
         return {"class_labels": [int(prompt)]}
     if not prompt:
-        raise ValueError(f"prompts: got {prompt!r}; name a class of {name} by its number")
+        raise ValueError(f"prompts: got {prompt!r}; {name} takes numbers of classes")
     raise ValueError(f"prompts: got {prompt!r}; {name} takes {keyword} and no text")
 
 
 def slug(text: str) -> str:
-    """Return a part of a file name that reminds of a text, in at most `NAME_LETTERS` letters and `NAME_BYTES` bytes.
+    """Return a readable part of a file name for a text, of at most `NAME_LETTERS` letters and `NAME_BYTES` bytes.
 
-    Letters, digits and marks of every script, and emoji, in lower case and normalised (NFC); a "-" stands for
-    everything else: separators, punctuation, control, invisible and bidirectional characters. Where nothing is left, it
-    is a hash of the text, or "image" of an empty one.
+    It keeps letters, digits and marks of every script, and emoji, in lower case and normalised (NFC). Everything else
+    becomes "-": separators, punctuation, control, invisible and bidirectional characters. If nothing is left, it is a
+    hash of the text, or "image" for an empty text.
     """
     plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     words = "".join(letter if _is_name(letter) else " " for letter in plain).split()
@@ -159,9 +162,9 @@ def _is_name(letter: str) -> bool:
 
 
 def write_image(image: Image.Image, path: Path, described: Mapping[str, object], overwrite: bool = False) -> Path:
-    """Return where an image is now, as PNG with the texts `described`: `path`, or the next name that is free.
+    """Write an image as PNG with the texts `described`, and return its path: `path`, or the next free name.
 
-    A file that is there is written over only if `overwrite`.
+    An existing file is replaced only if `overwrite` is true.
     """
     text, data = PngInfo(), BytesIO()
     for key, value in described.items():

@@ -1,4 +1,4 @@
-"""``ldm validate``: what is wrong with which image and caption of a data set, in words, JSON and an image."""
+"""``ldm validate``: the problems of a data set's images and captions, as text, JSON and a contact sheet."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ldm.models.foreign import own_code_refused
 from ldm.models.text_encoder import load_tokenizer, train_tokenizer
 
 SHEET_PROBLEMS = 4
-"""Of each kind."""
+"""Problems of each kind on the sheet."""
 SHEET_LIKE = 5
-"""Images that stand beside the one that repeats them or looks like them."""
+"""Images that are shown beside the one that repeats them or looks like them."""
 
 
 def validate(
@@ -39,16 +39,16 @@ def validate(
     workers: int | None = None,
     **options: Unpack[DataOptions],
 ) -> Inspection:
-    """Look at every image and caption; print what is wrong, write ``validation.json`` and ``contact_sheet.png``.
+    """Check every image and caption; print the problems, write ``validation.json`` and ``contact_sheet.png``.
 
     Args:
         data: A folder of images with a metadata file, Parquet, a saved or named data set, or "openmoji".
         out: Folder for the results.
         image_size: Images of fewer pixels on a side are counted.
         tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.
-        max_length: Tokens a caption may have, as conditioners.text.max_length.
-        workers: Processes that decode; none: one a core.
-        options: As the fields of data of a training.
+        max_length: Greatest number of tokens of a caption, as conditioners.text.max_length.
+        workers: Processes that decode images; none: one for each core.
+        options: Fields of data, as in a training's config.
 
     """
     config = checked(source_config(data, image_size=image_size, **options), "data")
@@ -63,7 +63,7 @@ def validate(
 
 
 def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
-    """Return what counts the tokens of captions, with the tokenizer in a folder or one learned from them."""
+    """Return a function that counts the tokens of captions, with the tokenizer in a folder or one trained on them."""
 
     def count(captions: Sequence[str]) -> list[int]:
         if tokenizer is None:
@@ -77,7 +77,7 @@ def token_counter(tokenizer: str | None, max_length: int) -> CountTokens:
 
 
 def _problem_sheet(inspection: Inspection, source: Source, config: DataConfig) -> Image.Image:
-    """Return a sheet of some good images and of some problems of each kind; grey: no image can be shown."""
+    """Return a sheet of some good images and some problems of each kind; grey cells are images that cannot be shown."""
     images = CaptionedImages(source, replace(config, image_size=CELL_WIDTH))
     cells: list[tuple[int | None, str]] = [
         (row, f"{place(source, row)}: {' / '.join(source.captions(row))}") for row in inspection.examples

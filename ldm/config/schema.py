@@ -190,7 +190,7 @@ class LoopConfig:
     max_train_epochs: float | None = None
     max_train_seconds: float | None = None
     """Set exactly one of the three. Seconds, of steps alone, become a number of steps when the learning rate begins to
-    decay: with optim.decay_fraction 0.3 they are kept though the machine becomes slower in the first half."""
+    decay. With optim.decay_fraction 0.3 they are kept even if the machine slows down in the first half."""
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes faster with it (measured), else float32."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from ldm.data.content_hashes import content_hashes, images_fingerprint
 from ldm.data.headers import ImageError, inside
 from ldm.data.layout import METADATA, files_below, image_files
-from ldm.data.metadata import Row, image_key, read_rows
+from ldm.data.metadata import MetadataRow, image_key, read_rows
 from ldm.data.rows import Problem, choose_column, find_captions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -77,7 +77,7 @@ class FolderRows:
             if path in unlisted:
                 self.problems.append(Problem(path, "unlisted", "no row of the metadata names it"))
 
-    def _read(self, metadata: list[str]) -> tuple[list[tuple[str, int, Row]], list[tuple[str, Problem]]]:
+    def _read(self, metadata: list[str]) -> tuple[list[tuple[str, int, MetadataRow]], list[tuple[str, Problem]]]:
         """Return each row with its file and line, and each problem with its file."""
         if not metadata:
             raise ValueError(f"data.path: no metadata.jsonl and no metadata.csv in {self._root}; see the README")

@@ -69,7 +69,7 @@ def metadata_fault(image: Image.Image) -> str | None:
     return profile_fault(image.info.get("icc_profile"), image.mode)
 
 
-def decode(image: Image.Image) -> Image.Image:
+def decode_pixels(image: Image.Image) -> Image.Image:
     """Return the image with its pixels decoded; ImageError if they are cut short or broken."""
     with image_errors():
         image.load()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import lasting_names, pixel_digest
-from ldm.data.headers import ImageError, decode, image_errors
+from ldm.data.headers import ImageError, decode_pixels, image_errors
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
 from ldm.data.profiles import profile_name
@@ -151,7 +151,7 @@ class _Decoding(Dataset[Facts | Problem]):
                 image = source.header(row) if isinstance(source, RowSource) else source.image(row)
                 mode, kind = image.mode, image.format or "none"
                 profile = profile_name(image.info.get("icc_profile"), mode)
-                rgb = to_rgb(decode(image), self.background)
+                rgb = to_rgb(decode_pixels(image), self.background)
                 return Facts(row, rgb.size, mode, kind, profile, pixel_digest(rgb), look(rgb))
         except ImageError as error:
             return Problem(where, error.kind, str(error), row)

@@ -31,7 +31,7 @@ def files_below(folder: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
-def kind_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
+def source_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
     """Return the kind of data at `path`; "dataset" if there is no such path: the name of a data set.
 
     In a folder with both tables and metadata files, the file nearest to the root decides.

@@ -12,10 +12,10 @@ from ldm.files import open_text
 
 MARK = "file_name"
 """End of the key of a column of files, as in `datasets`: "file_name" is the column "image", "mask_file_name" "mask"."""
-Row = dict[str, Any]
+MetadataRow = dict[str, Any]
 
 
-def read_rows(file: str) -> Iterator[tuple[int, Row | str]]:
+def read_rows(file: str) -> Iterator[tuple[int, MetadataRow | str]]:
     """Yield each line's number and its row, or a string that says what is wrong; empty lines are left out.
 
     Bytes that are not UTF-8 become lone surrogates, so that only the caption that has them is found bad.
@@ -47,13 +47,13 @@ def image_key(wanted: str | None, keys: Sequence[str]) -> str:
     return choose_column("data.image_column", None, keys, first, usual, [*IMAGE_COLUMNS, *others])
 
 
-def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Row | str]]:
+def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, MetadataRow | str]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, _json_row(line)
 
 
-def _json_row(line: str) -> Row | str:
+def _json_row(line: str) -> MetadataRow | str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -61,7 +61,7 @@ def _json_row(line: str) -> Row | str:
     return row if isinstance(row, dict) else f"a {type(row).__name__}; expected an object with file_name and caption"
 
 
-def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, Row | str]]:
+def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, MetadataRow | str]]:
     table = csv.DictReader(lines, strict=True)
     try:
         columns = list(table.fieldnames or [])
@@ -77,7 +77,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, Row | str]]:
         yield table.line_num, f"not CSV: {error}; the rest is not read"
 
 
-def _parquet_rows(file: str) -> Iterator[tuple[int, Row | str]]:
+def _parquet_rows(file: str) -> Iterator[tuple[int, MetadataRow | str]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

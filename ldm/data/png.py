@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+PIXEL_CHUNKS = (b"tRNS", b"acTL", b"fcTL", b"fdAT")
 """Chunks that the pixels depend on although PNG counts them as ancillary (their names begin with a small letter)."""
 SHORTEST = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 """Smallest number of bytes of a chunk."""
@@ -46,7 +46,7 @@ def _odd_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     while end < size and len(head := file.read(8)) == 8 and (name := head[4:]) != b"IEND":
         start, length = end, int.from_bytes(head[:4])
         end = min(start + length + 12, size)
-        if name[:1].islower() and name not in PIXELS:
+        if name[:1].islower() and name not in PIXEL_CHUNKS:
             data = file.read(length) if length <= 2 * MOST_TEXT else b""
             sound = len(data) == length and zlib.crc32(name + data) == int.from_bytes(file.read(4))
             unpacked = _unpacked(name, data) if sound and length >= SHORTEST.get(name, 0) else None

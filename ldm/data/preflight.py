@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
-from ldm.data.headers import ImageError, decode, image_errors, metadata_fault
+from ldm.data.headers import ImageError, decode_pixels, image_errors, metadata_fault
 from ldm.data.pixels import to_rgb
 from ldm.data.rows import Problem, RowSource, label_fault, texts
 from ldm.data.sources import Source, Subset, build_source
@@ -105,7 +105,7 @@ def undecodable_problem(source: RowSource, row: int, background: str) -> Problem
     """Return the problem of a row whose image cannot be decoded."""
     try:
         with image_errors():
-            to_rgb(decode(source.header(row)), background)
+            to_rgb(decode_pixels(source.header(row)), background)
         reason = "it cannot be decoded"
     except (ImageError, OSError) as error:
         reason = str(error)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
-from ldm.data.headers import ImageError, decode, inside, open_image
+from ldm.data.headers import ImageError, decode_pixels, inside, open_image
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
@@ -111,7 +111,7 @@ class RowSource:
     def image(self, index: int) -> Image.Image:
         """Return the image of row `index`; ImageError, which names its place, if it cannot be read."""
         try:
-            return decode(self.header(index))
+            return decode_pixels(self.header(index))
         except ImageError as error:
             raise ImageError(f"{self.where(index)}: the image cannot be read: {error}", error.kind) from error
 

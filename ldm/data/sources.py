@@ -132,4 +132,4 @@ def source_config(data: str, source: SourceName | None = None, **more: Any) -> D
         return DataConfig(source=source, path=None if source == "openmoji" else data, **more)
     if data == "openmoji":
         return DataConfig(**more)
-    return DataConfig(source=layout.kind_of(data), path=data, **more)
+    return DataConfig(source=layout.source_of(data), path=data, **more)

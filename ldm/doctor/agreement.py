@@ -1,4 +1,4 @@
-"""Whether the sampling scheduler and the training objective mean the same noise and the same model output."""
+"""Check that the sampling scheduler and the training objective agree: on noise levels and on the model output."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from ldm.objectives.denoising import Objective
 from ldm.objectives.schedule import target_coefficients
 
 DATA_STD = 0.5
-"""Of the Gaussian data whose perfect denoiser is sampled."""
+"""Standard deviation of the Gaussian data whose perfect denoiser is sampled."""
 SAMPLES = 10_000
+"""Number of samples of the Gaussian data."""
 ENOUGH_STEPS = 250
+"""Sampling steps after which the error of a correct scheduler is small."""
 STD_TOLERANCE = 0.05
-"""Of the samples' std at `ENOUGH_STEPS`, as a share: every scheduler of `build_scheduler` is within 0.04 there."""
+"""Tolerance on the relative standard deviation with `ENOUGH_STEPS`; the schedulers of `build_scheduler` reach 0.04."""
 FEW_STEPS_TOLERANCE = 0.15
-"""Of the same at fewer steps: 20 steps are within 0.10."""
+"""Tolerance on the relative standard deviation with fewer steps; with 20 steps they reach 0.10."""
 
 
 def level_difference(objective: Objective, scheduler: Any) -> float:
     """Return the largest difference of alpha and sigma between `scheduler` and training, at the scheduler's timesteps.
 
-    `scheduler` is set to its timesteps, and has ``sigmas`` of them, those of the flow path or else sigma / alpha with
-    alpha^2 + sigma^2 = 1; or ``alphas_cumprod``, alpha^2 of every time (DDPM, DDIM). In float64; what is left of
-    diffusers' float32 and integers: see `level_tolerance`.
+    `scheduler` has its timesteps set. It has either ``sigmas`` for them, which are sigma on the flow path and sigma /
+    alpha elsewhere (alpha^2 + sigma^2 = 1); or ``alphas_cumprod``, alpha^2 at every time (DDPM, DDIM). Differences are
+    taken in float64. diffusers rounds to float32 and integers, which `level_tolerance` allows for.
     """
     timesteps = scheduler.timesteps.cpu()
     if not hasattr(scheduler, "sigmas"):
@@ -44,21 +46,22 @@ def level_difference(objective: Objective, scheduler: Any) -> float:
 
 
 def level_tolerance(objective: Objective) -> float:
-    """Return what `level_difference` may be.
+    """Return the greatest `level_difference` that rounding explains.
 
-    On the flow path diffusers rounds timesteps down to whole numbers, 1 / T; elsewhere a last alpha of 0 is 2^-12.
+    On the flow path diffusers rounds timesteps down to whole numbers, an error of up to 1 / T. On other paths it
+    replaces a last alpha of 0 by 2^-12.
     """
     config = objective.config
     return 1e-6 + (1 / config.num_train_timesteps if config.path == "flow" else 2**-12)
 
 
 def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int) -> float:
-    """Return the std of samples of data N(0, `DATA_STD`^2), as a share of what it should be: 1 if all is right.
+    """Return the standard deviation of sampled data N(0, `DATA_STD`^2), relative to `DATA_STD`: 1 if all is right.
 
-    The network is the perfect one for that data, by the objective's own schedule and prediction type:
-    ``x0 = alpha s^2 / (alpha^2 s^2 + sigma^2) x_t``. The samples begin with the std that noised data have at the first
-    timestep. All is linear, so the std is exact for samplers without noise of their own, and within 1 % for ancestral
-    ones. Nothing is clipped: Gaussian data are not in [-1, 1].
+    The network is the perfect denoiser of that data, by the objective's schedule and prediction type:
+    ``x0 = alpha s^2 / (alpha^2 s^2 + sigma^2) x_t``. Samples begin with the standard deviation of noised data at the
+    first timestep. Every step is linear, so the result is exact for samplers that add no noise, and within 1 % for
+    ancestral ones. Nothing is clipped, because Gaussian data are not limited to [-1, 1].
     """
     scheduler = copy.deepcopy(scheduler)
     if scheduler.config.get("clip_sample"):
@@ -66,11 +69,11 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     noisy = "generator" in inspect.signature(scheduler.step).parameters
-    noise_options = {"generator": draws} if noisy else {}
+    noise_options = {"generator": generator} if noisy else {}
     alpha, sigma = _alpha_sigma(objective, scheduler.timesteps[0])
-    x_t = torch.randn(SAMPLES, 1, dtype=torch.float64, generator=draws)
+    x_t = torch.randn(SAMPLES, 1, dtype=torch.float64, generator=generator)
     x_t *= (alpha**2 * DATA_STD**2 + sigma**2).sqrt() / x_t.std()
     for timestep in scheduler.timesteps:
         alpha, sigma = _alpha_sigma(objective, timestep)
@@ -78,7 +81,7 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
         x0, noise = alpha * DATA_STD**2 * posterior, sigma * posterior
         a, b = target_coefficients(objective.config.prediction_type, alpha, sigma)
         output = a * x0 + b * noise
-        if scheduler.config.get("variance_type") == "learned_range":  # the posterior's, the lower of its bounds
+        if scheduler.config.get("variance_type") == "learned_range":  # the lower bound of the variance: the posterior's
             output = torch.cat([output, -torch.ones_like(output)], 1)
         x_t = scheduler.step(output, timestep, x_t, **noise_options, return_dict=False)[0].double()
     return float(x_t.std() / DATA_STD)
@@ -89,7 +92,10 @@ def _alpha_sigma(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor
 
 
 def agreement(objective: Objective, scheduler: Any, num_inference_steps: int) -> Finding:
-    """Return whether `scheduler` samples what `objective` trains: the same noise levels, and Gaussian data as it is."""
+    """Return the finding on whether `scheduler` samples what `objective` trains.
+
+    The noise levels must be the same, and the perfect denoiser of Gaussian data must give that data.
+    """
     name, wanted = type(scheduler).__name__, objective.config
     scheduler.set_timesteps(num_inference_steps)
     difference, most = level_difference(objective, scheduler), level_tolerance(objective)
@@ -106,7 +112,7 @@ def agreement(objective: Objective, scheduler: Any, num_inference_steps: int) ->
     if abs(std - 1) > STD_TOLERANCE:
         faults.append(f"{enough} steps should give 1 within {STD_TOLERANCE:g}")
     if (kind := scheduler.config.prediction_type) != wanted.prediction_type:
-        faults.append(f"it takes the model output for {kind}, training is of {wanted.prediction_type}")
+        faults.append(f"it reads the model output as {kind}, and training predicts {wanted.prediction_type}")
     warnings = []
     if not faults and abs(few - 1) > FEW_STEPS_TOLERANCE:
         warnings.append(

@@ -1,4 +1,4 @@
-"""What a run will cost here: seconds a step, hours, memory, floating-point operations."""
+"""The cost of a run on this machine: seconds a step, hours, memory, floating-point operations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ldm.training.updates import update_norms, weights
 GIB = 2**30
 WARM_UP_STEPS = 2
 MEASURED_STEPS = 3
-"""The fewest; more, up to `MAX_MEASURED_STEPS`, while they take less than `MEASURED_SECONDS` together."""
+"""Fewest steps that are timed. More are, up to `MAX_MEASURED_STEPS`, while they take less than `MEASURED_SECONDS`."""
 MAX_MEASURED_STEPS = 20
 MEASURED_SECONDS = 8.0
 GENTLE = OptimConfig(learning_rate=1e-4)
@@ -39,27 +39,27 @@ GENTLE = OptimConfig(learning_rate=1e-4)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of what training keeps at its peak."""
+    """Bytes that training holds at its peak, by kind."""
 
     weights: int
-    """Of everything: what is trained and what is frozen."""
+    """Weights of all networks, trained and frozen."""
     gradients: int
     averages: int
     optimizer: int
     activations: int
-    """Of one micro-batch: what the forward pass keeps for the backward pass."""
+    """Tensors that the forward pass of one micro-batch keeps for the backward pass."""
     update: int
-    """What a logged step makes while it changes the weights: their copies, the optimiser's own work. The activations
-    are gone by then."""
+    """Temporary tensors of a logged step's update: copies of the weights, and those of the optimiser. The activations
+    are freed by then."""
 
     @property
     def total(self) -> int:
-        """All that is there at once."""
+        """Bytes at the peak: activations and update are never held together."""
         kept = self.weights + self.gradients + self.averages + self.optimizer
         return kept + max(self.activations, self.update)
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the total and its parts in GiB, in words."""
         last = "activations" if self.activations >= self.update else "update"
         names = ("weights", "gradients", "averages", "optimizer", last)
         parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
@@ -68,33 +68,33 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured of a run's steps."""
+    """The measured cost of a run's steps, validations and checkpoints."""
 
     step_seconds: float
-    """Median, as the loop counts them."""
+    """Median time of a step, as the loop counts it."""
     loading_seconds: float
-    """Median wait for a step's batch."""
+    """Median time that a step waits for its batch."""
     validation_seconds: float
     checkpoint_seconds: float
     step_flops: int
-    """Of forward and backward, over all processes."""
+    """Floating-point operations of forward and backward pass, over all processes."""
     step_operations: int
-    """Calls of torch's operators in forward and backward, of one process."""
+    """Calls of torch's operators in forward and backward pass, of one process."""
     memory: Memory
     peak_bytes: int | None
-    """What the GPU's allocator held at most; None on a processor."""
+    """Most bytes that the GPU's allocator held; None without a GPU."""
 
     def steps(self, max_train_seconds: float) -> int:
-        """Return how many steps the loop will make of ``loop.max_train_seconds``: see `fix_total_steps`."""
+        """Return the number of steps that the loop will take in ``loop.max_train_seconds``; see `fix_total_steps`."""
         return max(2, round(max_train_seconds / self.step_seconds))
 
     def seconds(self, plan: Plan) -> float:
-        """Return what a run takes from its first step to its last checkpoint."""
+        """Return the seconds of a run from its first step to its last checkpoint."""
         steps = plan.steps * (self.step_seconds + self.loading_seconds)
         return steps + plan.validations * self.validation_seconds + plan.checkpoints * self.checkpoint_seconds
 
     def text(self, plan: Plan, price_per_hour: float | None) -> str:
-        """Return it in words; price_per_hour: of this machine."""
+        """Return the cost of a run in words; `price_per_hour` is that of this machine."""
         hours = self.seconds(plan) / 3600
         peak = f"{self.memory}" if self.peak_bytes is None else f"{self.peak_bytes / GIB:.2f} GiB of GPU memory at peak"
         price = "" if price_per_hour is None else f", which costs {hours * price_per_hour:.2f}"
@@ -106,11 +106,11 @@ class Cost:
         )
 
     def memory_fault(self) -> str | None:
-        """Return why this machine cannot hold it, None if it can; a GPU that has taken the steps can."""
+        """Return why this machine has too little memory, or None; None on a GPU, where the steps have run."""
         if self.peak_bytes is not None or self.memory.total <= memory_bytes():
             return None
         return (
-            f"this machine has {memory_bytes() / GIB:.2f} GiB of memory: more loop.gradient_accumulation_steps, or "
+            f"this machine has {memory_bytes() / GIB:.2f} GiB of memory; use more loop.gradient_accumulation_steps, or "
             "loop.gradient_checkpointing"
         )
 
@@ -122,9 +122,9 @@ def measure_cost(
     run: Run,
     validate: Callable[[], None],
 ) -> Cost:
-    """Return the cost of real steps on real batches, of `validate`, and of a checkpoint, each once measured.
+    """Return the cost of real steps on real batches, of a call of `validate`, and of a checkpoint.
 
-    The optimiser is the run's own, at a learning rate so small that no setting of it can fail. Leaves
+    The optimiser is the run's own, with so small a learning rate that the training cannot diverge. Leaves a folder
     ``checkpoints`` in the run's folder.
     """
     gentle = replace(GENTLE, optimizer=optim.optimizer)
@@ -132,7 +132,7 @@ def measure_cost(
     flops, operations, activations = _one_pass(step, next(training_batches(train, 0, micro_steps=micro_steps))[0], run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # logged now and then, as in training: the peak has the copies of such a step, and the median its neighbours' time
+    # some steps are logged, as in training: the peak includes a logged step, and the median is that of the others
     limits = replace(bounded(run.config, WARM_UP_STEPS + MAX_MEASURED_STEPS), log_every_steps=MEASURED_STEPS)
     loop: Loop[Batch] = Loop(step, gentle, limits, run, epoch_steps=1, resumable=False)
     watch = Stopwatch()
@@ -160,9 +160,9 @@ def measure_cost(
 
 
 def kept_memory(step: Step, optimizers: Mapping[str, torch.optim.Optimizer], activations: int) -> Memory:
-    """Return the bytes of what training keeps, after its first steps; `activations` as in `Memory`.
+    """Return the memory of a training that has taken its first steps; `activations` as in `Memory`.
 
-    Takes another step, without gradient.
+    Takes one more step, with gradients of zero.
     """
     trained = [parameter for parameter in parameters(step.modules.values()) if parameter.requires_grad]
     for parameter in trained:
@@ -193,7 +193,7 @@ def kept_memory(step: Step, optimizers: Mapping[str, torch.optim.Optimizer], act
 
 
 class Stopwatch:
-    """Times of a loop's steps, and of the waits for their batches."""
+    """Seconds of each step of a loop, and of each wait for a batch."""
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
@@ -202,7 +202,7 @@ class Stopwatch:
     def timed(
         self, batches: Callable[..., Iterator[list[Batch]]], start_step: int, **shares: int
     ) -> Iterator[list[Batch]]:
-        """Yield the batches of so many steps as are measured."""
+        """Yield the batches of the steps to measure, and time them: see `MEASURED_STEPS`."""
         steps = batches(start_step, **shares)
         while len(self.step_seconds) < WARM_UP_STEPS + MAX_MEASURED_STEPS:
             measured = self.step_seconds[WARM_UP_STEPS:]
@@ -224,23 +224,23 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of distinct tensors."""
+    """Return the bytes of the tensors; one that comes twice counts once."""
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters of modules."""
+    """Return the parameters of all `modules`."""
     return [parameter for module in modules for parameter in module.parameters()]
 
 
 def everything(step: Step) -> list[nn.Module]:
-    """Return the networks that a step holds, but for its averages."""
+    """Return the networks of a step, trained and frozen, without the averages."""
     return [*step.modules.values(), *step.frozen_networks]
 
 
 @contextlib.contextmanager
 def kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Yield the bytes of each storage that is kept for a backward pass meanwhile; those of `weights` do not count."""
+    """Yield the bytes of each storage that is kept for a backward pass in this context, without those of `weights`."""
     own = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}
 
@@ -255,7 +255,7 @@ def kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that are called."""
+    """A counter of the operators that are called in this context."""
 
     count = 0
 
@@ -265,7 +265,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of the tensors that are made meanwhile, at their most."""
+    """The peak bytes of the tensors that are made in this context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -274,20 +274,20 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        new = _storages(made).items() - _storages((args, kwargs)).items()  # no view, nothing that is done in place
+        new = _storages(made).items() - _storages((args, kwargs)).items()  # no views, nothing done in place
         self._live = {storage: size for storage, size in self._live.items() if not storage.expired()} | dict(new)
         self.peak = max(self.peak, sum(self._live.values()))
         return made
 
 
 def _storages(tree: Any) -> dict[Any, int]:
-    """Return the storages of the tensors in `tree`, which this keeps nobody from freeing, and their bytes."""
+    """Return weak references to the storages of the tensors in `tree`, with their bytes."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return {StorageWeakRef(storage): storage.nbytes() for storage in storages}  # type: ignore[no-untyped-call]
 
 
 def _one_pass(step: Step, batch: Batch, run: Run) -> tuple[int, int, int]:
-    """Return the FLOPs and operators of both passes over `batch`, and the bytes kept between the two."""
+    """Return FLOPs and operator calls of forward and backward pass on `batch`, and the bytes kept between them."""
     with run.attention(), FlopCounterMode(display=False) as counter, _Operations() as operations:  # type: ignore[no-untyped-call]
         with kept_for_backward(parameters(step.modules.values())) as kept:
             losses = step.losses(batch, 0)
@@ -300,5 +300,5 @@ def _one_pass(step: Step, batch: Batch, run: Run) -> tuple[int, int, int]:
 
 
 def duration(hours: float) -> str:
-    """Return it in words."""
+    """Return a time in words, such as "1.5 hours" or "12.0 minutes"."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

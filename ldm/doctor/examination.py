@@ -1,4 +1,4 @@
-"""Before a long run: whether this config can learn, and what it will cost. Nothing that is trained here is kept."""
+"""The doctor: before a long run, check that the config can learn, and measure its cost. No weights are kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ldm.doctor.cost import Cost, measure_cost
 from ldm.doctor.findings import Finding
 from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
-from ldm.doctor.overfit import Overfit, drawn, mean_loss, overfit, restored
+from ldm.doctor.overfit import Overfit, fixed_draws, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
 from ldm.evaluation.images import comparison_sheet, image_grid, written
 from ldm.evaluation.sampling import sample_images
@@ -41,28 +41,28 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=RunConfig)
 
 BATCH = 8
-"""Images that are learned by heart."""
+"""Number of images that are learned by heart."""
 LEFT = 0.6
-"""Of the loss of a denoiser, or of the squared error of an autoencoder, at most so much may be left of the start."""
+"""Greatest share of the starting loss that may be left: a denoiser's loss, or an autoencoder's squared error."""
 LEFT_PRETRAINED = 0.95
-"""The same where training goes on from weights that have learned already."""
+"""As `LEFT`, for pretrained weights, whose starting loss is low."""
 LEFT_FEW, ENOUGH_STEPS = 0.995, 50
-"""The same where there was time for fewer steps than these, on a slow machine: they only have to help."""
+"""As `LEFT`, if a slow machine has time for fewer than `ENOUGH_STEPS` steps: the loss only has to fall."""
 ROUND_TRIP_IMAGES = 64
 SCALE_IMAGES = 256
-LEVELS = 1
-"""Of 255: what a reloaded pipeline's image may differ."""
+LEVEL_TOLERANCE = 1
+"""Greatest difference of an image that a reloaded pipeline samples, in levels of 255."""
 
 
 def examined(config: C) -> C:
-    """Return `config` as the doctor has it: in the folder ``OUTPUT_DIR/doctor``, emptied here, and never pushed.
+    """Return `config` for an examination: its folder is ``OUTPUT_DIR/doctor``, which is emptied, and nothing is pushed.
 
     Raises:
         SystemExit: there are several processes.
 
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.exit("doctor: runs in one process; start it without several of them")
+        sys.exit("doctor: runs in one process only; start it without a launcher of several")
     folder = Path(config.output_dir) / "doctor"
     shutil.rmtree(folder, ignore_errors=True)
     return replace(
@@ -78,9 +78,9 @@ def examined(config: C) -> C:
 def stage_findings(
     config: StageConfig, kind: PipelineKind, step: DiffusionStep, validation: Validation, train: PositionDataset
 ) -> Iterator[Finding]:
-    """Yield what is found of everything that the training of a stage consists of."""
+    """Yield the findings on a diffusion stage: latents, scheduler, conditions, learning, cost, saving."""
     space, images, folder = step.stage.space, train.images, step.run.folder
-    if space.networks:  # pixels are what they are
+    if space.networks:  # pixels need no check
         yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
         yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
     pipeline: Any = validation.pipeline
@@ -98,7 +98,7 @@ def stage_findings(
 def autoencoder_findings(
     config: AutoencoderConfig, step: AutoencoderStep, validate: Callable[[int], None], train: PositionDataset
 ) -> Iterator[Finding]:
-    """Yield the same of an autoencoder: what it learns, its plan and its cost, with a discriminator from the start."""
+    """Yield the findings on an autoencoder: learning, plan and cost, with the discriminator from the first step."""
     step.config = replace(step.config, discriminator_start_step=0)
     with restored(step):
         log.info("learning %d images by heart", BATCH)
@@ -109,9 +109,9 @@ def autoencoder_findings(
 
 
 def conditions(config: StageConfig, validation: Validation, train: PositionDataset) -> Finding:
-    """Return whether guidance starts from what training drops captions to, and how much of the captions is cut off.
+    """Return the finding on the conditions: the null condition of guidance, and the share of captions that is cut off.
 
-    As the alarms of a training have it; the scale of the latents has a finding of its own.
+    It repeats the alarms of a training, except that on the scale of the latents, which has its own finding.
     """
     said = [f"{name}: {sentence}" for name, sentence in faults_before(config, validation, train) if name != SCALE]
     cut = validation.truncation
@@ -120,14 +120,14 @@ def conditions(config: StageConfig, validation: Validation, train: PositionDatas
 
 
 def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDataset, validation: Validation) -> Finding:
-    """Return whether the denoiser learns a few images by heart, and draw what it then makes of their captions."""
+    """Return the finding on whether the denoiser learns a few images by heart; write samples of them as overfit.png."""
     batch = fixed_batch(train, BATCH)
-    draws = drawn(batch)
+    draws = fixed_draws(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
         generated = validation.sample(validation.asked(batch.rows), guidance_scale=1.0)
     except FloatingPointError as error:
-        log.warning("no image of what was learned: %s", error)
+        log.warning("no sample of the learned images: %s", error)
     else:
         true = np.stack([np.asarray(train.images.image(row)) for row in batch.rows])
         sheet = comparison_sheet(written(validation.asked(batch.rows)), generated, true)
@@ -136,11 +136,11 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
 
 
 def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset) -> Finding:
-    """Return whether the autoencoder learns a few images by heart, and draw them over what it makes of them."""
+    """Return the finding on whether the autoencoder learns a few images; write reconstructions as overfit.png."""
     batch = fixed_batch(train, BATCH)
     pixel_values, module = batch.pixel_values, step.modules["autoencoder"]
     if pixel_values is None:
-        raise ValueError("an autoencoder is examined on images, got cached latents")
+        raise ValueError("got cached latents; an autoencoder is examined on images")
 
     def squared_error() -> float:
         return float((reconstruct(module.autoencoder, pixel_values) - pixel_values).square().mean())
@@ -153,7 +153,7 @@ def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train:
 
 
 def overfit_finding(config: RunConfig, found: Overfit, what: str, pretrained: bool) -> Finding:
-    """Return whether `found` is far enough."""
+    """Return the finding of an overfit; `what` names the quantity and `pretrained` chooses the limit."""
     most = LEFT_FEW if found.steps < ENOUGH_STEPS else LEFT_PRETRAINED if pretrained else LEFT
     ok = found.left < most  # NaN is not
     rate, steps = config.optim.learning_rate, found.steps
@@ -169,16 +169,16 @@ def overfit_finding(config: RunConfig, found: Overfit, what: str, pretrained: bo
 def same_sample(
     config: StageConfig, kind: PipelineKind, validation: Validation, train: PositionDataset, folder: Path
 ) -> Finding:
-    """Return whether the pipeline, saved and loaded by diffusers' own class, makes the same image of a caption.
+    """Return the finding on whether the pipeline, saved and reloaded, samples the same image of a caption.
 
-    What that class samples otherwise, and a learned variance, is loaded with ours. One that cannot be loaded is wrong
-    too.
+    It is loaded by diffusers' own class. Where that class samples other images, and for a learned variance, it is
+    loaded by ours. A pipeline that cannot be loaded is wrong too.
     """
     pipeline = validation.pipeline
     stock = config.objective.variational_weight is None and kind.stock_equal
     loader = DiffusionPipeline if stock else type(pipeline)
     prompts = validation.asked(fixed_batch(train, 1).rows)
-    # PixArt's stock pipeline reads nothing else than lower case
+    # PixArt's stock pipeline turns captions into lower case
     prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     sample = partial(
         sample_images,
@@ -200,12 +200,12 @@ def same_sample(
     levels = int(abs(one - other).max())
     how = "exactly the image" if levels == 0 else f"within {levels} of 255 levels the image"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
-    remedy = f"; at most {LEVELS} is expected: a component is saved with other weights or another config than it has"
-    return Finding(name, levels <= LEVELS, text + ("" if levels <= LEVELS else remedy))
+    remedy = f"; at most {LEVEL_TOLERANCE} is expected: a component was saved with other weights or another config"
+    return Finding(name, levels <= LEVEL_TOLERANCE, text + ("" if levels <= LEVEL_TOLERANCE else remedy))
 
 
 def cost_findings(config: RunConfig, cost: Cost, images: int) -> Iterator[Finding]:
-    """Yield what the plan, this machine and the other one of ``doctor`` come to."""
+    """Yield the findings on the plan, on the cost here, and on the machine that ``doctor`` describes."""
     steps = planned_steps(config.loop, images / config.data.batch_size)
     if config.loop.max_train_seconds is not None:
         steps = cost.steps(config.loop.max_train_seconds)

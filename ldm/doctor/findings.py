@@ -1,4 +1,4 @@
-"""What an examination found, for people and as JSON."""
+"""The findings of an examination, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `text` has the numbers and, if it is not ok, what to do."""
+    """The result of one check; `text` has the numbers and, if it is not ok, the remedy."""
 
     name: str
     ok: bool
     text: str
     warnings: tuple[str, ...] = ()
-    """What is allowed and seldom meant."""
+    """Settings that are allowed but seldom meant."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Some of those in `text`, for programs."""
+    """Some of the numbers in `text`, for programs."""
 
     def lines(self) -> list[str]:
-        """Return it for people."""
+        """Return the finding as lines of text."""
         return [
             f"{'ok' if self.ok else 'wrong'}  {self.name}: {self.text}",
             *(f"       warning: {warning}" for warning in self.warnings),

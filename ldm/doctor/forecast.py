@@ -1,4 +1,4 @@
-"""What a run would cost on a GPU that is described and not here."""
+"""A forecast of a run's cost on another GPU, from a description of it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from ldm.doctor.cost import GIB, Cost, duration
 from ldm.doctor.plan import Plan
 
 UTILISATION = 0.2
-"""Share of its peak speed that a GPU is reckoned to reach; 0.16 was measured, of Stable Diffusion's size on an H200."""
+"""Assumed share of a GPU's peak speed; 0.16 was measured for a model of Stable Diffusion's size on an H200."""
 OPERATION_SECONDS = 24e-6
-"""What a GPU's processor needs to launch one operation of the two passes, with a step's other work in proportion."""
+"""Time to launch one operation of the two passes on a GPU, in seconds, with a proportional share of the other work."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run on a machine that is described and not here."""
+    """The forecast of a run on a GPU that the config describes."""
 
     step_seconds: float | None
-    """None: its speed is not told."""
+    """None if the GPU's speed is not given."""
     hours: float | None
     fits: bool | None
-    """None: its memory is not told."""
+    """True if the memory is enough; None if the GPU's memory is not given."""
     text: str
 
 
 def forecast(cost: Cost, plan: Plan, config: DoctorConfig) -> Forecast:
-    """Return what the run would be on the GPU that `config` describes.
+    """Return the forecast of the run on the GPU that `config` describes.
 
-    A step takes its arithmetic at `UTILISATION` of the peak speed, or its launches, whichever is longer: small models
-    are no faster on a faster GPU. Of the steps alone: validation and checkpoints are not counted. A run that is limited
-    by time is reckoned with the steps that this machine would take.
+    A step takes the longer of two times: its arithmetic at `UTILISATION` of the peak speed, and the launches of its
+    operations. So small models are not faster on a faster GPU. Validations and checkpoints are not counted. If the run
+    is limited by time, the number of steps is the one that this machine would take.
     """
     needed = cost.memory.total if cost.peak_bytes is None else cost.peak_bytes
     seconds = hours = fits = None
@@ -48,7 +48,7 @@ def forecast(cost: Cost, plan: Plan, config: DoctorConfig) -> Forecast:
         )
     if config.gpu_memory_gib is not None:
         fits = needed <= config.gpu_memory_gib * GIB
-        remedy = "" if fits else "; more loop.gradient_accumulation_steps, or loop.gradient_checkpointing"
+        remedy = "" if fits else "; use more loop.gradient_accumulation_steps, or loop.gradient_checkpointing"
         fit = "fits" if fits else "does not fit"
         said.append(f"{needed / GIB:.2f} GiB {fit} into its {config.gpu_memory_gib:g} GiB{remedy}")
     return Forecast(seconds, hours, fits, "; ".join(said))

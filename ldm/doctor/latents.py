@@ -1,4 +1,4 @@
-"""Whether a space is fit to diffuse in: the scale of its latents, and what comes back from them."""
+"""Checks of a latent space: the scale of its latents, and the quality of reconstructions."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from ldm.training.checks import latent_scale
 from ldm.training.steps import DiffusionStep
 
 PSNR_DB, SSIM = 20.0, 0.7
-"""Below these a round trip through the autoencoder is visibly another image."""
+"""Lower limits for reconstructions: below them, an image is visibly changed."""
 SHOWN = 8
-"""Images that are drawn over what comes back."""
+"""Number of images on the sheet of reconstructions."""
 
 
 def unit_scale(step: DiffusionStep, batch: Batch) -> Finding:
-    """Return whether what is diffused of a batch has mean 0 and std 1."""
+    """Return the finding on whether the latents of a batch have mean 0 and standard deviation 1."""
     scale = latent_scale(step.x0(batch))
     text = f"latents of {len(batch)} training images have mean {scale.mean:.3f} and std {scale.std:.3f}"
     remedy = (
-        "; noise of std 1 is no match for that: end the autoencoder's training with train_vae.py, which folds the "
-        f"statistics in, or set scaling_factor in its config.json to {1 / scale.std:.4g} times what it is"
+        "; they should have mean 0 and std 1, as the noise has: end the autoencoder's training with train_vae.py, "
+        "which folds the statistics in, or multiply the scaling_factor in its config.json by "
+        f"{1 / scale.std:.4g}"
     )
     return Finding("latent scale", scale.unit, text if scale.unit else text + remedy)
 
 
 def round_trip(space: Space, pixel_values: Tensor, folder: Path) -> Finding:
-    """Return how near images (N, 3, H, W) come back from the space, and draw some of them over what came back."""
+    """Return the finding on reconstructions of images, (N, 3, H, W) in [-1, 1]; write some as round_trip.png."""
     parts = torch.split(pixel_values, 32)
     rebuilt = torch.cat([space.decode(space.moments(part).mean).cpu() for part in parts]).clamp(-1, 1)
     decibel, similar = float(psnr(rebuilt, pixel_values).mean()), float(ssim(rebuilt, pixel_values).mean())

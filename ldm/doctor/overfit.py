@@ -1,4 +1,4 @@
-"""A few images learned by heart: what cannot learn eight images learns no more of them."""
+"""Overfitting of a few images: a model that cannot learn eight images cannot learn more of them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ldm.training.steps import DiffusionStep, Step
 
 MAX_STEPS = 300
 MAX_SECONDS = 25.0
-DRAWS = 32
-"""Fixed draws of noise and times, which the steps take in turn."""
+NOISE_DRAWS = 32
+"""Number of fixed draws of noise and times, which the steps take in turn."""
 MEASURED_DRAWS = 8
-"""Of them, those that `mean_loss` is measured with."""
+"""Number of these draws that `mean_loss` uses."""
 WARM_UP = 10
 
 
 @dataclass(frozen=True)
 class Overfit:
-    """How far it got; `end` is NaN or infinite if the training diverged."""
+    """The loss (or error) before and after; `end` is NaN or infinite if the training diverged."""
 
     start: float
     end: float
@@ -36,37 +36,37 @@ class Overfit:
 
     @property
     def left(self) -> float:
-        """What is left of the start, 0 to 1 and more."""
+        """The share of the starting loss that is left; more than 1 if the loss rose."""
         return self.end / self.start
 
 
-def drawn(batch: Batch) -> list[Batch]:
-    """Return `batch` with `DRAWS` different draws of noise and times, the same in every run."""
+def fixed_draws(batch: Batch) -> list[Batch]:
+    """Return `batch` with `NOISE_DRAWS` different draws of noise and times, the same in every run."""
     count = len(batch)
-    return [replace(batch, positions=list(range(draw * count, (draw + 1) * count))) for draw in range(DRAWS)]
+    return [replace(batch, positions=list(range(draw * count, (draw + 1) * count))) for draw in range(NOISE_DRAWS)]
 
 
 @torch.no_grad()
 def mean_loss(step: DiffusionStep, batches: Sequence[Batch]) -> float:
-    """Return the loss of the weights being trained, over the first `MEASURED_DRAWS` batches."""
+    """Return the mean loss over the first `MEASURED_DRAWS` batches, with the weights that are trained, not averaged."""
     losses = [step.losses(batch, 0)["denoiser"].mean() for batch in batches[:MEASURED_DRAWS]]
     return float(torch.stack(losses).mean())
 
 
 def overfit(step: Step, batch: Batch, optim: OptimConfig, run: Run, measure: Callable[[], float]) -> Overfit:
-    """Return how far training on `batch` alone brings down `measure`, in `MAX_STEPS` or `MAX_SECONDS`.
+    """Train on `batch` alone for `MAX_STEPS` or `MAX_SECONDS`, and return `measure` before and after.
 
-    However slow the machine, no fewer than `WARM_UP` steps, before which the learning rate is not what is asked about.
-    The loop, losses and optimiser of the run, at its peak learning rate after a warm-up of at most `WARM_UP` steps.
-    The weights stay as they are then: see `restored`.
+    Loop, losses and optimiser are the run's, at its peak learning rate after a warm-up of at most `WARM_UP` steps. Even
+    a slow machine takes `WARM_UP` steps: before that, the learning rate to be tested is not reached. The weights stay
+    changed; `restored` puts them back.
     """
     began, taken, start = time.perf_counter(), 0, measure()
 
     def batches(start_step: int, *, micro_steps: int, rank: int, world: int) -> Iterator[list[Batch]]:
         nonlocal taken
-        draws = drawn(batch)
+        draws = fixed_draws(batch)
         while taken < MAX_STEPS and (taken < WARM_UP or time.perf_counter() - began < MAX_SECONDS):
-            yield [draws[taken % DRAWS]]
+            yield [draws[taken % NOISE_DRAWS]]
             taken += 1
 
     peak = replace(optim, decay="constant", warmup_steps=min(optim.warmup_steps, WARM_UP))
@@ -82,7 +82,7 @@ def overfit(step: Step, batch: Batch, optim: OptimConfig, run: Run, measure: Cal
 
 
 def bounded(config: LoopConfig, steps: int) -> LoopConfig:
-    """Return `config` for a loop that its batches end after at most `steps` steps, and nothing is saved or shown of."""
+    """Return `config` for a loop that ends when its batches do, after at most `steps`, and saves and logs nothing."""
     beyond = steps + 1
     return replace(
         config,
@@ -97,7 +97,7 @@ def bounded(config: LoopConfig, steps: int) -> LoopConfig:
 
 @contextlib.contextmanager
 def restored(step: Step) -> Iterator[None]:
-    """Put the weights and averages back as they were before."""
+    """Restore the weights and averages of a step at the end of this context."""
     pairs = [(module, module) for module in step.modules.values()]
     pairs += [(average.module, average.original) for average in step.averages.values()]
     kept = [{name: value.clone() for name, value in trained_state(*pair).items()} for pair in pairs]

@@ -1,4 +1,4 @@
-"""A run in words: its steps, epochs, validations, checkpoints, and what of it is odd."""
+"""The plan of a run: its steps, epochs, validations and checkpoints, with faults and oddities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EARLY_DECAY = 0.4
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of `steps` optimiser steps amounts to."""
+    """The numbers of a run of `steps` optimiser steps."""
 
     images: int
     batch_size: int
@@ -29,31 +29,31 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        """How often each image is seen."""
+        """Number of times that each image is seen."""
         return self.steps / self.epoch_steps
 
     @property
     def validations(self) -> int:
-        """Validations of the whole run, the last step's included."""
+        """Number of validations in the run, including that of the last step."""
         return math.ceil(self.steps / self.loop.validate_every_steps)
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints of the whole run, the last step's included."""
+        """Number of checkpoints in the run, including that of the last step."""
         return math.ceil(self.steps / self.loop.save_every_steps)
 
     @property
     def average_half_life(self) -> float:
-        """Steps after which a weight counts half in the averages, at the end of the run.
+        """Half-life of the averages at the end of the run: steps after which a weight counts half.
 
-        The decay grows with the run, see `Average.update`: the last one is ``min(ema_decay, steps / (steps + 9))``, so
-        that the half-life stays below ``steps / 12`` and nothing is left of the random start.
+        The decay grows during the run, see `Average.update`. The last is ``min(ema_decay, steps / (steps + 9))``, so
+        the half-life stays below ``steps / 12``, and the random start has no influence left.
         """
         decay = min(self.optim.ema_decay, self.steps / (self.steps + 9))
         return math.log(0.5) / math.log(decay) if decay else 0.0
 
     def text(self) -> str:
-        """Return it in words."""
+        """Return the plan in words."""
         loop, seconds = self.loop, self.loop.max_train_seconds
         what = f"{self.steps:,} steps" if seconds is None else f"{seconds:g} s are about {self.steps:,} steps"
         return (
@@ -66,15 +66,15 @@ class Plan:
         )
 
     def faults(self) -> Iterator[str]:
-        """Yield why the run would not train as meant."""
+        """Yield the reasons why the run would not train as meant."""
         if self.optim.warmup_steps >= self.steps:
             yield (
                 f"optim.warmup_steps {self.optim.warmup_steps:,} is no shorter than the run of {self.steps:,} steps: "
-                "the learning rate never arrives; use about a tenth of the steps"
+                "the learning rate never reaches its peak; use about a tenth of the steps"
             )
 
     def oddities(self) -> Iterator[str]:
-        """Yield what is allowed and seldom meant."""
+        """Yield the settings that are allowed but seldom meant."""
         loop = self.loop
         if 0.3 * self.steps < self.optim.warmup_steps < self.steps:
             share = self.optim.warmup_steps / self.steps
@@ -95,7 +95,7 @@ class Plan:
             )
         for name, every in (("save", loop.save_every_steps), ("validate", loop.validate_every_steps)):
             if every > self.steps:
-                lost = "a kill would lose all of it" if name == "save" else "it is looked at only when it is over"
+                lost = "a kill would lose all of it" if name == "save" else "it is validated only at the end"
                 yield f"loop.{name}_every_steps {every:,} is longer than the run of {self.steps:,} steps: {lost}"
 
 

@@ -1,7 +1,7 @@
-"""What follows no caption, and must stand beside a number that is to say that a model does.
+"""Baselines that ignore the caption: a model has to be better than these to show that it follows its prompts.
 
-- the copier answers a caption with the image of the nearest training caption: what a look-up table gets;
-- shuffled captions: the generated images, captions exchanged: what is left is not prompt following.
+- the copier: it returns the training image whose caption is nearest, as a look-up table would;
+- shuffled captions: the generated images are compared with the captions of others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _WORD = re.compile(r"\w+(?:[-']\w+)*")
 def nearest_training_captions(captions: Sequence[str], training_captions: Sequence[str]) -> Indices:
     """Return for each caption the index of the nearest training caption, (N,) in [0, T - 1].
 
-    Near is a large weighted Jaccard index of the two sets of lower-cased words ("medium-dark" is one word):
-    the weight of the shared words over the weight of all words of both. The weight of a word is
-    ``1 + log((1 + T) / (1 + d))``, `d` the number of training captions that have it: rare words say more. The
-    first of equals is taken; a caption that shares no word with any gets index 0.
+    Captions are compared by the weighted Jaccard index of their sets of lower-cased words ("medium-dark" is one
+    word): the weight of the shared words over the weight of all words of both. A word that `d` of the T training
+    captions have weighs ``1 + log((1 + T) / (1 + d))``: rare words count more. Of several nearest captions the first
+    is taken. A caption that shares no word with any of them gets index 0.
     """
     if not training_captions:
         raise ValueError("training_captions is empty: there is nothing to copy from")
@@ -54,10 +54,10 @@ def nearest_training_captions(captions: Sequence[str], training_captions: Sequen
 
 
 def derangement(own_index: Indices, seed: int = 0) -> Indices:
-    """Return a permutation of 0..N-1 under which nothing keeps its own image, fixed by the seed.
+    """Return a permutation of the N captions that gives each the image of another, (N,); fixed by the seed.
 
-    ``own_index[result[i]] != own_index[i]`` everywhere: no fixed point, even where captions share an image.
-    Raises where more than half of the captions share one.
+    ``own_index[result[i]] != own_index[i]`` for every i, also where several captions share an image. Raises
+    ValueError where more than half of the captions share one.
     """
     _, group = np.unique(own_index, return_inverse=True)
     sizes = np.bincount(group)
@@ -72,9 +72,9 @@ def derangement(own_index: Indices, seed: int = 0) -> Indices:
 
 
 def exchanged_captions(captions: Sequence[T], seed: int = 0) -> list[T]:
-    """Return the captions in another order, fixed by the seed, in which nobody keeps theirs or one of the same words.
+    """Return the captions in another order, fixed by the seed; no place keeps its caption or gets an equal one.
 
-    Raises ValueError where more than half of them are the same.
+    Raises ValueError where more than half of the captions are the same.
     """
     number = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
     order = derangement(np.array([number[caption] for caption in captions], np.int64), seed)
@@ -82,9 +82,9 @@ def exchanged_captions(captions: Sequence[T], seed: int = 0) -> list[T]:
 
 
 def other_values(values: Sequence[T], seed: int = 0) -> list[T]:
-    """Return for each value another of those that occur, each as likely as the others, fixed by the seed.
+    """Return for each value a different one of those that occur, all equally likely; fixed by the seed.
 
-    For values that repeat, as classes do, of which one may be most of them. Raises ValueError where all are the same.
+    For classes, where one value may be most of them. Raises ValueError where all are the same.
     """
     distinct = list(dict.fromkeys(values))
     if len(distinct) < 2:

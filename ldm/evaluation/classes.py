@@ -1,4 +1,4 @@
-"""Whether images show the class that was asked for: a linear judge of features, and the section of a report."""
+"""The accuracy of class-conditional images, by a linear classifier on features, and its section of a report."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from typing import cast
 
 import numpy as np
 
+from ldm.evaluation.distances import Features
 from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.measure import Indices, mean_of
 from ldm.evaluation.report import Figure, Row, Section
-from ldm.evaluation.subject import Features
 from ldm.models.vision import Images
 
 RIDGE = 0.1
-"""Share of the mean variance of the features that is added to each."""
+"""Share of the features' mean variance that is added to the variance of each."""
 SHOWN_CLASSES = 12
 SHOWN_IMAGES = 8
 
 
 class ClassJudge:
-    """Ridge regression from features of true training images to their classes, each class of the same weight.
+    """Ridge regression from the features of true training images to their classes; every class has the same weight.
 
-    The network of the features is one that the judged model was not trained against, so neither is the judge.
+    The features are of a network that the evaluated model was not trained with.
     """
 
     def __init__(self, features: Features, labels: Sequence[int], chosen: Sequence[int] | None = None):
-        """Tell the classes of `labels`, (N,), apart, or those `chosen` of them; ValueError if there are not two."""
+        """Fit to features, (N, D), and class numbers `labels`, (N,); `chosen` limits the classes.
+
+        Raises ValueError for a chosen class that no image has, and for fewer than two classes.
+        """
         known = sorted(set(labels))
         if missing := sorted(set(chosen or ()) - set(known)):
             raise ValueError(f"classes: no training image has {missing[0]}; there are {known}")
         self.classes: Indices = np.array(sorted(set(chosen)) if chosen else known)
         if len(self.classes) < 2:
-            raise ValueError(f"classes: got {self.classes.tolist()}; expected two or more, to tell them apart")
+            raise ValueError(f"classes: got {self.classes.tolist()}; expected two or more")
         rows = np.isin(labels, self.classes)
         x, place = features[rows].astype(np.float64), np.searchsorted(self.classes, np.array(labels)[rows])
         weight = 1 / np.bincount(place)[place] / len(self.classes)
@@ -49,12 +52,12 @@ class ClassJudge:
 
 
 def class_section(
-    drawn: Images, answers: Mapping[str, tuple[Indices, Indices]], classes: Indices, per_class: int, network: str
+    images: Images, answers: Mapping[str, tuple[Indices, Indices]], classes: Indices, per_class: int, network: str
 ) -> Section:
-    """Return how often the judge finds the class that was asked for.
+    """Return the share of images in which the judge finds the class that they are conditioned on.
 
-    drawn: `per_class` images of each of the `classes` in turn. answers: what the judge found and what was asked for,
-    (N,) each, of "generated" images, and of the true ones of these classes as "ceiling", if any are held out.
+    images: `per_class` generated images of each of the `classes` in turn. answers: the classes that the judge found
+    and the right ones, (N,) each, of the "generated" images and, if any are held out, of the true images as "ceiling".
     """
     right = {name: mean_of(found == asked) for name, (found, asked) in answers.items()}
     found, asked = answers["generated"]
@@ -72,12 +75,12 @@ def class_section(
         for label in classes
     ]  # fmt: skip
     columns = min(per_class, SHOWN_IMAGES)
-    shown = np.arange(len(drawn)).reshape(-1, per_class)[:SHOWN_CLASSES, :columns].flatten()
-    sheet = contact_sheet([f"class {label}" for label in asked[shown]], drawn[shown], columns)
+    shown = np.arange(len(images)).reshape(-1, per_class)[:SHOWN_CLASSES, :columns].flatten()
+    sheet = contact_sheet([f"class {label}" for label in asked[shown]], images[shown], columns)
     text = (
         f"{per_class} images of each of {len(classes)} classes. A linear judge, fitted to the features of the true "
-        "training images, says which class each image shows. Ceiling: the true held-out images, of whichever "
-        "classes they are of. Shuffled: our images of the class before."
+        "training images, says which class each image shows. Ceiling: the true held-out images of these "
+        "classes. Shuffled: the generated images of the class before."
     )
     meaning = "Share of the images that a judge, trained on true ones, puts into the class that was asked for."
     return Section("Which class is it?", text, rows, (), [Figure("Images of classes", "", sheet)], meaning)

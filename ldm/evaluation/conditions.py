@@ -1,4 +1,4 @@
-"""The conditions that a pipeline can be asked for, and what stands for each in the data."""
+"""The conditions that a pipeline's call can take (a prompt, a class), and how each is read from the data."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ldm.evaluation.baselines import exchanged_captions, other_values
 
 @dataclass(frozen=True)
 class Condition:
-    """A keyword of a pipeline's call that says what to sample; adding one is one more of these, see `CONDITIONS`."""
+    """A keyword of a pipeline's call that says what to sample. To support another one, add it to `CONDITIONS`."""
 
     keyword: str
     noun: str
     worded: bool
-    """Whether it is text: the questions about captions are asked, and an image without text is not sampled."""
+    """True for text: an evaluation then measures how captions are followed, and skips images without one."""
     of: Callable[[Source, int], Any]
-    """Returns the condition of an image of a source; `nothing` if it has none."""
+    """Returns the condition of one image of a source; `nothing` if the image has none."""
     nothing: Any
-    """What is asked for where there is no condition."""
+    """The value that stands for no condition."""
     exchange: Callable[[Sequence[Any]], list[Any]]
-    """Returns another condition for each of several, of those that occur; ValueError if there is none."""
+    """Returns for each of several conditions a different one of them; ValueError if there is none."""
     read: Callable[[Batch], list[Any]]
-    """Returns those of a batch, `nothing` where a sample has none."""
+    """Returns the conditions of a batch, `nothing` where a sample has none."""
     written: Callable[[Batch, list[Any]], Batch]
-    """Returns a batch with others, as `read` gives them."""
+    """Returns the batch with other conditions, in the form that `read` returns."""
     count: Callable[[Any], int | None]
-    """Returns how many conditions a pipeline knows, if they are numbered; the next number is its null."""
+    """Returns the number of classes of a pipeline, which is also its null class; None if it has no classes."""
 
 
 def _caption(source: Source, row: int) -> str:
@@ -94,10 +94,10 @@ CONDITIONS = {
         ),
     )
 }
-"""By keyword, the one that says most first; the last says only how many images."""
+"""By keyword, the most specific first. The last one is of unconditional models: it only says how many images."""
 
 
 def condition_of(conditioners: Sequence[str | None]) -> Condition:
-    """Return the condition of a stage, of whose `conditioners` each names the keyword that asks for it, or None."""
+    """Return the condition of a stage; `conditioners` are the keywords of its conditioners, None for one without."""
     asked = {keyword for keyword in conditioners if keyword is not None} | {"batch_size"}
     return next(condition for keyword, condition in CONDITIONS.items() if keyword in asked)

@@ -1,26 +1,29 @@
-"""How far the images of a model are from real ones, as sets: two distances between clouds of features."""
+"""Distances between generated and true images as two sets of features: KID and the Frechet distance."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldm.evaluation.measure import DRAWS, Measure
 
-Features = NDArray[np.floating]
-"""One row for each image, (N, D)."""
+Features = NDArray[np.floating[Any]]
+"""Features of N images by a network that was not trained with the model, (N, D)."""
 
 FRECHET_DRAWS = 200
-"""Resamples for a Frechet distance: each takes the singular values of a matrix, which for 200 images is 200 x 200."""
+"""Bootstrap resamples of a Frechet distance. Each one needs the singular values of an N x N matrix of N images."""
 
 
 def kid(features: Features, reference: Features, draws: int = DRAWS, seed: int = 0) -> Measure:
     """Return the kernel inception distance of `features`, (N, D), from `reference`, (M, D), two rows each at least.
 
     Squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``, the unbiased estimator over all images
-    (Binkowski et al. 2018, eq. 4): 0 in expectation, and as often below it, if both come from one distribution.
-    Images are not divided into subsets, whose number would decide the interval. It is that of resamples of both sets
-    (an image drawn twice makes no pair with itself: it would pull every resample up).
+    (Binkowski et al. 2018, eq. 4). If both sets come from one distribution, its expectation is 0, and it is negative
+    about half the time. Images are not divided into subsets, whose number would decide the width of the interval. The
+    interval comes from resamples of both sets; an image that a resample holds twice makes no pair with itself, which
+    would pull every resample up.
     """
     features, reference = _checked(features, reference)
     count, other = len(features), len(reference)
@@ -36,11 +39,12 @@ def kid(features: Features, reference: Features, draws: int = DRAWS, seed: int =
 def frechet_distance(features: Features, reference: Features, draws: int = FRECHET_DRAWS, seed: int = 0) -> Measure:
     """Return the squared Frechet distance of two Gaussians with the moments of `features` and `reference`, (N, D).
 
-    ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (Heusel et al. 2017). It falls with N, so compare none of other N:
-    of 200 images it is large even where both sets come from one distribution. No root of a matrix is taken: for
-    centred A and B with ``S1 = A^T A`` and ``S2 = B^T B`` that trace is the sum of the singular values of ``A B^T``,
-    exact also where N < D. The interval is that of resamples of both sets, moved onto the value: in a resample images
-    repeat, and the distance of fewer different images is larger. Where N < D it is rather too wide than too narrow.
+    ``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` (Heusel et al. 2017). It falls with N, so compare only values of the
+    same N: for 200 images it is large even if both sets come from one distribution. The trace of the matrix root is
+    computed without that root: for centred A and B with ``S1 = A^T A`` and ``S2 = B^T B`` it is the sum of the
+    singular values of ``A B^T``, exact also where N < D. The interval comes from resamples of both sets, and is moved
+    onto the value: a resample holds fewer different images, whose distance is larger. Where N < D the interval is
+    rather too wide than too narrow.
 
     Raises:
         ValueError: the two sets differ in size, or have fewer than two images.
@@ -64,18 +68,21 @@ def frechet_distance(features: Features, reference: Features, draws: int = FRECH
     return Measure(value, float(low), float(high), count)
 
 
-def _kernel(features: Features, others: Features) -> Features:
-    kernel: Features = (features @ others.T / features.shape[1] + 1) ** 3
+def _kernel(features: Features, others: Features) -> NDArray[np.floating[Any]]:
+    kernel: NDArray[np.floating[Any]] = (features @ others.T / features.shape[1] + 1) ** 3
     return kernel
 
 
-def _mean_of_pairs(features: Features, times: Features) -> Features:
-    """Return the mean kernel of the pairs of different rows, each row `times`, (draws, N): (draws,), nan if no pair."""
+def _mean_of_pairs(features: Features, times: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Return the mean kernel over pairs of different rows, (draws,); nan where a draw has no pair.
+
+    `times`, (draws, N), says how often each draw holds each row.
+    """
     kernel = _kernel(features, features)
     np.fill_diagonal(kernel, 0)
     pairs = times.sum(1) ** 2 - (times**2).sum(1)
-    with np.errstate(invalid="ignore"):  # two images, and a resample drew one of them twice
-        means: Features = ((times @ kernel) * times).sum(1) / pairs
+    with np.errstate(invalid="ignore"):  # of two images a resample may hold one twice
+        means: NDArray[np.floating[Any]] = ((times @ kernel) * times).sum(1) / pairs
     return means
 
 
@@ -95,10 +102,10 @@ def _deviations(features: Features) -> Features:
 
 
 def _checked(features: Features, reference: Features) -> tuple[Features, Features]:
-    """Return both in float64; raises ValueError unless they are rows of one width, two at least, all finite."""
+    """Return both in float64; ValueError unless each is (N, D) with N >= 2, D the same for both, and finite."""
     pair = np.asarray(features, np.float64), np.asarray(reference, np.float64)
     if any(rows.ndim != 2 or len(rows) < 2 for rows in pair) or pair[0].shape[1] != pair[1].shape[1]:
         raise ValueError(f"got features {pair[0].shape}, reference {pair[1].shape}; expected (N, D), (M, D), N, M >= 2")
     if not all(np.isfinite(rows).all() for rows in pair):
-        raise ValueError("features or reference hold a number that is not finite; the network that made them failed")
+        raise ValueError("features or reference hold a number that is not finite; check the network that made them")
     return pair

@@ -1,4 +1,4 @@
-"""A pipeline, the held-out images that it is measured on, and the network that measures: question by question."""
+"""The evaluation of a pipeline on held-out images: it samples, measures, and fills the sections of a report."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ log = logging.getLogger(__name__)
 def read_as_trained(
     record: Provenance | None, data: str | None, options: DataOptions, captions: Mapping[str, str], **more: Any
 ) -> DataConfig:
-    """Return how the data of an evaluation are read: as `options` say, else as the `record` of the model does.
+    """Return the data config of an evaluation: `options`, completed by what the model's training recorded.
 
-    What is taken from the record is said. captions: files of held-out captions that are named for themselves, by split;
-    with held_out or held_out_percent among the options, no others count. more: other fields of the config.
+    Settings that are taken from the `record` are logged. captions: files of held-out captions by split, which replace
+    those of the record. If the options have held_out or held_out_percent, nothing is held out by the record. more:
+    other fields of the config.
 
     Raises:
         ValueError: no data are named and the model was not trained on openmoji; a file of captions that its training
@@ -91,12 +92,12 @@ def read_as_trained(
 
 @cache
 def _say(message: str) -> None:
-    """Log what was not asked for, once."""
+    """Log a message once; the same message again is not logged."""
     log.info(message)
 
 
 class Evaluation:
-    """A pipeline, the data that it is measured on, and the network that measures."""
+    """A pipeline, the held-out images that it is measured on, and the network that the features are of."""
 
     def __init__(
         self,
@@ -107,9 +108,9 @@ class Evaluation:
         network: str,
         trust_remote_code: bool = False,
     ):
-        """Measure on the images of held-out captions, or of the test split by hash; see `read_as_trained`.
+        """Load everything; `read_as_trained` says which images are held out.
 
-        ValueError if the model, a part of it included, has seen what it is measured on or by.
+        Raises ValueError if the model or a part of it was trained on these images, or with the network that measures.
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
         self.pipeline.set_progress_bar_config(disable=True)  # `sample_images` has one over all its calls
@@ -131,7 +132,7 @@ class Evaluation:
 
     @property
     def validation(self) -> str:
-        """The file of the validation captions."""
+        """The path of the file of validation captions."""
         return self.images.config.held_out["validation"]
 
     def _say_what_is_cut(self) -> None:
@@ -144,7 +145,7 @@ class Evaluation:
             log.info("the model reads %d tokens, and cuts %d of %d captions", most, cut, len(self.captions))
 
     def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
-        """Return what is measured on, captions and their images' rows."""
+        """Return the held-out captions and the rows of their images in the source, one of each per image."""
         if captions is not None:
             wanted = read_lines(captions)
             return wanted, self.images.rows_of(wanted)
@@ -160,7 +161,7 @@ class Evaluation:
         return [caption for caption, _ in found], [row for _, row in found]
 
     def refuse_unchosen(self, what: str) -> None:
-        """Raise ValueError, which names `what`, if it cannot be chosen on validation captions: there are none."""
+        """Raise ValueError, which names `what`, if there are no validation captions to choose it on."""
         if not self.condition.worded:
             raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
         if "validation" not in self.images.config.held_out:
@@ -169,7 +170,7 @@ class Evaluation:
     def check(
         self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
     ) -> None:
-        """Raise ValueError, before anything is drawn, for what `repeated`, `bound` and `sweeps` cannot measure."""
+        """Raise ValueError for settings that `repeated`, `bound` and `sweeps` cannot measure; nothing is sampled."""
         if prompts and min(prompts, several) < 2:
             raise ValueError(f"got {prompts} prompts, {several} images of each; expected 2 or more")
         if self.images.config.class_column is not None:
@@ -177,7 +178,7 @@ class Evaluation:
         elif classes is not None:
             raise ValueError("classes: the data has none; name their column in class_column")
         if None in self.asked() and "batch_size" not in inspect.signature(self.pipeline.__call__).parameters:
-            raise ValueError(f"class_column: {type(self.pipeline).__name__} draws classes; name the column of them")
+            raise ValueError(f"class_column: {type(self.pipeline).__name__} samples classes; name the column of them")
         if timesteps:
             check_bound(self.pipeline, timesteps)
         if sweeps:
@@ -189,11 +190,11 @@ class Evaluation:
 
     @property
     def model_name(self) -> str:
-        """What the model is called, without where it lies."""
+        """The last part of the model's path or Hub name."""
         return Path(portable(self.model)).name or "model"
 
     def _gallery_features(self) -> NDArray[np.float32]:
-        """Return the features of the gallery, (M, D), computed once and kept."""
+        """Return the features of the gallery, (M, D); they are cached between runs."""
         key = f"{self.images.key}/{self.network.sha256}/{self.network.resize}"
 
         def compute(rows: range) -> dict[str, Tensor]:
@@ -203,11 +204,10 @@ class Evaluation:
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
 
     def sections(self, seed: int, clip: str | None, factors: str | None, **call: Any) -> list[Section]:
-        """Return what is measured on one image of each caption, or as many images of a model that takes none."""
+        """Return the sections that need one image for each held-out image: of its caption, or of its class or none."""
         subject, name = self.subject(seed, **call), self.network.name
         if not self.condition.worded:
-            what = sections.drawn(subject)
-            return [what, sections.likeness(subject, name), sections.memorisation(subject, name)]
+            return [sections.samples(subject), sections.likeness(subject, name), sections.memorisation(subject, name)]
         found = [sections.retrieval(subject, name)]
         if factors is not None:
             found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
@@ -220,13 +220,13 @@ class Evaluation:
         return [*found, sections.memorisation(subject, name)]
 
     def call(self, num_inference_steps: int, guidance_scale: float | None) -> dict[str, Any]:
-        """Return the settings of sampling that the pipeline takes; ValueError as `call_settings`."""
+        """Return the sampling settings that the pipeline takes; raises as `call_settings`."""
         return call_settings(self.pipeline, num_inference_steps, guidance_scale)
 
     def repeated(
         self, prompts: int, classes: Sequence[int] | None, several: int, seed: int, **call: Any
     ) -> list[Section]:
-        """Return what only `several` images of the same show: of the first captions, or of each class."""
+        """Return the sections that need `several` images of one condition: of the first captions, or of each class."""
         if self.condition.worded and prompts:
             return [self.variety(self.captions[:prompts], several, seed, **call)]
         if self.images.config.class_column is None:
@@ -234,13 +234,13 @@ class Evaluation:
         return [self.classes(self._judge(classes), several, seed, **call)]
 
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
-        """Return how much `per_prompt` images of each caption differ."""
+        """Return the section on how much `per_prompt` images of each caption differ."""
         repeated = [caption for caption in captions for _ in range(per_prompt)]
-        drawn = sample_images(self.pipeline, repeated, seed, **call)
-        return sections.variety(captions, drawn, self.network(drawn), per_prompt, self.network.name)
+        images = sample_images(self.pipeline, repeated, seed, **call)
+        return sections.variety(captions, images, self.network(images), per_prompt, self.network.name)
 
     def subject(self, seed: int, **call: Any) -> Subject:
-        """Return the images that the model draws for the held-out ones, and what they are read beside."""
+        """Return one sampled image for each held-out one, with the true images and the baselines."""
         own_index, train = self._places(self.rows), self.images.splits["train"]
         return Subject(
             captions=self.captions,
@@ -255,7 +255,10 @@ class Evaluation:
         )
 
     def _copied(self, train: Sequence[int]) -> list[int]:
-        """Return what a copier answers: the image of the nearest training caption, or one of the class, or any."""
+        """Return the rows of the images that a copier of training images returns, one for each held-out image.
+
+        It is the image of the nearest training caption; without captions, a random one of the class, or of all.
+        """
         source = self.images.source
         if self.condition.worded:
             known = [(row, caption) for row in train for caption in source.captions(row)]
@@ -268,7 +271,7 @@ class Evaluation:
         return [int(rng.choice(of_class.get(label) or train)) for label in self._labels(self.rows)]
 
     def asked(self) -> list[Any]:
-        """Return the conditions of the held-out images: captions, or classes, None for none of them."""
+        """Return the condition of each held-out image: its caption, or its class; None for an image that has none."""
         if self.condition.worded:
             return list(self.captions)
         return [self.condition.of(self.images.source, row) for row in self.rows]
@@ -281,22 +284,22 @@ class Evaluation:
         return np.array([self.place[row] for row in rows])
 
     def _judge(self, chosen: Sequence[int] | None) -> ClassJudge:
-        """Return what tells classes apart, those of the data unless some are `chosen`."""
+        """Return the judge of the `chosen` classes, or of all classes of the data."""
         train = [row for row in self.images.splits["train"] if self._labels([row]) != [UNKNOWN_CLASS]]
         return ClassJudge(self.gallery_features[self._places(train)], self._labels(train), chosen)
 
     def classes(self, judge: ClassJudge, per_class: int, seed: int, **call: Any) -> Section:
-        """Return whether `per_class` images of each of the judge's classes are told apart."""
+        """Return the section on `per_class` images of each of the judge's classes."""
         asked = np.repeat(judge.classes, per_class)
-        drawn = sample_images(self.pipeline, asked.tolist(), seed, self.condition.keyword, **call)
+        images = sample_images(self.pipeline, asked.tolist(), seed, self.condition.keyword, **call)
         true = [row for row in self.rows if self._labels([row])[0] in judge.classes]
-        answers = {"generated": (judge(self.network(drawn)), asked)}
+        answers = {"generated": (judge(self.network(images)), asked)}
         if true:
             answers["ceiling"] = judge(self.gallery_features[self._places(true)]), np.array(self._labels(true))
-        return class_section(drawn, answers, judge.classes, per_class, self.network.name)
+        return class_section(images, answers, judge.classes, per_class, self.network.name)
 
     def bound(self, timesteps: int, seed: int) -> Section:
-        """Return the bits per dimension of the held-out images."""
+        """Return the section on the bits per dimension of the held-out images."""
         labels = None
         if null := self.condition.count(self.pipeline):
             labels = [null if label is None else label for label in self.asked()]
@@ -310,29 +313,29 @@ class Evaluation:
         return None if vae is None else to_uint8(reconstruct(vae, pixel_values(images))).numpy()
 
     def known_captions(self) -> Mapping[str, int]:
-        """Return the place in the gallery of every caption of the data."""
+        """Return every caption of the data with the place of its image in the gallery."""
         source = self.images.source
         return {caption: self.place[row] for row in range(len(source)) for caption in source.captions(row)}
 
     def gain(self, seed: int) -> Section:
-        """Return the conditional gain, or why it was not measured."""
+        """Return the section on the conditional gain; if it cannot be measured, the section says why."""
         true = pixel_values(self.gallery[self._places(self.rows)])
         try:
             losses = losses_with_and_without(self.pipeline, true, self.captions, seed)
         except ValueError as error:
             return Section("What are the captions worth?", f"Not measured: {error}.")
-        return sections.conditional_gain(losses, LEVELS)
+        return sections.caption_gain(losses, LEVELS)
 
     def headline(self, captions_file: str, seed: int, **call: Any) -> tuple[Measure, Measure]:
-        """Return R@1 in pixels and KID of one image of each caption in a file."""
+        """Return R@1 in pixels and KID, from one sampled image for each caption in a file."""
         captions = read_lines(captions_file)
         own = self._places(self.images.rows_of(captions))
-        drawn = sample_images(self.pipeline, captions, seed, **call)
-        hits = retrieval_ranks(drawn, self.gallery, own) == 0
-        return mean_of(hits), kid(self.network(drawn), self.gallery_features[own])
+        images = sample_images(self.pipeline, captions, seed, **call)
+        hits = retrieval_ranks(images, self.gallery, own) == 0
+        return mean_of(hits), kid(self.network(images), self.gallery_features[own])
 
     def sweeps(self, values: Mapping[str, Sequence[float]], seed: int, **call: Any) -> list[Section]:
-        """Return R@1 and KID of the validation captions at each value of each setting of sampling."""
+        """Return a section for each swept setting: R@1 and KID of the validation captions at each of its values."""
         found = []
         for name, several in values.items():
             points = {value: self.headline(self.validation, seed, **call | {name: value}) for value in several}
@@ -340,11 +343,11 @@ class Evaluation:
         return found
 
     def report(self, parts: Sequence[Section], seed: int, call: Mapping[str, Any]) -> Report:
-        """Return the report that these sections make."""
+        """Return the report of these sections."""
         return Report("Evaluation", self.model_name, self.settings(seed, call), parts)
 
     def settings(self, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the numbers depend on."""
+        """Return the settings that the numbers depend on, as the report shows them."""
         record = self.record
         training = None if record is None else {
             "steps": record.global_step,

@@ -1,4 +1,4 @@
-"""Captions that compose: which of the words that a caption is made of are drawn, factor by factor."""
+"""Captions that compose, such as "red circle": the accuracy of each factor (colour, shape) in the images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ldm.evaluation.measure import Indices, Measure, mean_of
 from ldm.files import read_text
 
 Families = Sequence[Indices | None]
-"""Of each caption the captions (or the places of their images) that differ from it in one factor alone, its own
-included; None where there is no other."""
+"""For each caption its family: itself and the captions that differ from it in one factor alone, as indices (or the
+places of their images in the gallery). None where the family has no other member."""
 
 
 def read_factors(path: str | Path) -> dict[str, list[str]]:
@@ -41,11 +41,11 @@ def read_factors(path: str | Path) -> dict[str, list[str]]:
 
 
 def families(captions: Sequence[str], alternatives: Sequence[str], wanted: Sequence[str]) -> Families:
-    """Return for each of `wanted` the captions that differ in these `alternatives` alone, as places in `captions`.
+    """Return the family of each of `wanted`, as indices in `captions`: those that differ in the `alternatives` alone.
 
-    An alternative is found at word boundaries ("-" is part of a word), the longest first; the first one in a caption is
-    its value, and none is a value too: "judge", "woman judge" and "man judge" are one family of woman and man. None: no
-    other caption is left.
+    An alternative is found at word boundaries ("-" is part of a word), the longest first. The first one in a caption is
+    the caption's value of the factor. No alternative is a value too: "judge", "woman judge" and "man judge" are one
+    family for the alternatives woman and man. None for a caption whose family has no other member.
     """
     pattern = re.compile(
         r"(?<![\w-])(?:" + "|".join(map(re.escape, sorted(alternatives, key=len, reverse=True))) + r")(?![\w-])"
@@ -65,10 +65,11 @@ def families(captions: Sequence[str], alternatives: Sequence[str], wanted: Seque
 
 
 def factor_accuracy(distances: NDArray[np.float64], own_index: Indices, within: Families) -> Measure:
-    """Return the share of images whose own is the nearest of its family; ties are misses.
+    """Return the share of generated images that are nearer to their true image than to the rest of its family.
 
-    `distances` is (N, M), from each image to each of the gallery, `own_index` (N,) the places of their own, `within`
-    their families as places in the gallery. Images without a family are left out.
+    `distances`, (N, M), are from each generated image to each image of the gallery. `own_index`, (N,), is the place of
+    its true image there, and `within` are the families as such places. Images without a family are left out; ties are
+    misses.
     """
     hits = []
     for row, family in enumerate(within):
@@ -80,11 +81,11 @@ def factor_accuracy(distances: NDArray[np.float64], own_index: Indices, within: 
 
 
 def chance(own_index: Indices, within: Families) -> Measure:
-    """Return what guessing within the family reaches."""
+    """Return the accuracy of a random guess within the family, as `factor_accuracy` counts."""
     sizes = [len(np.union1d(family, own_index[row])) for row, family in enumerate(within) if family is not None]
     return mean_of(1 / np.array(sizes))
 
 
 def covered(within: Families) -> int:
-    """Return how many captions have a family."""
+    """Return the number of captions that have a family."""
     return sum(family is not None for family in within)

@@ -1,6 +1,7 @@
-"""What the captions are worth to a model: its loss on held-out images with their captions, and with those of others.
+"""The conditional gain: how much the captions lower a model's loss on held-out images.
 
-A model that ignores its text has a conditional gain of 0 at every noise level, however good its images look.
+The loss is measured with each image's own caption and with the caption of another. A model that ignores its text has a
+gain of 0 at every noise level, however good its images look.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels: 0 is the image, 1 is noise."""
 CHUNK = 50
 LATENT_TEXT = ("StableDiffusionPipeline", "TextToImagePipeline", "TransformerPipeline")
-"""Pipelines of which it is known how their denoiser is called."""
+"""Pipelines whose denoiser can be called here."""
 
 Losses = NDArray[np.float64]
 """(levels, N): the squared error of each image at each noise level, averaged over its elements."""
@@ -35,12 +36,12 @@ def losses_with_and_without(
 ) -> tuple[Losses, Losses]:
     """Return the losses of images, (N, 3, H, W) in [-1, 1], with their own captions and with captions of others.
 
-    Noise is the same for both. The second minus the first is the conditional gain. Nobody keeps their caption, nor one
-    with the same words. Raises ValueError for a pipeline of a kind that is none of `LATENT_TEXT`, and where more than
+    The noise is the same for both. The second minus the first is the conditional gain. No image keeps its caption, nor
+    gets one with the same words. Raises ValueError for a pipeline that is none of `LATENT_TEXT`, and where more than
     half of the captions are the same.
     """
     if (kind := type(pipeline).__name__) not in LATENT_TEXT:
-        raise ValueError(f"{kind}: known are {', '.join(LATENT_TEXT)}")
+        raise ValueError(f"got a {kind}; expected one of {', '.join(LATENT_TEXT)}")
     own = denoising_losses(pipeline, pixel_values, captions, seed, levels)
     return own, denoising_losses(pipeline, pixel_values, exchanged_captions(captions, seed), seed, levels)
 
@@ -49,9 +50,9 @@ def losses_with_and_without(
 def denoising_losses(
     pipeline: Any, pixel_values: Tensor, captions: Sequence[str], seed: int, levels: Sequence[float] = LEVELS
 ) -> Losses:
-    """Return the unweighted error of what the pipeline's denoiser predicts, of the mean of the latents' posterior.
+    """Return the unweighted loss of the pipeline's denoiser on images, (N, 3, H, W) in [-1, 1].
 
-    Noise depends on the seed and on the place of an image alone.
+    x0 is the mean of the latents' posterior. The noise of an image depends on the seed and its place alone.
     """
     schedule, prediction_type = schedule_of(pipeline.scheduler)
     denoiser = pipeline.components.get("unet") or pipeline.transformer
@@ -62,15 +63,15 @@ def denoising_losses(
         x0 = posterior_moments(pipeline.vae, pixel_values[rows].to(device, pipeline.vae.dtype))[0].float()
         embeds = pipeline.encode_prompt(list(captions[rows]), device, 1, False)[0]
         stock = {"encoder_hidden_states": embeds}
-        told = pipeline.conditions(embeds) if hasattr(pipeline, "conditions") else stock
-        draws = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+        conditions = pipeline.conditions(embeds) if hasattr(pipeline, "conditions") else stock
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=each) for each in generators]).to(x0)
         for number, level in enumerate(levels):
             timesteps = schedule.timesteps(torch.full((len(x0),), float(level)))
             alpha, sigma = (of.to(device).view(-1, 1, 1, 1) for of in schedule.alpha_sigma(timesteps))
             a, b = target_coefficients(prediction_type, alpha, sigma)
             x_t = (alpha * x0 + sigma * noise).to(denoiser.dtype)
-            model_output = denoiser(x_t, timestep=timesteps.to(device), **told, return_dict=False)[0]
+            model_output = denoiser(x_t, timestep=timesteps.to(device), **conditions, return_dict=False)[0]
             error = model_output[:, : x0.shape[1]].float() - (a * x0 + b * noise)
             losses[number, rows] = error.square().flatten(1).mean(1).cpu().numpy()
     return losses

@@ -1,4 +1,4 @@
-"""Images to look at: grids, and sheets that put each generated image over the true one."""
+"""Grids of images, and sheets that show each generated image over the true one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ GAP = 2
 """Pixels between the images of a grid."""
 
 CELL_WIDTH = 128
-"""Pixels: smaller images are enlarged on a sheet, by a whole factor, to at least this width."""
+"""Least width of an image on a sheet, in pixels: smaller ones are enlarged by a whole factor."""
 
 MARGIN = 12
 """Pixels around a sheet and between its columns."""
 
 MAX_LETTERS = 300
-"""Of a caption on a sheet."""
+"""Letters of a caption that a sheet shows."""
 
 FONT_SIZE = 14
 LINE_HEIGHT = 18
 """Pixels."""
 
-PAPER = (255, 255, 255)
-LINES = (208, 208, 208)
-INK = (32, 32, 32)
+PAPER_COLOUR = (255, 255, 255)
+LINE_COLOUR = (208, 208, 208)
+TEXT_COLOUR = (32, 32, 32)
 
 
 def pixel_values(images: Images) -> Tensor:
@@ -42,16 +42,16 @@ def pixel_values(images: Images) -> Tensor:
 
 
 def image_grid(images: Images, columns: int = 8) -> Image.Image:
-    """Return the images, (N, H, W, 3), as they are, row by row, with grey gaps of 2 pixels.
+    """Return a grid of the images, (N, H, W, 3), unchanged, row by row, with grey gaps of 2 pixels.
 
-    Fewer than `columns` images make a narrower grid; places without an image are grey.
+    Fewer than `columns` images make a narrower grid. Cells without an image are grey.
     """
     _check(images, "images", columns)
     columns = min(columns, len(images))
     height, width = images.shape[1:3]
     rows = -(-len(images) // columns)
     size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
-    grid = Image.new("RGB", size, LINES)
+    grid = Image.new("RGB", size, LINE_COLOUR)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         grid.paste(Image.fromarray(image), (column * (width + GAP), row * (height + GAP)))
@@ -61,10 +61,10 @@ def image_grid(images: Images, columns: int = 8) -> Image.Image:
 def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, columns: int = 6) -> Image.Image:
     """Return a sheet with each generated image over the true one and the caption wrapped underneath.
 
-    `generated` and `true` are (N, H, W, 3). Images narrower than 128 pixels are enlarged by a whole factor,
-    each pixel repeated; none is changed otherwise. `columns` pairs stand side by side, the rows labelled
-    "generated" and "true". The built-in font has plain Latin letters only: accents are left out, letters
-    of other scripts are boxes. Of a caption of more than 300 letters the rest is left out.
+    `generated` and `true` are (N, H, W, 3). Images narrower than 128 pixels are enlarged by a whole factor, by
+    repeating pixels; otherwise they stay as they are. `columns` pairs stand side by side, and the rows are labelled
+    "generated" and "true". The built-in font has plain Latin letters only: accents are left out, and letters of other
+    scripts become boxes. A caption is cut after 300 letters.
     """
     _check(generated, "generated", columns)
     if generated.shape != true.shape or len(captions) != len(generated):
@@ -74,17 +74,17 @@ def comparison_sheet(captions: Sequence[str], generated: Images, true: Images, c
 
 
 def contact_sheet(captions: Sequence[str], images: Images, columns: int = 6) -> Image.Image:
-    """Return a sheet with each image, (N, H, W, 3), over its caption; otherwise as `comparison_sheet`."""
+    """Return a sheet with each image, (N, H, W, 3), over its caption, in the style of `comparison_sheet`."""
     _check(images, "images", columns)
     if len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions and {len(images)} images; expected as many")
+        raise ValueError(f"got {len(captions)} captions and {len(images)} images; expected as many captions as images")
     return labelled_sheet(captions, {"": images}, columns)
 
 
 def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns: int = 6) -> Image.Image:
-    """Return the images of each row, (N, H, W, 3) alike, labelled with its name, one row over the other.
+    """Return a sheet of several rows of images, each labelled with its name, over the N captions.
 
-    Otherwise as `comparison_sheet`, which is the sheet of two rows.
+    Each of `rows` is (N, H, W, 3), all of one size. `comparison_sheet` is the case of two rows.
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     shape = next(iter(rows.values())).shape
@@ -98,32 +98,32 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
     left = MARGIN + (widest + MARGIN if widest else 0)
     sheet_width = left + len(bands[0]) * (width + MARGIN)
     sheet_height = MARGIN + sum(caption_heights) + len(bands) * (image_rows + MARGIN)
-    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER_COLOUR)
     draw = ImageDraw.Draw(sheet)
     top = MARGIN
     for band, caption_height in zip(bands, caption_heights, strict=True):
         for row, (label, images) in enumerate(rows.items()):
             y = top + row * (height + GAP)
-            draw.text((left - MARGIN, y + height // 2), label, INK, font, anchor="rm")
+            draw.text((left - MARGIN, y + height // 2), label, TEXT_COLOUR, font, anchor="rm")
             for column, index in enumerate(band):
                 x = left + column * (width + MARGIN)
-                draw.rectangle((x - 1, y - 1, x + width, y + height), outline=LINES)
+                draw.rectangle((x - 1, y - 1, x + width, y + height), outline=LINE_COLOUR)
                 sheet.paste(_enlarge(images[index], factor), (x, y))
         for column, index in enumerate(band):
             for number, line in enumerate(wrapped[index]):
                 x = left + column * (width + MARGIN)
-                draw.text((x, top + image_rows + number * LINE_HEIGHT), line, INK, font)
+                draw.text((x, top + image_rows + number * LINE_HEIGHT), line, TEXT_COLOUR, font)
         top += image_rows + caption_height + MARGIN
     return sheet
 
 
-def written(told: Sequence[object]) -> list[str]:
-    """Return what stands beneath images that were asked for by these captions or classes; nothing for None."""
-    return ["" if one is None else str(one) for one in told]
+def written(conditions: Sequence[object]) -> list[str]:
+    """Return the text to show beneath images sampled for these captions or classes; "" for None."""
+    return ["" if one is None else str(one) for one in conditions]
 
 
 def wrap(caption: str, width: int, font: Font) -> list[str]:
-    """Return the caption in lines of at most `width` pixels, at least one; a word that is wider is broken."""
+    """Return the caption in lines of at most `width` pixels, at least one line; a wider word is broken."""
     lines = [""]
     for word in caption.split():
         joined = f"{lines[-1]} {word}".strip()

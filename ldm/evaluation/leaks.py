@@ -1,4 +1,4 @@
-"""No image that is measured on was trained on, and no network measures a model that it taught."""
+"""Checks that an evaluation is fair: no held-out image was trained on, and no network measures a model it taught."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ldm.models.provenance import HASH_DIGITS, image_keys, in_both, read_provena
 
 
 def refuse_leaks(parts: Sequence[str | None], images: CaptionedImages) -> None:
-    """Raise ConfigError if one of `parts`, folders or Hub names, was trained on images that are held out here."""
+    """Raise ConfigError if one of `parts` was trained on images that are held out here.
+
+    `parts` are folders or Hub names of pretrained models; None is skipped.
+    """
     held_out = image_keys(images.names("validation", "test"))
     for part in filter(None, parts):
         try:
@@ -25,10 +28,10 @@ def refuse_leaks(parts: Sequence[str | None], images: CaptionedImages) -> None:
 def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> None:
     """Raise ValueError if the model in `folder` was trained on an image that is held out here.
 
-    A component that has seen held-out images would falsify every number measured on them. `held_out`: the keys of the
-    images that are held out, `held_out_hash` a hash of them. A data set may have grown since, and another share may be
-    held out: only the images count. A model of before they were recorded must have held out just the same ones; one
-    that says nothing of its training passes.
+    A component that has seen held-out images would falsify every number measured on them. `held_out` are the keys of
+    the images that are held out, and `held_out_hash` is a hash of them. Only the images count: the data set may have
+    grown since, or another share of it may be held out. A model from before trained images were recorded must have held
+    out exactly the same ones. A model without a record of its training passes.
     """
     found, name = read_provenance(folder), Path(folder).name
     if found is None:
@@ -36,24 +39,25 @@ def refuse_leak(folder: str | Path, held_out_hash: str, held_out: Tensor) -> Non
     if (trained := read_trained_images(folder)) is None and found.held_out_hash != held_out_hash:
         raise ValueError(
             f"{name} was trained with other images held out (hash {found.held_out_hash[:8]}, here "
-            f"{held_out_hash[:8]}), and its record, of an earlier version, does not say on which it was trained: it "
-            "may have seen what is to be measured. Train it with the same data.held_out and data.held_out_percent"
+            f"{held_out_hash[:8]}). Its record is of an earlier version and does not list the training images, so it "
+            "may have been trained on images that are held out here. Train it with the same data.held_out and "
+            "data.held_out_percent"
         )
     if trained is not None and (leaks := len(in_both(trained, held_out))):
         raise ValueError(
-            f"{name} was trained on {leaks} of the {len(held_out)} images that are held out here, which it would be "
-            "measured on. Train it with the same data.held_out and data.held_out_percent, or hold out others"
+            f"{name} was trained on {leaks} of the {len(held_out)} images that are held out here, so it "
+            "cannot be measured on them. Train it with the same data.held_out and data.held_out_percent, or hold out "
+            "others"
         )
 
 
 def refuse_teacher(folder: str | Path, name: str, sha256: str) -> None:
     """Raise ValueError if the model in `folder` was trained through the network that is to measure it.
 
-    A foreign model says nothing and passes, and so does one of before this was recorded.
+    A model without such a record passes: one of another project, or from before this was recorded.
     """
     found = read_provenance(folder)
     if found is not None and any(one.endswith(f" {sha256[:HASH_DIGITS]}") for one in found.networks):
         raise ValueError(
-            f"{Path(folder).name} was trained through {name}, which would grade its own pupil; measure with another "
-            "network"
+            f"{Path(folder).name} was trained through {name}, which cannot measure it fairly; choose another --network"
         )

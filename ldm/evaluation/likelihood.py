@@ -1,4 +1,4 @@
-"""How well a model in pixel space compresses images: the variational bound in bits per dimension, by its terms."""
+"""The variational bound of a model in pixel space, in bits per dimension, by its terms."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Bits = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of -log2 p(image) by the number of its elements, as a sum (Ho et al. 2020, eq. 5)."""
+    """The terms of an upper bound of -log2 p(image) (Ho et al. 2020, eq. 5), in bits per value of the image."""
 
     prior: Bits
     """L_T, (N,)."""
     steps: Bits
-    """Unbiased estimates of the sums of L_t over K stretches of timesteps, (K, N), the least noise first."""
+    """Unbiased estimates of the sum of L_t over each of K ranges of timesteps, (K, N), the least noise first."""
     decoder: Bits
-    """L_0, (N,): the bits of the grey levels themselves, given the last step."""
+    """L_0, (N,): the bits of the grey levels, given the last step."""
 
     @property
     def total(self) -> Bits:
@@ -51,14 +51,14 @@ class Bound:
 def variational_bound(
     pipeline: Any, pixel_values: Tensor, class_labels: Sequence[int] | None, timesteps: int, seed: int
 ) -> Bound:
-    """Return the bound of images, (N, 3, H, W) in [-1, 1] on the grid of grey levels.
+    """Return the bound of images, (N, 3, H, W) in [-1, 1] on the grid of 256 grey levels.
 
-    Of each image L_T, L_0 and `timesteps` of the others, one drawn from each of as many stretches of equal length:
-    all of them is exact but for the noise, fewer are unbiased. Draws depend on the seed and the place of an image.
-    What the network thinks of x0 is clipped where the scheduler does so.
+    Every image has L_T, L_0 and `timesteps` of the terms between. The timesteps are split into as many ranges of equal
+    length, and one is drawn from each: an unbiased estimate, and with all timesteps exact but for the noise. Timesteps
+    and noise depend on the seed and the place of an image alone. The predicted x0 is clipped where the scheduler clips.
 
     Raises:
-        ValueError: as `check_bound`.
+        ValueError: see `check_bound`.
 
     """
     schedule, unet = check_bound(pipeline, timesteps), pipeline.unet
@@ -68,29 +68,29 @@ def variational_bound(
     for start in range(0, count, CHUNK):
         rows = slice(start, min(start + CHUNK, count))
         x0 = pixel_values[rows].to(unet.device)
-        told = {} if class_labels is None else {"class_labels": torch.tensor(class_labels[rows], device=unet.device)}
-        draws = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
+        labels = {} if class_labels is None else {"class_labels": torch.tensor(class_labels[rows], device=unet.device)}
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(rows.start, rows.stop)]
         prior[rows] = prior_term(schedule, x0.double().cpu()).numpy()
-        decoder[rows] = _terms(pipeline, schedule, x0, torch.zeros(len(x0), dtype=torch.long), draws, told)
+        decoder[rows] = _terms(pipeline, schedule, x0, torch.zeros(len(x0), dtype=torch.long), generators, labels)
         for number, (first, last) in enumerate(pairwise(edges)):
-            drawn = torch.stack([torch.randint(int(first), int(last), (), generator=draw) for draw in draws])
-            steps[number, rows] = int(last - first) * _terms(pipeline, schedule, x0, drawn, draws, told)
+            t = torch.stack([torch.randint(int(first), int(last), (), generator=each) for each in generators])
+            steps[number, rows] = int(last - first) * _terms(pipeline, schedule, x0, t, generators, labels)
     return Bound(prior, steps, decoder)
 
 
 def check_bound(pipeline: Any, timesteps: int) -> DiscreteSchedule:
-    """Return the steps of noise that the bound is a sum over.
+    """Return the noise schedule whose steps the bound is a sum over.
 
     Raises:
-        ValueError: the pipeline diffuses latents, or has no discrete steps; more timesteps than there are.
+        ValueError: the pipeline diffuses latents or has no discrete steps, or it has fewer than `timesteps`.
 
     """
     name = type(pipeline).__name__
     if pipeline.components.get("vae") is not None or "unet" not in pipeline.components:
-        raise ValueError(f"{name} diffuses latents, whose bits are not those of images; expected one of pixels")
+        raise ValueError(f"{name} diffuses latents, whose bits are not those of images; expected a model of pixels")
     schedule, _ = schedule_of(pipeline.scheduler)
     if not isinstance(schedule, DiscreteSchedule) or schedule.alphas_cumprod[-1] == 0:
-        raise ValueError(f"{name} has no steps of noise that end in a little of the image; the bound is not defined")
+        raise ValueError(f"{name} has no bound: that needs discrete steps, and a little of the image in the last one")
     if not 1 <= timesteps < len(schedule.betas):
         raise ValueError(f"got {timesteps} timesteps of the bound; expected 1 to {len(schedule.betas) - 1}")
     return schedule
@@ -101,17 +101,17 @@ def _terms(
     schedule: DiscreteSchedule,
     x0: Tensor,
     timesteps: Tensor,
-    draws: Sequence[torch.Generator],
-    told: dict[str, Tensor],
+    generators: Sequence[torch.Generator],
+    labels: dict[str, Tensor],
 ) -> Bits:
-    """Return L_t of each image at its timestep, (B,)."""
+    """Return L_t of each image at its timestep, in bits, (B,); `labels` are keywords of the network."""
     unet, config = pipeline.unet, pipeline.scheduler.config
     _, prediction_type = schedule_of(pipeline.scheduler)
     alpha, sigma = (level.to(x0.device).view(-1, 1, 1, 1) for level in schedule.alpha_sigma(timesteps))
     timesteps = timesteps.to(x0.device)
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=draw) for draw in draws]).to(x0)
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=each) for each in generators]).to(x0)
     x_t = alpha * x0 + sigma * noise
-    output = unet(x_t.to(unet.dtype), timesteps, **told, return_dict=False)[0].float()
+    output = unet(x_t.to(unet.dtype), timesteps, **labels, return_dict=False)[0].float()
     predicted_x0, _ = recover(output[:, : x0.shape[1]], x_t, prediction_type, alpha, sigma)
     if config.get("clip_sample"):
         predicted_x0 = predicted_x0.clamp(-1, 1)
@@ -125,7 +125,7 @@ def _terms(
 
 
 def bound_section(bits: Bound, true: Images, training: Images) -> Section:
-    """Return the bits per dimension of the `true` images, beside a coder that knows no neighbours of a pixel."""
+    """Return the bits per dimension of the `true` images, beside those of `independent_bits`."""
     parts = {"prior": bits.prior, "steps": bits.steps.sum(0), "decoder": bits.decoder}
     words = ", ".join(f"{name} {values.mean():.3f}" for name, values in parts.items())
     beside = {"pixel by pixel": mean_of(independent_bits(true, training))}
@@ -135,16 +135,19 @@ def bound_section(bits: Bound, true: Images, training: Images) -> Section:
     ]
     curve = Curve("Bits by noise level", "noise level (0: image, 1: noise)", "bits per dimension", {"steps": stretch})
     text = (
-        f"The variational bound (Ho et al. 2020, eq. 5) of the true held-out images: what it takes to send them with "
-        f"this model, estimated without bias from {len(bits.steps)} timesteps of each. Pixel by pixel: with the "
-        "training images' frequency of each grey level at that place and colour alone."
+        f"The variational bound (Ho et al. 2020, eq. 5) of the true held-out images: the bits that are needed to "
+        f"send them with this model. The estimate is unbiased, from {len(bits.steps)} timesteps of each image. Pixel "
+        "by pixel: each value is sent alone, by how often the training images have it at that place and colour."
     )
     meaning = "Bits that each colour value of a true image costs to send with this model."
     return Section("How many bits is an image?", text, [row], [curve], meaning=meaning)
 
 
 def independent_bits(true: Images, training: Images) -> Bits:
-    """Return the mean bits of each image's values, (N,), by the training images' counts there, each one more."""
+    """Return the mean bits per value of each image, (N,), if every value is coded alone.
+
+    The probability of a grey level at a place and colour is its count there in the training images, plus one.
+    """
     counts = np.stack([(training == value).sum(0) for value in range(256)], -1) + 1.0
     bits = -np.log2(counts / counts.sum(-1, keepdims=True))
     return cast(Bits, np.take_along_axis(bits[None], true[..., None].astype(np.int64), -1).mean((1, 2, 3, 4)))

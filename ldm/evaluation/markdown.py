@@ -1,4 +1,4 @@
-"""A report as Markdown: for model cards and terminals."""
+"""A report as Markdown, for model cards and terminals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .report import JSON, Curve, Report, Row, Section
 
 COPIED = "a copier reaches this"
-"""Said of a row that a copier of training images or a shuffler of captions reaches."""
+"""The note of a row where a baseline that ignores the caption is as good as the model."""
 
 ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 
@@ -17,36 +17,36 @@ ARROWS = {"higher": " ↑", "lower": " ↓", "none": ""}
 def markdown(report: Report) -> str:
     """Return the report without its images: a heading of level 2, sections of level 3, curves as tables.
 
-    The tables are GitHub's. Names, texts and notes are shown letter by letter: nothing in them is Markdown or HTML.
+    The tables are in GitHub's syntax. Names, texts and notes are escaped: they are shown as they are.
     """
     parts = [f"## {plain(report.title)}", f"Model: {plain(report.model)}. ↑ higher is better, ↓ lower is better."]
     for section in report.sections:
         parts += _section(section)
     if report.settings:
-        items = (f"- {plain(key)}: {plain(said(value))}" for key, value in report.settings.items())
+        items = (f"- {plain(key)}: {plain(setting_text(value))}" for key, value in report.settings.items())
         parts += ["### Settings", "\n".join(items)]
     return "\n\n".join(parts) + "\n"
 
 
 def plain(text: str) -> str:
-    """Return Markdown that is shown as `text`, in one line; white space is one space, control characters are none."""
+    """Return Markdown that shows `text` in one line; white space becomes one space, control characters are removed."""
     words = " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())
     escaped = re.sub(r"([\\`*_\[\]|~#$!:@])", r"\\\1", words.replace("&", "&amp;"))
     escaped = escaped.replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"^([-+](?=[- ]|$)|\d+(?=[.)]( |$)))", lambda start: _start(start[0]), escaped)
 
 
-def said(value: JSON) -> str:
-    """Return a setting for people, in one line: text as it is, members after commas, all else as in JSON."""
+def setting_text(value: JSON) -> str:
+    """Return the value of a setting as one line of text: members are joined by commas, other values are as in JSON."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {setting_text(inner)}" for key, inner in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(said, value))
+        return ", ".join(map(setting_text, value))
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _start(mark: str) -> str:
-    """Return what begins a list or a ruled line, in such a way that it does not."""
+    """Return the mark of a list or a rule, escaped so that it begins neither."""
     return f"&#{ord(mark[0])};{mark[1:]}"
 
 
@@ -66,7 +66,7 @@ def _cells(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def _curve(curve: Curve) -> list[str]:
-    """Return the title and a table with a row for each x that any line has, to three places."""
+    """Return the title, and a table with a row for each x that a line has; x is rounded to three decimals."""
     lines = {name: dict(points) for name, points in curve.lines.items()}
     places = sorted({x for points in lines.values() for x in points})
     rows = [[f"{round(x, 3):g}", *(str(points.get(x, "")) for points in lines.values())] for x in places]

@@ -1,4 +1,4 @@
-"""A number with its interval, and the bootstrap that the interval comes from."""
+"""A measured number with its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Indices = NDArray[np.int64]
 """Whole numbers, (N,): positions in a gallery, or ranks."""
 
 DRAWS = 1000
-"""Resamples of a bootstrap."""
+"""Number of bootstrap resamples."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What was measured on `n` images (or captions), with its central 95 % bootstrap interval."""
+    """A number that was measured on `n` images (or captions), with its central 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -27,9 +27,9 @@ class Measure:
     n: int
 
     def __str__(self) -> str:
-        """Return the value and, in brackets, the interval, three decimals each.
+        """Return the value and, in brackets, the interval, with three decimals.
 
-        Four digits from 10 on; below 0.01 as many decimals as give three digits.
+        With four digits if one is 10 or more; if all are below 0.01, with decimals for three digits.
         """
         largest = max(abs(self.low), abs(self.high))
         form = f".{2 - math.floor(math.log10(largest))}f" if 0 < largest < 0.01 else ".3f"
@@ -44,10 +44,10 @@ def mean_of(values: NDArray[np.floating[Any]] | NDArray[np.bool_], draws: int = 
 
 
 def bootstrap(statistic: Callable[[Indices], float], n: int, draws: int = DRAWS, seed: int = 0) -> Measure:
-    """Return `statistic` of the rows 0..n-1, and its central 95 % over `draws` resamples of them with replacement.
+    """Return `statistic` of the rows 0..n-1, with its central 95 % over `draws` resamples of the rows.
 
-    Percentile bootstrap: the same seed gives the same interval. It knows only the images that were measured: of a
-    share without a hit it is ``(0, 0)``.
+    Percentile bootstrap, with replacement; the same seed gives the same interval. It knows only the images that were
+    measured: for a share without a hit the interval is ``(0, 0)``.
 
     Raises:
         ValueError: `n` is 0.

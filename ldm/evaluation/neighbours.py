@@ -1,23 +1,21 @@
-"""Images by their nearest neighbours in features: likeness, variety, copies of training images."""
+"""Measures from nearest neighbours in features: likeness, variety, copies of training images."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ldm.evaluation.distances import Features
 from ldm.evaluation.measure import Measure, bootstrap, mean_of
 
-Features = NDArray[np.floating[Any]]
-"""One row for each image, (N, D)."""
 NEIGHBOURS = 5
-"""Neighbours that an image's neighbourhood reaches to: Naeem et al. 2020 use 5, Kynkaanniemi et al. 2019 use 3."""
-DRAWS = 200
+"""The k of the k-th nearest neighbour: Naeem et al. 2020 use 5, Kynkaanniemi et al. 2019 use 3."""
+MANIFOLD_DRAWS = 200
+"""Bootstrap resamples of `manifold_measures`."""
 
 
 def euclidean(features: Features, others: Features) -> NDArray[np.float64]:
-    """Return the distance of each row from each, (N, M)."""
+    """Return the Euclidean distance of each row of `features` from each of `others`, (N, M) float64."""
     one, two = np.asarray(features, np.float64), np.asarray(others, np.float64)
     squared = (one**2).sum(1)[:, None] + (two**2).sum(1) - 2 * one @ two.T
     root: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0))
@@ -25,7 +23,7 @@ def euclidean(features: Features, others: Features) -> NDArray[np.float64]:
 
 
 def manifold_measures(
-    features: Features, reference: Features, k: int = NEIGHBOURS, draws: int = DRAWS
+    features: Features, reference: Features, k: int = NEIGHBOURS, draws: int = MANIFOLD_DRAWS
 ) -> dict[str, Measure]:
     """Return precision, recall, density and coverage of `features` against `reference`, (N, D) and (M, D).
 
@@ -33,7 +31,7 @@ def manifold_measures(
     within a neighbourhood of `reference`; *recall*: the other way round (Kynkaanniemi et al. 2019). *Density*: how many
     neighbourhoods of `reference` hold each of `features`, over k, 1 on average for equal distributions; *coverage*: the
     share of neighbourhoods of `reference` that hold one of `features` (Naeem et al. 2020). The interval is over the
-    rows that are averaged; it leaves neighbourhoods as they are.
+    rows that are averaged; the neighbourhoods are not resampled.
 
     Raises:
         ValueError: a set has no more than k images.
@@ -62,9 +60,10 @@ def _reach(features: Features, k: int) -> NDArray[np.float64]:
 
 
 def share_nearer(distances: NDArray[np.float64], held_out_distances: NDArray[np.float64]) -> Measure:
-    """Return the share of images that are nearer to training than the true image of the same caption, (N,) each.
+    """Return the share of images that are nearer to the training images than the true image of the same caption.
 
-    Ties count half, so that images that are as near as the true ones, on average, have one half.
+    Both arguments are distances from the nearest training image, (N,). Ties count half: a model without copies has a
+    share of about one half.
     """
     nearer = (distances < held_out_distances) + 0.5 * (distances == held_out_distances)
     return mean_of(nearer)
@@ -73,8 +72,8 @@ def share_nearer(distances: NDArray[np.float64], held_out_distances: NDArray[np.
 def spread(features: Features, prompt: NDArray[np.int64]) -> Measure:
     """Return the mean distance of images of one prompt over that of images of different prompts.
 
-    `prompt` is the number of each image's prompt, (N,). 0: every seed draws the same image; 1: the prompt decides
-    nothing. The interval is over prompts, drawn with all of their images.
+    `prompt` is the number of each image's prompt, (N,). 0: every seed gives the same image; 1: the prompt decides
+    nothing. The interval is over prompts: a resample takes a prompt with all of its images.
 
     Raises:
         ValueError: fewer than two prompts, or a prompt of one image.

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no script, no other file, no connection."""
+"""A report as one self-contained HTML file: no script, no other file, no connection."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .markdown import ARROWS, COPIED, said
-from .plot import LINES, svg
+from .markdown import ARROWS, COPIED, setting_text
+from .plot import LINE_HUES, svg
 from .report import BESIDE, Report, Row
 
 ENLARGED_TO = 256
-"""CSS pixels: narrower images are shown enlarged by a whole factor, to at most this width."""
+"""Greatest width, in CSS pixels, that a narrower image is enlarged to, by a whole factor."""
 
 COLUMN_WIDTH = 440
-"""CSS pixels: wider images have a row of their own."""
+"""Width of a column in CSS pixels; a wider image has a row of its own."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Where the numbers of a row lie on a line, each in percent of its length."""
+    """The positions of a row's numbers on a line, in percent of its length."""
 
     value: float
     low: float
     high: float
     marks: tuple[tuple[str, float], ...]
-    """Names of the baselines and their places."""
+    """Names of the baselines and their positions."""
 
 
 def html(report: Report) -> str:
     """Return the page: the headlines on top, then the sections, then the settings; for phones too, light and dark.
 
-    Everything is in it: style, plots as SVG, images as PNG, without metadata. Names, texts and captions are shown
-    letter by letter: nothing in them is HTML. The same report gives the same page. Can be written as UTF-8.
+    It contains everything: style, plots as SVG, images as PNG, without metadata. Names, texts and captions are escaped.
+    The same report gives the same page, and the page can be written as UTF-8.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"strip": strip, "svg": svg, "png": png, "said": said, "paragraphs": _paragraphs}
+    environment.filters |= {"strip": strip, "svg": svg, "png": png, "setting": setting_text, "paragraphs": _paragraphs}
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    words = {"arrows": ARROWS, "copied": COPIED, "usual": BESIDE, "line_colours": LINES}
+    words = {"arrows": ARROWS, "copied": COPIED, "usual": BESIDE, "line_colours": LINE_HUES}
     words |= {"enlarged_to": ENLARGED_TO, "column_width": COLUMN_WIDTH}
     page = template.render(report=report, **words)
     return page.encode("utf-8", "replace").decode()  # half a surrogate pair, which captions may have, is a "?"
 
 
 def strip(row: Row) -> Strip | None:
-    """Return the row on a line from 0, or its smallest number if that is negative, to its largest.
+    """Return the row on a line that ends at its largest number, and begins at 0 or at its smallest if that is negative.
 
-    Numbers that are not finite are left out; None if that is our own or an end of its interval.
+    Baselines that are not finite are left out. None if the value or an end of its interval is not finite.
     """
     measure = row.measure
     own = (measure.value, measure.low, measure.high)

@@ -1,4 +1,4 @@
-"""A curve as SVG that takes its colours from the page it stands in."""
+"""A curve as SVG; its colours are CSS variables of the page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from matplotlib.ticker import NullLocator
 from .report import Curve
 
 SIZE_INCHES = (4.3, 2.5)
-LINES = 6
-"""Colours of lines, ``--line-0`` and so on; a seventh line has the first again."""
+LINE_HUES = 6
+"""Number of line colours, ``--line-0`` and so on; a seventh line has the first one again."""
 
 TICKED_PLACES = 9
-"""Up to so many points of a logarithmic axis each have their number: those of a sweep."""
+"""Most points of a logarithmic axis that are all labelled, as in a sweep."""
 
 INK, RULE = "#000001", "#000002"
-COLOURS = {INK: "var(--muted)", RULE: "var(--rule)"} | {f"#0001{n:02x}": f"var(--line-{n})" for n in range(LINES)}
-"""What matplotlib is told -> the page's CSS variable."""
+COLOURS = {INK: "var(--muted)", RULE: "var(--rule)"} | {f"#0001{n:02x}": f"var(--line-{n})" for n in range(LINE_HUES)}
+"""Colour given to matplotlib -> CSS variable of the page that replaces it."""
 
 STYLE: dict[Any, Any] = {
     **{"svg.fonttype": "none", "svg.hashsalt": "ldm", "font.family": "DejaVu Sans", "font.size": 9},
@@ -37,8 +37,8 @@ STYLE: dict[Any, Any] = {
 def svg(curve: Curve) -> str:
     """Return one ``<svg>`` element: axes with numbers, each line with its 95 % interval as a band.
 
-    The only text in it are numbers: title, labels and names are the page's to write. No date, no name of a program, and
-    the same curve gives the same letters. Points that are not finite are gaps.
+    Its only text is numbers: the page writes title, labels and names. It holds no date and no program's name, so that
+    the same curve gives the same text. Points that are not finite are gaps.
     """
     written = StringIO()
     with mpl.rc_context():
@@ -61,7 +61,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         if len(places) <= TICKED_PLACES:
             axes.set_xticks(places, [f"{x:g}" for x in places])
     for number, points in enumerate(curve.lines.values()):
-        colour = f"#0001{number % LINES:02x}"
+        colour = f"#0001{number % LINE_HUES:02x}"
         xs = [x for x, _ in points]
         values, lows, highs = ([_or_gap(getattr(m, end)) for _, m in points] for end in ("value", "low", "high"))
         axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)

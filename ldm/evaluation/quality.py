@@ -1,4 +1,4 @@
-"""How near reconstructions are to their originals: PSNR and SSIM."""
+"""PSNR and SSIM of reconstructed images."""
 
 from __future__ import annotations
 

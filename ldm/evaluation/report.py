@@ -1,4 +1,4 @@
-"""What an evaluation says: rows of numbers beside their baselines, curves and images, in sections."""
+"""The report of an evaluation: sections with rows of numbers beside their baselines, curves and images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .measure import Measure
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 BESIDE = ("floor", "chance", "copy", "shuffled", "ceiling")
-"""Usual baselines of a row, in the order of their columns; others stand after them."""
+"""Usual baselines of a row, in the order of their columns; columns of others follow."""
 
 COPIERS = ("copy", "shuffled")
-"""Baselines that follow no caption: a copier of training images, and our images under exchanged captions."""
+"""Baselines that ignore the caption: a copier of training images, and the model's images for other captions."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number, and what it has to be read beside.
+    """One number and its baselines.
 
-    `better` says which way is better; "none" is a number that only describes. `beside` are baselines by their names,
-    `BESIDE` or any other, measured in the same way. `name` and `note` are plain text.
+    `better` says which direction is better; "none" is for a number that only describes. `beside` holds the baselines by
+    name, `BESIDE` or any other, measured in the same way. `name` and `note` are plain text.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Row:
 
     @property
     def copied(self) -> bool:
-        """Return whether a model that follows no caption gets there too.
+        """Return whether a baseline that ignores the caption is as good as the model.
 
-        So it is where one of `COPIERS` is as good as the worse end of our interval, or better. Never where nothing is
-        better, or where a number is missing (NaN).
+        True if one of `COPIERS` reaches the worse end of the model's interval. False for a number that only describes,
+        and where a number is missing (NaN).
         """
         copiers = [self.beside[name].value for name in COPIERS if name in self.beside]
         if self.better == "higher":
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """Lines in one plot, by their names: points (x, measure) of ascending x, positive where `log_x`."""
+    """A plot of named lines: points (x, measure) in ascending order of x, which is positive if `log_x`."""
 
     title: str
     x_label: str
@@ -60,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image of any mode with a title and a caption, both plain text; shown whole, in its own pixels."""
+    """An image of any mode, with a title and a caption in plain text; shown whole and unscaled."""
 
     title: str
     caption: str
@@ -69,10 +69,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """One question and what was measured to answer it.
+    """One question and the measurements that answer it.
 
-    `text` is plain, its paragraphs apart by an empty line. The first row is the section's headline: it stands in the
-    summary of the report. `meaning` says in a sentence what that number means, for who reads nothing else.
+    `text` is plain; an empty line separates paragraphs. The first row is the section's headline, which the summary of
+    the report shows. `meaning` says in a sentence what that number means.
     """
 
     title: str
@@ -94,8 +94,8 @@ class Report:
     """An evaluation of one model.
 
     `settings` are what the numbers depend on: the network that measures and its hash, how it resizes, guidance,
-    sampler, steps, seeds, fingerprint of the data, hash of what was held out, hardware, versions. The report travels
-    with the model: whoever fills it in names no path, host or user, in `model` neither.
+    sampler, steps, seeds, fingerprint of the data, hash of the held-out images, hardware, versions. The report is
+    published with the model, so `model` and `settings` must not name a path, a host or a user.
     """
 
     title: str
@@ -109,7 +109,7 @@ class Report:
         return tuple(section.rows[0] for section in self.sections if section.rows)
 
     def as_json(self) -> dict[str, JSON]:
-        """Return everything but the images, for `json.dumps`; numbers that are not finite are None."""
+        """Return the report without its images, for `json.dumps`; numbers that are not finite become None."""
         sections: list[JSON] = [
             {
                 "title": section.title,
@@ -141,7 +141,7 @@ def _curve(curve: Curve) -> dict[str, JSON]:
 
 
 def _finite(value: JSON) -> JSON:
-    """Return the same in plain dicts and lists, with None for NaN and infinity, which strict JSON has not."""
+    """Return the value in plain dicts and lists, with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,12 +1,12 @@
-"""The held-out retrieval metric: is the image nearest to a generated one its own caption's?
+"""The held-out retrieval metric: of all images of the data, is the caption's own the nearest to the generated one?
 
 The gallery holds every *distinct* image of the data set, training images included, so a model that
-returns a training image is wrong. Distance: root mean squared RGB difference after area-averaging to 16x16,
+returns a training image is wrong. The distance is the root mean squared RGB difference after area-averaging to 16x16,
 the smallest over small shifts of the generated image. Ties are misses.
 
-Averages are kept as sums of whole numbers in float64, where a squared distance is exact at every size up to
-1024 pixels: ties are ties, and ranks depend neither on the BLAS, nor on threads, nor on the rest of a batch.
-(In float32 the distance from an image to itself is not 0: 5 of 1,000 OpenMoji images miss themselves.)
+Averages are kept as sums of whole numbers in float64. A squared distance is then exact at every size up to 1024 pixels,
+so that ties are ties, and ranks do not depend on the BLAS, on threads or on the rest of a batch. (In float32 the
+distance from an image to itself is not 0: 5 of 1,000 OpenMoji images miss themselves.)
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from ldm.evaluation.measure import Indices, Measure, mean_of
 from ldm.models.vision import Images
 
 COARSE_SIZE = 16
-"""Pixels, height and width, that images are averaged to before they are compared."""
+"""Height and width, in pixels, that images are averaged to before they are compared."""
 
-DRAWS = 10_000
-"""Resamples for the interval of a recall: a quantile is then at most one image of 200 off."""
+RECALL_DRAWS = 10_000
+"""Bootstrap resamples of a recall: of 200 images, a quantile is then at most one image off."""
 
 MAX_SHIFT = 3
 """Largest shift of a generated image in either direction, in 64ths of its size (pixels at 64)."""
 
 Distances = NDArray[np.float64]
-"""From each of N images to each of M, (N, M)."""
+"""Distances from each of N images to each of M, (N, M)."""
 
 
 def retrieval_ranks(generated: Images, gallery: Images, own_index: Indices) -> Indices:
-    """Return the rank of each generated image's own image in the gallery, (N,) in [0, M - 1]; 0 is right.
+    """Return the rank of each generated image's true image in the gallery, (N,) in [0, M - 1]; 0 is right.
 
-    By `pixel_distances`; `own_index` (N,) says which image of the gallery each generated one should be.
+    Ranks are by `pixel_distances`; `own_index`, (N,), is the place of the true image in the gallery.
     """
     return ranks_among(pixel_distances(generated, gallery), own_index)
 
 
 def ranks_among(distances: Distances, own_index: Indices) -> Indices:
-    """Return how many images of the gallery but their own are as near to each image or nearer, (N,).
+    """Return the rank of each image's true image: the number of other gallery images that are as near or nearer, (N,).
 
-    `distances` is (N, M), `own_index` (N,) the place of each image's own. Ties are misses.
+    `distances` is (N, M); `own_index`, (N,), is the place of the true image. Ties are misses.
     """
     own_index = _check_own_index(own_index, *distances.shape)
     own = np.take_along_axis(distances, own_index[:, None], axis=1)
@@ -54,9 +54,9 @@ def ranks_among(distances: Distances, own_index: Indices) -> Indices:
 def pixel_distances(generated: Images, gallery: Images) -> Distances:
     """Return the squared distance of each generated image, (N, S, S, 3), from each of the gallery, (N, M).
 
-    Of sums over the 16 x 16 blocks of an image, which are whole numbers. The generated image is shifted by up to
-    3/64 of S (7 x 7 shifts from S = 64 on), white moving in, and the smallest distance taken. Memory is N x M and once
-    the gallery at 16 x 16, whatever the number of shifts.
+    S is a multiple of 16. Compared are sums of pixels over the 16 x 16 blocks of an image, which are whole numbers. The
+    generated image is shifted by up to 3/64 of S (7 x 7 shifts from S = 64 on), with white at the edges, and the
+    smallest distance is taken. Memory is N x M numbers and the gallery at 16 x 16, for any number of shifts.
     """
     _check(generated, "generated")
     _check(gallery, "gallery")
@@ -83,20 +83,22 @@ def pixel_distances(generated: Images, gallery: Images) -> Distances:
 
 
 def feature_distances(features: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> Distances:
-    """Return one minus the cosine of the angle of each row, (N, D), with each, (M, D): (N, M) in [0, 2]."""
+    """Return the cosine distance of each row, (N, D), from each of `others`, (M, D): (N, M) in [0, 2]."""
     both = features.astype(np.float64), others.astype(np.float64)
     one, two = (of / np.linalg.norm(of, axis=1, keepdims=True) for of in both)
     distances: Distances = 1 - one @ two.T
     return distances
 
 
-def recalls(ranks: Indices, ks: Sequence[int] = (1, 5, 10), draws: int = DRAWS, seed: int = 0) -> dict[int, Measure]:
-    """Return the share, in [0, 1], of images whose own is among the k nearest, by k."""
+def recalls(
+    ranks: Indices, ks: Sequence[int] = (1, 5, 10), draws: int = RECALL_DRAWS, seed: int = 0
+) -> dict[int, Measure]:
+    """Return R@k for each k: the share, in [0, 1], of images whose true image is among the k nearest."""
     return {k: mean_of(ranks < k, draws, seed) for k in ks}
 
 
 def _check_own_index(own_index: Indices, count: int, gallery_size: int) -> Indices:
-    """Return `own_index` as int64; raise unless it is one position in the gallery for each image."""
+    """Return `own_index` as int64; ValueError unless it is one position in the gallery for each image."""
     own_index = np.asarray(own_index)
     if own_index.shape != (count,) or not np.issubdtype(own_index.dtype, np.integer):
         got = f"{own_index.dtype} {own_index.shape}"
@@ -108,7 +110,7 @@ def _check_own_index(own_index: Indices, count: int, gallery_size: int) -> Indic
 
 
 def _block_sums(images: Images) -> NDArray[np.float64]:
-    """Return (N, 768), whole numbers: the sum of each of the 16 x 16 blocks of an image, by channel."""
+    """Return the sum of each of the 16 x 16 blocks of an image, by channel: whole numbers, (N, 768)."""
     count, size = images.shape[:2]
     block = size // COARSE_SIZE
     rows = images.reshape(count, COARSE_SIZE, block, size, 3).sum(2, dtype=np.uint32)

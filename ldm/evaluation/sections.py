@@ -1,4 +1,4 @@
-"""The questions that an evaluation answers, each a section of the report: numbers beside their baselines."""
+"""The sections of an evaluation's report; each answers one question with numbers beside their baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ldm.evaluation.distances import frechet_distance, kid
+from ldm.evaluation.distances import Features, frechet_distance, kid
 from ldm.evaluation.factors import chance, covered, factor_accuracy, families
 from ldm.evaluation.gain import Losses
 from ldm.evaluation.images import comparison_sheet, contact_sheet, labelled_sheet, pixel_values
@@ -16,35 +16,36 @@ from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.neighbours import NEIGHBOURS, euclidean, manifold_measures, share_nearer, spread
 from ldm.evaluation.quality import psnr, ssim
 from ldm.evaluation.report import Curve, Figure, Row, Section
-from ldm.evaluation.retrieval import feature_distances, ranks_among, recalls
-from ldm.evaluation.subject import Features, Subject
+from ldm.evaluation.retrieval import Distances, feature_distances, ranks_among, recalls
+from ldm.evaluation.subject import Subject
 from ldm.models.vision import Images
 
 SHEET_IMAGES = 24
+"""Images on a sheet of samples."""
 CLOSEST_PAIRS = 12
-"""Images on a sheet."""
-Distances = Mapping[str, NDArray[np.float64]]
-"""Of generated, true, copied (and rebuilt) images from those of the gallery, (N, M) each."""
+"""Images on the sheet of those nearest to training."""
+NamedDistances = Mapping[str, Distances]
+"""Distances of the "generated", "true", "copy" (and "ceiling") images of a `Subject` from the gallery, (N, M) each."""
 
 
 def retrieval(subject: Subject, network: str) -> Section:
-    """Return whether the image nearest to a generated one is its caption's own, in pixels and in features."""
+    """Return R@k: is the image nearest to a generated one its caption's own? In pixels and in features."""
     features = {name: feature_distances(of, subject.gallery_features) for name, of in subject.features.items()}
     rows = _recall_rows(subject, subject.pixel_distances, "pixels") + _recall_rows(subject, features, network)
     shown = slice(0, SHEET_IMAGES)
     sheet = comparison_sheet(subject.captions[shown], subject.generated[shown], subject.true[shown])
     text = (
-        f"Of {len(subject)} held-out captions, the share whose generated image has the caption's own image as its "
-        f"nearest (R@1), or among its nearest, of all {len(subject.gallery)} distinct images of the data, training "
-        "images included. In pixels the distance is the RGB difference at 16 x 16, the smallest over small shifts; "
-        f"in {network} one minus the cosine of the features. Ties are misses."
+        f"R@k is the share of the {len(subject)} held-out captions whose true image is among the k images nearest to "
+        f"the generated one, of all {len(subject.gallery)} distinct images of the data, training images included. The "
+        "distance in pixels is the RGB difference at 16 x 16, the smallest over small shifts. The distance in "
+        f"{network} is one minus the cosine of the features. Ties are misses."
     )
     meaning = f"Share of the captions whose image has its true image as the nearest of {len(subject.gallery):,}."
     figures = [Figure("Generated and true", "", sheet)]
-    return Section("Does it draw what the caption says?", text, rows, (), figures, meaning)
+    return Section("Does it follow the caption?", text, rows, (), figures, meaning)
 
 
-def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row]:
+def _recall_rows(subject: Subject, distances: NamedDistances, where: str) -> list[Row]:
     found = {name: recalls(ranks_among(of, subject.own_index)) for name, of in distances.items() if name != "true"}
     shuffled = recalls(ranks_among(distances["generated"], subject.own_index[subject.exchanged]))
     beside = {name: of for name, of in (found | {"shuffled": shuffled}).items() if name != "generated"}
@@ -55,9 +56,9 @@ def _recall_rows(subject: Subject, distances: Distances, where: str) -> list[Row
 
 
 def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], known: Mapping[str, int]) -> Section:
-    """Return whether what a single word of a caption says is drawn; `known` are all captions and their gallery places.
+    """Return the accuracy of single words of the captions, by factor: see `factor_accuracy`.
 
-    The true image must be the nearest of its family, the images whose captions differ in that factor alone.
+    `factors` are the alternatives of each factor, `known` all captions and the places of their images in the gallery.
     """
     distances, rows = subject.pixel_distances, []
     captions, places = list(known), np.array(list(known.values()))
@@ -73,16 +74,15 @@ def caption_factors(subject: Subject, factors: Mapping[str, Sequence[str]], know
         note = f"{found['generated'].n} captions have such a family"
         rows.append(Row(factor, found["generated"], "higher", beside, note))
     text = (
-        "Captions that compose: is the caption's own image the nearest of its family, that is, of the images whose "
-        "captions differ in this factor alone? By the pixel distance. A copier of training images stands on other "
-        "members of the family."
+        "The share of captions whose true image is the nearest of its family: the images whose captions differ in this "
+        "factor alone. The distance is that in pixels. A copier of training images gets other members of the family."
     )
     meaning = "Share of the images that show this word of their caption, and not another of its kind."
-    return Section("Which words are drawn?", text, rows, meaning=meaning)
+    return Section("Which words does it follow?", text, rows, meaning=meaning)
 
 
 def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArray[np.float32]], name: str) -> Section:
-    """Return the similarity of images and captions by a CLIP."""
+    """Return the CLIP score, the similarity of images and captions by a CLIP; `name` is the CLIP's."""
     others = [subject.captions[row] for row in subject.exchanged]
     beside = {
         "copy": mean_of(score(subject.copied, subject.captions)),
@@ -94,8 +94,8 @@ def clip_scores(subject: Subject, score: Callable[[Images, Sequence[str]], NDArr
     return Section("CLIP score", text, [row], meaning="Agreement of image and caption, as a CLIP sees it.")
 
 
-def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Section:
-    """Return what the captions take off the loss; `losses` are those with their own captions and with others'."""
+def caption_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> Section:
+    """Return the conditional gain by noise level; `losses` are those with own captions and with captions of others."""
     right, wrong = losses
     gain = wrong - right
     row = Row("conditional gain, mean over noise levels", mean_of(gain.mean(0)), "higher", {})
@@ -110,23 +110,23 @@ def conditional_gain(losses: tuple[Losses, Losses], levels: Sequence[float]) -> 
         Curve("Conditional gain", "noise level (0: image, 1: noise)", "loss with others' captions - own", gains),
     ]
     text = (
-        "The loss on held-out images with the captions of others, minus that with their own, with the same noise. "
-        "0: the text is not used."
+        "The loss on held-out images with the captions of others, minus the loss with their own, at the same noise. "
+        "0: the model does not use the text."
     )
     meaning = "Rise of the loss on true images when they get the captions of others; 0: captions are not used."
     return Section("What are the captions worth?", text, [row], curves, meaning=meaning)
 
 
-def drawn(subject: Subject) -> Section:
-    """Return what a model draws that is told no captions."""
+def samples(subject: Subject) -> Section:
+    """Return the first images of a model that is not conditioned on captions."""
     shown = subject.generated[:SHEET_IMAGES]
     sheet = contact_sheet([""] * len(shown), shown, 8)
-    text = f"The first of {len(subject)} images, of seeds that follow each other; none was chosen."
-    return Section("What does it draw?", text, (), (), [Figure("Generated", "", sheet)])
+    text = f"The first of {len(subject)} images, with consecutive seeds; none was chosen."
+    return Section("What do its samples look like?", text, (), (), [Figure("Generated", "", sheet)])
 
 
 def likeness(subject: Subject, network: str) -> Section:
-    """Return how far the generated images are, as a set, from the true ones of the same captions."""
+    """Return the distances of the generated images, as a set, from the true images of the same captions."""
     features = subject.features
     order = np.random.default_rng(0).permutation(len(subject))
     half, other = order[: len(order) // 2], order[len(order) // 2 : len(order) // 2 * 2]
@@ -144,10 +144,10 @@ def likeness(subject: Subject, network: str) -> Section:
             for key in found["generated"]
         ]
     text = (
-        f"KID is over all {len(subject)} images and as many true ones; it is unbiased: its floor, two disjoint "
-        f"halves of the true images against each other, is 0 but for chance. The others depend on the number of "
-        f"images: each takes {len(half)} images of one half of the captions against the true images of the other "
-        "half. Ceiling: the true images through the autoencoder. Copy: the images of the nearest training captions."
+        f"KID compares all {len(subject)} images with as many true ones. It is unbiased: its floor, one half of the "
+        f"true images against the other half, is 0 but for chance. The other measures depend on the number of images: "
+        f"each compares {len(half)} images of one half of the captions with the true images of the other half. "
+        "Ceiling: the true images through the autoencoder. Copy: the images of the nearest training captions."
     )
     meaning = "Distance between the images, as a set, and the true ones; the floor is that of true images alone."
     return Section("Do its images look like true ones?", text, rows, meaning=meaning)
@@ -159,7 +159,7 @@ def _row(name: str, better: Literal["higher", "lower"], found: Mapping[str, Meas
 
 
 def autoencoder(subject: Subject, rebuilt_images: Images, network: str) -> Section:
-    """Return how near the true images, (N, S, S, 3), come back from the autoencoder: no denoiser can be better."""
+    """Return the quality of the autoencoder's reconstructions, (N, S, S, 3), which limits that of every denoiser."""
     true, rebuilt = pixel_values(subject.true), pixel_values(rebuilt_images)
     features = subject.features
     rows = [
@@ -173,7 +173,7 @@ def autoencoder(subject: Subject, rebuilt_images: Images, network: str) -> Secti
 
 
 def memorisation(subject: Subject, network: str) -> Section:
-    """Return whether the images are nearer to training images than true unseen ones are."""
+    """Return the share of images that are nearer to training images than true held-out images are."""
     training = subject.training_images
     keys = subject.gallery_features[training]
     distances = {name: euclidean(of, keys) for name, of in subject.features.items()}
@@ -198,8 +198,8 @@ def memorisation(subject: Subject, network: str) -> Section:
         },
     )
     text = (
-        "Share of the generated images that are nearer to their nearest training image than the true, unseen one "
-        "of the same caption is to its own. About one half is what new images would have; 1 is a copier."
+        "The share of generated images that are nearer to their nearest training image than the true held-out image of "
+        "the same caption is to its own. New images have about one half; a copier has 1."
     )
     title = f"The {len(closest)} generated images nearest to training"
     meaning = "About 0.5: the images are as new as unseen true ones; 1: they are copies of training images."
@@ -207,15 +207,15 @@ def memorisation(subject: Subject, network: str) -> Section:
 
 
 def variety(captions: Sequence[str], images: Images, features: Features, per_prompt: int, network: str) -> Section:
-    """Return how much the images of one prompt differ; `images` are `per_prompt` of each caption in turn."""
+    """Return the spread of images of one prompt; `images`, (N, H, W, 3), are `per_prompt` of each caption in turn."""
     prompt = np.repeat(np.arange(len(captions)), per_prompt)
     row = Row(f"spread within a prompt over spread across prompts, {network}", spread(features, prompt), "none", {})
     labels = [caption for caption in captions for _ in range(per_prompt)]
     shown = slice(0, 4 * per_prompt)
     sheet = contact_sheet(labels[shown], images[shown], per_prompt)
     text = (
-        f"{per_prompt} images of each of {len(captions)} prompts, other seeds. 0: every seed draws the same image; "
-        "1: the prompt decides nothing."
+        f"{per_prompt} images of each of {len(captions)} prompts, with different seeds. 0: every seed gives the same "
+        "image; 1: the prompt decides nothing."
     )
     meaning = "0: all seeds give the same image of a caption; 1: the caption decides nothing."
     figures = [Figure("Same prompt", "", sheet)]
@@ -223,9 +223,9 @@ def variety(captions: Sequence[str], images: Images, features: Features, per_pro
 
 
 def sweep(name: str, points: Mapping[float, tuple[Measure, Measure]], network: str, log_x: bool) -> Section:
-    """Return R@1 and KID of the validation captions, `points`, by a setting of sampling."""
+    """Return curves of R@1 and KID, which are the `points`, over the values of the sampling setting `name`."""
     line = sorted(points.items())
     at_1 = {"R@1, pixels": [(x, r_at_1) for x, (r_at_1, _) in line]}
     distance = {f"KID, {network}": [(x, kid_there) for x, (_, kid_there) in line]}
     curves = [Curve(f"R@1 by {name}", name, "R@1", at_1, log_x), Curve(f"KID by {name}", name, "KID", distance, log_x)]
-    return Section(f"By {name}", "On the validation captions, not on those of the numbers above.", (), curves)
+    return Section(f"By {name}", "On the validation captions, which are not those of the numbers above.", (), curves)

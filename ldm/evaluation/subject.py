@@ -1,4 +1,4 @@
-"""What an evaluation looks at: generated images, the true held-out ones, and what a copier and a decoder make."""
+"""The images of an evaluation: generated ones, the true held-out ones, and those of the baselines."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ldm.evaluation.baselines import derangement
+from ldm.evaluation.distances import Features
 from ldm.evaluation.measure import Indices
-from ldm.evaluation.retrieval import pixel_distances
+from ldm.evaluation.retrieval import Distances, pixel_distances
 from ldm.models.vision import Images
-
-Features = NDArray[np.float32]
-"""Of images, (N, D), in a network that the model was not trained against."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +19,18 @@ class Subject:
 
     captions: Sequence[str]
     generated: Images
-    """Of the model, in the order of the captions."""
+    """The model's images, in the order of the captions."""
     rebuilt: Images | None
     """The true images through the model's autoencoder and back; None without one."""
     gallery: Images
     own_index: Indices
-    """Place in the gallery of each caption's own image."""
+    """Place in the gallery of each caption's true image."""
     copied_index: Indices
-    """Place of what a copier answers to each, a training image."""
+    """Place in the gallery of the training image that a copier returns for each caption."""
     training_images: Indices
-    """Places of the distinct training images, in ascending order."""
+    """Places in the gallery of the distinct training images, in ascending order."""
     embed: Callable[[Images], Features]
-    """The network that measures."""
+    """The network that measures: images, (N, H, W, 3), to features."""
     gallery_features: Features
 
     def __len__(self) -> int:
@@ -44,22 +39,22 @@ class Subject:
 
     @cached_property
     def exchanged(self) -> Indices:
-        """A permutation of the captions in which none keeps its own image."""
+        """A permutation of the captions that gives each the image of another."""
         return derangement(self.own_index)
 
     @property
     def true(self) -> Images:
-        """The captions' own images."""
+        """The captions' true images."""
         return self.gallery[self.own_index]
 
     @property
     def copied(self) -> Images:
-        """What a copier answers."""
+        """The images that a copier of training images returns."""
         return self.gallery[self.copied_index]
 
     @cached_property
     def features(self) -> Mapping[str, Features]:
-        """Of "generated", "true" and "copy", and of "ceiling" if there is an autoencoder, (N, D) each."""
+        """Features of "generated", "true", "copy" and, if there is an autoencoder, "ceiling" images, (N, D) each."""
         found = {
             "generated": self.embed(self.generated),
             "true": self.gallery_features[self.own_index],
@@ -68,8 +63,8 @@ class Subject:
         return found if self.rebuilt is None else found | {"ceiling": self.embed(self.rebuilt)}
 
     @cached_property
-    def pixel_distances(self) -> Mapping[str, NDArray[np.float64]]:
-        """Of the same images from each of the gallery, (N, M); see `ldm.evaluation.retrieval`."""
+    def pixel_distances(self) -> Mapping[str, Distances]:
+        """Distances of the same images from each of the gallery, (N, M); see `ldm.evaluation.retrieval`."""
         shown = {"generated": self.generated, "true": self.true, "copy": self.copied}
         if self.rebuilt is not None:
             shown["ceiling"] = self.rebuilt

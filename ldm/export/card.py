@@ -1,4 +1,4 @@
-"""The model card: README.md of a model folder, with what the Hub and its readers want to know of the model."""
+"""The model card: the README.md of a model folder, with the Hub's metadata and a text for readers."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _TEMPLATES = Environment(
 )
 CARD = "README.md"
 EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
-"""Around what `ldm evaluate` has written into a card."""
+"""Comments around the part of a card that `ldm evaluate` writes."""
 EVALUATION = re.compile("{0}(?:(?!{0}).)*?{1}".format(*EVALUATION_MARKS), re.DOTALL)
 KNOWN_DATA = {"openmoji": ("[OpenMoji](https://openmoji.org)", "CC BY-SA 4.0")}
-"""Name and licence of images that are always the same."""
+"""Name and licence of the images of a source whose data are always the same."""
 HUB_LICENCES = {
     *("mit", "apache-2.0", "unlicense", "cc", "cc0-1.0", "pddl", "odc-by", "odbl"),
     *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
     *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
     *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
 }
-"""Those of the Hub's identifiers that images come under; it refuses a card with one that it does not know."""
+"""The Hub's identifiers of licences that images may have; the Hub refuses a card with an unknown one."""
 METRICS = {
     "loss": "loss",
     "r_at_1": "retrieval R@1",
@@ -48,12 +48,12 @@ METRICS = {
     "perceptual": "distance in the features of EfficientNet-lite0",
     **{f"loss_at_{level / 100:.2f}": f"loss at noise level {level / 100:.2f}" for level in range(100)},
 }
-MEASURED = "\n## How good it is\n"
+MEASURED_HEADING = "\n## How good it is\n"
 AVERAGE = """
 ## Which weights
 
-The average over the training with a power function whose standard deviation is {sigma_rel} of it (Karras et al. 2024),
-made of snapshots afterwards. The numbers and images here are those of another average, the training's own.
+These weights are a power-function average whose standard deviation is {sigma_rel} of the training (Karras et al. 2024),
+made from snapshots after the training. The numbers and images here are of another average, the training's own.
 """
 
 
@@ -63,29 +63,29 @@ class CardText:
 
     title: str
     about: str
-    """A paragraph on what it is."""
+    """A paragraph that describes the model."""
     sheet: str
-    """The sheet of the newest validation, ``samples.png``, and what it shows; left out where there is none."""
+    """The sheet of the newest validation, ``samples.png``, with a description; left out if there is no sheet."""
     sheets: str
-    """Folder of the run that holds the sheets."""
+    """Folder, in that of the run, that holds the sheets."""
     loading: str
-    """How to load it, from the folder ``model``."""
+    """Instructions to load it from the folder ``model``."""
     measured: str
-    """How its metrics were measured, after "with the averaged weights:"."""
+    """The way its metrics were measured; follows the words "with the averaged weights:"."""
     notes: Mapping[str, str]
-    """More on that, where a metric of this name was measured."""
+    """More paragraphs on that, each for a card that has the metric of its name."""
     task: str
-    """The Hub's name of what it does."""
+    """The Hub's name of the model's task."""
     pipeline_tag: str | None
-    """The same where it is a whole pipeline."""
+    """The Hub's name of the task of a whole pipeline; None for a component."""
     tags: Sequence[str]
 
 
 def write_card(model: Path, run: Path, config: RunConfig, text: CardText, record: Provenance) -> None:
-    """Write README.md into the folder `model`, and the newest validation sheet of the folder `run` as samples.png.
+    """Write README.md into the folder `model`, with the newest validation sheet of the folder `run` as samples.png.
 
-    The metrics are those of the newest validation in the run's ``metrics.jsonl``. No path of this machine is named, see
-    `portable`.
+    The metrics are those of the newest validation in the run's ``metrics.jsonl``. Paths of this machine are replaced,
+    see `portable`.
     """
     data = config.data
     sheets = sorted((run / text.sheets).glob("step-*.png"))
@@ -123,36 +123,36 @@ def write_card(model: Path, run: Path, config: RunConfig, text: CardText, record
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n{body}").save(model / CARD)
 
 
-def tell_average(model: Path, name: str, sigma_rel: float) -> None:
-    """Change the card in the folder `model`, to be called `name`, to that of a power-function average.
+def rewrite_for_average(model: Path, name: str, sigma_rel: float) -> None:
+    """Rewrite the card in the folder `model` for a power-function average; `name` is the folder's later name.
 
-    What training measured stays, with word that it was on other weights; an evaluation of them goes. The Hub's metadata
-    holds neither.
+    The metrics of the training stay, with a note that they are of other weights. An evaluation is removed, and so are
+    all results in the Hub's metadata.
     """
     card = ModelCard.load(model / CARD)
     card.data.eval_results = card.data.model_name = None
-    told = AVERAGE.format(sigma_rel=sigma_rel) + MEASURED
-    card.text = with_name(EVALUATION.sub("", card.text).replace(MEASURED, told, 1), name)
+    text = AVERAGE.format(sigma_rel=sigma_rel) + MEASURED_HEADING
+    card.text = with_name(EVALUATION.sub("", card.text).replace(MEASURED_HEADING, text, 1), name)
     card.save(model / CARD)
 
 
 def with_name(text: str, name: str) -> str:
-    """Return a card's text with `name`, folder or repository, as the model that it tells to load."""
+    """Return a card's text whose examples load `name`, a folder or repository."""
     return re.sub(r'^model = "[^"\n]*"$', f'model = "{name}"', text, flags=re.MULTILINE)
 
 
 def _called(path: str, otherwise: str) -> str:
-    """Return the last name of a path, or `otherwise` where that tells of a user or there is none."""
+    """Return the last part of a path; `otherwise` if it names a user or is empty."""
     return PurePath(portable(path)).name or otherwise
 
 
 def _hub_data(data: DataConfig) -> str | None:
-    """Return the data set's name on the Hub, without its revision; None if it is not there."""
+    """Return the data set's name on the Hub, without its revision; None if it is not on the Hub."""
     return pinned(data.path)[0] if data.source == "dataset" and data.path is not None and on_hub(data.path) else None
 
 
 def _data(data: DataConfig) -> tuple[str, str | None]:
-    """Return what the images are called, in Markdown, and their licence, None if it is not stated."""
+    """Return the name of the data, in Markdown, and their licence, None if it is not stated."""
     if data.source in KNOWN_DATA:
         name, licence = KNOWN_DATA[data.source]
         return name, data.licence or licence
@@ -162,7 +162,7 @@ def _data(data: DataConfig) -> tuple[str, str | None]:
 
 
 def _newest_metrics(file: Path) -> tuple[int, dict[str, float]]:
-    """Return the step of the last validation and its values by their names, (0, {}) if there was none."""
+    """Return the step of the last validation and its metrics by name; (0, {}) if there was none."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for line in reversed(lines):
         try:

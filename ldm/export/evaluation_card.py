@@ -1,4 +1,4 @@
-"""The evaluation in a model card: metadata that the Hub reads, and the report between two comments."""
+"""The evaluation in a model card: results in the Hub's metadata, and the report between two comments."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ BEGIN, END = EVALUATION_MARKS
 
 
 def merge_into_card(folder: Path, report: Report) -> bool:
-    """Return whether ``README.md`` of the model folder `folder` now has the report; False where there is no such file.
+    """Write the report into ``README.md`` of a model folder; return False if there is no such file.
 
-    An earlier evaluation is replaced, by what `evaluation_results` marks and by the two comments; the rest stays as it
-    was, what the training measured included. The report's settings "dataset" and "split" name what was measured on.
+    An earlier evaluation is replaced: the results that `evaluation_results` marks, and the text between the two
+    comments. The rest stays, also the metrics of the training. The report's settings "dataset" and "split" name the
+    data of the results.
 
     Raises:
-        ValueError: the metadata of the file are none that the Hub reads.
+        ValueError: the Hub cannot read the metadata of the file.
 
     """
     path = folder / CARD
@@ -46,9 +47,10 @@ def merge_into_card(folder: Path, report: Report) -> bool:
 
 
 def evaluation_results(report: Report, task: str) -> list[EvalResult]:
-    """Return every row of which one way is better, as the Hub's metadata; those that are not finite are left out.
+    """Return the rows of a report as results in the Hub's metadata.
 
-    Interval and number of images stand in `metric_args`, which marks them as an evaluation's.
+    Rows that only describe, and numbers that are not finite, are left out. Interval and number of images are in
+    `metric_args`, which marks the results as those of an evaluation.
     """
     dataset = str(report.settings.get("dataset", "images"))
     split = str(report.settings.get("split", "test"))

@@ -1,4 +1,4 @@
-"""The folder that a training leaves for others to load, one with another average, and the way to the Hub."""
+"""The model folder that a training writes, pushes to the Hub, and that can be written with another average."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from ldm.config import RunConfig
 from ldm.data.batches import PositionDataset
 from ldm.errors import HubError
-from ldm.export.card import CARD, CardText, tell_average, write_card
+from ldm.export.card import CARD, CardText, rewrite_for_average, write_card
 from ldm.export.hub import check, push
 from ldm.export.kinds import kinds_named
 from ldm.files import read_object
 from ldm.models.provenance import read_provenance, save_trained_images
 from ldm.models.quiet import quietly
 from ldm.training.loop import Loop
-from ldm.training.posthoc import reconstruct
+from ldm.training.posthoc import averaged_weights
 from ldm.training.record import all_trained_images, provenance
 from ldm.training.run import Run
 from ldm.training.snapshots import read_snapshots
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 
 def check_push(config: RunConfig, run: Run) -> None:
-    """Raise before anything else is done if the model could not be pushed to where `config` says.
+    """Check, before the training, that the model can be pushed to the repository in `config`.
 
     Raises:
-        ValueError: settings of a push, but no repository; or a number of steps that is not positive.
+        ValueError: there are settings of a push but no repository, or a number of steps is not positive.
         HubError: see `ldm.export.hub.check`.
 
     """
     if config.push_to_hub is None and (config.push_private or config.push_every_steps is not None):
-        raise ValueError("push_to_hub: name the repository that push_private and push_every_steps are about")
+        raise ValueError("push_to_hub: name the repository for push_private and push_every_steps, or leave them out")
     if config.push_every_steps is not None and config.push_every_steps < 1:
         raise ValueError(f"push_every_steps: got {config.push_every_steps}; expected at least 1, or null")
     if config.push_to_hub is not None and run.is_main:
@@ -49,7 +49,7 @@ def check_push(config: RunConfig, run: Run) -> None:
 
 
 class ModelFolder:
-    """``OUTPUT_DIR/model``: the averaged weights, what is known of their training, a card; on the Hub if asked for."""
+    """``OUTPUT_DIR/model``: averaged weights, record of the training, card; pushed to the Hub if the config says so."""
 
     def __init__(
         self,
@@ -62,15 +62,15 @@ class ModelFolder:
         networks: Sequence[str],
         parts: Sequence[str],
     ):
-        """Take what `ldm.recipes.recipe.Recipe` says of a kind of training; nothing is written yet."""
+        """Keep the arguments, most of them parts of an `ldm.recipes.recipe.Recipe`; nothing is written yet."""
         self.card, self.networks, self.parts = card, networks, parts
         self.config, self.run, self.loop, self.train, self.save = config, run, loop, train, save
         self.folder = run.folder / "model"
 
     def push_meanwhile(self, global_step: int) -> None:
-        """Write the model as it stands and push it; a push that fails is a warning, and training goes on."""
+        """Write the current model and push it, during training; a push that fails is only logged as a warning."""
         if self.config.push_to_hub is None or self.loop.done or not self.run.is_main:
-            return  # when all is done, `finish` pushes
+            return  # `finish` pushes the finished model
         self._write()
         try:
             log.info("step %d: %s", global_step, push(self.folder, self.config.push_to_hub, self.config.push_private))
@@ -78,9 +78,9 @@ class ModelFolder:
             log.warning("step %d: %s", global_step, error)
 
     def finish(self) -> None:
-        """Write the finished model and push it; raises HubError if that fails, with everything written.
+        """Write the finished model and push it; HubError if the push fails, after everything is written.
 
-        A folder that an earlier start has finished stays as it is, whatever this one was told.
+        A folder that an earlier start of the run has finished stays unchanged, even if settings differ now.
         """
         if not self.run.is_main:
             return
@@ -93,7 +93,7 @@ class ModelFolder:
             log.info("pushed to %s", push(self.folder, self.config.push_to_hub, self.config.push_private))
 
     def _is_finished(self) -> bool:
-        """Return whether nothing was trained since the folder was written, its card last."""
+        """Return whether the folder is whole and nothing was trained since; its card is written last."""
         step, record = self.loop.progress.global_step, read_provenance(self.folder)
         done = record is not None and record.global_step == step == self.loop.start_step
         return done and (self.folder / CARD).is_file()
@@ -110,13 +110,14 @@ class ModelFolder:
 
 
 def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
-    """Return the new folder `to`: ``run_folder/model`` with the average of length `sigma_rel` in its place.
+    """Write the folder `to`, a copy of ``run_folder/model`` with the average of length `sigma_rel`; return it.
 
-    At the last step with snapshots, of those that the model has seen. All but the trained weights, ``training.json``
-    and the card stays as it is. `to` is there when it is whole, or not at all.
+    The average is at the last step with snapshots that is not after the model's. Only the trained weights,
+    ``training.json`` and the card differ from the model. `to` appears only when it is complete.
 
     Raises:
-        ValueError: `to` exists, there is no model or it is of another network; as `reconstruct` and `read_snapshots`.
+        ValueError: `to` exists, there is no model, or it is of another network; see `averaged_weights` and
+            `read_snapshots`.
 
     """
     model = run_folder / "model"
@@ -127,7 +128,7 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
     snapshots = [one for one in read_snapshots(run_folder) if one.global_step <= record.global_step]
     if not snapshots:
         raise ValueError(f"{model} is of step {record.global_step}, before the first snapshot; finish the training")
-    weights = reconstruct(snapshots, sigma_rel)
+    weights = averaged_weights(snapshots, sigma_rel)
     temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
     try:
         shutil.copytree(model, temporary)
@@ -138,7 +139,7 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
                 _replace_weights(temporary / component, own, frozen)
         step = max(one.global_step for one in snapshots)
         replace(record, global_step=step, sigma_rel=sigma_rel).save(temporary)
-        tell_average(temporary, to.name, sigma_rel)
+        rewrite_for_average(temporary, to.name, sigma_rel)
         os.replace(temporary, to)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
@@ -146,15 +147,15 @@ def averaged_model(run_folder: Path, sigma_rel: float, to: Path) -> Path:
 
 
 def _trained_components(model: Path) -> dict[str, str]:
-    """Return what the names of the weights of each trained component of a pipeline's folder begin with in training."""
+    """Return the trained components of a pipeline's folder, each with the prefix of its weights in the training."""
     stock = read_object(model / "model_index.json")["_class_name"]
     return {name: prefix for kind in kinds_named(stock) for name, prefix in kind.trained.items()}
 
 
 def _replace_weights(folder: Path, weights: Mapping[str, Tensor], frozen: Collection[str]) -> None:
-    """Put `weights` in the place of those of the same names in the folder's files; those that are `frozen` stay.
+    """Replace the weights in the folder's files by those of the same names in `weights`; `frozen` ones stay.
 
-    ValueError unless they fit.
+    Raises ValueError if a name or a shape does not fit.
     """
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: what goes there, in one commit, and what is said when it does not."""
+"""Models on the Hugging Face Hub: pushed in one commit, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm.files import read_object
 from ldm.models.provenance import FILE as RECORD
 from ldm.models.provenance import TRAINED_IMAGES, read_provenance
 
-FILES = (
+MODEL_FILES = (
     "model_index.json",
     "config.json",
     "scheduler_config.json",
@@ -41,15 +41,15 @@ FILES = (
     TRAINED_IMAGES,
     CARD,
 )
-"""What a model is made of. A list of what goes up, not of what does not: what else is in the folder stays private."""
+"""Patterns of the files that are pushed. Every other file of the folder stays private."""
 
 
 def check(repo_id: str, private: bool = False) -> None:
-    """Make sure that `push` can be expected to work; creates the repository if there is none.
+    """Check that `push` will be possible; creates the repository if there is none.
 
     Raises:
-        HubError: `repo_id` is not user/name; there is no token, or the Hub refuses it, or it may only read; the
-            repository cannot be created, or is public where `private` is asked for.
+        HubError: `repo_id` is not user/name; there is no token, the Hub refuses it, or it may only read; the repository
+            cannot be created, or it is public and `private` is true.
 
     """
     with _explained(f"cannot push to {repo_id}", "a model can also be pushed later: ldm push OUTPUT_DIR/model NAME"):
@@ -60,16 +60,16 @@ def check(repo_id: str, private: bool = False) -> None:
 
 
 def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Return the address of the repository, whose newest commit holds the model in `folder`; creates it if needed.
+    """Push the model in `folder` in one commit and return the repository's address; creates it if there is none.
 
     Args:
-        folder: Folder of a pipeline or an autoencoder; it is only read. Of its files those of a model go up.
+        folder: Folder of a pipeline or an autoencoder; it is not changed. Only the files of a model are pushed.
         repo_id: Repository, user/name.
         private: Make the repository private, and refuse one that is public.
 
     Raises:
-        ValueError: `folder` is not a model's.
-        HubError: with how to push again. The repository holds what it held before.
+        ValueError: `folder` is not a model folder.
+        HubError: the push failed, and the repository is unchanged; the message says how to push again.
 
     """
     files = model_files(Path(folder))
@@ -77,7 +77,7 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
     with _explained(f"not pushed to {repo_id}", f"the model is whole in {folder}; to push it again: {again}"):
         api = _client(repo_id)
         _open(api, repo_id, private)
-        # not upload_folder: it cuts what is large into several commits, and a visitor between two gets half a model
+        # not upload_folder: it splits a large model into several commits, and a download between two gets half a model
         additions = [CommitOperationAdd(file, _content(Path(folder) / file, repo_id)) for file in files]
         record = read_provenance(folder)
         message = f"Model at step {record.global_step}" if record else "Model"
@@ -86,10 +86,10 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Return the files that make up the model in `folder`, relative to it: its own and its components'.
+    """Return the paths of the model's files, relative to `folder`: its own and those of its components.
 
-    Raises ValueError for a folder that has neither ``model_index.json`` nor ``config.json``, and for components and
-    files outside of it, be it by a symbolic link: what lies there is not known to be a model's.
+    Raises ValueError for a folder with neither ``model_index.json`` nor ``config.json``, and for components and files
+    outside of the folder, also by a symbolic link: those may not be part of a model.
     """
     index = folder / "model_index.json"
     if not index.is_file() and not (folder / "config.json").is_file():
@@ -102,19 +102,19 @@ def model_files(folder: Path) -> list[str]:
     if odd := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
         raise ValueError(f"{index} names the component {odd[0]!r}; expected the name of a folder beside it")
     folders = [folder, *(folder / name for name in names)]
-    found = {file for inside in folders for pattern in FILES for file in inside.glob(pattern) if file.is_file()}
+    found = {file for inside in folders for pattern in MODEL_FILES for file in inside.glob(pattern) if file.is_file()}
     if away := sorted(file for file in found if not file.resolve().is_relative_to(folder.resolve())):
         raise ValueError(f"{away[0]} is a link that leads out of {folder}; push a copy without links (cp -rL)")
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
 def _content(file: Path, repo_id: str) -> str | bytes:
-    """Return what goes up for a file: its path, or of a card the text with the repository's name in it."""
+    """Return the content to push for a file: its path; or the text of a card, with the repository's name in it."""
     return with_name(file.read_text(encoding="utf-8"), repo_id).encode() if file.name == CARD else str(file)
 
 
 def _client(repo_id: str) -> HfApi:
-    """Return the client, once the name and the token have passed what can be checked from here."""
+    """Return the Hub's client; HubError for a wrong name or a missing token, which need no request."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -127,18 +127,18 @@ def _client(repo_id: str) -> HfApi:
 
 
 def _open(api: HfApi, repo_id: str, private: bool) -> None:
-    """Create the repository if there is none; refuse a public one where a private one is asked for."""
+    """Create the repository if there is none; HubError if it is public and `private` is true."""
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(repo_id).private:
-        raise HubError("the repository is public; make it private in its settings, or do not ask for private")
+        raise HubError("the repository is public; make it private in its settings, or push without private")
 
 
 @contextmanager
 def _explained(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever goes wrong into a `HubError` that begins with `what` and ends with `advice`."""
+    """Turn any error into a `HubError` that begins with `what` and ends with `advice`."""
     try:
         yield
-    # Whatever: errors of the client, of its HTTP library, of a thread of either. None of them may end a training.
+    # Any error: of the client, of its HTTP library, of a thread of either. None of them may end a training.
     except Exception as error:
         said = str(error) if isinstance(error, HubError) else f"{type(error).__name__}: {error}"
         said = re.sub(r"\bhf_[\w.-]{16,}", "(token)", " ".join(said.split()))  # a server may repeat what it was sent

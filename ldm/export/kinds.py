@@ -1,4 +1,4 @@
-"""The kinds of pipelines that a stage can become: a record of names each, and no code of any of them."""
+"""The kinds of pipelines that a stage can be saved as: one record of names for each, without their code."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from ldm.models.scheduler import build_scheduler
 from ldm.stage import ConditionedDenoiser, Stage
 
 MODEL = "model."
-"""What the paths of trained parts begin with; see `PipelineKind.components`."""
+"""Prefix of the paths of trained parts; see `PipelineKind.components`."""
 
 
 @dataclass(frozen=True)
 class PipelineKind:
-    """A pipeline by the names of its classes and parts; adding a pipeline is one more of these, see `register`."""
+    """A pipeline by the names of its classes and parts. To add a pipeline, add one of these to `KINDS`."""
 
     own: str
-    """Our class."""
+    """Name of our class."""
     stock: str
-    """The class of diffusers that loads the same folder, as ``model_index.json`` names it."""
+    """Name of diffusers' class that loads the same folder, as in ``model_index.json``."""
     space: str
     """``space.kind`` of its stages."""
     denoiser: str
-    """Class of the denoiser."""
+    """Name of the denoiser's class."""
     conditions: Mapping[str, Collection[str]]
-    """The denoiser's keywords that it sets, by conditioner; as `Conditioner.keywords`."""
+    """The denoiser's keywords that each conditioner sets, as in `Conditioner.keywords`."""
     components: Mapping[str, str]
-    """Where each component is found in a stage: ``space...``, or ``model...``, which is trained."""
+    """The path of each component in a stage: ``space...``, or ``model...`` for the trained ones."""
     asks: str
-    """The keyword of its call that says what to sample."""
+    """The keyword of its call that says what to sample, as in `ldm.evaluation.conditions.CONDITIONS`."""
     task: str
-    """What the Hub calls it."""
+    """The Hub's name of its task."""
     stock_arguments: str = ""
-    """More of the stock class's call, to make the same images; as Python."""
+    """Arguments, as Python, that the stock class's call needs to make the same images."""
     stock_note: str = ""
-    """How the stock class differs, as the end of a heading."""
+    """A note on the stock class, which continues the words "With diffusers alone" on the card."""
     sampler_notes: Mapping[str, str] = field(default_factory=dict)
-    """The same for a ``sampler.kind`` alone."""
+    """More notes, each for one ``sampler.kind``."""
     stock_samples: bool = True
-    """Whether the stock class samples such a stage at all."""
+    """True if the stock class can sample such a stage."""
     stock_equal: bool = True
-    """Whether it then makes the same images."""
+    """True if its images are then the same as ours."""
 
     def fits(self, stage: Stage, space: str) -> bool:
-        """Return whether it samples a stage in that ``space.kind``, with all that the denoiser is conditioned on."""
+        """Return whether it samples `stage` in that ``space.kind``: denoiser and conditioners are the same."""
         model = stage.model
         conditions = {name: model.conditioner(name).keywords for name in model.conditioners}
         return (self.space, self.denoiser, self.conditions) == (space, type(model.denoiser).__name__, conditions)
 
     @property
     def trained(self) -> dict[str, str]:
-        """Return what the names of the weights of each trained component begin with in the trained module."""
+        """Return the trained components, each with the prefix of its weights' names in the trained module."""
         paths = {name: path for name, path in self.components.items() if path.startswith(MODEL)}
         return {name: f"{path.removeprefix(MODEL)}." for name, path in paths.items()}
 
     def __str__(self) -> str:
-        """Return the stages that it samples, as a config has them."""
+        """Return the stages that it samples, in the words of a config."""
         conditions = [f"conditioners.{name} with keywords {keywords}" for name, keywords in self.conditions.items()]
         return f"space.kind {self.space} with a {self.denoiser} and {' and '.join(conditions) or 'no conditioner'}"
 
 
 _TEXT = {"text_encoder": "model.conditioners.text.text_encoder", "tokenizer": "model.conditioners.text.tokenizer"}
 _CLIPPED = (
-    ", whose images are other and worse ones: where DDIM clips its estimate of the image, `DDPMPipeline` goes on with "
-    "noise that does not lead there. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes our images if "
-    "its call gets `use_clipped_model_output=True`"
+    ", whose images are different and worse: DDIM clips its estimate of the image, and `DDPMPipeline` then continues "
+    "with noise that does not belong to the clipped image. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes the same "
+    "images as ours if its call gets `use_clipped_model_output=True`"
 )
 KINDS = [
     PipelineKind(
@@ -120,7 +120,7 @@ KINDS = [
         stock_equal=False,
     ),
 ]
-"""In the order in which they are looked through."""
+"""All kinds; the first that fits is used."""
 
 
 def kind_of(stage: Stage, space: str) -> PipelineKind:
@@ -137,7 +137,7 @@ def kind_of(stage: Stage, space: str) -> PipelineKind:
 
 
 def kinds_named(stock: str) -> list[PipelineKind]:
-    """Return the kinds whose folders name the class `stock` in ``model_index.json``; none for pipelines of others."""
+    """Return the kinds whose folders name the class `stock` in ``model_index.json``; [] for other pipelines."""
     return [kind for kind in KINDS if kind.stock == stock]
 
 
@@ -148,9 +148,9 @@ def build_pipeline(
     config: StageConfig,
     pipelines: Mapping[str, Callable[..., Any]],
 ) -> Any:
-    """Return the pipeline of a stage with the `averaged` weights as they stand, and no progress bar of its own.
+    """Return the pipeline of a stage with the current `averaged` weights, without a progress bar.
 
-    pipelines: the classes by their names. They are not of this package, because they travel without it.
+    pipelines: the classes by name. They are not in this package, because they are published without it.
     """
     parts = SimpleNamespace(space=stage.space, model=averaged)
     components = {name: attrgetter(path)(parts) for name, path in kind.components.items()}

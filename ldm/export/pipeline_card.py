@@ -1,4 +1,4 @@
-"""The words on the card of a diffusion stage, by the pipeline that it becomes."""
+"""The card texts of a diffusion stage, by the kind of pipeline that it is saved as."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ldm.export.card import CardText
 from ldm.export.kinds import PipelineKind
 
 SPACES = {"latent": "latent diffusion model", "pixel": "diffusion model of pixels"}
-"""Of ``space.kind``."""
+"""Descriptions by ``space.kind``."""
 ASKED: Mapping[str, Mapping[str, str]] = {
     "prompt": {
         "title": "Text to image",
@@ -27,10 +27,10 @@ ASKED: Mapping[str, Mapping[str, str]] = {
         "title": "Images from noise",
         "sampled": "like those that it was trained on",
         "call": "batch_size=1, num_inference_steps={steps}",
-        "sheet": "Some images, none of which has to do with the one beneath it",
+        "sheet": "Some images, which are not related to the true ones beneath them",
     },
 }
-"""Of the keyword by which a call says what to sample: `PipelineKind.asks`."""
+"""Texts by the keyword that says what to sample: `PipelineKind.asks`."""
 SNIPPET = """\
 ```python
 from diffusers import DiffusionPipeline
@@ -44,18 +44,18 @@ image.save("image.png")
 SHEET = """\
 ![generated images over true images of the validation split](samples.png)
 
-*{sheet}, at most {count}: generated in {steps} steps with guidance {guidance} and the seeds
-from {seed} on, over the true images, which were not trained on.*"""
+*{sheet}, at most {count}: generated in {steps} steps with guidance {guidance} and seeds from
+{seed} on, over the true images, which were not trained on.*"""
 MEASURED = """\
 the loss on validation images, at most {loss_images}, none of them trained on, with the same noise each time, at several
 noise levels (0: image, 1: noise) and as their mean."""
 RETRIEVAL = """\
-Retrieval: of {count} validation captions, sampled in the same way, the share whose generated image is nearest to the
-caption's own image, or has it among its five nearest, of all distinct images of the data."""
+Retrieval: the share of {count} validation captions, sampled in the same way, whose own image is the nearest to the
+generated one (R@1) or among the five nearest (R@5), of all distinct images of the data."""
 
 
 def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
-    """Return the words on the card of a stage that becomes a pipeline of this kind."""
+    """Return the card texts of a stage that is saved as a pipeline of this kind."""
     looked, words = config.validation, ASKED[kind.asks]
     values = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
     return CardText(
@@ -74,7 +74,7 @@ def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
 
 
 def _loading(kind: PipelineKind, config: StageConfig, call: str) -> str:
-    """Return how to load it: with diffusers alone, where that samples such a stage, and with its own pipeline."""
+    """Return the instructions to load it: with diffusers alone, if that can sample it, and with its own pipeline."""
     arguments = "model, custom_pipeline=model, trust_remote_code=True"
     own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + SNIPPET.format(
         arguments=arguments, call=call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-GROUPS = 4
+NORM_GROUPS = 4
 
 
 class PatchDiscriminator(nn.Module):
@@ -17,10 +17,10 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 3):
         super().__init__()
-        if channels % GROUPS or layers < 1:
+        if channels % NORM_GROUPS or layers < 1:
             raise ValueError(
                 f"reconstruction: got discriminator_channels {channels} and discriminator_layers {layers}; expected a "
-                f"multiple of {GROUPS} and 1 or more"
+                f"multiple of {NORM_GROUPS} and 1 or more"
             )
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = channels
@@ -29,7 +29,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if layer < layers else 1
             parts += [
                 nn.Conv2d(width, wider, 4, stride, 1, bias=False),
-                nn.GroupNorm(GROUPS, wider),
+                nn.GroupNorm(NORM_GROUPS, wider),
                 nn.LeakyReLU(0.2),
             ]
             width = wider

@@ -74,7 +74,7 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
         ) from error
 
 
-def kept_size(pipeline: Any, width: int, height: int) -> dict[str, int]:
+def size_arguments(pipeline: Any, width: int, height: int) -> dict[str, int]:
     """Return the height and width of a call for which a given image keeps its size, rounded down to whole latents.
 
     Without them, stock inpainting pipelines resize the image to a square of the model's size. Empty if the pipeline

@@ -47,7 +47,7 @@ HALVES: Statistics = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 IMAGENET: Statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 OPENAI: Statistics = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-KINDS = ("clip", "clip_vision_model", "dinov2")
+MODEL_TYPES = ("clip", "clip_vision_model", "dinov2")
 """Allowed values of ``model_type`` in the config of a transformers model."""
 
 SIZE = 224
@@ -147,7 +147,7 @@ def build_feature_network(name: str) -> FeatureNetwork:
             return cast(Tensor, network.extract_features(pixel_values)).mean((2, 3))
 
         return FeatureNetwork(name, EFFICIENTNETS[name], EFFICIENTNET_SIZE, HALVES, pooled, _device())
-    return _load(name, KINDS).features
+    return _load(name, MODEL_TYPES).features
 
 
 def resized(images: Images, size: int) -> Tensor:

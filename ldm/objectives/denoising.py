@@ -1,4 +1,4 @@
-"""From clean latents to a loss: draw a time and noise, ask the network, weigh its squared error."""
+"""The denoising loss: noise the clean latents, call the network, weigh its squared error."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ldm.objectives.variational import interpolated_log_variance, variational_te
 
 
 class Predict(Protocol):
-    """A network with its conditions filled in."""
+    """A denoiser with its conditioning filled in."""
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, /) -> Tensor:
-        """Return the model output for float32 x_t (B, C, ...), timesteps (B,): 2C channels with learned variance."""
+        """Return the output for float32 x_t, (B, C, ...), at timesteps, (B,): C channels, 2C with learned variance."""
         ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss that config describes; knows neither prompts nor networks.
+    """The loss that `config` describes. It knows neither prompts nor networks.
 
-    Schedule, noise and loss are float32 whatever the dtype of the latents and of the model output. ValueError
-    at construction if the combination is unsound, here or by `ldm.objectives.schedule.refuse_unsound`.
+    Schedule, noise and loss are float32, for latents and model outputs of any dtype. The constructor raises ValueError
+    for unsound combinations, as does `ldm.objectives.schedule.refuse_unsound`.
     """
 
     config: ObjectiveConfig
     grid_step: float = 0.0
-    """Distance of two values that x0 can take, 0 if it is continuous; see `ldm.spaces.Space`. The bound reads it."""
+    """Distance of neighbouring values of x0, for the variational term; 0 if x0 is continuous (`ldm.spaces.Space`)."""
 
     def __post_init__(self) -> None:
         config, gamma = self.config, self.config.min_snr_gamma
-        self.density  # noqa: B018  refuses what it cannot be built from
+        self.density  # noqa: B018  building it checks its settings
         if gamma is not None and gamma <= 0:
             raise ValueError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
         if config.variational_only and (config.variational_weight is None or gamma is not None):
@@ -67,22 +67,22 @@ class Objective:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The noise path."""
+        """The schedule of alpha and sigma: the noise path."""
         return build_schedule(self.config)
 
     @cached_property
     def density(self) -> Density:
-        """The noise levels that training draws; alone of all here it can learn, see `Density.observe`."""
+        """The distribution of noise levels in training. It is the only part that can learn, see `Density.observe`."""
         return build_density(self.config)
 
     def draw(self, x0: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return noise, shaped like `x0` and on its device, and noise levels from the density, (B,).
 
-        Each sample takes its level, then its noise, from its own generator, on the generator's device: they do
-        not depend on the rest of the batch.
+        Each sample takes its level, then its noise, from its own generator, on the generator's device. So they do not
+        depend on the rest of the batch.
         """
         if len(generators) != len(x0):
-            raise ValueError(f"{len(generators)} generators for {len(x0)} samples: each sample takes its own")
+            raise ValueError(f"{len(generators)} generators for {len(x0)} samples; expected one for each sample")
         levels = self.density.draw(generators)
         noise = [torch.randn(x0.shape[1:], generator=each, device=each.device) for each in generators]
         return torch.stack(noise).to(x0.device), levels
@@ -121,9 +121,9 @@ class Objective:
         return learned * bits + (0 if self.config.variational_only else loss)
 
     def linear_output(self, x_t: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the best model output for an x0 of which only the scale is known, N(0, I): (B, C or 2C, ...).
+        """Return the best model output if x0 is N(0, I) and nothing else is known of it: (B, C or 2C, ...).
 
-        The mean of the target given x_t, ``(a alpha + b sigma) / (alpha^2 + sigma^2) x_t``; its squared error is
+        It is the mean of the target given x_t, ``(a alpha + b sigma) / (alpha^2 + sigma^2) x_t``; its squared error is
         ``(a sigma - b alpha)^2 / (alpha^2 + sigma^2)``. A learned variance is halfway between its bounds.
         """
         alpha, sigma = (level.view(-1, *[1] * (x_t.ndim - 1)) for level in self.schedule.alpha_sigma(timesteps.cpu()))
@@ -135,10 +135,10 @@ class Objective:
     def weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the weight of the target's squared error, shaped like alpha; finite at SNR 0 and infinity.
 
-        1, or with min_snr_gamma that of the squared error of x0, min(SNR, gamma) (Hang et al. 2023, section
-        3.4), in terms of the target. By `recover` an error of the target is one of x0 times
-        sigma / |alpha b - sigma a|: 1 / sqrt(SNR) for epsilon, 1 for sample, sigma for v (alpha^2 + sigma^2 =
-        1) and for flow (alpha + sigma = 1).
+        The weight is 1. With min_snr_gamma the squared error of x0 has the weight min(SNR, gamma) (Hang et al. 2023,
+        section 3.4), which is expressed here in terms of the target. By `recover` an error of the target is one of x0
+        times sigma / |alpha b - sigma a|: 1 / sqrt(SNR) for epsilon, 1 for sample, sigma for v (alpha^2 + sigma^2 = 1)
+        and for flow (alpha + sigma = 1).
         """
         gamma = self.config.min_snr_gamma
         if gamma is None:

@@ -1,4 +1,4 @@
-"""Which noise levels training draws, and what a sample's loss weighs for having been drawn."""
+"""The distribution of noise levels in training, and the weights of importance sampling."""
 
 from __future__ import annotations
 
@@ -15,55 +15,59 @@ class Density(Protocol):
     """A distribution over the noise levels, in [0, 1]."""
 
     memory: Mapping[str, Tensor]
-    """What it has learned, on the CPU, changed in place, kept in checkpoints. Empty: it learns nothing."""
+    """The learned state, on the CPU; changed in place and saved in checkpoints. Empty if the density learns nothing."""
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return a noise level from each generator, (B,), on their device."""
 
     def weight(self, levels: Tensor) -> Tensor:
-        """Return what the losses at drawn `levels` weigh, (B,)."""
+        """Return the weights of the losses at `levels` that were drawn, (B,)."""
 
     def observe(self, levels: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses, (B,), of an optimiser step."""
 
 
 class UniformDensity:
-    """All levels alike."""
+    """All noise levels equally likely."""
 
     def __init__(self) -> None:
         self.memory: Mapping[str, Tensor] = {}
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return uniform numbers."""
+        """Return a uniform noise level from each generator, (B,)."""
         return torch.stack([torch.rand((), generator=each, device=each.device) for each in generators])
 
     def weight(self, levels: Tensor) -> Tensor:
-        """Return ones."""
+        """Return ones, (B,)."""
         return torch.ones_like(levels)
 
     def observe(self, levels: Tensor, losses: Tensor) -> None:
-        """Learn nothing."""
+        """Do nothing: this density does not learn."""
 
 
 class LogitNormalDensity(UniformDensity):
-    """The logit of the level is normal (Esser et al. 2024, eq. 19); that is meant, and no weight undoes it."""
+    """Noise levels whose logit is normal (Esser et al. 2024, eq. 19).
+
+    The density itself is meant to weigh the noise levels, so no weight undoes it.
+    """
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
         self.mean, self.std = mean, std
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return sigmoids of normal numbers."""
+        """Return the sigmoid of a normal number from each generator, (B,)."""
         normal = torch.stack([torch.randn((), generator=each, device=each.device) for each in generators])
         return (self.mean + self.std * normal).sigmoid()
 
 
 class LossSecondMomentDensity:
-    """Each of T timesteps as often as the root of its mean squared loss, of the last `HISTORY` seen.
+    """Importance sampling: the probability of a timestep is proportional to the root of its mean squared loss.
 
-    The weights undo that, so the mean loss stays what it is and only its variance falls: the terms of the variational
-    bound differ by orders of magnitude (Nichol & Dhariwal 2021, section 3.3 and eq. 18). Uniform until every timestep
-    has been seen `HISTORY` times, and by the share `UNIFORM` ever after.
+    There are T timesteps, and the mean is over the last `HISTORY` losses of each. The weights undo the density, so the
+    mean loss does not change, and only its variance falls: the terms of the variational bound differ by orders of
+    magnitude (Nichol & Dhariwal 2021, section 3.3 and eq. 18). The density is uniform until every timestep was seen
+    `HISTORY` times, and by the share `UNIFORM` after that.
     """
 
     HISTORY = 10
@@ -76,7 +80,7 @@ class LossSecondMomentDensity:
         }
 
     def probabilities(self) -> Tensor:
-        """Return that of each timestep, (T,) float64."""
+        """Return the probability of each timestep, (T,) float64."""
         losses, seen = self.memory["losses"], self.memory["seen"]
         even = torch.full((len(seen),), 1 / len(seen), dtype=torch.float64)
         if seen.min() < self.HISTORY:
@@ -85,7 +89,7 @@ class LossSecondMomentDensity:
         return (1 - self.UNIFORM) * moments / moments.sum() + self.UNIFORM * even
 
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return the middle of each drawn timestep's levels."""
+        """Return noise levels, (B,), each the middle of the levels of a timestep that is drawn."""
         u = torch.stack(
             [torch.rand((), generator=each, device=each.device, dtype=torch.float64) for each in generators]
         )
@@ -94,12 +98,12 @@ class LossSecondMomentDensity:
         return ((timesteps + 0.5) / len(edges)).float().to(u.device)
 
     def weight(self, levels: Tensor) -> Tensor:
-        """Return 1 / (T p), (B,) float32."""
+        """Return 1 / (T p) for the timestep of each level, of probability p: (B,) float32."""
         probabilities = self.probabilities()
         return (1 / (len(probabilities) * probabilities[self._timesteps(levels)])).float().to(levels.device)
 
     def observe(self, levels: Tensor, losses: Tensor) -> None:
-        """Remember the losses, in their order, each in the place of its timestep's oldest."""
+        """Keep the losses, in their order; each replaces the oldest one of its timestep."""
         for timestep, loss in zip(self._timesteps(levels).tolist(), losses.tolist(), strict=True):
             self.memory["losses"][timestep, int(self.memory["seen"][timestep]) % self.HISTORY] = loss
             self.memory["seen"][timestep] += 1
@@ -109,7 +113,7 @@ class LossSecondMomentDensity:
 
 
 def build_density(config: ObjectiveConfig) -> Density:
-    """Return the density that config names; ValueError for settings that it does not take."""
+    """Return the density that `config` names; ValueError for settings that it does not take."""
     if config.logit_std <= 0:
         raise ValueError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
     if config.timestep_density == "logit_normal":

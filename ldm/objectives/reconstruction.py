@@ -1,4 +1,4 @@
-"""Autoencoder losses: per element of the image, in float32."""
+"""The losses of an autoencoder and its discriminator, in float32; errors are means over the values of the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.config import ReconstructionConfig
 
 Adversarial = Literal["hinge", "minimax"]
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""A perceptual distance of each pair of images, (B,)."""
+"""A perceptual distance between two batches of images, (B,)."""
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
@@ -25,7 +25,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
 def reconstruction_error(
     pixel_values: Tensor, reconstruction: Tensor, config: ReconstructionConfig, distance: Distance | None = None
 ) -> dict[str, Tensor]:
-    """Return the weighted terms of the error, scalars: l1, l2 and, with a `distance`, perceptual."""
+    """Return the weighted terms of the error, scalars by name: l1, l2 and, with a `distance`, perceptual."""
     error = reconstruction.float() - pixel_values
     terms = {"l1": config.l1_weight * error.abs().mean(), "l2": config.l2_weight * error.square().mean()}
     if distance is not None:
@@ -36,14 +36,14 @@ def reconstruction_error(
 def negative_log_likelihood(error: Tensor, logvar: Tensor) -> Tensor:
     """Return the loss of an error whose scale is exp(logvar): ``error / exp(logvar) + logvar``.
 
-    Up to constants the negative log-likelihood of a Laplace distribution for an absolute error, twice that of a normal
-    distribution for a squared one; smallest at logvar = log(error). With logvar 0 it is the error.
+    Up to constants it is the negative log-likelihood of a Laplace distribution for an absolute error, and twice that of
+    a normal distribution for a squared error. It is smallest at logvar = log(error); with logvar 0 it is the error.
     """
     return error / logvar.float().exp() + logvar.float()
 
 
 def discriminator_loss(kind: Adversarial, real: Tensor, reconstructed: Tensor) -> Tensor:
-    """Return what the discriminator minimises, a scalar, for its logits of real and reconstructed images.
+    """Return the discriminator's loss, a scalar, from its logits of real and reconstructed images.
 
     hinge: half the sum of two margins (Lim & Ye 2017). minimax: ``-E log D(x) - E log(1 - D(y))`` (Goodfellow et al.
     2014, eq. 1), which is ``2 log 2 - 2 JSD`` at the best discriminator.
@@ -54,7 +54,7 @@ def discriminator_loss(kind: Adversarial, real: Tensor, reconstructed: Tensor) -
 
 
 def generator_loss(kind: Adversarial, reconstructed: Tensor) -> Tensor:
-    """Return what the autoencoder minimises: hinge ``-E f(y)``, minimax ``E log(1 - D(y))``."""
+    """Return the autoencoder's adversarial loss, a scalar: hinge ``-E f(y)``, minimax ``E log(1 - D(y))``."""
     return -reconstructed.float().mean() if kind == "hinge" else -F.softplus(reconstructed.float()).mean()
 
 
@@ -66,8 +66,8 @@ def adaptive_weight(
 ) -> Tensor:
     """Return the ratio of the losses' gradient norms at the last layer, at most 1e4 (Esser et al. 2021, eq. 7).
 
-    `reduce` averages a gradient over processes, so that each has the weight of the whole batch. No gradient; both
-    graphs stay usable.
+    `reduce` averages a gradient over processes, so that each gets the weight of the whole batch. The result has no
+    gradient, and the graphs of both losses stay usable.
     """
     norms = [
         reduce(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()

@@ -1,6 +1,6 @@
-"""The noise path ``x_t = alpha * x0 + sigma * noise`` and what a network can predict of it.
+"""The noise path ``x_t = alpha * x0 + sigma * noise`` and the targets that a network can predict on it.
 
-Data is ``x0`` and time runs towards noise (papers on flow matching that call the data ``x_1`` run it back).
+Data is ``x0`` and time runs towards noise. (Papers on flow matching that call the data ``x_1`` run it backwards.)
 `alphas_cumprod` in diffusers is our alpha squared; k-diffusion's sigma is our sigma / alpha.
 """
 
@@ -40,8 +40,8 @@ def recover(
 ) -> tuple[Tensor, Tensor]:
     """Return ``(x0, noise)`` from ``x_t = alpha x0 + sigma noise`` and ``model_output = a x0 + b noise``.
 
-    alpha and sigma broadcast against x_t. The system is singular, and the result infinite or NaN, exactly
-    where the target repeats x_t: epsilon at alpha = 0, sample at sigma = 0.
+    alpha and sigma broadcast against x_t. Where the target is x_t itself (epsilon at alpha = 0, sample at sigma = 0),
+    the system is singular and the result infinite or NaN.
     """
     a, b = target_coefficients(prediction_type, alpha, sigma)
     det = alpha * b - sigma * a
@@ -54,7 +54,7 @@ def snr(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Schedule(Protocol):
-    """A noise path over `timesteps`, which are always the numbers that the network is called with."""
+    """A noise path over timesteps: the numbers that the network is called with."""
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Return the timesteps of the noise levels u in [0, 1], where 0 is data and 1 is noise."""
@@ -102,11 +102,11 @@ class FlowSchedule:
     num_train_timesteps: int
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """Return t = u, scaled."""
+        """Return ``num_train_timesteps * u``: on this path t = u."""
         return u * self.num_train_timesteps
 
     def alpha_sigma(self, timesteps: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return ``(1 - t, t)``; the whole numbers that diffusers' schedulers make of timesteps will do."""
+        """Return ``(1 - t, t)``; timesteps may be whole numbers, to which diffusers' schedulers round them."""
         t = timesteps.to(dtype) / self.num_train_timesteps
         return 1 - t, t
 
@@ -120,7 +120,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def build_schedule(config: ObjectiveConfig) -> Schedule:
-    """Return the noise path that config names; ValueError if the combination is unsound."""
+    """Return the noise path that `config` names; ValueError if the combination is unsound."""
     refuse_unsound(config)
     steps = config.num_train_timesteps
     match config.path:
@@ -139,7 +139,7 @@ def build_schedule(config: ObjectiveConfig) -> Schedule:
 
 
 def refuse_unsound(config: ObjectiveConfig) -> None:
-    """Raise ValueError, with reasons and remedies, if training would be ill-posed or could not be sampled."""
+    """Raise ValueError, with reasons and remedies, if training would be ill-posed or the model could not be sampled."""
     faults = [f"objective.{fault}" for fault in _faults(config)]
     if faults:
         raise ValueError("\n".join(faults))
@@ -153,13 +153,13 @@ def _faults(config: ObjectiveConfig) -> Iterator[str]:
     if kind == "epsilon" and (flow or config.zero_terminal_snr):
         remedy = "flow_prediction or sample" if flow else "v_prediction or sample"
         yield (
-            "prediction_type epsilon: at zero terminal SNR x_t is the noise, so that predicting it teaches "
+            "prediction_type epsilon: at zero terminal SNR x_t is the noise itself. Predicting it teaches "
             f"nothing, and x0 = (x_t - sigma noise) / alpha divides by 0; use {remedy}"
         )
     if kind == "v_prediction" and flow:
         yield (
-            "prediction_type v_prediction: samplers invert it by alpha^2 + sigma^2 = 1, which does not hold "
-            "on the flow path; use flow_prediction or sample"
+            "prediction_type v_prediction: samplers use alpha^2 + sigma^2 = 1 to invert it, which does not "
+            "hold on the flow path; use flow_prediction or sample"
         )
     if kind == "flow_prediction" and not flow:
         yield (

@@ -1,4 +1,4 @@
-"""Learned variance: the bound on the likelihood that trains it (Ho et al. 2020, section 3; Nichol & Dhariwal 2021)."""
+"""The variational bound that trains a learned variance (Ho et al. 2020, section 3; Nichol & Dhariwal 2021)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.objectives.schedule import DiscreteSchedule
 
 GREY_STEP = 1 / 127.5
-"""Distance of two of 256 grey levels in [-1, 1]."""
+"""Distance of two neighbouring grey levels of 256 in [-1, 1]."""
 
 
 def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,10 @@ def posterior(schedule: DiscreteSchedule, x0: Tensor, x_t: Tensor, timesteps: Te
 
 
 def fixed_log_variance(schedule: DiscreteSchedule, variance_type: str, timesteps: Tensor, like: Tensor) -> Tensor:
-    """Return the log-variance, (B, 1, ...), of a network that learns none: fixed_small or fixed_large.
+    """Return the log-variance, (B, 1, ...), of a network that does not learn it.
 
-    That of `posterior`, or log beta_t (Ho et al. 2020, section 3.2); at timestep 0 that of `posterior` either way, as
-    in Ho et al.'s code, since beta_1 says nothing of data on a grid.
+    fixed_small is that of `posterior`, fixed_large is log beta_t (Ho et al. 2020, section 3.2). At timestep 0 both are
+    that of `posterior`, as in Ho et al.'s code: beta_1 says nothing about data on a grid.
     """
     small = _log_variances(schedule)
     match variance_type:
@@ -38,14 +38,14 @@ def fixed_log_variance(schedule: DiscreteSchedule, variance_type: str, timesteps
             return _at(small, timesteps, like)
         case "fixed_large":
             return _at(torch.cat([small[:1], schedule.betas[1:].log()]), timesteps, like)
-    raise ValueError(f"variance_type {variance_type!r}: known are fixed_small and fixed_large")
+    raise ValueError(f"variance_type {variance_type!r}: expected fixed_small or fixed_large")
 
 
 def interpolated_log_variance(schedule: DiscreteSchedule, values: Tensor, timesteps: Tensor) -> Tensor:
     """Return the log-variance, shaped like `values`, between its bounds (Nichol & Dhariwal 2021, eq. 15).
 
-    `values` in [-1, 1] is the second half of the model output: 1 is log beta_t, right for data of unit variance,
-    -1 that of `posterior`, of data that is one point.
+    `values` in [-1, 1] is the second half of the model output. 1 means log beta_t, which is right for data of unit
+    variance; -1 means that of `posterior`, which is right for data that is a single point.
     """
     upper, lower = _at(schedule.betas.log(), timesteps, values), _at(_log_variances(schedule), timesteps, values)
     share = (values + 1) / 2
@@ -62,8 +62,8 @@ def normal_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
 def log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor, grid_step: float) -> Tensor:
     """Return the log-probability of each element, in nats, under N(mean, exp(log_variance)).
 
-    With `grid_step` > 0 of the bin of that width around x0, the first and last of [-1, 1] being open (Ho et al. 2020,
-    eq. 13); with 0 the density, for data that is not on a grid.
+    With `grid_step` > 0 it is the probability of the bin of that width around x0; the first and the last bin of [-1, 1]
+    are open (Ho et al. 2020, eq. 13). With 0 it is the density, for data that is not on a grid.
     """
     deviation = (0.5 * log_variance).exp()
     centred = x0 - mean
@@ -86,8 +86,8 @@ def variational_term(
 ) -> Tensor:
     """Return each sample's term L_t of the bound in bits, averaged over its elements, (B,) (Ho et al. 2020, eq. 5).
 
-    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) for timesteps from 1 on, -log p(x0 | x_1) at timestep 0; p has the mean
-    that `predicted_x0` gives, and a variance of the shape of either. `grid_step` as in `log_likelihood`.
+    L_t is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) from timestep 1 on, and -log p(x0 | x_1) at timestep 0. The mean
+    of p follows from `predicted_x0`; its log-variance is (B, 1, ...) or (B, C, ...). `grid_step`: see `log_likelihood`.
     """
     mean, log_variance = posterior(schedule, x0, x_t, timesteps)
     predicted_mean, _ = posterior(schedule, predicted_x0, x_t, timesteps)
@@ -98,7 +98,7 @@ def variational_term(
 
 
 def prior_term(schedule: DiscreteSchedule, x0: Tensor) -> Tensor:
-    """Return each sample's L_T in bits, averaged over its elements, (B,): KL(q(x_T | x0) || N(0, I)), eq. 5 there."""
+    """Return each sample's L_T = KL(q(x_T | x0) || N(0, I)) of the bound in bits, averaged over its elements, (B,)."""
     kept = schedule.alphas_cumprod[-1].to(x0.dtype)
     nothing = torch.zeros_like(x0)
     nats = normal_kl(kept.sqrt() * x0, nothing + (1 - kept).log(), nothing, nothing)

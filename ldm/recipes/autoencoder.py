@@ -1,4 +1,4 @@
-"""The recipe of an autoencoder: reconstruction losses, saved at latents of unit scale."""
+"""The recipe of an autoencoder: trained on reconstruction losses, saved so that its latents have unit scale."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
 
 
 def autoencoder_card(config: AutoencoderConfig) -> CardText:
-    """Return the words on the card of an autoencoder."""
+    """Return the card texts of an autoencoder."""
     return CardText(
         title="Autoencoder",
         about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "

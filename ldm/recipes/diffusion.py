@@ -23,16 +23,16 @@ from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
 
 STATISTICS_IMAGES = 4096
-"""Training images that an embedding space takes its statistics from."""
+"""Number of training images from which an embedding space computes its statistics."""
 
 
 def diffusion_recipe(
     config: StageConfig, run: Run, images: CaptionedImages, pipelines: Mapping[str, Callable[..., Any]]
 ) -> Recipe:
-    """Return the recipe of a diffusion stage; `pipelines` are the classes to save it as, by their names.
+    """Return the recipe of a diffusion stage, saved as one of `pipelines`: the classes by name.
 
     Raises:
-        ValueError: there is no pipeline for such a stage.
+        ValueError: no pipeline can sample such a stage.
 
     """
     first_images = partial(images.first_images, "train", STATISTICS_IMAGES)

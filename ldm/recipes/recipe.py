@@ -1,4 +1,4 @@
-"""One kind of training as a recipe, and the order in which every kind is trained."""
+"""The recipe of one kind of training, and the order of steps that every training follows."""
 
 from __future__ import annotations
 
@@ -34,35 +34,37 @@ C = TypeVar("C", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one kind of training is, with its networks built: plain values and callables, without a state of its own.
+    """One kind of training with its networks built: plain values and callables, without a state of its own.
 
-    One function makes it for each kind, from ``(config, run, images)``: `diffusion_recipe`, `autoencoder_recipe`.
+    Each kind has one function that makes its recipe from ``(config, run, images)``: `diffusion_recipe`,
+    `autoencoder_recipe`.
     """
 
     step: Step
-    """What is trained, and how a batch becomes losses."""
+    """The networks to train, and their losses on a batch."""
     parts: Sequence[str]
-    """Folders and Hub names of the pretrained parts."""
+    """Folders or Hub names of the pretrained parts."""
     rehearse: Callable[[], None]
-    """Does everything once that a training does, on two images; raises ConfigError for what does not fit together."""
+    """Runs every part of a training once, on two images; raises ConfigError for parts that do not fit together."""
     dataset: Callable[[], PositionDataset]
-    """Returns what is trained on; computes and keeps what frozen networks make of it."""
+    """Returns the training data; computes and caches the outputs of frozen networks on it."""
     events: Callable[[Loop[Batch]], Sequence[Event]]
-    """Returns what happens between the loop's steps: validations, snapshots."""
+    """Returns the actions between steps of the loop, such as validations and snapshots."""
     alarms: Callable[[PositionDataset], Iterable[tuple[str, str]]]
-    """Yields name and sentence of each alarm that shows before the first step."""
+    """Yields name and sentence of each alarm that is known before the first step."""
     findings: Callable[[PositionDataset], Iterator[Finding]]
-    """Yields what the doctor finds."""
+    """Yields the findings of the doctor."""
     save: Callable[[Path], object]
-    """Writes the averaged weights as they stand into a folder, and changes nothing that is trained."""
+    """Writes the current averaged weights into a folder; what is trained stays unchanged."""
     card: CardText
     """The words on the model's card."""
 
 
 def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], script: str) -> None:
-    """Train from start to model folder: check, build, refuse, rehearse, resume, loop, save, push.
+    """Train from the config to the model folder: check, build, refuse leaks, rehearse, resume, loop, save, push.
 
-    `script` is the entry script, which the check of a resume runs again. With ``config.doctor`` nothing is trained.
+    `script` is the entry script; ``config.resume_check`` runs it again. With ``config.doctor`` the training is only
+    examined.
     """
     write_lines(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     if config.resume_check:

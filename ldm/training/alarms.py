@@ -39,7 +39,7 @@ IMAGES, EPOCHS = (2_000, 100_000), 4
 """A text is given this many epochs to be used, but no fewer and no more images than these, ..."""
 LEAST_SHARE = 0.1
 """... and this share of the training, and its warm-up."""
-Row = Mapping[str, float]
+LoggedRow = Mapping[str, float]
 
 
 class Alarms:
@@ -69,7 +69,7 @@ class Alarms:
         for name, sentence in alarms:
             self.say(name, sentence, self.progress.global_step)
 
-    def __call__(self, row: Row, global_step: int) -> None:
+    def __call__(self, row: LoggedRow, global_step: int) -> None:
         """Say what a row shows together with those before it."""
         if "skipped_steps" in row:
             levels = self.not_finite_at()
@@ -77,7 +77,9 @@ class Alarms:
             if levels or self.run.accelerator.scaler is None:
                 self._skipped, self._levels = self._skipped + 1, [*self._levels, *levels]
             if self._skipped >= max(SKIPPED, SKIPPED_SHARE * global_step):
-                self.say(NOT_FINITE, not_finite(int(row["skipped_steps"]), global_step, self._levels), global_step)
+                self.say(
+                    NOT_FINITE, skipped_sentence(int(row["skipped_steps"]), global_step, self._levels), global_step
+                )
         if "learning_rate" in row:
             rates = self._rate, row["learning_rate"]
             self.say(RATE, no_rate(rates, self.optim, self._steps, global_step), global_step)
@@ -137,7 +139,7 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
         )
 
 
-def not_finite(skipped: int, global_step: int, levels: Sequence[float]) -> str:
+def skipped_sentence(skipped: int, global_step: int, levels: Sequence[float]) -> str:
     """Return the alarm of a training that has skipped steps, whose losses were not finite at these noise levels."""
     if not levels:
         where, check = (
@@ -163,7 +165,7 @@ def no_rate(rates: tuple[float, float], optim: OptimConfig, total_steps: int | N
     return None
 
 
-def stands_still(row: Row, global_step: int) -> str | None:
+def stands_still(row: LoggedRow, global_step: int) -> str | None:
     """Return the alarm if the row's step did not move the denoiser at all, though the learning rate is not 0."""
     moved = {name: value for name, value in row.items() if name.startswith("update_norm/")}
     if not row["learning_rate"] or moved.pop("update_norm/denoiser.denoiser", None) != 0:
@@ -175,7 +177,7 @@ def stands_still(row: Row, global_step: int) -> str | None:
     )
 
 
-def text_is_unused(row: Row) -> bool:
+def text_is_unused(row: LoggedRow) -> bool:
     """Return whether a model that has learned gains nothing from captions, as far as the held-out images can tell.
 
     Nothing: not two standard errors, and with them still less than `SMALL_GAIN` of the loss.
@@ -185,7 +187,7 @@ def text_is_unused(row: Row) -> bool:
     return row["explained_share"] > LEARNED and gain <= 2 * error and small
 
 
-def _text_sentence(row: Row, global_step: int, images: int) -> str:
+def _text_sentence(row: LoggedRow, global_step: int, images: int) -> str:
     gain, error = row["conditional_gain/mean"], row["conditional_gain/standard_error"]
     return (
         f"conditional gain {gain:.4f} +- {error:.4f} of a loss of {row['validation/loss']:.4f} after {global_step:,} "

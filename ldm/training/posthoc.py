@@ -47,7 +47,7 @@ def coefficients(t: Floats, gamma: Floats, t_wanted: float, gamma_wanted: float)
     return x, float(np.sqrt(max(0.0, squared - 2 * x @ b + x @ a @ x) / squared))
 
 
-def reconstruct(snapshots: Sequence[Snapshot], sigma_rel: float, at_step: int | None = None) -> dict[str, Tensor]:
+def averaged_weights(snapshots: Sequence[Snapshot], sigma_rel: float, at_step: int | None = None) -> dict[str, Tensor]:
     """Return the average of length `sigma_rel` at step `at_step` of a snapshot, None: the newest; on the CPU.
 
     Parameters and buffers by their names in the trained module; sums are taken in float64 and rounded to each tensor's
