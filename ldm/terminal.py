@@ -38,7 +38,7 @@ def write_lines(level: int = logging.INFO) -> None:
 
 
 class _LogLines(io.StringIO):
-    """What tqdm writes to where there is no terminal: a line of the log for each state of a bar."""
+    """A file for tqdm where there is no terminal: each state of a bar becomes a line of the log."""
 
     def write(self, text: str) -> int:
         if line := text.strip():

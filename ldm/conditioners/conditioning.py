@@ -1,4 +1,4 @@
-"""What the denoiser is told: the contract that every conditioner keeps, and how several become one call."""
+"""The contract of a conditioner, and several conditioners as one call of the denoiser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ View = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What conditions add to a call of the denoiser: input channels and keyword arguments.
+    """Conditions as a call of the denoiser takes them: input channels and keyword arguments.
 
     A keyword with a dot is an entry of a dictionary: ``added_cond_kwargs.image_embeds``.
     """
@@ -61,7 +61,7 @@ def checked_share(where: str, dropout: float) -> float:
 
 
 class ConditioningBatch(Protocol):
-    """What conditioners read of a batch."""
+    """The part of a batch that conditioners read."""
 
     @property
     def captions(self) -> Sequence[str]:
@@ -104,11 +104,11 @@ class Conditioner(Protocol):
     """A module that turns its part of a batch into conditions."""
 
     dropout: float
-    """Share of samples that train with the null; 0: told always, and guidance does not leave it out."""
+    """Share of samples that train with the null; 0: none, and guidance keeps the condition."""
     frozen: bool
-    """Whether `inputs` already holds what a frozen network computed."""
+    """True if `inputs` already holds the output of a frozen network."""
     reads_pixels: bool
-    """Whether `inputs` needs the batch's images."""
+    """True if `inputs` needs the images of the batch."""
     asks: str | None
     """The keyword of a pipeline's call that asks for its condition, as a user names it; None if a user does not."""
 
@@ -125,7 +125,7 @@ class Conditioner(Protocol):
     ) -> Inputs:
         """Return the tensors that `forward` takes, (B, ...), the null where `dropped`; no gradient.
 
-        x0: what is diffused, (B, ...). draws: a CPU generator for each sample, for whatever is random in telling it.
+        x0: what is diffused, (B, ...). draws: a CPU generator for each sample, for all that is random in it.
         """
 
     def remember(self, data: EncodedData) -> None:

@@ -13,7 +13,7 @@ from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Encoded
 class FramesConditioner(nn.Module):
     """1 + C channels: which frames are given, and those frames of x0, zeros elsewhere; the null is none given.
 
-    A batch is whole clips, frame after frame: B = clips * num_frames. How many frames are given is drawn uniformly from
+    A batch is whole clips, frame after frame: B = clips * num_frames. The number of given frames is sampled uniformly from
     0 to `max_context` for each clip.
     """
 

@@ -1,4 +1,4 @@
-"""The image itself, as its image embedding: what a prior predicts and a decoder is told."""
+"""The embedding of the image itself: the target of a prior, the condition of a decoder."""
 
 from __future__ import annotations
 

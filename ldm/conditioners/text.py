@@ -16,7 +16,7 @@ from ldm.models.network import freeze_unused, weights_hash
 log = logging.getLogger(__name__)
 
 KEYWORDS = {"encoder_hidden_states": "prompt_embeds"}
-"""What Stable Diffusion's U-Net is told."""
+"""The conditioning of Stable Diffusion's U-Net."""
 
 
 class TextConditioner(nn.Module):

@@ -143,7 +143,7 @@ class DiffusionStep:
         return condition_of([model.conditioner(name).asks for name in model.conditioners])
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
-        """Return the mean loss; every draw comes from its sample's position."""
+        """Return the mean loss; all noise and times come from the positions of the samples."""
         x0 = self.x0(batch)
         inputs, model = self.inputs(batch, x0), self.forwards["denoiser"]
 
