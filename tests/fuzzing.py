@@ -52,6 +52,8 @@ from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
 from ldm.models.provenance import Provenance
 from ldm.models.text_encoder import train_tokenizer
+from ldm.recipes import autoencoder as autoencoder_recipe
+from ldm.recipes import diffusion as diffusion_recipe
 from ldm.stage import build_stage, pretrained_parts
 from ldm.training.autoencoding import rehearse_saving
 from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
@@ -405,15 +407,17 @@ def prepare(config, bench, name):
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         batch, start = first_batch(images, 2), config.reconstruction.discriminator_start_step
+        where = f"{autoencoder_recipe.FIELDS}, data.image_size {config.data.image_size}"
     else:
         refuse_leaks(pretrained_parts(config), images)
         stage = build_stage(config, images.captions("train"), lambda: images.first_images("train", 40))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
         frames = config.conditioners.frames
         batch, start = first_batch(images, frames.num_frames if frames else 2), 0
-    rehearse(step, batch, "config", start)
+        where = f"{diffusion_recipe.FIELDS}, data.image_size {config.data.image_size}"
+    rehearse(step, batch, where, start)
     if isinstance(config, AutoencoderConfig):
-        rehearse_saving(step.averaged, batch.pixel_values, "config")
+        rehearse_saving(step.averaged, batch.pixel_values, where)
     if isinstance(config, StageConfig) and name == "stable diffusion":
         kind = kinds.kind_of(stage, config.space.kind)
         pipeline = kinds.build_pipeline(kind, stage, step.averaged, config, PIPELINES)

@@ -103,7 +103,7 @@ WRONG = {
     "evaluate MODEL": "data: name the images to measure on, --data",
     "evaluate MODEL --data nowhere/at/all": "data.path, data.split: ",
     "average DATA --sigma_rel 0.1": "DATA/model holds no model",
-    "average DATA --sigma_rel 0.1 --captions x": "to choose a length; name --data too",
+    "average DATA --sigma_rel 0.1 --captions x": "captions and options of the data serve to choose a length; name",
     "push DATA me/model": "DATA is not the folder of a model",
     "validate nowhere/at/all": "data.path, data.split: ",
     "validate DATA --split train --limit 0": "data.limit: got 0; expected a number from 1 to",

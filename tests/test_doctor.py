@@ -115,7 +115,7 @@ def test_unscaled_latents_are_found_by_their_scale_alone(tmp_path, monkeypatch):
     vae = scaled(tmp_path, 0.18215)
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--space.autoencoder", vae)
     assert (wrong(report), code) == (["latent scale"], 1)
-    remedy = float(text(report, "latent scale").rpartition("to ")[2].split()[0])
+    remedy = float(text(report, "latent scale").rpartition("by ")[2].split()[0])
     assert remedy * 0.18215 == pytest.approx(1, abs=0.3)
 
 
@@ -178,7 +178,7 @@ def test_a_pipeline_that_cannot_be_loaded_is_found_by_its_sample_alone(tmp_path,
 def test_a_gpu_that_is_too_small_is_found_by_its_memory_alone(tmp_path, monkeypatch):
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--doctor.gpu_memory_gib", "0.001")
     assert (wrong(report), code) == (["another machine"], 1)
-    assert "does not fit into its 0.001 GiB; more loop.gradient_accumulation_steps" in text(report, "another machine")
+    assert "does not fit into its 0.001 GiB; use more loop.gradient_acc" in text(report, "another machine")
 
 
 @pytest.mark.slow
@@ -321,6 +321,8 @@ def test_memory_that_this_machine_lacks_is_a_fault(monkeypatch):
 
 class Layers:
     """A step of two linear layers, 8 -> 16 -> 4."""
+
+    frozen_networks = ()
 
     def __init__(self, net=None):
         self.net = net or nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))

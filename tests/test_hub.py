@@ -318,7 +318,7 @@ def test_s06_text2img_is_trained_and_pushed_by_one_command(tmp_path):
         environ = environment(hub, tmp_path / "home") | {"HF_TOKEN": TOKEN}
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert re.search("WARNING .*step 5: not pushed to me/emoji: .*500", done.stderr)
+    assert re.search("WARNING.*step 5: not pushed to me/emoji: .*500", done.stderr)
     repository = hub.repositories["me/emoji"]
     assert [message for message, _ in repository.commits] == ["Model at step 10", "Model at step 12"]
     assert repository.private

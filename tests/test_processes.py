@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertModel
 
-from ldm.config import StageConfig
 from ldm.errors import ConfigError
 from ldm.training.rehearsal import rehearse
 from ldm.training.resume_check import differences
@@ -92,11 +91,10 @@ def test_parameters_that_the_loss_does_not_depend_on_are_found_before_several_pr
         run=SimpleNamespace(attention=nullcontext, accelerator=SimpleNamespace(num_processes=world)),
         losses=lambda batch, global_step: {"denoiser": model["used"](batch.pixel_values.flatten(1)).mean()},
     )
-    source = SimpleNamespace(captions=lambda row: [], class_label=lambda row: 0)
-    images = SimpleNamespace(splits={"train": [0]}, source=source, pixel_values=lambda row: torch.zeros(3, 4, 4))
+    batch = SimpleNamespace(pixel_values=torch.zeros(2, 3, 4, 4))
     refused = pytest.raises(ConfigError, match="several processes cannot train them: leave them out, or use one")
     with caplog.at_level("INFO"), refused if world > 1 else nullcontext() as error:
-        rehearse(step, images, StageConfig("", denoiser={}))
+        rehearse(step, batch, "denoiser")
     said = str(error.value) if world > 1 else caplog.text
     assert "the loss does not depend on 2 parameters, such as denoiser.idle.weight" in said
     assert all(parameter.grad is None for parameter in model.parameters())

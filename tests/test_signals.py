@@ -230,7 +230,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_a_checkpoint(tmp_pa
     def interrupted(self, *arguments):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Loop, "_resume", interrupted)
+    monkeypatch.setattr(Loop, "resume", interrupted)
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path, 9)
     assert stopped.value.code == 143

@@ -130,4 +130,4 @@ def test_every_section_can_be_written():
     ]
     for part in parts:
         json.dumps([row.measure.value for row in part.rows])
-        assert all(image.image.width > 10 for image in part.images)
+        assert all(figure.image.width > 10 for figure in part.figures)

@@ -25,6 +25,8 @@ from ldm.training.run import Run
 from ldm.training.steps import AutoencoderStep
 
 log = logging.getLogger(__name__)
+FIELDS = "autoencoder, reconstruction"
+"""Parts of the config that must fit together."""
 LOADING = """\
 ```python
 import torch
@@ -53,7 +55,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
 
     def rehearse_all() -> None:
         batch = first_batch(images, 2)
-        where = f"autoencoder, reconstruction, data.image_size {config.data.image_size}"
+        where = f"{FIELDS}, data.image_size {config.data.image_size}"
         rehearse(step, batch, where, config.reconstruction.discriminator_start_step)
         rehearse_saving(step.averaged, cast(Tensor, batch.pixel_values), where)
 

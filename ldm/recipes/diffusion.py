@@ -22,6 +22,8 @@ from ldm.training.snapshots import Snapshots
 from ldm.training.steps import DiffusionStep
 from ldm.training.validation import Validation
 
+FIELDS = "denoiser, space, conditioners, objective"
+"""Parts of the config that must fit together."""
 STATISTICS_IMAGES = 4096
 """Number of training images from which an embedding space computes its statistics."""
 
@@ -46,8 +48,7 @@ def diffusion_recipe(
     def rehearse_all() -> None:
         frames = config.conditioners.frames
         batch = first_batch(images, frames.num_frames if frames else 2)
-        where = f"denoiser, space, conditioners, objective, data.image_size {config.data.image_size}"
-        rehearse(step, batch, where)
+        rehearse(step, batch, f"{FIELDS}, data.image_size {config.data.image_size}")
         validation.rehearse()
 
     def dataset() -> PositionDataset:

@@ -67,10 +67,13 @@ def null_difference(step: DiffusionStep, batch: Batch, pipeline: Any) -> float |
     negative prompt. 0 but for rounding if guidance steers from where training has been, infinite if
     their shapes differ; None if training drops no caption (``conditioners.text.dropout: 0``), or has none.
     """
-    if step.asked is None or not (conditioner := step.averaged.conditioner(step.asked)).dropout:
+    if step.asked is None or not step.condition.worded:
+        return None
+    conditioner = step.averaged.conditioner(step.asked)
+    if not conditioner.dropout:
         return None
     inputs = step.inputs(batch, step.x0(batch), dropped=True)
-    kwargs = conditioner(**inputs["text"]).kwargs
+    kwargs = conditioner(**inputs[step.asked]).kwargs
     trained = kwargs["encoder_hidden_states"].float()
     if (mask := kwargs.get("encoder_attention_mask")) is not None:  # the pipeline writes zeros where nobody looks
         trained = trained * mask[..., None].to(trained)
