@@ -13,8 +13,8 @@ from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Encoded
 class FramesConditioner(nn.Module):
     """1 + C channels: which frames are given, and those frames of x0, zeros elsewhere; the null is none given.
 
-    A batch is whole clips, frame after frame: B = clips * num_frames. The number of given frames is sampled uniformly from
-    0 to `max_context` for each clip.
+    A batch is whole clips, frame after frame: B = clips * num_frames. The number of given frames is uniform from 0 to
+    `max_context` for each clip.
     """
 
     frozen = True

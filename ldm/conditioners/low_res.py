@@ -17,9 +17,9 @@ class LowResConditioner(nn.Module):
     """Three channels: the image at `image_size` pixels, enlarged again, with noise of a random level on it.
 
     The noise keeps the stage from trusting details that the stage before gets wrong. Its level is an integer timestep
-    of the cosine path of 1000 steps, sampled uniformly below `noise_timesteps` for each sample; the denoiser is conditioned on
-    it as ``class_labels`` (``class_embed_type: timestep``), as in DeepFloyd IF, whose sampler fixes it at 250. With
-    `noise_timesteps` 0 there is neither. Never dropped: what is enlarged is known.
+    of the cosine path of 1000 steps, uniform below `noise_timesteps` for each sample. The denoiser is conditioned on it
+    as ``class_labels`` (``class_embed_type: timestep``), as in DeepFloyd IF, whose sampler fixes it at 250. With
+    `noise_timesteps` 0 there is neither. It is never dropped: the small image is always known.
     """
 
     frozen = True
