@@ -20,10 +20,20 @@ from .reliability import Outcomes
 PINS = hasattr(os, "sched_setaffinity")  # macOS has none
 CORES = os.sched_getaffinity(0) if PINS else set(range(os.cpu_count() or 1))
 """What the machine has for all processes of tests together."""
-if PINS and (worker := os.environ.get("PYTEST_XDIST_WORKER", "")):
-    # a training takes a thread for each core it sees; as many threads as cores in each of several processes would
-    # spend most of their time waiting for one another
-    os.sched_setaffinity(0, {sorted(CORES)[int(worker.removeprefix("gw")) % len(CORES)]})
+
+
+def take_core(number: int) -> None:
+    """Stay on one core, of those that there are.
+
+    A training takes a thread for each core it sees. As many threads as cores, in each of several processes, spend most
+    of their time waiting for one another.
+    """
+    if PINS:
+        os.sched_setaffinity(0, {sorted(CORES)[number % len(CORES)]})
+
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER", ""):
+    take_core(int(worker.removeprefix("gw")))
 
 
 def pytest_addoption(parser):
@@ -44,6 +54,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    if not hasattr(config, "workerinput") and not config.getoption("numprocesses", default=None):
+        take_core(os.getpid())  # the only process of this run, but perhaps not of this machine
     if config.option.outcomes is not None and not hasattr(config, "workerinput"):  # once, not in every process
         config.pluginmanager.register(Outcomes(config.option.outcomes.resolve()))
 

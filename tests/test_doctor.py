@@ -326,7 +326,7 @@ class Layers:
 
     def __init__(self, net=None):
         self.net = net or nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-        self.modules = {"net": self.net}
+        self.modules, self.frozen_networks = {"net": self.net}, ()
         self.x = torch.randn(10, 8)
 
     def losses(self, batch, global_step):

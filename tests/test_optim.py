@@ -61,7 +61,7 @@ def test_decay_ends_exactly_on_the_final_fraction_of_the_setting(decay):
     assert learning_rate(9, 10, config) == pytest.approx(1.5e-4, rel=1e-12)  # the only step after the warm-up
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.2, 0.5, 1])
+@table("fraction", [0.001, 0.2, 0.5, 1])
 def test_a_decay_over_the_last_part_is_the_constant_rate_before_it_and_a_whole_decay_in_it(fraction):
     found = rates(200, decay="linear", warmup_steps=10, decay_fraction=fraction)
     start = min(199, max(10, round((1 - fraction) * 200)))

@@ -2,14 +2,15 @@
 
 import logging
 
-import pytest
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from ldm.models.quiet import SILENCED, quietly
 
+from .table import table
 
-@pytest.mark.parametrize("name", ["ldm", "diffusers.pipelines.some", "transformers.utils.some"])
+
+@table("name", ["ldm", "diffusers.pipelines.some", "transformers.utils.some"])
 def test_messages_without_a_remedy_are_silenced_meanwhile_and_others_are_not(name, monkeypatch):
     heard = []
     handler = logging.Handler()
