@@ -64,7 +64,7 @@ def rehearse_saving(autoencoder: AutoencoderKL, pixel_values: Tensor, where: str
     """Do with a few images what validation and saving do; raises ConfigError, which names `where`, if that fails."""
     with explained(f"{where} do not fit together"):
         ssim(reconstruct(autoencoder, pixel_values), pixel_values)
-        channels = torch.ones(autoencoder.config.latent_channels, device=pixel_values.device)
+        channels = torch.ones(autoencoder.config.latent_channels, device=next(autoencoder.parameters()).device)
         fold_statistics(copy.deepcopy(autoencoder), 0 * channels, channels)
 
 
