@@ -219,3 +219,11 @@ def test_what_an_earlier_version_kept_can_be_deleted():
     for kept in kinds():
         clear(kept.name)
     assert not list(folder.iterdir())
+
+
+@table(("said", "folder"), [("~/kept", "HOME/kept"), ("$PLACE/kept", "HOME/there/kept"), ("", "HOME/.cache/ldm")])
+def test_the_folder_of_the_cache_is_expanded_as_every_path_is(said, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path / "there"))
+    monkeypatch.setenv("LDM_CACHE", said)
+    assert cache_folder() == Path(folder.replace("HOME", str(tmp_path)))

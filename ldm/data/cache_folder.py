@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from ldm.config.places import expanded
+
 DIGEST_SIZE = 12
 _ENTRY = rf"[0-9a-f]{{{2 * DIGEST_SIZE}}}"
 _OURS = re.compile(
@@ -21,9 +23,14 @@ _OURS = re.compile(
 
 
 def cache_folder() -> Path:
-    """Return ``$LDM_CACHE``, else ``~/.cache/ldm``."""
+    """Return ``$LDM_CACHE``, with ``~`` and variables expanded, else ``~/.cache/ldm``.
+
+    Raises:
+        ValueError: there is no such variable or user.
+
+    """
     chosen = os.environ.get("LDM_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "ldm"
+    return Path(expanded(chosen, "LDM_CACHE")) if chosen else Path.home() / ".cache" / "ldm"
 
 
 def entry_folder(kind: str, key: str) -> Path:
