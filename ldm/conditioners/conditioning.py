@@ -129,7 +129,7 @@ class Conditioner(Protocol):
         """
 
     def remember(self, data: EncodedData) -> None:
-        """Look up from now on what a frozen network makes of `data`, which `inputs` has computed until now."""
+        """Take the output of a frozen network on `data` from the cache from now on; `inputs` computed it until now."""
 
     def __call__(self, **inputs: Tensor) -> Conditions:
         """Return the conditions; runs inside the trained module's forward."""

@@ -11,7 +11,7 @@ from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Encoded
 
 
 class FramesConditioner(nn.Module):
-    """1 + C channels: which frames are given, and those frames of x0, zeros elsewhere; the null is none given.
+    """Given frames as 1 + C channels: a mask of the given frames, and their x0, zeros elsewhere. The null: none given.
 
     A batch is whole clips, frame after frame: B = clips * num_frames. The number of given frames is uniform from 0 to
     `max_context` for each clip.

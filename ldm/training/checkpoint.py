@@ -78,8 +78,7 @@ class Checkpoint:
 class CheckpointStore:
     """The newest `keep` checkpoints of one run, in `folder`.
 
-    One process writes, and creates the store: creating it deletes leftovers, which would be another
-    process's unfinished save. Reading needs no store: `load` is static.
+    One process writes. Reading needs no store: `load` is static.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -88,7 +87,6 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._deleting: list[threading.Thread] = []
-        self._remove_leftovers()
 
     def save(self, global_step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> Path:
         """Return the folder ``step-<global_step>``, complete and on disk, older ones pruned to `keep`.
@@ -113,7 +111,7 @@ class CheckpointStore:
         temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
+            self.remove_leftovers()
             if needed > (free := shutil.disk_usage(self.folder).free):
                 raise OSError(errno.ENOSPC, f"{free} bytes are free")
             temporary.mkdir()
@@ -212,7 +210,8 @@ class CheckpointStore:
             else:
                 kept.add(step)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Delete what killed saves have left behind; only for the process that writes."""
         self.wait()
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -47,9 +47,9 @@ class Truncation:
 
 
 def truncation(tokenizer: Any, captions: Sequence[str]) -> Truncation:
-    """Return what a tokenizer cuts of `captions` at its ``model_max_length``; begin and end count as tokens.
+    """Return the shares of `captions` that a tokenizer cuts at its ``model_max_length``, begin and end included.
 
-    Of many captions it reads `COUNTED_CAPTIONS`, evenly spread; of none, or without a tokenizer, it is 0.
+    It reads at most `COUNTED_CAPTIONS` of them, evenly spread. Without captions or a tokenizer the shares are 0.
     """
     some = list(captions[:: 1 + len(captions) // COUNTED_CAPTIONS])
     if not some or tokenizer is None:

@@ -289,6 +289,8 @@ class Loop(Generic[B]):
 
         """
         self.record = record or RunRecord()
+        if self.run.is_main:
+            self.store.remove_leftovers()
         path = agreed_checkpoint(self.store)
         if path is None:
             return

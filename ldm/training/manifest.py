@@ -54,7 +54,7 @@ def write_folder(folder: Path, global_step: int, files: Mapping[str, Iterable[Ch
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest: ``global_step`` and ``files``, ``{name: {"size": ..., "sha256": ...}}``.
 
-    It holds its own sha256, so that a change in it is told from a change in a file.
+    It holds its own sha256: a change in the manifest is not mistaken for a change in a file.
 
     Raises:
         CheckpointError: it is missing, changed or of another format, or names a file that is not in the folder.

@@ -221,7 +221,7 @@ def _without_idle(
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """Return ``(tensors, description)`` without parameters that have no state, if there are more than in `optimizer`.
 
-    The others are counted anew.
+    The remaining parameters are numbered anew.
     """
     shapes: list[list[list[int]]] = description["shapes"]
     if sum(map(len, shapes)) <= sum(map(len, _shapes(optimizer))):

@@ -33,7 +33,7 @@ class Progress:
     skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
-        """Take the mean of all steps where a checkpoint of version 0.1.0 does not hold the speed of late."""
+        """Take the mean speed of all steps where a checkpoint of version 0.1.0 does not hold the recent one."""
         self.step_seconds = self.step_seconds or self.train_seconds / max(1, self.global_step)
 
     def count(self, images: int, seconds: float) -> None:

@@ -158,7 +158,7 @@ class DiffusionStep:
         return {"denoiser": (objective.density.weight(levels).to(losses) * losses).mean()}
 
     def after_step(self) -> None:
-        """Show the density what the step just taken lost, in all processes, in the order of the positions."""
+        """Give the density the losses of the step just taken: those of all processes, in the order of the positions."""
         if not self.memory:
             return
         device = self.run.device

@@ -65,7 +65,7 @@ class Validation:
         return self.images.gallery()
 
     def rehearse(self) -> None:
-        """Take one step of a sampling of `num_inference_steps`, and decode it.
+        """Take the first of `num_inference_steps` sampling steps, and decode the result.
 
         Raises:
             ConfigError: the pipeline refuses, or its images have another size than those that they are compared with.
