@@ -287,5 +287,7 @@ def test_r18_loader_processes_do_not_outlive_a_training_that_is_killed(tmp_path)
     wait_for(tmp_path / "loaders")
     trainer.kill()
     trainer.join(30)
-    for process in map(int, (tmp_path / "loaders").read_text().split()):
+    loaders = [int(process) for process in (tmp_path / "loaders").read_text().split()]
+    assert len(loaders) == config.workers
+    for process in loaders:
         wait_until_gone(process)

@@ -188,7 +188,10 @@ class CaptionedImages:
 
 
 class EncodedImages(Mapping[View, Tensors]):
-    """What a frozen network makes of images, by their number and whether they are mirrored, kept as `CachedRows`."""
+    """The cached outputs of a frozen network on images, by ``(row, mirrored)``; see `CachedRows`.
+
+    Each entry is the mapping of names to tensors that `encode` returns of a batch (B, 3, H, W), for one image.
+    """
 
     def __init__(self, images: CaptionedImages, kind: str, key: str, encode: Callable[[Tensor], Tensors]):
         self.views = 1 + images.config.flip
