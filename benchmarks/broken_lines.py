@@ -73,7 +73,9 @@ def main() -> None:
         reached = json.loads(contexts.read_text(encoding="utf-8"))
         if arguments.again:
             earlier = json.loads(arguments.again.read_text(encoding="utf-8"))["lines"]
-            drawn = [found_again(Broken(**{name: line[name] for name in FIELDS}), tree) for line in earlier]
+            again = [found_again(Broken(**{name: line[name] for name in FIELDS}), tree) for line in earlier]
+            earlier = [line for line, broken in zip(earlier, again, strict=True) if broken]
+            drawn = [broken for broken in again if broken]
         else:
             earlier, drawn = [], draw(reached, tree, arguments.lines, random.Random(arguments.seed))
         warm(tree)
@@ -217,12 +219,14 @@ def draw(reached: dict[str, Any], tree: Path, number: int, rng: random.Random) -
     return drawn
 
 
-def found_again(broken: Broken, tree: Path) -> Broken:
-    """Return the same statement where it stands now: the nearest with this text in its file."""
-    nodes = statements((tree / broken.file).read_text(encoding="utf-8"))
+def found_again(broken: Broken, tree: Path) -> Broken | None:
+    """Return the same statement where it stands now: the nearest with this text in its file. None if it is gone."""
+    path = tree / broken.file
+    nodes = statements(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = [line for line, node in nodes.items() if head(node) == broken.was]
     if not same:
-        raise ValueError(f"{broken.file} no longer has the line {broken.was!r}: draw lines anew")
+        print(f"gone: {broken.file}: {broken.was}")
+        return None
     return Broken(**asdict(broken) | {"line": min(same, key=lambda line: abs(line - broken.line))})
 
 

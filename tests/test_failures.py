@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import active_children, get_context
@@ -289,5 +290,10 @@ def test_r18_loader_processes_do_not_outlive_a_training_that_is_killed(tmp_path)
     trainer.join(30)
     loaders = [int(process) for process in (tmp_path / "loaders").read_text().split()]
     assert len(loaders) == config.workers
-    for process in loaders:
-        wait_until_gone(process)
+    try:
+        for process in loaders:
+            wait_until_gone(process, seconds=10)
+    finally:
+        for process in loaders:  # one that is left holds this program's output open: whoever reads it would wait
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
