@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm.config import SpaceConfig
-from ldm.errors import explained
+from ldm.errors import ConfigError, explained
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
-from ldm.models.network import AUTOENCODERS, build_network, weights_hash
+from ldm.models.network import AUTOENCODERS, build_network, network_hash
 from ldm.objectives.variational import GREY_STEP
 
 
@@ -86,7 +86,7 @@ class LatentSpace:
         ae.fold_config(autoencoder)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.networks: tuple[nn.Module, ...] = (self.autoencoder,)
-        self.key = f"latent-{weights_hash(autoencoder)}-{autoencoder.config.scaling_factor:g}"
+        self.key = f"latent-{network_hash(autoencoder)}"
 
     @torch.no_grad()
     def moments(self, pixel_values: Tensor) -> Moments:
@@ -126,7 +126,7 @@ class EmbeddingSpace:
         if not (std > 0).all():
             raise ValueError(f"{int((std <= 0).sum())} dimensions of the image embeddings are equal for all images")
         self.statistics, self.mean, self.std = (mean, std), mean, std
-        self.key = f"embedding-{weights_hash(image_encoder)}-{float(mean.sum()):.6g}-{float(std.sum()):.6g}"
+        self.key = f"embedding-{image_encoder.key}-{float(mean.sum()):.6g}-{float(std.sum()):.6g}"
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the embeddings, (B, D), with std 0."""
@@ -145,12 +145,12 @@ def build_space(config: SpaceConfig, images: Callable[[], Tensor] | None = None)
         return PixelSpace()
     if config.kind == "embedding":
         if config.image_encoder is None:
-            raise ValueError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")
+            raise ConfigError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")
         if images is None:
             raise ValueError("an embedding space needs training images for its statistics")
         return EmbeddingSpace(load_image_encoder(config.image_encoder, "space.image_encoder"), images())
     if config.autoencoder is None:
-        raise ValueError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
+        raise ConfigError("space.autoencoder: required with space.kind latent; train one with train_vae.py")
     network = build_network({"pretrained": config.autoencoder}, "space.autoencoder", AUTOENCODERS)
     with explained("space.autoencoder"):
         return LatentSpace(network.float())

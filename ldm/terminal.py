@@ -12,11 +12,15 @@ from tqdm.auto import tqdm
 
 log = logging.getLogger(__name__)
 FILE_SECONDS = 60.0
-"""Between lines on a progress where it is no terminal that is written to."""
+"""Seconds between lines on a progress where stderr is no terminal."""
 
 
 class Lines(logging.Handler):
     """Writes each record to stderr as ``12:03:05 message``, above a bar if there is one; warnings say that they are."""
+
+    def createLock(self) -> None:  # noqa: N802  (logging's name)
+        """Take tqdm's lock: with one of its own, a thread that logs and one that draws a bar would each wait."""
+        self.lock = tqdm.get_lock()
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""

@@ -1,7 +1,6 @@
 """Each alarm is said of the training that has exactly its fault, and none of a training that has none."""
 
 import json
-import math
 import random
 import re
 import sys
@@ -19,9 +18,22 @@ from ldm.data.pixels import to_pixel_values
 from ldm.objectives.denoising import Objective
 from ldm.training import alarms as alarms_module
 from ldm.training import loop as loop_module
-from ldm.training.alarms import CUT, LEARNED, NOT_FINITE, NULL, RATE, SCALE, STILL, TEXT, Alarms, no_rate
+from ldm.training.alarms import (
+    CUT,
+    LEARNED,
+    NOT_FINITE,
+    NULL,
+    RATE,
+    SCALE,
+    STILL,
+    TEXT,
+    WARMUP,
+    Alarms,
+    long_warmup,
+    skipped_sentence,
+)
+from ldm.training.optim import update_norms, weights
 from ldm.training.progress import Progress
-from ldm.training.updates import update_norms, weights
 
 from . import coloured_shapes
 from .table import table
@@ -168,7 +180,7 @@ def test_a_rate_of_zero(train, monkeypatch):
 
 def test_a_warm_up_that_training_never_leaves(train):
     ((name, sentence),) = train(4, ("optim.warmup_steps", 1000), ("optim.decay", "constant"))
-    assert name == RATE
+    assert name == WARMUP
     assert "4 of 1,000 steps of warm-up, at 0.4%" in sentence
 
 
@@ -302,21 +314,35 @@ def test_what_another_alarm_explains_is_not_said():
 def test_a_rate_of_zero_at_the_end_of_a_decay_is_none():
     assert heard([logged(10, 1e-4), logged(20, 0.0, 0.0, 0.0)]) == []
     optim = OptimConfig(warmup_steps=100)
-    assert no_rate((math.inf, 1e-4), optim, 10, 1) is None
-    assert "9 of 100 steps" in no_rate((math.inf, 1e-4), optim, 9, 1)
-    assert no_rate((math.inf, 1e-4), optim, None, 1) is None
+    assert long_warmup(optim, 10) is None
+    assert "9 of 100 steps" in long_warmup(optim, 9)
+    assert long_warmup(optim, None) is None
 
 
 def test_skipped_steps_are_said_when_they_are_many():
-    def skipped(*steps):
-        return [(step, {"skipped_steps": number}) for number, step in enumerate(steps, 1)]
+    def skipped(*steps, finite=False):
+        return [(step, {"skipped_steps": n, "finite_loss": float(finite)}) for n, step in enumerate(steps, 1)]
 
     assert heard(skipped(5, 6), levels=[0.1]) == []
     assert heard(skipped(5, 6, 7), levels=[0.1]) == [(NOT_FINITE, 7)]
     assert heard(skipped(1000, 2000, 3000), levels=[0.1]) == []  # one of a thousand
-    assert heard(skipped(5, 6, 7)) == [(NOT_FINITE, 7)]  # gradients alone
-    assert heard(skipped(5, 6, 7), scaler=object()) == []  # float16 looks for its scale
-    assert heard(skipped(5, 6, 7), scaler=object(), levels=[0.1]) == [(NOT_FINITE, 7)]
+    assert heard(skipped(5, 6, 7, finite=True)) == [(NOT_FINITE, 7)]  # gradients alone
+    assert heard(skipped(5, 6, 7, finite=True), scaler=object()) == []  # float16 looks for its scale
+    assert heard(skipped(5, 6, 7), scaler=object()) == [(NOT_FINITE, 7)]
+
+
+@table(
+    ("finite", "levels", "said", "unsaid"),
+    [
+        (True, [], "their losses are finite, their gradients are not; what", ["objective", "images"]),
+        (False, [], "the loss is not finite; what", ["objective", "gradients"]),
+        (False, [0.2, 0.1], "the loss is not finite at noise levels from 0.10 to 0.20", ["gradients"]),
+    ],
+)
+def test_a_skipped_step_is_explained_by_what_was_not_finite(finite, levels, said, unsaid):
+    sentence = skipped_sentence(3, 7, finite, levels)
+    assert said in sentence
+    assert not any(word in sentence for word in unsaid)
 
 
 def test_the_relative_update_of_each_part_is_that_of_its_weights():

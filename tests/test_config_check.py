@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config.check import RANGES, Numbers, ranges_of, shown
+from ldm.config.check import FINITE, RANGES, Numbers, ranges_of, shown
 from ldm.config.file import load_config
 from ldm.errors import ConfigError, explained
 from ldm.models import network
@@ -101,7 +101,6 @@ def test_every_number_of_a_config_has_a_range(kind):
         ("loop.save_every_steps=0", "loop.save_every_steps: got 0; expected a number from 1 to"),
         ("loop.log_every_steps=0", "loop.log_every_steps: got 0; expected a number from 1 to"),
         ("loop.max_train_steps=-5", "loop.max_train_steps: got -5; expected a number from 1 to"),
-        ("loop.max_train_epochs=1e308", "loop.max_train_epochs: got 1e+308; expected a number above 0, to 1000000000"),
         ("loop.gradient_accumulation_steps=3", "data.batch_size: got 8; expected a multiple of loop.gradient"),
         ("conditioners.frames={num_frames: 2, max_context: 2}", "frames.max_context: got 2 of num_frames 2"),
         ("conditioners.frames={num_frames: 3}", "data.batch_size: got 8; expected a multiple of conditioners.frames"),
@@ -148,6 +147,7 @@ def test_ranges_say_what_they_allow():
     assert 10**400 not in Numbers(0, 1e6)
     assert str(Numbers(0, 1e9, above=True)) == "a number above 0, to 1000000000"
     assert str(Numbers(1, 5)) == "a number from 1 to 5"
+    assert str(FINITE) == "a finite number"
 
 
 def test_what_a_library_raises_names_the_path_and_keeps_the_reason():
@@ -272,6 +272,13 @@ def test_a_resume_check_has_steps_for_warm_up_and_for_decay():
             ("--conditioners.text", "null", "--validation.retrieval_images", "9"),
             "validation.retrieval_images: got 9 without conditioners.text",
         ),
+        (("--loop.max_train_steps", "3", "--loop.max_train_seconds", "9"), "loop: got max_train_steps 3 and max_train"),
+        (
+            ("--loop.max_train_steps", "null", "--loop.max_train_epochs", "1e308"),
+            "loop.max_train_epochs: got 1e+308; expected a number above 0, to 1000000000",
+        ),
+        (("--push_private", "true"), "push_to_hub: got null"),
+        (("--push_every_steps", "5"), "push_to_hub: got null"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(words, path):

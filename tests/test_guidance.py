@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from pipelines.guidance import guide
+from pipelines.sampling import guide
 
 from .table import table
 

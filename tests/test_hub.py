@@ -268,12 +268,6 @@ def test_s06_tokens_that_cannot_push_are_refused_at_the_start(hub, monkeypatch):
     assert hub.repositories == {}
 
 
-@table("words", [["--push_private", "true"], ["--push_every_steps", "5"]])
-def test_settings_of_a_push_without_a_repository_are_refused(words, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="push_to_hub: name the repository"):
-        train_autoencoder(monkeypatch, tmp_path, *words)
-
-
 def test_a_push_every_zero_steps_is_refused(hub, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         train_autoencoder(monkeypatch, tmp_path, "--push_to_hub", "me/vae", "--push_every_steps", "0")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import LoopConfig, OptimConfig
+from ldm.config import LoopConfig, OptimConfig, RunConfig
+from ldm.errors import ConfigError
 from ldm.training.averages import Average, exponential
 from ldm.training.loop import MAX_SKIPPED_IN_A_ROW, Loop
 from ldm.training.progress import TIMED_STEPS, Progress, expected_steps, fix_total_steps, planned_steps
+from ldm.training.record import RunRecord
 from ldm.training.run import Run, opened
 
 from .table import table
@@ -183,6 +185,20 @@ def test_seconds_become_a_number_of_steps_once(tmp_path):
     assert again.progress.total_steps == progress.total_steps
 
 
+def test_another_limit_of_a_resumed_training_is_followed(tmp_path):
+    def trained(**limit):
+        config = LoopConfig(trackers=(), mixed_precision="no", **limit)
+        with opened(Run(str(tmp_path), 0, config)) as run:
+            loop = Loop(Quadratic(run), OptimConfig(), config, run, epoch_steps=10)
+            loop.resume(RunRecord(json.loads(json.dumps({"config": asdict(RunConfig("out", loop=config))}))))
+            return loop.fit(batches())
+
+    first = trained(max_train_seconds=0.2).global_step
+    assert trained(max_train_seconds=0.2).global_step == first
+    assert trained(max_train_seconds=0.4).global_step > first
+    assert trained(max_train_steps=2 * 10**3).global_step == 2 * 10**3
+
+
 ASKED = LoopConfig(max_train_seconds=600.0)
 
 
@@ -289,10 +305,9 @@ def test_r04_a_training_by_the_clock_that_is_resumed_takes_the_same_steps_at_the
     assert rates == pytest.approx([0.025, *[0.05] * 49, *(0.05 * (14 - k) / 14 for k in range(15))], abs=1e-12)
 
 
-@table("limits", [{}, {"max_train_steps": 3, "max_train_epochs": 1.0}, {"max_train_steps": 0}])
-def test_exactly_one_limit_is_required(limits):
-    with pytest.raises(ValueError, match="set one of max_train_steps"):
-        planned_steps(LoopConfig(**limits), 10)
+def test_a_training_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match="expected one of max_train_steps, max_train_epochs, max_train_seconds"):
+        planned_steps(LoopConfig(), 10)
 
 
 def test_epochs_become_steps():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ldm.config import SpaceConfig
 from ldm.config.conditioners import TextConfig
@@ -11,6 +12,7 @@ from ldm.models.autoencoder import decode, fold_statistics, posterior_moments
 from ldm.models.network import (
     build_network,
     freeze_unused,
+    network_hash,
     set_attention_and_memory,
     unreached,
     weights_hash,
@@ -22,6 +24,14 @@ from ldm.spaces import LatentSpace, build_space
 from .table import table
 from .tiny_stages import stages
 
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": 8,
@@ -139,6 +149,16 @@ def test_the_hash_names_the_weights():
     assert weights_hash(one) != weights_hash(two)
     two.load_state_dict(one.state_dict())
     assert weights_hash(one) == weights_hash(two)
+    assert network_hash(one) == network_hash(two)
+    encoders = [CLIPVisionModel(CLIPVisionConfig(**VISION, hidden_act=act)) for act in ("gelu", "gelu", "quick_gelu")]
+    for encoder in encoders[1:]:
+        encoder.load_state_dict(encoders[0].state_dict())
+    encoders[0].config._name_or_path = "elsewhere"
+    assert network_hash(encoders[0]) == network_hash(encoders[1]) != network_hash(encoders[2])
+    autoencoders = [AutoencoderKL(norm_num_groups=groups) for groups in (32, 32, 16)]
+    for autoencoder in autoencoders[1:]:
+        autoencoder.load_state_dict(autoencoders[0].state_dict())
+    assert network_hash(autoencoders[0]) == network_hash(autoencoders[1]) != network_hash(autoencoders[2])
     scalar = nn.ParameterDict({"logvar": nn.Parameter(torch.zeros(()))})
     assert weights_hash(scalar) != weights_hash(nn.ParameterDict({"logvar": nn.Parameter(torch.ones(()))}))
 

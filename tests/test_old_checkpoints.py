@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config.file import tree_differences, with_defaults
 from ldm.models.provenance import versions
 from ldm.training.checkpoint import CheckpointStore
 
@@ -24,6 +26,7 @@ COMMON = (
     *("--loop.mixed_precision", "no", "--loop.trackers", "[]", "--optim.warmup_steps", 2, "--validation.num_images", 2),
     *("--validation.loss_images", 4, "--validation.num_inference_steps", 1, "--loop.keep_checkpoints", 9),
 )
+CONFIGS = {"vae": AutoencoderConfig, "stage": StageConfig}
 GAN = "{adversarial: hinge, discriminator_start_step: 1, discriminator_channels: 4, discriminator_layers: 1}"
 VAE = (
     *("--config", "configs/tiny/vae.yaml", *COMMON, "--autoencoder.block_out_channels", "[4, 8]"),
@@ -54,6 +57,11 @@ def test_r24_checkpoints_of_a_released_version_are_resumed(version, tmp_path):
         assert "resumed step-2 at step 2" in run_folder.with_suffix(".log").read_text()
         assert [row["step"] for row in metrics(run_folder) if "learning_rate" in row] == list(range(3, STEPS + 1))
         after = CheckpointStore.load(run_folder / "checkpoints" / f"step-{STEPS}")
+        old, new = (checkpoint.state["record"]["config"] for checkpoint in (before, after))
+        changes = [*tree_differences(with_defaults(old, CONFIGS[kind]), new)]
+        assert not [change for change in changes if "not set" in change], (
+            "a new field's default is what was done before"
+        )
         for group, tensors in before.tensors.items():
             assert after.tensors[group].keys() == tensors.keys()
             assert not all(torch.equal(after.tensors[group][name], tensors[name]) for name in tensors), group

@@ -40,7 +40,7 @@ def test_native_precision_is_what_the_device_is_faster_in(monkeypatch):
         ("auto", None, "fp16", "fp16", None),
         ("auto", None, "fp8", "measured", "fp8 is not followed"),
         ("auto", "bf16", None, "bf16", None),
-        ("auto", "no", "bf16", "no", "bf16 is not followed: the checkpoint was trained in no"),
+        ("auto", "no", "bf16", "no", "bf16 is not followed: the checkpoint was trained in float32"),
         ("auto", "bf16", "bf16", "bf16", None),
         ("no", None, "bf16", "no", "bf16 is not followed: the config says loop.mixed_precision: no"),
         ("fp16", None, "bf16", "fp16", "bf16 is not followed: the config says loop.mixed_precision: fp16; fp16 is"),

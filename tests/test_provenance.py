@@ -94,7 +94,7 @@ def test_of_a_record_of_a_later_version_what_is_known_is_read_and_the_rest_is_sa
     )
     assert read_provenance(tmp_path) == replace(RECORD, data_options={"limit": 3})
     (said,) = caplog.messages
-    assert said.endswith("which is left out: 'networks', 'split', 'optimizer'")
+    assert said.endswith("or of another type, and left out: 'networks', 'split', 'optimizer'")
 
 
 def test_how_data_are_read_is_recorded_without_folders_of_this_machine(tmp_path):

@@ -1,5 +1,6 @@
 """What a resumed run may do differently, and what it may not."""
 
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,13 +129,16 @@ def test_r24_r25_a_record_of_an_earlier_version_is_compared_as_far_as_it_goes_an
 
 
 def test_r24_a_field_that_an_earlier_version_did_not_have_is_compared_as_what_it_did(caplog):
-    old, now = record(), record()
-    del old["config"]["optim"]["decay_fraction"]
+    now = whole_record()
+    facts = json.loads(json.dumps(now.facts))
+    del facts["config"]["optim"]["decay_fraction"], facts["config"]["doctor"]
+    old = Checkpoint(1, {}, {"record": facts})
     caplog.clear()
-    refuse_changes(old, now, allowed=False)
+    now.going_on_from(old, allowed=False)
     assert not caplog.records
+    other = whole_record(replace(CONFIG, optim=OptimConfig(decay_fraction=0.3)))
     with pytest.raises(ConfigError, match=r"optim\.decay_fraction: 1\.0 -> 0\.3"):
-        refuse_changes(old, record(replace(CONFIG, optim=OptimConfig(decay_fraction=0.3))), allowed=False)
+        other.going_on_from(old, allowed=False)
 
 
 def test_r25_images_that_were_trained_on_and_are_held_out_now_are_refused_and_stay_on_record_where_allowed(caplog):

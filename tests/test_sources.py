@@ -119,7 +119,7 @@ def test_r11_an_image_that_cannot_be_read_names_its_file(tmp_path):
 
 
 def test_a_missing_folder_says_so():
-    with pytest.raises(FileNotFoundError, match="no folder at nowhere"):
+    with pytest.raises(ConfigError, match="no folder at nowhere"):
         build_source(DataConfig(source="imagefolder", path="nowhere"))
     with pytest.raises(ValueError, match=r"data\.path: required"):
         build_source(DataConfig(source="parquet"))

@@ -1,6 +1,7 @@
 import pytest
 
 from ldm.data.splits import split_images
+from ldm.errors import ConfigError
 
 from .table import table
 
@@ -40,7 +41,7 @@ def test_a_caption_without_an_image_is_named(tmp_path):
 
 
 def test_a_missing_file_says_where_it_was_looked_for():
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt"):
         split_images(HASHES, CAPTIONS.__getitem__, {"test": "nowhere.txt"}, 0)
 
 

@@ -17,6 +17,7 @@ from ldm.models.text_encoder import build_text_encoder
 from ldm.objectives.density import LossSecondMomentDensity
 from ldm.spaces import Moments
 from ldm.stage import build_stage
+from ldm.training.rehearsal import rehearse
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
 
@@ -86,6 +87,7 @@ def test_what_is_remembered_of_a_step_does_not_depend_on_micro_batches_and_proce
     def remembered(*parts, gather=lambda tensors: tensors):
         monkeypatch.setattr(run.accelerator, "gather", gather)
         step = DiffusionStep(build_stage(config(**objective), CAPTIONS), run, 0.9)
+        rehearse(step, batch(range(5)), "these")  # is not remembered
         for global_step in range(2):
             for part in parts:
                 step.losses(batch(part), global_step)

@@ -15,7 +15,7 @@ MAY_IMPORT = {  # part of ldm -> parts that it may import, besides itself; nothi
     "terminal": set(),
     "machine": set(),
     "config": {"errors"},
-    "objectives": {"config"},
+    "objectives": {"config", "errors"},
     "data": {"config", "errors", "files", "terminal"},
     "models": {"config", "errors", "files", "machine", "objectives", "terminal"},
     "conditioners": {"config", "models", "objectives"},

@@ -13,8 +13,7 @@ from ldm.models.scheduler import build_scheduler
 from ldm.stage import build_stage
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
-from pipelines.guidance import guide
-from pipelines.sampling import both, denoise, guided_output
+from pipelines.sampling import both, denoise, guide, guided_output
 
 from .table import table
 from .test_batches import Shades

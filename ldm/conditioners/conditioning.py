@@ -106,7 +106,7 @@ class Conditioner(Protocol):
     dropout: float
     """Share of samples that train with the null; 0: none, and guidance keeps the condition."""
     frozen: bool
-    """True if `inputs` already holds the output of a frozen network."""
+    """True if no network of it is trained in `forward`."""
     reads_pixels: bool
     """True if `inputs` needs the images of the batch."""
     asks: str | None

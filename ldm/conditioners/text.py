@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs, checked_share
-from ldm.models.network import freeze_unused, weights_hash
+from ldm.models.network import freeze_unused, network_hash
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class TextConditioner(nn.Module):
         digest = blake2b(digest_size=16)
         for _, tensor in sorted(self.tokenize(captions).items()):
             digest.update(tensor.numpy().tobytes())
-        return "-".join([weights_hash(self.text_encoder), digest.hexdigest(), *sorted(set(self.keywords.values()))])
+        return "-".join([network_hash(self.text_encoder), digest.hexdigest(), *sorted(set(self.keywords.values()))])
 
     def forward(self, **inputs: Tensor) -> Conditions:
         """Return the outputs that `keywords` name."""

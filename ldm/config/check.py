@@ -46,6 +46,8 @@ class Numbers:
 
     def __str__(self) -> str:
         """Return the range in words."""
+        if (self.low, self.high) == (-math.inf, math.inf):
+            return "a finite number"
         if self.high == math.inf:
             kind = "a finite number" if self.below else "a number"
             return f"{kind} above {self.low:g}" if self.above else f"{kind}, {self.low:g} or more"
@@ -133,8 +135,13 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     },
     AutoencoderConfig: {},
 }
-"""The range of each number of a config, by class; a subclass adds to its base. It holds for each entry of a tuple."""
+"""The range of each number of a config, by class; a subclass adds to its base, or narrows it.
 
+For a tuple, each entry must be in the range.
+"""
+
+LIMITS = ("max_train_steps", "max_train_epochs", "max_train_seconds")
+"""Fields of the loop that can end a training: one is set."""
 FILES = ("output_dir", "path", "held_out", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
 """Fields that name files."""
 NAMES = ("_class_name", "pretrained", "revision", "subfolder")
@@ -173,7 +180,7 @@ def faults(config: Any, path: str = "") -> Iterator[str]:
 
 def ranges_of(kind: type[Any]) -> dict[str, Numbers]:
     """Return the range of each number of a dataclass, base classes included."""
-    return {name: allowed for base in kind.__mro__ for name, allowed in RANGES.get(base, {}).items()}
+    return {name: allowed for base in reversed(kind.__mro__) for name, allowed in RANGES.get(base, {}).items()}
 
 
 def network_fields(kind: type[Any]) -> set[str]:
@@ -209,6 +216,12 @@ def _frames_contradictions(config: FramesConfig, path: str) -> Iterator[str]:
 
 def _run_contradictions(config: RunConfig, path: str) -> Iterator[str]:
     optim, loop = config.optim, config.loop
+    given = [name for name in LIMITS if getattr(loop, name) is not None]
+    if len(given) > 1:
+        got = " and ".join(f"{name} {getattr(loop, name):g}" for name in given)
+        yield f"loop: got {got}; expected one of them, and null for the others"
+    if config.push_to_hub is None and (config.push_private or config.push_every_steps is not None):
+        yield "push_to_hub: got null; expected the repository for push_private and push_every_steps, or leave them out"
     yield from _indivisible(config, "loop.gradient_accumulation_steps", loop.gradient_accumulation_steps)
     if optim.decay != "constant" and 0 < (loop.max_train_steps or math.inf) <= optim.warmup_steps:
         yield (

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -130,6 +131,24 @@ def config_text(tree: Mapping[str, Any]) -> str:
     """Return the fields of a config as the YAML that `load_config` reads."""
     text: str = yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def with_defaults(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return the tree of a config, as JSON, with the fields of the dataclass `kind` that it lacks at their defaults.
+
+    So a config reads that an earlier version wrote: the default of a field that is added is what was done before.
+    """
+    filled = dict(tree)
+    for field in fields(kind):
+        if field.name in tree:
+            part = _part(field_hints(kind)[field.name])
+            if part is not None and isinstance(tree[field.name], dict):
+                filled[field.name] = with_defaults(tree[field.name], part)
+        elif field.default_factory is not MISSING or field.default is not MISSING:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            plain = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+            filled[field.name] = json.loads(json.dumps(plain))
+    return filled
 
 
 def tree_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -53,7 +53,7 @@ class Batch:
     moments: Tensors | None = None
     class_labels: Tensor | None = None
     mirrored: Sequence[bool] = ()
-    """Empty if no image is."""
+    """One value for each image; empty means that none is mirrored."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -210,6 +210,8 @@ class EncodedImages(Mapping[View, Tensors]):
     def __getitem__(self, view: View) -> Tensors:
         """Return the tensors of one image, or with flips of its mirror image."""
         row, mirrored = view
+        if mirrored and self.views == 1:
+            raise KeyError(view)
         return self._rows[self._place[row] * self.views + mirrored]
 
     def __iter__(self) -> Iterator[View]:

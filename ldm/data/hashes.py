@@ -40,7 +40,7 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
             return bytes(DIGEST_SIZE)
 
     ImageColor.getrgb(background)  # a wrong colour is one error, not one for each image
-    cached = CachedRows("image-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
+    cached = CachedRows("pixel-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)
     digests = (row.tobytes() for row in cached.column("hash").numpy())
     return [value.hex() if any(value) else None for value in digests]
 

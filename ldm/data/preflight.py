@@ -56,9 +56,10 @@ def checked_source(config: DataConfig) -> Source:
     if stopping:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(problem.kind for problem in stopping).items())
         epoch = f"{len(good) / config.batch_size:.1f} steps of {config.batch_size}"
+        unread = sum(problem.row is None for problem in stopping)
         log.warning(
             "data.on_bad_data skip: %d rows left out (%s); the other %d make an epoch of %s, less what is held out",
-            len({problem.where for problem in stopping}), kinds, len(good), epoch,
+            len(source) - len(good) + unread, kinds, len(good), epoch,
         )  # fmt: skip
     return Subset(source, good) if len(good) < len(source) else source
 

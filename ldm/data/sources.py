@@ -17,7 +17,7 @@ from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.folder import FolderRows
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
-from ldm.errors import explained
+from ldm.errors import ConfigError, explained
 
 
 class Source(Protocol):
@@ -82,11 +82,11 @@ def build_source(config: DataConfig) -> Source:
     if config.source == "openmoji":
         return OpenMoji(config.image_size, config.languages, config.class_column)
     if config.path is None:
-        raise ValueError(f"data.path: required with data.source {config.source}")
+        raise ConfigError(f"data.path: required with data.source {config.source}")
     columns = config.image_column, config.caption_column, config.class_column
     if config.source == "imagefolder":
         if not Path(config.path).is_dir():
-            raise FileNotFoundError(f"data.path: no folder at {config.path}")
+            raise ConfigError(f"data.path: no folder at {config.path}")
         return RowSource(FolderRows(config.path, config.split, *columns))
     with explained("data.path, data.split"):
         table, places = _table(config.source, config.path, config.split)

@@ -100,7 +100,7 @@ def _listed(split: str, path: str) -> list[str]:
     try:
         return read_lines(path)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"data.held_out.{split}: {error}") from None
+        raise ConfigError(f"data.held_out.{split}: {error}") from None
 
 
 def _by_caption(

@@ -24,9 +24,9 @@ from ldm.doctor.overfit import bounded
 from ldm.doctor.plan import Plan
 from ldm.machine import memory_bytes
 from ldm.training.loop import Loop
+from ldm.training.optim import update_norms, weights
 from ldm.training.run import Run
 from ldm.training.steps import Step
-from ldm.training.updates import update_norms, weights
 
 GIB = 2**30
 WARM_UP_STEPS = 2

@@ -40,10 +40,6 @@ def check_push(config: RunConfig, run: Run) -> None:
         HubError: see `ldm.export.hub.check`.
 
     """
-    if config.push_to_hub is None and (config.push_private or config.push_every_steps is not None):
-        raise ValueError("push_to_hub: name the repository for push_private and push_every_steps, or leave them out")
-    if config.push_every_steps is not None and config.push_every_steps < 1:
-        raise ValueError(f"push_every_steps: got {config.push_every_steps}; expected at least 1, or null")
     if config.push_to_hub is not None and run.is_main:
         check(config.push_to_hub, config.push_private)
 

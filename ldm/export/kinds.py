@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.conditioners.text import KEYWORDS
 from ldm.config import StageConfig
+from ldm.errors import ConfigError
 from ldm.models.scheduler import build_scheduler
 from ldm.stage import ConditionedDenoiser, Stage
 
@@ -130,7 +131,7 @@ def kind_of(stage: Stage, space: str) -> PipelineKind:
             return kind
     model = stage.model
     conditions = [f"{name} with keywords {model.conditioner(name).keywords}" for name in model.conditioners]
-    raise ValueError(
+    raise ConfigError(
         f"no pipeline samples a {type(model.denoiser).__name__} in space.kind {space} that is conditioned on "
         f"{' and '.join(conditions) or 'nothing'}; expected one of:\n  " + "\n  ".join(map(str, KINDS))
     )

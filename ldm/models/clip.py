@@ -14,7 +14,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ldm.errors import explained
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
-from ldm.models.network import weights_hash
+from ldm.models.network import network_hash
 from ldm.models.quiet import quietly
 
 
@@ -32,8 +32,7 @@ class ImageEncoder(nn.Module):
     @property
     def key(self) -> str:
         """A name for what it computes: equal names, equal embeddings of equal images."""
-        config = self.network.config
-        return f"{weights_hash(self.network)}-{config.image_size}-{config.hidden_act}-{config.layer_norm_eps}"
+        return network_hash(self.network)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:

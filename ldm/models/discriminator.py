@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
+
 NORM_GROUPS = 4
 
 
@@ -18,7 +20,7 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, layers: int = 3):
         super().__init__()
         if channels % NORM_GROUPS or layers < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"reconstruction: got discriminator_channels {channels} and discriminator_layers {layers}; expected a "
                 f"multiple of {NORM_GROUPS} and 1 or more"
             )

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ldm.config.places import pinned
 from ldm.errors import ConfigError, explained
@@ -228,6 +230,32 @@ def weights_hash(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def network_hash(network: nn.Module) -> str:
+    """Return a hash of the weights and the config: equal hashes, equal outputs. Places and versions do not count."""
+    said = _plain(_own_config(network))
+    return hashlib.blake2b(f"{weights_hash(network)}{said}".encode(), digest_size=16).hexdigest()
+
+
+def _own_config(network: nn.Module) -> dict[str, Any]:
+    """Return what a config says other than its class's defaults, which later versions of a library add to."""
+    config = getattr(network, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        named = config.to_diff_dict()
+        return {name: value for name, value in named.items() if name[0] != "_" and name not in NOT_COMPUTED}
+    arguments = inspect.signature(type(network)).parameters
+    values = {name: value for name, value in (config or {}).items() if name in arguments}
+    return {name: value for name, value in values.items() if _plain(value) != _plain(arguments[name].default)}
+
+
+def _plain(value: object) -> str:
+    """Return a value as JSON, in which a tuple is a list."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+NOT_COMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version")
+"""Fields of a transformers config that say nothing about what is computed from the weights."""
 
 
 def weights_sha256(network: nn.Module) -> str:

@@ -76,7 +76,9 @@ def read_provenance(name: str | Path) -> Provenance | None:
         _warn_once(f"no record of ours, and not read: {error}")
         return None
     if others:
-        _warn_once(f"{name}: its {FILE} says more than this version knows, which is left out: {', '.join(others)}")
+        _warn_once(
+            f"{name}: fields of its {FILE} are unknown here or of another type, and left out: {', '.join(others)}"
+        )
     return Provenance(**known)
 
 

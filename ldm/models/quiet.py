@@ -16,7 +16,7 @@ SILENCED = (
     "The following part of your input was truncated",
     "tokens, of which the text encoder reads",
 )
-"""Parts of their messages, and of our pipelines', which they load."""
+"""Text in messages of diffusers, transformers and our pipelines that is hidden."""
 
 
 @contextmanager

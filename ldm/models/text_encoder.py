@@ -49,7 +49,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = letters + [letter + WORD_END for letter in letters]
     if vocab_size < len(base) + 2:
-        raise ValueError(f"vocab_size {vocab_size}: at least {len(base) + 2} are needed, for every byte")
+        raise ConfigError(f"vocab_size {vocab_size}: at least {len(base) + 2} are needed, for every byte")
     learner = CLIPTokenizer(vocab={BEGIN: 0, END: 1}, merges=[]).backend_tokenizer
     words: Counter[str] = Counter()
     for caption in set(captions):
@@ -232,7 +232,9 @@ def load_text_encoder(
             tokenizer = load_tokenizer(pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)
     if max_length > longest:
-        raise ValueError(f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")
+        raise ConfigError(
+            f"conditioners.text.max_length: got {max_length}; {pretrained} reads at most {longest} tokens"
+        )
     tokenizer.model_max_length = max_length
     if kind is AutoModelForTextEncoding:
         encoder.config.use_attention_mask = True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
+from ldm.errors import ConfigError
 from ldm.objectives.density import Density, build_density
 from ldm.objectives.schedule import DiscreteSchedule, Schedule, build_schedule, recover, snr, target_coefficients
 from ldm.objectives.variational import interpolated_log_variance, variational_term
@@ -41,19 +42,19 @@ class Objective:
         config, gamma = self.config, self.config.min_snr_gamma
         self.density  # noqa: B018  building it checks its settings
         if gamma is not None and gamma <= 0:
-            raise ValueError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
+            raise ConfigError(f"objective.min_snr_gamma {gamma}: must be positive; 5 is usual")
         if config.variational_only and (config.variational_weight is None or gamma is not None):
-            raise ValueError(
+            raise ConfigError(
                 "objective.variational_only: the loss is the bound of a learned variance; set variational_weight, "
                 "usually 1, and leave min_snr_gamma out"
             )
         if config.variational_weight is not None:
             if config.variational_weight <= 0:
-                raise ValueError(
+                raise ConfigError(
                     f"objective.variational_weight {config.variational_weight}: must be positive; 1 is usual"
                 )
             if not isinstance(self.schedule, DiscreteSchedule) or config.zero_terminal_snr:
-                raise ValueError(
+                raise ConfigError(
                     "objective.variational_weight: needs steps of noise whose variance can be learned; use path: "
                     "linear, scaled_linear or cosine, without zero_terminal_snr"
                 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig
+from ldm.errors import ConfigError
 
 
 class Density(Protocol):
@@ -115,18 +116,18 @@ class LossSecondMomentDensity:
 def build_density(config: ObjectiveConfig) -> Density:
     """Return the density that `config` names; ValueError for settings that it does not take."""
     if config.logit_std <= 0:
-        raise ValueError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
+        raise ConfigError(f"objective.logit_std {config.logit_std}: must be positive; 1 is usual")
     if config.timestep_density == "logit_normal":
         return LogitNormalDensity(config.logit_mean, config.logit_std)
     if (config.logit_mean, config.logit_std) != (0, 1):
-        raise ValueError(
+        raise ConfigError(
             f"objective.logit_mean and logit_std have no effect on a {config.timestep_density} timestep_density; set "
             "timestep_density: logit_normal, or leave them out"
         )
     if config.timestep_density == "uniform":
         return UniformDensity()
     if config.path == "flow":
-        raise ValueError(
+        raise ConfigError(
             "objective.timestep_density loss_second_moment: remembers the losses of single timesteps, and the flow "
             "path has none; use uniform or logit_normal"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import ObjectiveConfig, PredictionType
+from ldm.errors import ConfigError
 
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 """First and last beta at 1000 steps: Ho et al. 2020, section 4; Rombach et al. 2022 (Stable Diffusion)."""
@@ -142,7 +143,7 @@ def refuse_unsound(config: ObjectiveConfig) -> None:
     """Raise ValueError, with reasons and remedies, if training would be ill-posed or the model could not be sampled."""
     faults = [f"objective.{fault}" for fault in _faults(config)]
     if faults:
-        raise ValueError("\n".join(faults))
+        raise ConfigError("\n".join(faults))
 
 
 def _faults(config: ObjectiveConfig) -> Iterator[str]:

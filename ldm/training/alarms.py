@@ -19,10 +19,11 @@ SCALE = "latents are not of unit scale"
 NULL = "guidance starts from a prompt that is not trained"
 CUT = "captions are cut"
 RATE = "the learning rate is 0"
+WARMUP = "the warm-up is longer than the training"
 STILL = "the denoiser stands still"
 NOT_FINITE = "losses are not finite"
 TEXT = "text is not used"
-EXCUSES = {SCALE, CUT, RATE, STILL, NOT_FINITE}
+EXCUSES = {SCALE, CUT, RATE, WARMUP, STILL, NOT_FINITE}
 """Alarms that by themselves explain a text that is not used."""
 MAX_NULL_DIFFERENCE = 1e-3
 """rms over rms: above rounding."""
@@ -56,7 +57,7 @@ class Alarms:
         self.said: set[str] = set()
         self._rate = math.inf
         self._unused = False
-        self._skipped, self._levels = 0, list[float]()
+        self._skipped, self._finite_losses, self._levels = 0, True, list[float]()
 
     def say(self, name: str, sentence: str | None, global_step: int) -> None:
         """Log an alarm, unless there is nothing to say or it has been said."""
@@ -72,17 +73,22 @@ class Alarms:
     def __call__(self, row: LoggedRow, global_step: int) -> None:
         """Say what a row shows together with those before it."""
         if "skipped_steps" in row:
-            levels = self.not_finite_at()
             # with float16 gradients alone overflow while its scale is looked for
-            if levels or self.run.accelerator.scaler is None:
-                self._skipped, self._levels = self._skipped + 1, [*self._levels, *levels]
+            if not row["finite_loss"] or self.run.accelerator.scaler is None:
+                self._skipped += 1
+                self._finite_losses &= bool(row["finite_loss"])
+                self._levels += self.not_finite_at()
             if self._skipped >= max(SKIPPED, SKIPPED_SHARE * global_step):
+                skipped = int(row["skipped_steps"])
                 self.say(
-                    NOT_FINITE, skipped_sentence(int(row["skipped_steps"]), global_step, self._levels), global_step
+                    NOT_FINITE,
+                    skipped_sentence(skipped, global_step, self._finite_losses, self._levels),
+                    global_step,
                 )
         if "learning_rate" in row:
             rates = self._rate, row["learning_rate"]
-            self.say(RATE, no_rate(rates, self.optim, self._steps, global_step), global_step)
+            self.say(RATE, no_rate(rates, global_step), global_step)
+            self.say(WARMUP, long_warmup(self.optim, self._steps), global_step)
             self.say(STILL, stands_still(row, global_step), global_step)
             self._rate = row["learning_rate"]
         if "conditional_gain/mean" in row:
@@ -139,30 +145,39 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
         )
 
 
-def skipped_sentence(skipped: int, global_step: int, levels: Sequence[float]) -> str:
-    """Return the alarm of a training that has skipped steps, whose losses were not finite at these noise levels."""
-    if not levels:
-        where, check = (
-            "their losses are finite, their gradients are not",
-            "optim.learning_rate and loop.mixed_precision",
-        )
-    else:
-        where = (
-            f"the loss is not finite at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: image, 1: noise)"
-        )
-        check = "objective (its weight at those levels), the images, optim.learning_rate and loop.mixed_precision"
+def skipped_sentence(skipped: int, global_step: int, finite_losses: bool, levels: Sequence[float]) -> str:
+    """Return the alarm of a training that has skipped steps.
+
+    finite_losses: the losses of all of them were finite. levels: the noise levels at which they were not, as far as
+    this process knows.
+    """
+    where, check = "the loss is not finite", "the images, optim.learning_rate and loop.mixed_precision"
+    if finite_losses:
+        where, check = "their losses are finite, their gradients are not", check.removeprefix("the images, ")
+    elif levels:
+        where += f" at noise levels from {min(levels):.2f} to {max(levels):.2f} (0: image, 1: noise)"
+        check = f"objective (its weight at those levels), {check}"
     return f"{skipped:,} of {global_step:,} steps were skipped: {where}; what is skipped is not learned; check {check}"
 
 
-def no_rate(rates: tuple[float, float], optim: OptimConfig, total_steps: int | None, global_step: int) -> str | None:
-    """Return the alarm if the last two `rates` logged are 0, or the warm-up is hardly begun when training ends."""
-    check = "check optim.warmup_steps, optim.decay and optim.final_fraction"
-    if rates == (0, 0):
-        return f"at step {global_step:,} and when it was logged last: steps go on and change nothing; {check}"
-    if total_steps is not None and total_steps < LEAST_RATE * optim.warmup_steps:
-        reached = f"training ends after {total_steps:,} of {optim.warmup_steps:,} steps of warm-up"
-        return f"or little more: {reached}, at {total_steps / optim.warmup_steps:.1%} of optim.learning_rate; {check}"
-    return None
+def no_rate(rates: tuple[float, float], global_step: int) -> str | None:
+    """Return the alarm if the last two `rates` logged are 0."""
+    if rates != (0, 0):
+        return None
+    return (
+        f"at step {global_step:,} and when it was logged last: steps go on and change nothing; check "
+        "optim.warmup_steps, optim.decay and optim.final_fraction"
+    )
+
+
+def long_warmup(optim: OptimConfig, total_steps: int | None) -> str | None:
+    """Return the alarm if the warm-up has hardly begun when the training of `total_steps` ends."""
+    if total_steps is None or total_steps >= LEAST_RATE * optim.warmup_steps:
+        return None
+    return (
+        f"training ends after {total_steps:,} of {optim.warmup_steps:,} steps of warm-up, at "
+        f"{total_steps / optim.warmup_steps:.1%} of optim.learning_rate; lower optim.warmup_steps"
+    )
 
 
 def stands_still(row: LoggedRow, global_step: int) -> str | None:

@@ -21,13 +21,13 @@ from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
 SMALLEST = 32
+"""Pixels."""
 
 
 def measuring_distance(image_size: int) -> PerceptualDistance | None:
-    """Return the distance that held-out reconstructions are measured with; None without its packages.
+    """Return the distance that held-out reconstructions are measured with, None if there is none.
 
-    None of images of fewer than `SMALLEST` pixels either, which its convolutions do not fit into.
-
+    There is none without its packages, and for images below `SMALLEST` pixels: its convolutions need more.
     EfficientNet-lite0: nothing is ever trained against it.
     """
     if image_size < SMALLEST:

@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ldm.config.places import PLAIN_NAME
 from ldm.files import sync_folder
 from ldm.training.manifest import (
     JSON,
@@ -44,7 +45,6 @@ from ldm.training.manifest import (
 __all__ = ["JSON", "Checkpoint", "CheckpointError", "CheckpointStore"]
 
 _FOLDER = re.compile(r"step-(\d+)(\.replaced-\d+)?")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 IGNORE = {"ignore_errors": True}
 _HEADER_BYTES, _SLACK_BYTES = 256, 65536
 """Allowance for a tensor's entry in the safetensors header; for the manifest, folder entries and blocks."""
@@ -228,7 +228,7 @@ def _check_arguments(global_step: int, tensors: Mapping[str, Mapping[str, Tensor
     if global_step < 0:
         raise ValueError(f"global_step: got {global_step}; expected the optimiser steps done, 0 or more")
     for file, group in tensors.items():
-        if not _FILE.fullmatch(file):
+        if not PLAIN_NAME.fullmatch(file):
             raise ValueError(
                 f"tensors: got the name {file!r}; expected a plain file name, such as 'denoiser' (letters, "
                 "digits, '_', '-' and '.')"

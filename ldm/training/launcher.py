@@ -15,7 +15,7 @@ UNSUPPORTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def check_launcher(config: LoopConfig, num_processes: int) -> None:
-    """Warn of flags that are not followed; of `--mixed_precision` `chosen_precision` does.
+    """Warn of flags that are not followed; `chosen_precision` handles `--mixed_precision`.
 
     Raises:
         RuntimeError: sharding is switched on; or several processes were asked for and there is one.

@@ -21,15 +21,14 @@ from ldm.models.network import weights_hash
 from ldm.terminal import progress_bar
 from ldm.training.averages import Average
 from ldm.training.checkpoint import CheckpointStore
-from ldm.training.optim import build_optimizer, learning_rate, lookup_tables
+from ldm.training.optim import build_optimizer, learning_rate, lookup_tables, update_norms, weights
 from ldm.training.processes import refuse_apart
-from ldm.training.progress import Progress, expected_steps, fix_total_steps, planned_steps
+from ldm.training.progress import Progress, expected_steps, fix_total_steps, limits, planned_steps
 from ldm.training.record import RunRecord
 from ldm.training.resume import agreed_checkpoint
 from ldm.training.run import CHECKPOINTS, Run
 from ldm.training.signals import Stopped
 from ldm.training.state import not_finite, restore_training, training_state
-from ldm.training.updates import update_norms, weights
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 10
@@ -218,19 +217,20 @@ class Loop(Generic[B]):
             step.after_step()
             progress.skipped_in_a_row = 0
         else:
-            self._skip(micro_batches)
+            self._skip(micro_batches, all(math.isfinite(metrics[f"loss/{name}"]) for name in means))
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         return metrics | {"learning_rate": rate}
 
-    def _skip(self, micro_batches: Sequence[B]) -> None:
+    def _skip(self, micro_batches: Sequence[B], finite_loss: bool) -> None:
         self.progress.skipped_steps += 1
         self.progress.skipped_in_a_row += 1
         samples = [getattr(batch, "rows", None) for batch in micro_batches]
         if (scaler := self.run.accelerator.scaler) is not None:  # float16: the loss was scaled out of its range
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         log.warning("step %d skipped: loss or gradient is not finite", self.progress.global_step)
-        self.run.log_metrics({"skipped_steps": self.progress.skipped_steps}, self.progress.global_step + 1)
+        row = {"skipped_steps": self.progress.skipped_steps, "finite_loss": float(finite_loss)}
+        self.run.log_metrics(row, self.progress.global_step + 1)
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; the last one "
@@ -296,9 +296,10 @@ class Loop(Generic[B]):
             return
         saved = self.store.load(path)
         self.record = self.record.going_on_from(saved, allow_changes)
-        planned = self.progress.total_steps
+        planned, before = self.progress.total_steps, saved.state.get("record", {}).get("config", {}).get("loop", {})
+        other_limit = any(before.get(name, value) != value for name, value in limits(self.config).items())
         self.progress = Progress(**saved.state["progress"])
-        if planned is not None:
+        if planned is not None or other_limit:
             self.progress.total_steps, self.progress.decay_start = planned, None
         restore_training(saved, *self._trained)
         if self.run.accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate as a pure function of the step, and its state as tensors and JSON."""
+"""The optimiser: its learning rate as a pure function of the step, its updates, its state as tensors and JSON."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ldm.config import OptimConfig
 from ldm.training.checkpoint import JSON, CheckpointError
 from ldm.training.muon import Muon
 
+Weights = dict[str, list[Tensor]]
 _NOT_SAVED = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 """Keys of a parameter group that say where and how a step is computed, not what: they stay the machine's."""
 
@@ -279,3 +280,38 @@ def _placed(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tenso
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device, copy=True)
+
+
+def weights(name: str, module: nn.Module) -> Weights:
+    """Return a copy of the trained weights of each part of module `name`, none of a part that is frozen.
+
+    A part is a named child that has parameters, ``name.child``; a module without children is one part, ``name``.
+    """
+    return {part: [parameter.clone() for parameter in trained] for part, trained in _trained(name, module).items()}
+
+
+def update_norms(name: str, module: nn.Module, before: Weights) -> dict[str, Tensor]:
+    """Return ``||new - old|| / ||old||`` of each part since `weights` gave `before`, shape (); 0 if it is frozen.
+
+    `before` holds the differences afterwards: a second copy would be as large as the weights once more.
+    """
+    norms = {}
+    for part, trained in _trained(name, module).items():
+        old = _norm(before[part])
+        if trained:
+            torch._foreach_sub_(before[part], trained)
+        norms[f"update_norm/{part}"] = _norm(before[part]) / old.clamp(min=1e-12)
+    return norms
+
+
+def _trained(name: str, module: nn.Module) -> Weights:
+    parts = {f"{name}.{child}": part for child, part in module.named_children()} or {name: module}
+    return {
+        part: [parameter.detach() for parameter in child.parameters() if parameter.requires_grad]
+        for part, child in parts.items()
+        if any(True for _ in child.parameters())
+    }
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).norm() if tensors else torch.zeros(())

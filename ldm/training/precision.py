@@ -11,6 +11,9 @@ log = logging.getLogger(__name__)
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"
 """Always set by ``accelerate launch``; its default, "no", looks the same as ``--mixed_precision no``."""
 
+NAMES = {"no": "float32"}
+"""What people call a precision, where accelerate has a word of its own."""
+
 
 def chosen_precision(wanted: str, recorded: str | None) -> str:
     """Return "no", "bf16" or "fp16" for ``loop.mixed_precision: wanted``.
@@ -24,12 +27,13 @@ def chosen_precision(wanted: str, recorded: str | None) -> str:
     if wanted != "auto":
         chosen, why = wanted, f"the config says loop.mixed_precision: {wanted}"
     elif recorded is not None:
-        chosen, why = recorded, f"the checkpoint was trained in {recorded}"
+        chosen, why = recorded, f"the checkpoint was trained in {NAMES.get(recorded, recorded)}"
     elif asked in ("bf16", "fp16"):
         log.info("loop.mixed_precision auto: %s, as accelerate launch asks for", asked)
         return asked
     else:
-        chosen, why = native_precision(), "it is none that a run computes in"
+        chosen, why = native_precision(), "a run cannot compute in it"
     if asked not in (None, chosen):
-        log.warning("accelerate launch --mixed_precision %s is not followed: %s; %s is used", asked, why, chosen)
+        used = NAMES.get(chosen, chosen)
+        log.warning("accelerate launch --mixed_precision %s is not followed: %s; %s is used", asked, why, used)
     return chosen

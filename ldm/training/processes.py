@@ -28,7 +28,7 @@ def faults_everywhere(fault: str | None) -> list[str]:
 
 
 def refuse_apart(what: str, value: object) -> None:
-    """Raise RuntimeError in every process unless `value` is equal in all; `what` says of what it is."""
+    """Raise RuntimeError in every process unless `value` is equal in all; `what` names it in the message."""
     values = gather_object([value])
     apart = [number for number, other in enumerate(values) if other != values[0]]
     if apart:

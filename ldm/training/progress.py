@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 
 from ldm.config import LoopConfig, OptimConfig
+from ldm.config.check import LIMITS
+from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)
 TIMED_STEPS = 20
@@ -54,16 +56,15 @@ class Progress:
         return self.images / self.train_seconds if self.train_seconds else 0.0
 
 
+def limits(config: LoopConfig) -> dict[str, float | None]:
+    """Return what can end a training, by the names of the fields: at most one is not None, see `ldm.config.check`."""
+    return {name: getattr(config, name) for name in LIMITS}
+
+
 def planned_steps(config: LoopConfig, epoch_steps: float) -> int | None:
-    """Return the number of optimiser steps, None if seconds decide; raises ValueError unless one limit is set."""
-    limits = {
-        "max_train_steps": config.max_train_steps,
-        "max_train_epochs": config.max_train_epochs,
-        "max_train_seconds": config.max_train_seconds,
-    }
-    given = {name: value for name, value in limits.items() if value is not None}
-    if len(given) != 1 or min(given.values()) <= 0:
-        raise ValueError(f"loop: set one of {', '.join(limits)} to a positive number; got {given or 'none'}")
+    """Return the number of optimiser steps, None if seconds decide; raises ConfigError if nothing does."""
+    if not any(limits(config).values()):
+        raise ConfigError(f"loop: got no end of the training; expected one of {', '.join(LIMITS)}")
     if config.max_train_steps is not None:
         return config.max_train_steps
     if config.max_train_epochs is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import DataConfig, DataOptions, RunConfig
-from ldm.config.file import tree_differences
+from ldm.config.file import tree_differences, with_defaults
 from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages, PositionDataset
 from ldm.errors import ConfigError
@@ -52,9 +52,6 @@ MAY_CHANGE = (
     "config.sampler",
 )
 """Fields that a run can be resumed with other values of: the weights it arrives at do not depend on them."""
-ADDED = {"optim": {"decay_fraction": 1.0}}
-"""Fields that version 0.1.0 did not have, and what it did: a checkpoint that does not name one is compared as if it had
-named that."""
 DECIDED_BY = {
     "captions": ("config.data.source", "config.data.split", "config.data.image_column", "config.data.caption_column"),
     "classes": ("config.data.class_column",),
@@ -90,6 +87,8 @@ class RunRecord:
     trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """Keys of the images that were trained on up to here, see `image_keys`."""
     held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    config_class: type[RunConfig] = RunConfig
+    """The class of the config, whose defaults stand for what an earlier version did not write."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint's ``state.json`` holds of it."""
@@ -108,6 +107,8 @@ class RunRecord:
         leaks = len(in_both(before, self.held_out_images))
         changes = [f"images that were trained on and are held out now: {leaks}"] if leaks else []
         facts = saved.state.get("record", self.facts)
+        if "config" in facts:
+            facts = {**facts, "config": with_defaults(facts["config"], self.config_class)}
         if (tokenizer := recorded_tokenizer(saved.state)) is not None:  # another version may hash the same otherwise
             facts = {**facts, "tokenizer": tokenizer_hash(tokenizer)}
         refuse_changes(facts, self.facts, allowed, changes)
@@ -139,6 +140,7 @@ def run_record(config: RunConfig, images: CaptionedImages, step: RecordedStep, p
         tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
         trained_images=image_keys(images.names("train")),
         held_out_images=image_keys(images.names("validation", "test")),
+        config_class=type(config),
     )
 
 
@@ -159,7 +161,6 @@ def refuse_changes(
     is not compared, and one line says so.
     """
     unknown = sorted(now.keys() - before.keys())
-    before = _with_added_fields(before)
     if "captions" in unknown:  # it named images by their paths and times
         before = {**before, "pictures": {**before.get("pictures", {}), "fingerprint": now["pictures"]["fingerprint"]}}
         unknown.append("content of the images")
@@ -177,12 +178,6 @@ def refuse_changes(
     for change in (*changes, *found):
         if not change.startswith("config.allow_config_change"):  # it is what allows the others
             log.warning("resumed with another value: %s", _plain(change))
-
-
-def _with_added_fields(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    config = facts.get("config", {})
-    parts = {part: {**fields, **config[part]} for part, fields in ADDED.items() if part in config}
-    return {**facts, "config": {**config, **parts}} if parts else facts
 
 
 def _plain(change: str) -> str:

@@ -14,8 +14,8 @@ from ldm.training.steps import Step
 log = logging.getLogger(__name__)
 
 
-def rehearse(step: Step, batch: Batch, where: str, global_step: int = 0) -> None:
-    """Compute the losses of a batch as at `global_step`; no weight changes, no gradient stays.
+def rehearse(step: Step, batch: Batch, where: str, global_step: int = -1) -> None:
+    """Compute the losses of a batch as at `global_step`, -1: before the first; no weight changes, no gradient stays.
 
     where: the fields of the config that decide it, for errors.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ldm.training.checkpoint import CheckpointStore
+from ldm.training.checkpoint import CheckpointStore, found
 from ldm.training.manifest import MANIFEST, CheckpointError
 from ldm.training.processes import faults_everywhere, same_everywhere
 
@@ -35,7 +35,7 @@ def agreed_checkpoint(store: CheckpointStore) -> Path | None:
     name, digest, damaged = same_everywhere((path and path.name, path and _digest(path), damaged))
     if damaged:
         raise CheckpointError(
-            f"none of the {len(list(store.folder.glob('step-*')))} checkpoints in {store.folder} verifies (see the "
+            f"none of the {len(found(store.folder))} checkpoints in {store.folder} verifies (see the "
             "warnings above); move that folder away to start anew"
         )
     own, fault = store.newest(), None

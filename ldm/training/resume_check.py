@@ -71,6 +71,7 @@ def _train(script: str, arguments: Sequence[str], folder: Path) -> None:
     overrides: dict[str, Any] = {
         "output_dir": folder,
         "resume_check": "false",
+        "doctor": "null",
         "push_to_hub": "null",
         "push_every_steps": "null",
         "push_private": "false",

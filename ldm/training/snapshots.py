@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.files import sync_folder
+from ldm.files import put_in_place, written_aside
 from ldm.training.averages import Average
 from ldm.training.progress import Progress
 from ldm.training.run import Run
@@ -57,7 +56,7 @@ class Snapshots:
     def forget_later(self) -> None:
         """Delete the snapshots of steps after the one that training stands at: it is about to take them again."""
         if self.run.is_main and self.folder.is_dir():
-            for path in self.folder.glob(".tmp-*"):
+            for path in self.folder.glob("*.tmp"):
                 path.unlink()
             for path in self.folder.glob("step-*"):
                 if (match := _FILE.fullmatch(path.name)) and int(match[1]) > self.progress.global_step:
@@ -126,20 +125,14 @@ def _bad(path: Path, error: Exception) -> ValueError:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path.parent) as aside:
         if _size(tensors) > (free := shutil.disk_usage(path.parent).free):
             raise OSError(errno.ENOSPC, f"{free} bytes are free")
         # copied: the file format has neither tied weights nor layouts
         copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(copies, temporary, about)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already unless something was raised
+        save_file(copies, aside, about)
+        put_in_place(aside, path)
 
 
 def _size(tensors: Mapping[str, Tensor]) -> int:

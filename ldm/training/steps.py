@@ -14,11 +14,13 @@ from ldm.conditioners.conditioning import Inputs
 from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generator, generators
+from ldm.errors import ConfigError
 from ldm.evaluation.conditions import Condition, condition_of
+from ldm.models.autoencoder import downsampling_factor
 from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
-from ldm.models.network import weights_hash, weights_sha256
+from ldm.models.network import network_hash, weights_sha256
 from ldm.models.provenance import trained_through
 from ldm.models.vision import tower
 from ldm.objectives.reconstruction import (
@@ -105,7 +107,7 @@ class DiffusionStep:
         for name in model.conditioners:
             conditioner = model.conditioner(name)
             if conditioner.frozen and conditioner.networks:
-                found[f"conditioners.{name}"] = "-".join(map(weights_hash, conditioner.networks))
+                found[f"conditioners.{name}"] = "-".join(map(network_hash, conditioner.networks))
         return found
 
     @property
@@ -247,7 +249,7 @@ class AutoencoderStep:
         run.switch(autoencoder)
         module = Autoencoding(autoencoder, config.learned_logvar).to(run.device).train()
         self.latent_channels = int(autoencoder.config.latent_channels)
-        self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        self.factor = downsampling_factor(autoencoder)
         self.modules: dict[str, nn.Module] = {"autoencoder": module}
         self.averages = {"autoencoder": Average(module, exponential(ema_decay))}
         self.distance = None
@@ -255,7 +257,7 @@ class AutoencoderStep:
             self.distance = build_perceptual_distance(config.perceptual, config.lpips_weights).to(run.device)
         if config.adversarial != "none":
             if run.accelerator.mixed_precision == "fp16":
-                raise ValueError(
+                raise ConfigError(
                     "loop.mixed_precision: fp16 scales one loss, reconstruction.adversarial needs two; use bf16 or no"
                 )
             discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
@@ -290,7 +292,7 @@ class AutoencoderStep:
     tokenizer = None
 
     def not_finite_at(self) -> list[float]:
-        """Return nothing: there are no noise levels."""
+        """Return nothing: no noise is added."""
         return []
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:

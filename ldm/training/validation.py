@@ -38,7 +38,7 @@ class Validation:
     def __init__(self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Any, run: Run):
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
         self.seed = config.seed
-        self.rows = images.splits["validation"]
+        self.rows = images.splits.filled("validation")
 
     @cached_property
     def batch(self) -> Batch:
@@ -89,7 +89,8 @@ class Validation:
         """Measure, log, sample."""
         metrics = self._losses()
         count = max(self.config.retrieval_images, self.config.num_images)
-        rows = [row for row in self.rows if self.asked([row]) != [""]][:count]
+        condition = self.step.condition
+        rows = [row for row in self.rows if not (condition.worded and self.asked([row]) == [condition.nothing])][:count]
         if rows:
             generated = self.sample(self.asked(rows))
             if self.config.retrieval_images and self.step.condition.worded:
