@@ -130,7 +130,7 @@ class EmbeddingSpace:
 
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the embeddings, (B, D), with std 0."""
-        embeds = self.image_encoder(pixel_values.to(self.image_encoder.mean.device))
+        embeds = self.image_encoder(pixel_values.to(self.image_encoder.device))
         normalised = (embeds - self.mean.to(embeds)) / self.std.to(embeds)
         return Moments(normalised, torch.zeros_like(normalised))
 

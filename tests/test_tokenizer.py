@@ -157,7 +157,7 @@ def test_a_tokenizer_of_any_kind_comes_back_from_json_with_equal_ids(kind, tmp_p
     text, name = tokenizer_json(tokenizer), tokenizer_hash(tokenizer)
     whole = tokenizer(ODD, verbose=False).input_ids
     expected = padded(tokenizer)
-    again = tokenizer_from_json(text, tokenizer.model_max_length)
+    again = tokenizer_from_json(text)
     assert padded(again) == expected
     assert again(ODD, verbose=False).input_ids == whole
     assert type(again) is type(tokenizer)

@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from ldm.training import loop, steps
+from ldm.training import contrastive, loop, steps
 from ldm.training.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ QUICK = (
     *("--validation.loss_images", 4, "--validation.num_inference_steps", 1),
 )
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_text2img", "train_vae", "tests.trainers"])
+context.set_forkserver_preload(["train_clip", "train_text2img", "train_vae", "tests.trainers"])
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _run(script: str, words: list[str], log: str, faults: list[Fault], environme
     for output in (sys.stdout, sys.stderr):
         os.dup2(file, output.fileno())
     folder = Path(words[words.index("--output_dir") + 1])
-    for kind in (steps.DiffusionStep, steps.AutoencoderStep):
+    for kind in (steps.DiffusionStep, steps.AutoencoderStep, contrastive.ContrastiveStep):
         _watch(kind, folder, rank, [fault for fault in faults if fault.rank == rank])
     runpy.run_path(script, run_name="__main__")
 

@@ -3,6 +3,9 @@
 from .conditioners import ConditionersConfig, Network
 from .schema import (
     AutoencoderConfig,
+    ClipConfig,
+    ClipNetworkConfig,
+    ContrastiveConfig,
     DataConfig,
     DataOptions,
     DoctorConfig,
@@ -22,7 +25,10 @@ from .schema import (
 
 __all__ = [
     "AutoencoderConfig",
+    "ClipConfig",
+    "ClipNetworkConfig",
     "ConditionersConfig",
+    "ContrastiveConfig",
     "DataConfig",
     "DataOptions",
     "DoctorConfig",

@@ -11,6 +11,9 @@ from PIL import ImageColor
 
 from ldm.config import (
     AutoencoderConfig,
+    ClipConfig,
+    ClipNetworkConfig,
+    ContrastiveConfig,
     DataConfig,
     DoctorConfig,
     LoopConfig,
@@ -134,6 +137,13 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "snapshot_sigma_rels": Numbers(0, 0.28, above=True),  # the average over all steps alike has 0.2887
     },
     AutoencoderConfig: {},
+    ClipNetworkConfig: {
+        "projection_dim": COUNT,
+        "vocab_size": Numbers(514, 2**20),
+        "max_length": Numbers(3, 2**16),
+    },
+    ContrastiveConfig: {"max_logit_scale": POSITIVE, "smallest_crop": Numbers(0, 1, above=True)},
+    ClipConfig: {},
 }
 """The range of each number of a config, by class; a subclass adds to its base, or narrows it.
 
@@ -255,6 +265,16 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
         yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
 
 
+def _clip_contradictions(config: ClipConfig, path: str) -> Iterator[str]:
+    if (parts := config.loop.gradient_accumulation_steps) != 1:
+        yield (
+            f"loop.gradient_accumulation_steps: got {parts}; expected 1: each image is compared with all captions of "
+            "its batch, so parts of a batch have another loss; for larger batches use several processes"
+        )
+    if config.data.batch_size < 2:
+        yield "data.batch_size: got 1; expected 2 or more: an image is compared with the captions of others"
+
+
 def _indivisible(config: RunConfig, name: str, part: int) -> Iterator[str]:
     batch = config.data.batch_size
     if part > 0 and batch % part:
@@ -266,6 +286,7 @@ CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
     FramesConfig: _frames_contradictions,
     RunConfig: _run_contradictions,
     StageConfig: _stage_contradictions,
+    ClipConfig: _clip_contradictions,
 }
 """Checks of several fields together, by class; each yields lines like `faults`."""
 

@@ -277,6 +277,45 @@ class StageConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class ClipNetworkConfig:
+    """The two encoders of a CLIP, and its tokenizer."""
+
+    pretrained: str | None = None
+    """Folder or Hub name of a CLIP to go on from, with its tokenizer; None: from scratch."""
+    text: Network = field(default_factory=dict)
+    """CLIPTextConfig's keys."""
+    vision: Network = field(default_factory=dict)
+    """CLIPVisionConfig's keys."""
+    projection_dim: int = 512
+    """Width of the embeddings of images and texts."""
+    vocab_size: int = 4096
+    """Tokens of the tokenizer that is learned from the training captions."""
+    max_length: int = 77
+    """Tokens of a caption, begin and end included; longer ones are cut."""
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """The contrastive loss of a CLIP."""
+
+    max_logit_scale: float = 100.0
+    """Upper limit of the learned inverse temperature (Radford et al. 2021, section 2.5)."""
+    smallest_crop: float = 1.0
+    """Images are trained on in random square crops of at least this share of their width; 1: whole."""
+
+
+@dataclass(frozen=True)
+class ClipConfig(RunConfig):
+    """A CLIP, trained on images and their captions."""
+
+    clip: ClipNetworkConfig
+    _: KW_ONLY
+    save_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the weights in the model folder; checkpoints are always float32."""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig(RunConfig):
     """An autoencoder and its losses."""
 

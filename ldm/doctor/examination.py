@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ldm.config import AutoencoderConfig, RunConfig, StageConfig
+from ldm.config import AutoencoderConfig, ClipConfig, RunConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.data.pixels import to_uint8
 from ldm.doctor.agreement import agreement
@@ -32,7 +32,8 @@ from ldm.evaluation.sampling import sample_images
 from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
 from ldm.models.quiet import quietly
-from ldm.training.alarms import SCALE, faults_before
+from ldm.training.alarms import SCALE, cut_captions, faults_before
+from ldm.training.contrastive import ContrastiveStep, ContrastiveValidation
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from ldm.training.validation import Validation
@@ -105,6 +106,29 @@ def autoencoder_findings(
         yield autoencoder_overfit(config, step, train)
     log.info("measuring steps, a validation and a checkpoint")
     cost = measure_cost(step, train, config.optim, step.run, partial(validate, 0))
+    yield from cost_findings(config, cost, len(train))
+
+
+def clip_findings(
+    config: ClipConfig, step: ContrastiveStep, validation: ContrastiveValidation, train: PositionDataset
+) -> Iterator[Finding]:
+    """Yield the findings on a CLIP: captions that are cut, learning, plan and cost."""
+    cut = validation.truncation
+    said = [sentence for _, sentence in cut_captions(cut, "clip.max_length")]
+    text = f"{cut.captions:.1%} of the training captions and {cut.tokens:.1%} of their tokens are cut off"
+    yield Finding("captions", not said, "; ".join([text, *said]))
+    batch = fixed_batch(train, BATCH)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(step.losses(batch, 0)["clip"])
+
+    with restored(step):
+        log.info("learning %d images by heart", BATCH)
+        found = overfit(step, batch, config.optim, step.run, loss)
+        yield overfit_finding(config, found, f"loss on {BATCH} images", config.clip.pretrained is not None)
+    log.info("measuring steps, a validation and a checkpoint")
+    cost = measure_cost(step, train, config.optim, step.run, partial(validation, 0))
     yield from cost_findings(config, cost, len(train))
 
 

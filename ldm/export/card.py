@@ -43,6 +43,8 @@ METRICS = {
     "loss": "loss",
     "r_at_1": "retrieval R@1",
     "r_at_5": "retrieval R@5",
+    "back_r_at_1": "retrieval of captions, R@1",
+    "back_r_at_5": "retrieval of captions, R@5",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "perceptual": "distance in the features of EfficientNet-lite0",
@@ -79,6 +81,8 @@ class CardText:
     pipeline_tag: str | None
     """The Hub's name of the task of a whole pipeline; None for a component."""
     tags: Sequence[str]
+    library: str = "diffusers"
+    """The Hub's name of the library that loads it."""
 
 
 def write_card(model: Path, run: Path, config: RunConfig, text: CardText, record: Provenance) -> None:
@@ -97,7 +101,7 @@ def write_card(model: Path, run: Path, config: RunConfig, text: CardText, record
     identifier = (licence or "").lower().replace(" ", "-")
     card = ModelCardData(
         license=identifier if identifier in HUB_LICENCES else "other" if licence else None,
-        library_name="diffusers",
+        library_name=text.library,
         pipeline_tag=text.pipeline_tag,
         tags=list(text.tags),
         datasets=[known] if (known := _hub_data(data)) else None,

@@ -138,13 +138,14 @@ def tokenizer_json(tokenizer: Any) -> str:
         files = {path.name: path.read_bytes().decode() for path in sorted(Path(folder).iterdir())}
     if WHOLE_FILE in files:
         files[WHOLE_FILE] = json.dumps(json.loads(files[WHOLE_FILE]) | {"padding": None, "truncation": None})
-    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}  # not always saved
-    files[CONFIG_FILE] = json.dumps(json.loads(files[CONFIG_FILE]) | sides)
+    not_always_saved = ("padding_side", "truncation_side", "model_max_length")
+    settings = {name: getattr(tokenizer, name) for name in not_always_saved}
+    files[CONFIG_FILE] = json.dumps(json.loads(files[CONFIG_FILE]) | settings)
     return json.dumps(files)
 
 
-def tokenizer_from_json(text: str, max_length: int) -> Any:
-    """Return the tokenizer that `tokenizer_json` wrote: it gives the same ids, at most `max_length` of them.
+def tokenizer_from_json(text: str) -> Any:
+    """Return the tokenizer that `tokenizer_json` wrote: it gives the same ids, and cuts captions at the same length.
 
     Raises:
         ValueError: the JSON names a file in another folder, or the tokenizer would run its own code.
@@ -156,9 +157,7 @@ def tokenizer_from_json(text: str, max_length: int) -> Any:
             if not PLAIN_NAME.fullmatch(name):
                 raise ValueError(f"tokenizer: a file of it is called {name!r}; expected a plain name")
             Path(folder, name).write_bytes(content.encode())
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.model_max_length = max_length
-    return tokenizer
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -191,16 +190,21 @@ def build_text_encoder(
     where = "conditioners.text.encoder"
     if name != "CLIPTextModel":
         raise ConfigError(f"{where}._class_name: got {name!r}; from scratch, expected CLIPTextModel")
-    ours = {
+    ours = token_settings(tokenizer, config.max_length)
+    allowed = set(inspect.signature(CLIPTextConfig).parameters) - ours.keys()
+    refuse_unknown(keys, allowed, where, "of CLIPTextConfig, or one that the tokenizer decides")
+    return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
+
+
+def token_settings(tokenizer: Any, max_length: int) -> dict[str, int]:
+    """Return the keys of a ``CLIPTextConfig`` that a tokenizer of at most `max_length` tokens decides."""
+    return {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    allowed = set(inspect.signature(CLIPTextConfig).parameters) - ours.keys()
-    refuse_unknown(keys, allowed, where, "of CLIPTextConfig, or one that the tokenizer decides")
-    return built(lambda: CLIPTextModel(CLIPTextConfig(**keys, **ours)), where, name), tokenizer
 
 
 @quietly()
@@ -224,7 +228,8 @@ def load_text_encoder(
         options = {"trust_remote_code": False, **keywords}
         refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
         found = AutoConfig.from_pretrained(place, **options)
-        projected = "pooled_prompt_embeds" in outputs and "CLIPTextModelWithProjection" in (found.architectures or ())
+        with_projection = {"CLIPTextModelWithProjection", "CLIPModel"} & {*(found.architectures or ())}
+        projected = "pooled_prompt_embeds" in outputs and with_projection
         clip = CLIPTextModelWithProjection if projected else CLIPTextModel
         kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
         encoder = kind.from_pretrained(place, use_safetensors=True, **options)

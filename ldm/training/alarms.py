@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ldm.config import OptimConfig, StageConfig
 from ldm.data.batches import PositionDataset
-from ldm.training.checks import null_difference
+from ldm.training.checks import Truncation, null_difference
 from ldm.training.progress import Progress, expected_steps
 from ldm.training.run import Run
 from ldm.training.validation import Validation
@@ -136,12 +136,17 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             f"is {guidance:g}: guidance leads away from the null, which the denoiser is never shown; set a dropout, "
             "0.1 is usual, or validation.guidance_scale to 1",
         )
+    yield from cut_captions(cut, "conditioners.text.max_length")
+
+
+def cut_captions(cut: Truncation, limit: str) -> Iterator[tuple[str, str]]:
+    """Yield the alarm if too many tokens of the training captions are cut; `limit` names the field that decides it."""
     if cut.tokens > MAX_CUT_TOKENS:
         yield (
             CUT,
             f"{cut.captions:.0%} of the training captions are longer than the tokenizer's limit, and {cut.tokens:.0%} "
-            "of all tokens are cut off: the denoiser never sees them; raise conditioners.text.max_length or shorten "
-            "the captions (ldm validate counts their tokens)",
+            f"of all tokens are cut off: the model never sees them; raise {limit} or shorten the captions (ldm "
+            "validate counts their tokens)",
         )
 
 

@@ -57,7 +57,7 @@ DECIDED_BY = {
     "classes": ("config.data.class_column",),
     "networks": ("config.space.autoencoder", "config.space.image_encoder", "config.conditioners.image.pretrained"),
     "precision": ("config.loop.mixed_precision",),
-    "tokenizer": ("config.conditioners.text.pretrained",),
+    "tokenizer": ("config.conditioners.text.pretrained", "config.clip.pretrained"),
 }
 """Values that only say where something is: facts of these names say whether it is the same."""
 GROUP = "record"
@@ -118,9 +118,8 @@ class RunRecord:
 
 def recorded_tokenizer(state: Mapping[str, Any]) -> Any | None:
     """Return the tokenizer that a checkpoint's ``state.json`` holds, None if it holds none."""
-    if (text := state.get("tokenizer")) is None:
-        return None
-    return tokenizer_from_json(text, state["record"]["config"]["conditioners"]["text"]["max_length"])
+    text = state.get("tokenizer")
+    return None if text is None else tokenizer_from_json(text)
 
 
 def run_record(config: RunConfig, images: CaptionedImages, step: RecordedStep, precision: str) -> RunRecord:
