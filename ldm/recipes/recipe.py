@@ -45,7 +45,7 @@ class Recipe:
     parts: Sequence[str]
     """Folders or Hub names of the pretrained parts."""
     rehearse: Callable[[], None]
-    """Runs every part of a training once, on two images; raises ConfigError for parts that do not fit together."""
+    """Runs every part of a training once, on few images; raises ConfigError for parts that do not fit together."""
     dataset: Callable[[], PositionDataset]
     """Returns the training data; computes and caches the outputs of frozen networks on it."""
     events: Callable[[Loop[Batch]], Sequence[Event]]
