@@ -99,6 +99,10 @@ def colour_recipe(config, run, images):
         run.log_metrics({"validation/loss": step.losses(held_out, 0)["colour"].item()}, global_step)
         run.log_image("colours", Image.new("RGB", (8, 8)), global_step)
 
+    def findings(dataset):
+        validate(0)
+        yield Finding("colour", True, f"{len(dataset)} images have one")
+
     def save(folder):
         folder.mkdir(exist_ok=True)
         save_file({"colour": step.averages["colour"].module.weight.data}, folder / "colour.safetensors")
@@ -110,7 +114,7 @@ def colour_recipe(config, run, images):
         dataset=lambda: PositionDataset(images, "train", config.seed),
         events=lambda loop: [(config.loop.validate_every_steps, validate)],
         alarms=lambda dataset: [("colour", "all images are grey")],
-        findings=lambda dataset: iter([Finding("colour", True, f"{len(dataset)} images have one")]),
+        findings=findings,
         save=save,
         card=CardText(
             title="Mean colour",
@@ -149,6 +153,8 @@ def test_a_kind_of_training_is_one_function_from_config_to_card(folder, capsys):
         train(read(ColourConfig, folder, **words, **more), colour_recipe, "train_colour.py")
     train(read(ColourConfig, folder, **words, doctor="{}"), colour_recipe, "train_colour.py")
     assert "images have one\nnothing is wrong" in capsys.readouterr().out
+    left = {path.name for path in (folder / "run" / "doctor").iterdir()} - {".lock"}
+    assert left == {"report.txt", "report.json"}
 
 
 # ---- a pipeline: images from prompts, in pixels ----

@@ -80,7 +80,7 @@ def stage_findings(
 ) -> Iterator[Finding]:
     """Yield the findings on a diffusion stage: latents, scheduler, conditions, learning, cost, saving."""
     space, images, folder = step.stage.space, train.images, step.run.folder
-    if space.networks:  # pixels need no check
+    if space.networks:  # pixels are as they are
         yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
         yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
     pipeline: Any = validation.pipeline
