@@ -181,9 +181,14 @@ def test_the_pipeline_is_loaded_as_the_card_says(run, monkeypatch):
     assert kinds == ["StableDiffusionPipeline", "TextToImagePipeline"]
 
 
-def test_a_learned_variance_is_sampled_by_our_pipeline_alone(run):
-    (only,) = snippets(card(run, stage("--objective.variational_weight", "1")).text)
-    assert "trust_remote_code=True" in only
+@table(
+    ("name", "sampler", "plain"),
+    [("text2img", "dpm_solver", False), ("ddpm", "ddpm", True), ("ddpm", "ddim", False)],
+)
+def test_a_learned_variance_is_sampled_by_plain_diffusers_where_it_makes_the_same_images(run, name, sampler, plain):
+    words = ["--config", str(ROOT / f"configs/tiny/{name}.yaml"), "--objective.variational_weight", "1"]
+    found = snippets(card(run, load_config(StageConfig, [*words, "--sampler.kind", sampler])).text)
+    assert ["trust_remote_code=True" in snippet for snippet in found] == ([False, True] if plain else [True])
 
 
 def test_the_autoencoder_is_loaded_as_the_card_says(run, monkeypatch):

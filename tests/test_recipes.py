@@ -196,7 +196,7 @@ KIND = PipelineKind(
     },
     asks="prompt",
     task="text-to-image",
-    stock_samples=False,
+    stock_samplers=(),
 )
 STAGE = {
     "space.kind": "pixel",
@@ -226,6 +226,6 @@ def test_a_pipeline_is_one_record_from_config_to_card(folder, monkeypatch):
     assert np.isfinite(loaded(["red circle left"], 2, 1.0, draws).images).all()
     card = ModelCard.load(model / "README.md")
     assert "# Text to image" in card.text
-    assert "A diffusion model of pixels that samples images of 16 x 16 pixels from captions." in card.text
+    assert "A diffusion model in pixel space that samples images of 16 x 16 pixels from captions." in card.text
     assert (card.data.pipeline_tag, card.data.tags) == ("text-to-image", ["text-to-image", "pixel-diffusion"])
     assert Image.open(model / "samples.png").width > PIXELS

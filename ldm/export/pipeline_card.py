@@ -8,8 +8,6 @@ from ldm.config import StageConfig
 from ldm.export.card import CardText
 from ldm.export.kinds import PipelineKind
 
-SPACES = {"latent": "latent diffusion model", "pixel": "diffusion model of pixels"}
-"""Descriptions by ``space.kind``."""
 ASKED: Mapping[str, Mapping[str, str]] = {
     "prompt": {
         "title": "Text to image",
@@ -60,8 +58,8 @@ def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
     values = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
     return CardText(
         title=words["title"],
-        about=f"A {SPACES[kind.space]} that samples images of {config.data.image_size} x {config.data.image_size} "
-        f"pixels {words['sampled']}.",
+        about=f"A diffusion model in {kind.space} space that samples images of {config.data.image_size} x "
+        f"{config.data.image_size} pixels {words['sampled']}.",
         sheet=SHEET.format(sheet=words["sheet"], count=looked.num_images, seed=config.seed, **values),
         sheets="samples",
         loading=_loading(kind, config, words["call"].format(**values)),
@@ -74,15 +72,14 @@ def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
 
 
 def _loading(kind: PipelineKind, config: StageConfig, call: str) -> str:
-    """Return the instructions to load it: with diffusers alone, if that can sample it, and with its own pipeline."""
+    """Return the instructions to load it: with diffusers alone, if that samples it, and with its own pipeline."""
     arguments = "model, custom_pipeline=model, trust_remote_code=True"
     own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + SNIPPET.format(
         arguments=arguments, call=call
     )
-    # the stock pipelines sample no learned variance
-    if not kind.stock_samples or config.objective.variational_weight is not None:
+    if kind.stock_images(config) == "none":
         return own
     text = config.conditioners.text
     more = kind.stock_arguments.format(max_length=text.max_length if text else None)
-    note = kind.stock_note + kind.sampler_notes.get(config.sampler.kind, "")
+    note = kind.stock_others.get(config.sampler.kind, kind.stock_note)
     return f"With diffusers alone{note}:\n\n{SNIPPET.format(arguments='model', call=call + more)}\n{own}"
