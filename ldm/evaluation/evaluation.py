@@ -27,7 +27,7 @@ from ldm.data.sources import source_config
 from ldm.evaluation import sections
 from ldm.evaluation.baselines import nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
-from ldm.evaluation.conditions import CONDITIONS
+from ldm.evaluation.conditions import CONDITIONS, condition_by
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
@@ -42,7 +42,7 @@ from ldm.evaluation.subject import Subject
 from ldm.files import read_lines
 from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
-from ldm.models.pipeline import asked_by, call_settings, image_size, load_pipeline
+from ldm.models.pipeline import call_settings, image_size, load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
@@ -114,7 +114,7 @@ class Evaluation:
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
         self.pipeline.set_progress_bar_config(disable=True)  # `sample_images` has one over all its calls
-        self.condition, self.record = CONDITIONS[asked_by(self.pipeline)], read_provenance(model)
+        self.condition, self.record = condition_by(self.pipeline), read_provenance(model)
         if self.condition is not CONDITIONS["class_labels"]:
             if options.get("class_column") is not None:
                 raise ValueError(f"class_column: {self.model_name} is conditioned on no classes; leave it out")
@@ -236,7 +236,7 @@ class Evaluation:
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
         """Return the section on how much `per_prompt` images of each caption differ."""
         repeated = [caption for caption in captions for _ in range(per_prompt)]
-        images = sample_images(self.pipeline, repeated, seed, **call)
+        images = sample_images(self.pipeline, repeated, seed, self.condition.keyword, **call)
         return sections.variety(captions, images, self.network(images), per_prompt, self.network.name)
 
     def subject(self, seed: int, **call: Any) -> Subject:
@@ -300,9 +300,8 @@ class Evaluation:
 
     def bound(self, timesteps: int, seed: int) -> Section:
         """Return the section on the bits per dimension of the held-out images."""
-        labels = None
-        if null := self.condition.count(self.pipeline):
-            labels = [null if label is None else label for label in self.asked()]
+        null = self.condition.null_class(self.pipeline)
+        labels = None if null is None else [null if label is None else label for label in self.asked()]
         true = self.gallery[self._places(self.rows)]
         bits = variational_bound(self.pipeline, pixel_values(true), labels, timesteps, seed)
         training = self.gallery[np.unique(self._places(self.images.splits["train"]))]
@@ -330,7 +329,7 @@ class Evaluation:
         """Return R@1 in pixels and KID, from one sampled image for each caption in a file."""
         captions = read_lines(captions_file)
         own = self._places(self.images.rows_of(captions))
-        images = sample_images(self.pipeline, captions, seed, **call)
+        images = sample_images(self.pipeline, captions, seed, self.condition.keyword, **call)
         hits = retrieval_ranks(images, self.gallery, own) == 0
         return mean_of(hits), kid(self.network(images), self.gallery_features[own])
 

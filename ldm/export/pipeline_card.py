@@ -28,7 +28,7 @@ ASKED: Mapping[str, Mapping[str, str]] = {
         "sheet": "Some images, which are not related to the true ones beneath them",
     },
 }
-"""Texts by the keyword that says what to sample: `PipelineKind.asks`."""
+"""Texts for each of `ldm.evaluation.conditions.CONDITIONS`, by keyword: `PipelineKind.asks`."""
 SNIPPET = """\
 ```python
 from diffusers import DiffusionPipeline
