@@ -76,5 +76,5 @@ def diffusion_recipe(
         alarms=partial(faults_before, config, validation),
         findings=partial(stage_findings, config, kind, step, validation),
         save=pipeline.save_pretrained,
-        card=pipeline_card(kind, config),
+        card=pipeline_card(kind, config, len(validation.ranked)),
     )
