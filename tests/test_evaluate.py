@@ -1,6 +1,7 @@
 """The whole evaluation on a tiny pipeline: what it writes, what it refuses, and that processes do not matter."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from ldm.commands.evaluate import evaluate
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
+from ldm.evaluation import evaluation
 from ldm.evaluation.evaluation import Evaluation, read_as_trained
 from ldm.models.provenance import Provenance, trained_through
 from ldm.models.vision import build_feature_network
@@ -325,6 +327,27 @@ def test_what_is_said_counts_then_the_record_then_what_is_usual(
     found = read_in(tmp_path, monkeypatch, recorded, data, options, captions)
     assert {name: getattr(found, name) for name in expected} == expected
     assert (found.image_size, found.on_bad_data) == (16, "skip")
+
+
+@table(
+    ("recorded", "options", "captions", "said"),
+    [
+        ({"held_out": LISTS}, {}, {}, f"held_out {LISTS}"),
+        ({"held_out": LISTS}, {}, {"test": "other"}, "held_out {'validation': 'lists/v.txt'}"),
+        ({"held_out": LISTS, "background": "black"}, {"held_out_percent": 5.0}, {}, "background black"),
+        ({"held_out": LISTS, "background": "black"}, {"held_out": {}}, {}, "background black"),
+        ({"held_out_percent": 20.0}, {}, {}, "held_out_percent 20.0"),
+        ({"held_out_percent": 20.0, "background": "black"}, {}, {"test": "other"}, "background black"),
+        ({"background": "black"}, {"background": "white"}, {}, None),
+    ],
+)
+def test_what_is_read_from_the_record_is_said_if_it_is_used(
+    recorded, options, captions, said, tmp_path, monkeypatch, caplog
+):
+    evaluation._say.cache_clear()
+    caplog.set_level(logging.INFO)
+    read_in(tmp_path, monkeypatch, recorded, "x", options, captions)
+    assert [message.rpartition("otherwise: ")[2] for message in caplog.messages] == ([] if said is None else [said])
 
 
 @table(("recorded", "data", "options", "captions", "said"), REFUSED)

@@ -54,9 +54,9 @@ def read_as_trained(
 ) -> DataConfig:
     """Return the data config of an evaluation: `options`, completed by what the model's training recorded.
 
-    Settings that are taken from the `record` are logged. captions: files of held-out captions by split, which replace
-    those of the record. If the options have held_out or held_out_percent, nothing is held out by the record. more:
-    other fields of the config.
+    Settings that are taken from the `record` and used are logged. captions: files of held-out captions by split, which
+    replace those of the record. If the options have held_out or held_out_percent, nothing is held out by the record.
+    more: other fields of the config.
 
     Raises:
         ValueError: no data are named and the model was not trained on openmoji; a file of captions that its training
@@ -67,17 +67,21 @@ def read_as_trained(
     source = trained.pop("source", None)
     if data is None and source != "openmoji":
         raise ValueError("data: name the images to measure on, --data")
-    said = {"held_out", "held_out_percent"} & options.keys()
-    listed: dict[str, str] = portable(trained.pop("held_out", {})) if not said else {}
+    recorded: dict[str, str] = portable(trained.pop("held_out", {}))
+    if {"held_out", "held_out_percent"} & options.keys():
+        recorded = {}
+    listed = {split: file for split, file in recorded.items() if split not in captions}
     for split, file in listed.items():
-        if split not in captions and not Path(file).is_file():
+        if not Path(file).is_file():
             option = "--captions" if split == "test" else "--validation_captions"
             raise ValueError(
                 f"the model's training held out the captions in {file}, and there is no such file here; name it, "
                 f"{option}, or say --held_out {{}} for a split by hash"
             )
-    taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
     files = {**options.get("held_out", listed), **captions}
+    if files:
+        trained.pop("held_out_percent", None)
+    taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
     values: dict[str, Any] = {**more, **taken, **options, "held_out": files}
     config = source_config(data or "openmoji", **values)
     usual = DataConfig()
