@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,13 @@ class Evaluation:
 
     def refuse_unchosen(self, what: str) -> None:
         """Raise ValueError, which names `what`, if there are no validation captions to choose it on."""
-        if not self.condition.worded:
-            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
+        self._refuse_unworded(what)
         if "validation" not in self.images.config.held_out:
             raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
+
+    def _refuse_unworded(self, what: str) -> None:
+        if not self.condition.worded:
+            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
 
     def check(
         self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
@@ -207,17 +210,28 @@ class Evaluation:
         cached = CachedRows("features", key, len(self.gallery), compute)
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
 
-    def sections(self, seed: int, clip: str | None, factors: str | None, **call: Any) -> list[Section]:
+    def further(self, factors: str | None, clip: str | None) -> list[Callable[[Subject], Section]]:
+        """Return what makes the further sections on captions: on the words in the file `factors`, and of a CLIP.
+
+        Both are read here, before anything is sampled. ValueError if the model takes no captions.
+        """
+        found: list[Callable[[Subject], Section]] = []
+        if factors is not None:
+            self._refuse_unworded("factors")
+            words = read_factors(factors)
+            found.append(lambda subject: sections.caption_factors(subject, words, self.known_captions()))
+        if clip is not None:
+            self._refuse_unworded("CLIP scores")
+            score, name = ClipScore(clip).image_text_similarity, Path(portable(clip)).name
+            found.append(lambda subject: sections.clip_scores(subject, score, name))
+        return found
+
+    def sections(self, seed: int, further: Sequence[Callable[[Subject], Section]], **call: Any) -> list[Section]:
         """Return the sections that need one image for each held-out image: of its caption, or of its class or none."""
         subject, name = self.subject(seed, **call), self.network.name
         if not self.condition.worded:
             return [sections.samples(subject), sections.likeness(subject, name), sections.memorisation(subject, name)]
-        found = [sections.retrieval(subject, name)]
-        if factors is not None:
-            found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
-        if clip is not None:
-            score = ClipScore(clip).image_text_similarity
-            found.append(sections.clip_scores(subject, score, Path(portable(clip)).name))
+        found = [sections.retrieval(subject, name), *(measure(subject) for measure in further)]
         found += [self.gain(seed), sections.likeness(subject, name)]
         if subject.rebuilt is not None:
             found.append(sections.autoencoder(subject, subject.rebuilt, name))
