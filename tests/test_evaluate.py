@@ -164,6 +164,9 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
         ({"class_column": "kind"}, "class_column: model is conditioned on no classes"),
         ({"bound_timesteps": 3}, "TextToImagePipeline diffuses latents|StableDiffusionPipeline diffuses latents"),
         ({"captions": None}, "validation_captions: without captions"),
+        ({"captions": ["red thing 0", "red thing 4", "red thing 8"]}, "3 held-out images are too few to measure on"),
+        ({"captions": ["red thing 0"] * 3 + ["red thing 4"]}, "3 of 4 captions have the same image"),
+        ({"validation_captions": ["blue thing 2"], "steps_sweep": "1,2"}, "validation captions: got one; expected two"),
         ({"factors": "none.yaml"}, "none.yaml"),
         ({"clip": "none"}, "none"),
         ({"classes": "1.9"}, "classes: got 1.9; expected whole numbers"),
@@ -179,6 +182,10 @@ def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_pat
     named = dict(zip(("model", "data", "out", "captions"), arguments(place, tmp_path), strict=True))
     named |= {"validation_captions": str(place / "validation.txt"), "network": str(place / "clip")} | settings
     named["model"] = str(place / named["model"])
+    for option in ("captions", "validation_captions"):
+        if isinstance(named[option], list):
+            (tmp_path / option).write_text("\n".join(named[option]))
+            named[option] = str(tmp_path / option)
     with pytest.raises((ValueError, OSError), match=said):
         evaluate(**named)
 
@@ -281,6 +288,7 @@ def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(p
         SystemExit, match=r"captions in heldout\.txt, and there is no such file here; name it, --captions"
     ):
         cli.main([*command, "--to", str(tmp_path / "one")])
+    assert not (tmp_path / "one").exists(), "nothing is written before the data are known to be right"
     monkeypatch.chdir(place)
     cli.main([*command, "--to", str(tmp_path / "two")])
     found = json.loads((tmp_path / "run" / "averages.json").read_text())

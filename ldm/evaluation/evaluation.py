@@ -25,7 +25,7 @@ from ldm.data.pixels import to_uint8
 from ldm.data.preflight import checked_source
 from ldm.data.sources import source_config
 from ldm.evaluation import sections
-from ldm.evaluation.baselines import nearest_training_captions
+from ldm.evaluation.baselines import derangement, nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
 from ldm.evaluation.conditions import CONDITIONS, condition_by
 from ldm.evaluation.distances import kid
@@ -47,6 +47,8 @@ from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
 log = logging.getLogger(__name__)
+FEWEST = 4
+"""Held-out images that an evaluation needs: some distances compare one half of them with the other, of two each."""
 
 
 def read_as_trained(
@@ -165,10 +167,12 @@ class Evaluation:
         return [caption for caption, _ in found], [row for _, row in found]
 
     def refuse_unchosen(self, what: str) -> None:
-        """Raise ValueError, which names `what`, if there are no validation captions to choose it on."""
+        """Raise ValueError, which names `what`, if there are too few validation captions to choose it on."""
         self._refuse_unworded(what)
         if "validation" not in self.images.config.held_out:
             raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
+        if len(read_lines(self.validation)) < 2:
+            raise ValueError(f"{what} are chosen on the validation captions: got one; expected two or more")
 
     def _refuse_unworded(self, what: str) -> None:
         if not self.condition.worded:
@@ -177,7 +181,14 @@ class Evaluation:
     def check(
         self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
     ) -> None:
-        """Raise ValueError for settings that `repeated`, `bound` and `sweeps` cannot measure; nothing is sampled."""
+        """Raise ValueError for images or settings that cannot be measured; nothing is sampled."""
+        if len(self.rows) < FEWEST:
+            raise ValueError(
+                f"{len(self.rows)} held-out images are too few to measure on; expected {FEWEST} or more: name more "
+                "--captions, or train with a larger data.held_out_percent"
+            )
+        if self.condition.worded:
+            derangement(self._places(self.rows))
         if prompts and min(prompts, several) < 2:
             raise ValueError(f"got {prompts} prompts, {several} images of each; expected 2 or more")
         if self.images.config.class_column is not None:
