@@ -184,8 +184,8 @@ class Evaluation:
         """Raise ValueError for images or settings that cannot be measured; nothing is sampled."""
         if len(self.rows) < FEWEST:
             raise ValueError(
-                f"{len(self.rows)} held-out images are too few to measure on; expected {FEWEST} or more: name more "
-                "--captions, or train with a larger data.held_out_percent"
+                f"too few held-out images to measure on: got {len(self.rows)}, expected {FEWEST} or more; list more "
+                "captions in the file of --captions, or train with a larger data.held_out_percent"
             )
         if self.condition.worded:
             derangement(self._places(self.rows))
