@@ -1,6 +1,5 @@
 """Image-to-image and inpainting: an image to start from, and a mask of the parts to sample anew."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -12,12 +11,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from .inputs import MAX_LATENT, shown
+from .inputs import MAX_LATENT, logger, shown
 
 RGB = 3
 MANY = 4
 """Largest number of pixels without a warning, as a multiple of those of the images that the model was trained on."""
-logger = logging.getLogger(__name__)
 
 GivenImages = list[Image.Image] | torch.Tensor
 """PIL images in RGB; or floats in [0, 1], (N, C, height, width); or latents, whose channels are not three."""

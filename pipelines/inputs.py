@@ -1,5 +1,6 @@
 """The inputs of a pipeline's call: checked, and brought into one form."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
 MAX_PIXELS = 2**24
 """Most pixels of one image. The memory of decoding grows with them, that of attention with their square."""
 

@@ -31,9 +31,10 @@ class PixelPipeline(
 ):
     """The pipeline in pixel space: images like `DDPMPipeline`'s; with classes and guidance if the denoiser has classes.
 
-    It has the components of that class, and that class can load a saved folder. But the stock class passes no classes
-    to the denoiser, and takes a learned variance only with `DDPMScheduler`. With the same components and the same
-    generator, both give the same images.
+    It has the components of that class, and that class can load a saved folder. Without classes, both give the same
+    images of the same components and generator, with two exceptions. The stock class takes a learned variance only with
+    `DDPMScheduler`. And where `DDIMScheduler` clips its estimate of the image, the stock class then takes other
+    noise. It passes no classes to the denoiser.
 
     unet: with ``num_class_embeds: N + 1`` it has N classes; the last number is the null class of guidance.
     """

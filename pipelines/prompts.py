@@ -1,6 +1,5 @@
 """The encoding of prompts to embeddings."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
-logger = logging.getLogger(__name__)
+from .inputs import logger
 
 
 def encode(

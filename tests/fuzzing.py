@@ -39,6 +39,7 @@ from ldm.commands.sample import sample, slug
 from ldm.conditioners.text import TextConditioner
 from ldm.config import AutoencoderConfig, DataOptions, StageConfig
 from ldm.config.file import load_config, save_config
+from ldm.config.places import pretrained_place
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
 from ldm.data.preflight import caption_fault, checked_source
@@ -403,7 +404,8 @@ def prepare(config, bench, name):
     assert images.splits["train"]
     run = OneProcess(config)
     if isinstance(config, AutoencoderConfig):
-        refuse_leaks([config.autoencoder.get("pretrained")], images)
+        place = pretrained_place(config.autoencoder)
+        refuse_leaks([] if place is None else [place], images)
         autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         batch, start = first_batch(images, 2), config.reconstruction.discriminator_start_step

@@ -48,7 +48,7 @@ ROWS = {
     "s04": "Model cards and saved configs name no folder of this machine",
     "s05": "No path leads out of the folder of the data, of the model or of the run",
     "s06": "A push that fails midway loses nothing and is finished by ldm push",
-    "s08": "Nothing connects to anywhere unasked; known holes can be looked up (make audit)",
+    "s08": "Nothing connects to anywhere unasked; known vulnerabilities can be looked up (make audit)",
 }
 
 

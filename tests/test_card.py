@@ -50,7 +50,10 @@ def autoencoder(*words):
     return load_config(AutoencoderConfig, ["--config", str(ROOT / "configs/tiny/vae.yaml"), *words])
 
 
-WORDS = {StageConfig: lambda config: pipeline_card(kind_of_config(config), config), AutoencoderConfig: autoencoder_card}
+WORDS = {
+    StageConfig: lambda config: pipeline_card(kind_of_config(config), config, ranked=50),
+    AutoencoderConfig: autoencoder_card,
+}
 
 
 def kind_of_config(config):
@@ -92,15 +95,16 @@ def test_what_was_measured_and_how_is_said(run):
     words = ["--validation.guidance_scale", "1.75", "--validation.loss_images", "77", "--seed", "11"]
     text = " ".join(card(run, stage(*words)).text.split())
     for expected in (
-        *("At step 40", "at most 77", "| loss | 1.25 |", "| loss at noise level 0.10 | nan |", "in 4 steps"),
-        *("guidance 1.75", "seeds from 11", "3,553 training images", "`fingerprint-7`", "`" + "ab" * 16 + "`"),
+        *("At step 40", "at most 77", "| loss | 1.25 |", "| loss at noise level 0.10 | nan |"),
+        *("in 4 steps with guidance 1.75 and seeds from 11 on",),
+        *("3,553 training images", "`fingerprint-7`", "`" + "ab" * 16 + "`"),
         *("[OpenMoji](https://openmoji.org)", "Licence of the images: CC BY-SA 4.0.", "a processor", "torch 2.13.0"),
     ):
         assert expected in text
     assert "Retrieval" not in text
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 37, "validation/loss": 1.0, "validation/r_at_1": 0.5}) + "\n")
-    text = card(run, stage("--validation.retrieval_images", "50")).text
+    text = card(run, stage()).text
     assert "Retrieval: the share of 50 validation captions" in text
     assert "At step 37" in text
     assert "40 steps" in text
@@ -181,9 +185,14 @@ def test_the_pipeline_is_loaded_as_the_card_says(run, monkeypatch):
     assert kinds == ["StableDiffusionPipeline", "TextToImagePipeline"]
 
 
-def test_a_learned_variance_is_sampled_by_our_pipeline_alone(run):
-    (only,) = snippets(card(run, stage("--objective.variational_weight", "1")).text)
-    assert "trust_remote_code=True" in only
+@table(
+    ("name", "sampler", "plain"),
+    [("text2img", "dpm_solver", False), ("ddpm", "ddpm", True), ("ddpm", "ddim", False)],
+)
+def test_a_learned_variance_is_sampled_by_plain_diffusers_where_it_makes_the_same_images(run, name, sampler, plain):
+    words = ["--config", str(ROOT / f"configs/tiny/{name}.yaml"), "--objective.variational_weight", "1"]
+    found = snippets(card(run, load_config(StageConfig, [*words, "--sampler.kind", sampler])).text)
+    assert ["trust_remote_code=True" in snippet for snippet in found] == ([False, True] if plain else [True])
 
 
 def test_the_autoencoder_is_loaded_as_the_card_says(run, monkeypatch):
@@ -208,3 +217,4 @@ def test_where_plain_diffusers_draws_other_images_it_says_so(run, kind, warned):
     words = ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", kind]
     text = card(run, load_config(StageConfig, words)).text
     assert ("`use_clipped_model_output=True`" in text) == warned
+    assert "guidance" not in text.partition("## ")[0], "an unconditional model has none"

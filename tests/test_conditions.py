@@ -1,13 +1,21 @@
 """Each condition is read from the data, put into a batch and asked of a pipeline as one and the same."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.batches import Batch
-from ldm.evaluation.conditions import CONDITIONS, condition_of
+from ldm.evaluation.conditions import CONDITIONS, condition_by, condition_of
+from ldm.export.kinds import KINDS
+from ldm.export.pipeline_card import ASKED
+from pipelines.pixels import PixelPipeline
+
+from .table import table
+from .test_pixels_pipeline import CLASSES, network
+from .tiny_pipeline import pipeline
 
 SOURCE = SimpleNamespace(
     captions=lambda row: (["red", "scarlet"], [])[row],
@@ -25,7 +33,7 @@ def test_source_and_batch_say_the_same_and_an_image_without_condition_has_nothin
     condition = CONDITIONS[keyword]
     assert [condition.of(SOURCE, row) for row in range(2)] == condition.read(BATCH) == known
     assert known[1] == condition.nothing
-    assert condition.read(condition.written(BATCH, others or known)) == (others or known)
+    assert condition.read(condition.replaced(BATCH, others or known)) == (others or known)
     assert condition.read(BATCH) == known, "a batch is never changed"
 
 
@@ -37,3 +45,55 @@ def test_what_says_most_is_asked_for():
     assert condition_of([None, "class_labels", "prompt"]).keyword == "prompt"
     assert condition_of(["class_labels", None]).keyword == "class_labels"
     assert condition_of([None]).keyword == condition_of([]).keyword == "batch_size"
+
+
+class Words:
+    components = MappingProxyType({})
+
+    def __call__(self, words):
+        """Draw."""
+
+
+@table(
+    ("build", "found"),
+    [
+        (pipeline, "prompt"),
+        (lambda: PixelPipeline(network(CLASSES), DDPMScheduler()), "class_labels"),
+        (lambda: PixelPipeline(network(), DDPMScheduler()), "batch_size"),
+        (lambda: DDPMPipeline(network(), DDPMScheduler()), "batch_size"),
+    ],
+)
+def test_a_pipeline_is_asked_for_what_its_denoiser_is_conditioned_on(build, found):
+    assert condition_by(build()) is CONDITIONS[found]
+
+
+@table(
+    ("build", "said"),
+    [
+        (lambda: DDPMPipeline(network(CLASSES), DDPMScheduler()), "passes no classes to its denoiser"),
+        (Words, "Words takes none of prompt, class_labels, batch_size; expected a pipeline that does"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_asked_is_refused(build, said):
+    with pytest.raises(ValueError, match=said):
+        condition_by(build())
+
+
+@table(
+    ("keyword", "text", "value"),
+    [
+        ("prompt", "3", "3"),
+        ("prompt", "", ""),
+        ("class_labels", "3", [3]),
+        ("class_labels", "a cat", None),
+        ("class_labels", "", None),
+        ("batch_size", "3", None),
+    ],
+)
+def test_what_a_user_writes_is_a_condition_or_none(keyword, text, value):
+    assert CONDITIONS[keyword].parsed(text) == value
+
+
+def test_every_condition_has_its_words_on_a_card():
+    assert ASKED.keys() == CONDITIONS.keys() == {kind.asks for kind in KINDS}
+    assert len({frozenset(words) for words in ASKED.values()}) == 1

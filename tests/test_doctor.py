@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import train_text2img
 import train_vae
-from ldm.config import DoctorConfig, LoopConfig, ObjectiveConfig, OptimConfig, SamplerConfig
+from ldm.config import DoctorConfig, LoopConfig, ObjectiveConfig, OptimConfig, SamplerConfig, StageConfig
+from ldm.config.file import load_config
 from ldm.data.batches import Batch
 from ldm.doctor import cost as cost_module
 from ldm.doctor import examination
@@ -28,6 +29,7 @@ from ldm.doctor.forecast import OPERATION_SECONDS, UTILISATION, forecast
 from ldm.doctor.latents import round_trip
 from ldm.doctor.overfit import Overfit, fixed_draws, restored
 from ldm.doctor.plan import Plan
+from ldm.evaluation.conditions import CONDITIONS
 from ldm.export import kinds as export_module
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.denoising import Objective
@@ -35,10 +37,12 @@ from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import Loop
 from ldm.training.run import Run, opened
+from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 
 from .table import table
 from .test_objective import SOUND
+from .test_pixels_pipeline import network
 
 ROOT = Path(__file__).parent.parent
 VAE = ROOT / "assets" / "openmoji-vae"
@@ -179,6 +183,23 @@ def test_a_gpu_that_is_too_small_is_found_by_its_memory_alone(tmp_path, monkeypa
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--doctor.gpu_memory_gib", "0.001")
     assert (wrong(report), code) == (["another machine"], 1)
     assert "does not fit into its 0.001 GiB; use more loop.gradient_acc" in text(report, "another machine")
+
+
+@table(("sampler", "loaded"), [("ddpm", "DDPMPipeline"), ("ddim", "PixelPipeline")])
+def test_pixels_are_reloaded_by_diffusers_own_class_where_it_makes_the_same_images(
+    sampler, loaded, tmp_path, monkeypatch
+):
+    config = load_config(StageConfig, ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", sampler])
+    scheduler = build_scheduler(config.objective, config.sampler, clip_sample=True)
+    step = SimpleNamespace(condition=CONDITIONS["batch_size"])
+    validation = SimpleNamespace(
+        pipeline=PixelPipeline(network(), scheduler), asked=lambda rows: [None for _ in rows], step=step
+    )
+    monkeypatch.setattr(examination, "fixed_batch", lambda train, count: SimpleNamespace(rows=[0]))
+    kind = next(kind for kind in export_module.KINDS if kind.asks == "batch_size")
+    found = examination.same_sample(config, kind, validation, None, tmp_path)
+    assert found.ok
+    assert f"{loaded}.from_pretrained makes exactly the image" in found.text
 
 
 @pytest.mark.slow

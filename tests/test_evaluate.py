@@ -1,6 +1,7 @@
 """The whole evaluation on a tiny pipeline: what it writes, what it refuses, and that processes do not matter."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from ldm.commands.evaluate import evaluate
 from ldm.config import DataConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.sources import build_source
+from ldm.evaluation import evaluation
 from ldm.evaluation.evaluation import Evaluation, read_as_trained
 from ldm.models.provenance import Provenance, trained_through
 from ldm.models.vision import build_feature_network
@@ -125,9 +127,6 @@ def test_a_model_that_is_told_nothing_is_measured_by_its_images(place, tmp_path)
     ]  # fmt: skip
     assert stock["KID, clip"]["value"] == pytest.approx(ours["KID, clip"]["value"], abs=1e-4)
     assert Image.open(tmp_path / "stock" / "samples.png").width > 100
-    with pytest.raises(ValueError, match="sweeps are measured on captions"):
-        evaluate(str(place / "pixels"), str(place / "images"), str(tmp_path), str(place / "heldout.txt"),
-                 str(place / "validation.txt"), network=str(place / "clip"), steps_sweep="1,2")  # fmt: skip
 
 
 def test_without_a_list_of_captions_the_test_split_by_hash_is_measured(place, tmp_path):
@@ -165,13 +164,29 @@ def test_a_network_that_was_trained_through_may_not_measure(place, tmp_path):
         ({"class_column": "kind"}, "class_column: model is conditioned on no classes"),
         ({"bound_timesteps": 3}, "TextToImagePipeline diffuses latents|StableDiffusionPipeline diffuses latents"),
         ({"captions": None}, "validation_captions: without captions"),
+        ({"captions": ["red thing 0", "red thing 4", "red thing 8"]}, "too few held-out images .* got 3, expected 4"),
+        ({"captions": ["red thing 0"] * 3 + ["red thing 4"]}, "3 of 4 captions have the same image"),
+        ({"validation_captions": ["blue thing 2"], "steps_sweep": "1,2"}, "validation captions: got one; expected two"),
+        ({"factors": "none.yaml"}, "none.yaml"),
+        ({"clip": "none"}, "none"),
+        ({"classes": "1.9"}, "classes: got 1.9; expected whole numbers"),
+        ({"classes": "nan"}, "classes: got nan; expected whole numbers"),
+        ({"classes": "0,inf"}, "classes: got inf; expected whole numbers"),
+        ({"model": "pixels", "steps_sweep": "1,2"}, "sweeps are measured on captions, and pixels takes none"),
+        ({"model": "pixels", "factors": "factors.yaml"}, "factors are measured on captions, and pixels takes none"),
+        ({"model": "pixels", "clip": "clip"}, "CLIP scores are measured on captions, and pixels takes none"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_drawn(place, tmp_path, monkeypatch, settings, said):
     monkeypatch.setattr("ldm.evaluation.evaluation.sample_images", None)  # it cannot be called
     named = dict(zip(("model", "data", "out", "captions"), arguments(place, tmp_path), strict=True))
     named |= {"validation_captions": str(place / "validation.txt"), "network": str(place / "clip")} | settings
-    with pytest.raises(ValueError, match=said):
+    named["model"] = str(place / named["model"])
+    for option in ("captions", "validation_captions"):
+        if isinstance(named[option], list):
+            (tmp_path / option).write_text("\n".join(named[option]))
+            named[option] = str(tmp_path / option)
+    with pytest.raises((ValueError, OSError), match=said):
         evaluate(**named)
 
 
@@ -273,6 +288,7 @@ def test_of_averages_the_best_is_chosen_on_the_captions_that_training_held_out(p
         SystemExit, match=r"captions in heldout\.txt, and there is no such file here; name it, --captions"
     ):
         cli.main([*command, "--to", str(tmp_path / "one")])
+    assert not (tmp_path / "one").exists(), "nothing is written before the data are known to be right"
     monkeypatch.chdir(place)
     cli.main([*command, "--to", str(tmp_path / "two")])
     found = json.loads((tmp_path / "run" / "averages.json").read_text())
@@ -325,6 +341,27 @@ def test_what_is_said_counts_then_the_record_then_what_is_usual(
     found = read_in(tmp_path, monkeypatch, recorded, data, options, captions)
     assert {name: getattr(found, name) for name in expected} == expected
     assert (found.image_size, found.on_bad_data) == (16, "skip")
+
+
+@table(
+    ("recorded", "options", "captions", "said"),
+    [
+        ({"held_out": LISTS}, {}, {}, f"held_out {LISTS}"),
+        ({"held_out": LISTS}, {}, {"test": "other"}, "held_out {'validation': 'lists/v.txt'}"),
+        ({"held_out": LISTS, "background": "black"}, {"held_out_percent": 5.0}, {}, "background black"),
+        ({"held_out": LISTS, "background": "black"}, {"held_out": {}}, {}, "background black"),
+        ({"held_out_percent": 20.0}, {}, {}, "held_out_percent 20.0"),
+        ({"held_out_percent": 20.0, "background": "black"}, {}, {"test": "other"}, "background black"),
+        ({"background": "black"}, {"background": "white"}, {}, None),
+    ],
+)
+def test_what_is_read_from_the_record_is_said_if_it_is_used(
+    recorded, options, captions, said, tmp_path, monkeypatch, caplog
+):
+    evaluation._say.cache_clear()
+    caplog.set_level(logging.INFO)
+    read_in(tmp_path, monkeypatch, recorded, "x", options, captions)
+    assert [message.rpartition("otherwise: ")[2] for message in caplog.messages] == ([] if said is None else [said])
 
 
 @table(("recorded", "data", "options", "captions", "said"), REFUSED)

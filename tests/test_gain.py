@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
 from ldm.config import ObjectiveConfig
-from ldm.evaluation.gain import LEVELS, denoising_losses, losses_with_and_without
+from ldm.evaluation.gain import LEVELS, conditions_of, denoising_losses, losses_with_and_without
 from ldm.models.scheduler import build_scheduler, schedule_of
 from ldm.objectives.denoising import Objective
 from ldm.objectives.schedule import FlowSchedule, build_schedule
@@ -124,6 +124,26 @@ def test_equal_captions_are_never_exchanged():
         losses_with_and_without(pipe, images(), ["a"] * 4 + ["b", "c"], 0)
 
 
-def test_pipelines_that_are_not_known_are_refused():
-    with pytest.raises(ValueError, match="got a SimpleNamespace; expected one of StableDiffusionPipeline"):
-        losses_with_and_without(SimpleNamespace(), images(), CAPTIONS, 0)
+class Latents(SimpleNamespace):
+    def encode_prompt(self):
+        """Encode."""
+
+
+def reads(**config):
+    return SimpleNamespace(config={"cross_attention_dim": 8} | config)
+
+
+@table(
+    "pipe",
+    [
+        SimpleNamespace(components={"vae": None, "unet": reads()}),
+        Latents(components={"unet": reads()}),
+        Latents(components={"vae": None, "unet": reads(addition_embed_type="text_time")}),
+        Latents(components={"vae": None, "unet": reads(cross_attention_dim=None)}),
+        Latents(components={"vae": None, "transformer": reads()}),
+    ],
+)
+def test_pipelines_whose_denoiser_is_not_known_are_refused(pipe):
+    with pytest.raises(ValueError, match=f"got a {type(pipe).__name__}; expected a pipeline with an autoencoder and"):
+        losses_with_and_without(pipe, images(), CAPTIONS, 0)
+    assert conditions_of(Latents(components={"vae": None, "unet": reads()}))(1) == {"encoder_hidden_states": 1}

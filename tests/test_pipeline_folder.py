@@ -96,17 +96,12 @@ class Pixels:
         """Draw."""
 
 
-class Words(Pixels):
-    def __call__(self, words):
-        """Draw."""
-
-
 def test_the_size_of_what_is_drawn():
     drawing = pipeline()
     assert image_size(drawing) == PIXELS
     network = drawing.unet
     assert image_size(Pixels(unet=network)) == image_size(Pixels(transformer=network, vae=None)) == 8
-    for wrong in (Words(unet=network), Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
+    for wrong in (Pixels(movq=network), Pixels(unet=unet(sample_size=None))):
         with pytest.raises(ValueError, match="expected a pipeline that does"):
             image_size(wrong)
 

@@ -21,6 +21,7 @@ from ldm.config import Network, RunConfig, StageConfig
 from ldm.config.file import load_config
 from ldm.data.batches import PositionDataset, fixed_batch
 from ldm.doctor.findings import Finding
+from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.export import kinds
 from ldm.export.card import CardText
 from ldm.export.kinds import PipelineKind
@@ -99,6 +100,10 @@ def colour_recipe(config, run, images):
         run.log_metrics({"validation/loss": step.losses(held_out, 0)["colour"].item()}, global_step)
         run.log_image("colours", Image.new("RGB", (8, 8)), global_step)
 
+    def findings(dataset):
+        validate(0)
+        yield Finding("colour", True, f"{len(dataset)} images have one")
+
     def save(folder):
         folder.mkdir(exist_ok=True)
         save_file({"colour": step.averages["colour"].module.weight.data}, folder / "colour.safetensors")
@@ -110,7 +115,7 @@ def colour_recipe(config, run, images):
         dataset=lambda: PositionDataset(images, "train", config.seed),
         events=lambda loop: [(config.loop.validate_every_steps, validate)],
         alarms=lambda dataset: [("colour", "all images are grey")],
-        findings=lambda dataset: iter([Finding("colour", True, f"{len(dataset)} images have one")]),
+        findings=findings,
         save=save,
         card=CardText(
             title="Mean colour",
@@ -149,6 +154,8 @@ def test_a_kind_of_training_is_one_function_from_config_to_card(folder, capsys):
         train(read(ColourConfig, folder, **words, **more), colour_recipe, "train_colour.py")
     train(read(ColourConfig, folder, **words, doctor="{}"), colour_recipe, "train_colour.py")
     assert "images have one\nnothing is wrong" in capsys.readouterr().out
+    left = {path.name for path in (folder / "run" / "doctor").iterdir()} - {".lock"}
+    assert left == {"report.txt", "report.json"}
 
 
 # ---- a pipeline: images from prompts, in pixels ----
@@ -190,7 +197,7 @@ KIND = PipelineKind(
     },
     asks="prompt",
     task="text-to-image",
-    stock_samples=False,
+    stock_samplers=(),
 )
 STAGE = {
     "space.kind": "pixel",
@@ -202,12 +209,20 @@ STAGE = {
     "conditioners.text.vocab_size": 600,
     "loop.max_train_steps": 2,
     "validation.num_images": 2,
+    "validation.retrieval_images": 1,
     "validation.num_inference_steps": 2,
     "validation.loss_images": 4,
 }
 
 
 def test_a_pipeline_is_one_record_from_config_to_card(folder, monkeypatch):
+    ranked = []
+
+    def ranks(generated, gallery, own):
+        ranked.append((len(generated), len(own)))
+        return retrieval_ranks(generated, gallery, own)
+
+    monkeypatch.setattr("ldm.training.validation.retrieval_ranks", ranks)
     config = read(StageConfig, folder, **STAGE)
     recipe = partial(diffusion_recipe, pipelines={"TextPixelPipeline": TextPixelPipeline})
     with pytest.raises(ValueError, match="no pipeline samples a UNet2DConditionModel in space"):
@@ -220,6 +235,8 @@ def test_a_pipeline_is_one_record_from_config_to_card(folder, monkeypatch):
     assert np.isfinite(loaded(["red circle left"], 2, 1.0, draws).images).all()
     card = ModelCard.load(model / "README.md")
     assert "# Text to image" in card.text
-    assert "A diffusion model of pixels that samples images of 16 x 16 pixels from captions." in card.text
+    assert set(ranked) == {(1, 1)}, "of the two images that are sampled"
+    assert "share of 1 validation captions" in card.text
+    assert "A diffusion model in pixel space that samples images of 16 x 16 pixels from captions." in card.text
     assert (card.data.pipeline_tag, card.data.tags) == ("text-to-image", ["text-to-image", "pixel-diffusion"])
     assert Image.open(model / "samples.png").width > PIXELS

@@ -102,15 +102,19 @@ def test_the_summary_says_of_each_headline_what_it_stands_beside_and_what_it_mea
     rows = [
         Row("R@1, pixels", good, "higher", {"copy": exactly(0.25), "ceiling": exactly(0.985)}),
         Row("spread within a prompt over spread across prompts", copied, "lower", {"copy": exactly(0.1)}),
+        Row("bits per dimension", good, "lower", {"pixel by pixel": exactly(7.5), "other": exactly(3.0)}),
     ]
     sections = [Section(row.name, rows=[row, row], meaning=f"Meaning {number}.") for number, row in enumerate(rows)]
     assert summary(Report("", "", {}, [*sections, Section("none")])).splitlines() == [
-        "                                    value (95 % interval)   copy  ceiling",
+        "                                    value (95 % interval)   copy  ceiling  pixel by pixel  other",
         "R@1, pixels ↑                       0.780 (0.780 to 0.780)  0.25  0.985",
         "    Meaning 0.",
         "spread within a prompt over spread  0.200 (0.200 to 0.200)  0.1",
         "across prompts ↓",
         "    Meaning 1. Here a copier reaches this.",
-        "copy: a copier of training images; ceiling: the true images",
+        "bits per dimension ↓                0.780 (0.780 to 0.780)                 7.5             3",
+        "    Meaning 2.",
+        "copy: a copier of training images; ceiling: the true images, or what the autoencoder makes of them;",
+        "pixel by pixel: each colour value sent alone",
     ]
     assert summary(Report("", "", {}, [])) == "nothing was measured"

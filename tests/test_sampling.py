@@ -22,18 +22,18 @@ PROMPTS = ["x" * number for number in range(11)]
 
 def test_an_image_depends_on_its_prompt_and_place_alone(monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 4)
-    found = sample_images(drawing, PROMPTS, seed=7, scale=1.0)
+    found = sample_images(drawing, PROMPTS, 7, "prompt", scale=1.0)
     assert found.shape == (11, 8, 8, 3)
     assert found.dtype == np.uint8
     assert found[:, 0, 0, 0].tolist() == list(range(11))
     monkeypatch.setattr(sampling, "CHUNK", 50)
-    np.testing.assert_array_equal(sample_images(drawing, PROMPTS, seed=7, scale=1.0), found)
-    np.testing.assert_array_equal(sample_images(drawing, PROMPTS[3:4], seed=10, scale=1.0)[0, 1:], found[3, 1:])
+    np.testing.assert_array_equal(sample_images(drawing, PROMPTS, 7, "prompt", scale=1.0), found)
+    np.testing.assert_array_equal(sample_images(drawing, PROMPTS[3:4], 10, "prompt", scale=1.0)[0, 1:], found[3, 1:])
 
 
 def test_processes_share_the_prompts_out_and_each_gets_all(monkeypatch):
     monkeypatch.setattr(sampling, "CHUNK", 2)
-    alone = sample_images(drawing, PROMPTS, seed=0, scale=1.0)
+    alone = sample_images(drawing, PROMPTS, 0, "prompt", scale=1.0)
     shares = []
 
     def gather(drawn):
@@ -45,6 +45,6 @@ def test_processes_share_the_prompts_out_and_each_gets_all(monkeypatch):
         state = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=rank == 0)
         monkeypatch.setattr(sampling, "PartialState", lambda state=state: state)
         monkeypatch.setattr(sampling, "gather_object", gather)
-        together = sample_images(drawing, PROMPTS, seed=0, scale=1.0)
+        together = sample_images(drawing, PROMPTS, 0, "prompt", scale=1.0)
     assert [len(share) for share in shares] == [2, 2, 2]
     np.testing.assert_array_equal(together, alone)

@@ -320,6 +320,9 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(run):
     for (sigma_rel, to), message in refusals.items():
         with pytest.raises(SystemExit, match=message):
             cli.main(["average", str(run), "--sigma_rel", sigma_rel, "--to", str(run / to)])
+    with pytest.raises(SystemExit, match="cannot be made of 16 snapshots"):
+        cli.main(["average", str(run), "--sigma_rel", "0.05,0.001"])
+    assert not (run / "model-0.05").exists(), "all lengths or none, so that the command can be said again"
     RECORD.save(run)  # of no model: a folder above it
     with pytest.raises(ValueError, match="holds no model: name the output_dir of a finished"):
         averaged_model(run / "elsewhere" / "deeper", 0.05, run / "other")

@@ -76,6 +76,20 @@ def test_imports_point_one_way():
             assert not any(name.split(".")[0] in ("pipelines", "train_text2img", "train_vae") for name in names)
 
 
+def top_level_names(path):
+    for node in tree(path).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+
+
+def test_the_modules_of_a_pipeline_can_be_joined_to_one_file():
+    names = [name for path in ROOT.glob("pipelines/*.py") for name in top_level_names(path)]
+    assert "denoise" in names
+    assert sorted(names) == sorted(set(names))
+
+
 def test_s01_nothing_is_unpickled():
     for path in [*MODULES, *ROOT.glob("benchmarks/*.py")]:
         text = path.read_text(encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,7 +30,7 @@ def average(
     network: str = "efficientnet_lite0",
     **options: Unpack[DataOptions],
 ) -> list[Path]:
-    """Write ``RUN/model-LENGTH`` for each length of the average and return these folders; nothing is trained.
+    """Write ``RUN/model-LENGTH`` for each length of the average, all or none, and return them; nothing is trained.
 
     With `data`, each of these models samples the validation captions, and ``RUN/averages.json`` says which has the best
     R@1. The data are read and held out as in the training, by its ``training.json``, unless `options` say otherwise.
@@ -54,15 +56,18 @@ def average(
     lengths = numbers("sigma_rel", sigma_rel)
     if to is not None and len(lengths) > 1:
         raise ValueError(f"to: got one folder for {len(lengths)} lengths; leave it out for RUN/model-LENGTH")
-    folders = {length: averaged_model(Path(run), length, Path(to or f"{run}/model-{length}")) for length in lengths}
+    model, first = Path(run) / "model", None
+    if data is not None:  # what is wrong with the data is said before anything is written
+        first = Evaluation(str(model), data, options, named, network)
+        first.refuse_unchosen("lengths")
+        call = first.call(num_inference_steps, guidance_scale)
+    folders = _written(Path(run), {length: Path(to or f"{run}/model-{length}") for length in lengths})
     for folder in folders.values():
         print(folder)
-    if data is not None:
+    if first is not None:
         rows: list[dict[str, Any]] = []
-        for length, folder in [(None, Path(run) / "model"), *folders.items()]:
-            measuring = Evaluation(str(folder), data, options, named, network)
-            measuring.refuse_unchosen("lengths")
-            call = measuring.call(num_inference_steps, guidance_scale)
+        for length, folder in [(None, model), *folders.items()]:
+            measuring = first if folder is model else Evaluation(str(folder), data, options, named, network)
             r_at_1, distance = measuring.headline(measuring.validation, seed, **call)
             rows.append({"sigma_rel": length, "model": folder.name, "r_at_1": asdict(r_at_1), "kid": asdict(distance)})
             print(f"{folder.name}: R@1 {r_at_1}, KID {distance}")
@@ -71,3 +76,16 @@ def average(
         (Path(run) / AVERAGES_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"the best on the validation captions: {Path(run) / best['model']}")
     return list(folders.values())
+
+
+def _written(run: Path, folders: Mapping[float, Path]) -> Mapping[float, Path]:
+    """Write the model of each length into its folder, all or none; return the folders."""
+    written: list[Path] = []
+    try:
+        for length, folder in folders.items():
+            written.append(averaged_model(run, length, folder))
+    except BaseException:
+        for folder in written:
+            shutil.rmtree(folder)
+        raise
+    return folders

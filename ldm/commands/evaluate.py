@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 from accelerate import PartialState
 
@@ -74,12 +74,13 @@ def evaluate(
     """
     sweeps = _sweeps(guidance_sweep, steps_sweep)
     named = named_captions(captions, validation_captions)
+    chosen = None if classes is None else whole_numbers("classes", classes)
     measuring = Evaluation(model, data, options, named, network, trust_remote_code)
-    chosen = None if classes is None else [int(number) for number in numbers("classes", classes)]
     measuring.check(variety_prompts, chosen, num_images_per_prompt, bound_timesteps, sweeps)
-    made_folder(out)
+    further = measuring.further(factors, clip)
     call = measuring.call(num_inference_steps, guidance_scale)
-    parts = measuring.sections(seed, clip, factors, **call)
+    made_folder(out)
+    parts = measuring.sections(seed, further, **call)
     parts += measuring.repeated(variety_prompts, chosen, num_images_per_prompt, seed + VARIETY_SEED, **call)
     parts += [measuring.bound(bound_timesteps, seed)] if bound_timesteps else []
     parts += measuring.sweeps(sweeps, seed, **call)
@@ -104,6 +105,14 @@ def numbers(where: str, text: str) -> list[float]:
     except ValueError:
         raise ValueError(f"{where}: got {text!r}; expected numbers separated by commas, such as 1,2,5") from None
     return [int(number) if number.is_integer() else number for number in found]
+
+
+def whole_numbers(where: str, text: str) -> list[int]:
+    """Return the whole numbers in a text, as `numbers`."""
+    found = numbers(where, text)
+    if wrong := [number for number in found if not isinstance(number, int)]:
+        raise ValueError(f"{where}: got {wrong[0]}; expected whole numbers separated by commas, such as 0,3,5")
+    return cast("list[int]", found)
 
 
 def write(report: Report, folder: Path, model: Path | None) -> Report:

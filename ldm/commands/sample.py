@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.config.places import made_folder
 from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
-from ldm.models.pipeline import asked_by, call_settings, load_pipeline, plain_call, size_arguments, starting_from
+from ldm.evaluation.conditions import condition_by
+from ldm.models.pipeline import call_settings, load_pipeline, plain_call, size_arguments, starting_from
 
 NAME_LETTERS, NAME_BYTES = 80, 200
 """Limits of the prompt in a file name. File systems take 255 bytes, and seed, number and suffix follow."""
@@ -126,19 +127,15 @@ def started(**files: str | None) -> dict[str, Image.Image]:
 
 def asked(pipeline: Any, prompt: str, negative_prompt: str) -> dict[str, Any]:
     """Return the keywords of a pipeline's call for a prompt; ValueError if the pipeline does not take it."""
-    keyword, takes = asked_by(pipeline), inspect.signature(pipeline.__call__).parameters
+    condition, takes = condition_by(pipeline), inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
-    if negative_prompt and (keyword != "prompt" or "negative_prompt" not in takes):
+    if negative_prompt and not (condition.worded and "negative_prompt" in takes):
         raise ValueError(f"negative_prompt: {name} takes none; leave it out")
-    if keyword == "prompt":
-        return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
-    if not prompt and takes[keyword].default is not inspect.Parameter.empty:
+    if (value := condition.parsed(prompt)) is not None:
+        return {condition.keyword: value, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
+    if not prompt and takes[condition.keyword].default is not inspect.Parameter.empty:
         return {}
-    if keyword == "class_labels" and prompt.isdecimal():
-        return {"class_labels": [int(prompt)]}
-    if not prompt:
-        raise ValueError(f"prompts: got {prompt!r}; {name} takes numbers of classes")
-    raise ValueError(f"prompts: got {prompt!r}; {name} takes {keyword} and no text")
+    raise ValueError(f"prompts: got {prompt!r}; {name} takes {condition.written_as}")
 
 
 def slug(text: str) -> str:

@@ -118,7 +118,7 @@ class ObjectiveConfig:
     variational_weight: float | None = None
     """Learn the variance of sampling too; None: fixed. It is the weight of one step's term of the variational bound, in
     bits. 1 is usual: lambda = 0.001 of Nichol & Dhariwal 2021, eq. 16, at 1000 steps. The denoiser needs twice the
-    output channels. Our pipeline can sample it, the stock one cannot."""
+    output channels. Our pipeline can sample it; the model card says whether the stock one can."""
     variational_only: bool = False
     """Train the mean with the variational bound only: L_vlb of Nichol & Dhariwal 2021, for likelihoods."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import shutil
@@ -81,7 +82,7 @@ def stage_findings(
 ) -> Iterator[Finding]:
     """Yield the findings on a diffusion stage: latents, scheduler, conditions, learning, cost, saving."""
     space, images, folder = step.stage.space, train.images, step.run.folder
-    if space.networks:  # pixels need no check
+    if space.networks:  # pixels are as they are
         yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
         yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
     pipeline: Any = validation.pipeline
@@ -195,23 +196,22 @@ def same_sample(
 ) -> Finding:
     """Return the finding on whether the pipeline, saved and reloaded, samples the same image of a caption.
 
-    It is loaded by diffusers' own class. Where that class samples other images, and for a learned variance, it is
-    loaded by ours. A pipeline that cannot be loaded is wrong too.
+    It is loaded by diffusers' own class if that makes the same images, else by ours. A pipeline that cannot be loaded
+    is wrong too.
     """
     pipeline = validation.pipeline
-    stock = config.objective.variational_weight is None and kind.stock_equal
-    loader = DiffusionPipeline if stock else type(pipeline)
+    loader = DiffusionPipeline if kind.stock_images(config) == "same" else type(pipeline)
     prompts = validation.asked(fixed_batch(train, 1).rows)
     # PixArt's stock pipeline turns captions into lower case
     prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
-    sample = partial(
-        sample_images,
-        prompts=prompts,
-        seed=config.seed,
-        asked=validation.step.condition.keyword,
-        num_inference_steps=min(config.validation.num_inference_steps, 10),
-        guidance_scale=config.validation.guidance_scale,
-    )
+    steps, guidance = min(config.validation.num_inference_steps, 10), config.validation.guidance_scale
+
+    def sample(from_: Any) -> Any:
+        takes = inspect.signature(from_.__call__).parameters
+        call = {"num_inference_steps": steps} | ({"guidance_scale": guidance} if "guidance_scale" in takes else {})
+        images = sample_images(from_, prompts, config.seed, validation.step.condition.keyword, **call)
+        return images.astype(int)
+
     name = "saved and reloaded"
     with tempfile.TemporaryDirectory(dir=folder) as place, quietly():
         pipeline.save_pretrained(place)
@@ -220,7 +220,7 @@ def same_sample(
         except Exception as error:  # libraries raise every kind
             return Finding(name, False, f"{loader.__name__} cannot load what was saved: {error}")
     loaded.set_progress_bar_config(disable=True)
-    one, other = sample(pipeline).astype(int), sample(loaded).astype(int)
+    one, other = sample(pipeline), sample(loaded)
     levels = int(abs(one - other).max())
     how = "exactly the image" if levels == 0 else f"within {levels} of 255 levels the image"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"

@@ -31,8 +31,11 @@ class Finding:
         ]
 
 
-def report(findings: Iterator[Finding], folder: Path) -> None:
-    """Print each finding as it comes; write ``report.txt`` and ``report.json``; exit with code 1 if one is wrong."""
+def report(findings: Iterator[Finding], folder: Path, sheets: str) -> None:
+    """Print each finding as it comes; write ``report.txt`` and ``report.json``; exit with code 1 if one is wrong.
+
+    What the examination itself left in `folder` is deleted: checkpoints, ``metrics.jsonl``, and the folder `sheets`.
+    """
     began, found, lines = time.perf_counter(), [], []
     for finding in findings:
         found.append(finding)
@@ -41,7 +44,7 @@ def report(findings: Iterator[Finding], folder: Path) -> None:
     wrong = [finding.name for finding in found if not finding.ok]
     lines.append(f"wrong: {', '.join(wrong)}" if wrong else "nothing is wrong")
     print(lines[-1])
-    for leftover in ("checkpoints", "samples", "reconstructions"):
+    for leftover in ("checkpoints", sheets):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

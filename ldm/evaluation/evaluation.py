@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from ldm.data.pixels import to_uint8
 from ldm.data.preflight import checked_source
 from ldm.data.sources import source_config
 from ldm.evaluation import sections
-from ldm.evaluation.baselines import nearest_training_captions
+from ldm.evaluation.baselines import derangement, nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
-from ldm.evaluation.conditions import CONDITIONS
+from ldm.evaluation.conditions import CONDITIONS, condition_by
 from ldm.evaluation.distances import kid
 from ldm.evaluation.factors import read_factors
 from ldm.evaluation.gain import LEVELS, losses_with_and_without
@@ -42,11 +42,13 @@ from ldm.evaluation.subject import Subject
 from ldm.files import read_lines
 from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
-from ldm.models.pipeline import asked_by, call_settings, image_size, load_pipeline
+from ldm.models.pipeline import call_settings, image_size, load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
 log = logging.getLogger(__name__)
+FEWEST = 4
+"""Held-out images that an evaluation needs: some distances compare one half of them with the other, of two each."""
 
 
 def read_as_trained(
@@ -54,9 +56,9 @@ def read_as_trained(
 ) -> DataConfig:
     """Return the data config of an evaluation: `options`, completed by what the model's training recorded.
 
-    Settings that are taken from the `record` are logged. captions: files of held-out captions by split, which replace
-    those of the record. If the options have held_out or held_out_percent, nothing is held out by the record. more:
-    other fields of the config.
+    Settings that are taken from the `record` and used are logged. captions: files of held-out captions by split, which
+    replace those of the record. If the options have held_out or held_out_percent, nothing is held out by the record.
+    more: other fields of the config.
 
     Raises:
         ValueError: no data are named and the model was not trained on openmoji; a file of captions that its training
@@ -67,17 +69,21 @@ def read_as_trained(
     source = trained.pop("source", None)
     if data is None and source != "openmoji":
         raise ValueError("data: name the images to measure on, --data")
-    said = {"held_out", "held_out_percent"} & options.keys()
-    listed: dict[str, str] = portable(trained.pop("held_out", {})) if not said else {}
+    recorded: dict[str, str] = portable(trained.pop("held_out", {}))
+    if {"held_out", "held_out_percent"} & options.keys():
+        recorded = {}
+    listed = {split: file for split, file in recorded.items() if split not in captions}
     for split, file in listed.items():
-        if split not in captions and not Path(file).is_file():
+        if not Path(file).is_file():
             option = "--captions" if split == "test" else "--validation_captions"
             raise ValueError(
                 f"the model's training held out the captions in {file}, and there is no such file here; name it, "
                 f"{option}, or say --held_out {{}} for a split by hash"
             )
-    taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
     files = {**options.get("held_out", listed), **captions}
+    if files:
+        trained.pop("held_out_percent", None)
+    taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
     values: dict[str, Any] = {**more, **taken, **options, "held_out": files}
     config = source_config(data or "openmoji", **values)
     usual = DataConfig()
@@ -114,7 +120,7 @@ class Evaluation:
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
         self.pipeline.set_progress_bar_config(disable=True)  # `sample_images` has one over all its calls
-        self.condition, self.record = CONDITIONS[asked_by(self.pipeline)], read_provenance(model)
+        self.condition, self.record = condition_by(self.pipeline), read_provenance(model)
         if self.condition is not CONDITIONS["class_labels"]:
             if options.get("class_column") is not None:
                 raise ValueError(f"class_column: {self.model_name} is conditioned on no classes; leave it out")
@@ -161,16 +167,28 @@ class Evaluation:
         return [caption for caption, _ in found], [row for _, row in found]
 
     def refuse_unchosen(self, what: str) -> None:
-        """Raise ValueError, which names `what`, if there are no validation captions to choose it on."""
-        if not self.condition.worded:
-            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
+        """Raise ValueError, which names `what`, if there are too few validation captions to choose it on."""
+        self._refuse_unworded(what)
         if "validation" not in self.images.config.held_out:
             raise ValueError(f"{what} are chosen on the validation captions: name --validation_captions")
+        if len(read_lines(self.validation)) < 2:
+            raise ValueError(f"{what} are chosen on the validation captions: got one; expected two or more")
+
+    def _refuse_unworded(self, what: str) -> None:
+        if not self.condition.worded:
+            raise ValueError(f"{what} are measured on captions, and {self.model_name} takes none; leave them out")
 
     def check(
         self, prompts: int, classes: Sequence[int] | None, several: int, timesteps: int, sweeps: Mapping[str, Any]
     ) -> None:
-        """Raise ValueError for settings that `repeated`, `bound` and `sweeps` cannot measure; nothing is sampled."""
+        """Raise ValueError for images or settings that cannot be measured; nothing is sampled."""
+        if len(self.rows) < FEWEST:
+            raise ValueError(
+                f"too few held-out images to measure on: got {len(self.rows)}, expected {FEWEST} or more; list more "
+                "captions in the file of --captions, or train with a larger data.held_out_percent"
+            )
+        if self.condition.worded:
+            derangement(self._places(self.rows))
         if prompts and min(prompts, several) < 2:
             raise ValueError(f"got {prompts} prompts, {several} images of each; expected 2 or more")
         if self.images.config.class_column is not None:
@@ -203,17 +221,28 @@ class Evaluation:
         cached = CachedRows("features", key, len(self.gallery), compute)
         return np.stack([cached[row]["features"].numpy() for row in range(len(self.gallery))])
 
-    def sections(self, seed: int, clip: str | None, factors: str | None, **call: Any) -> list[Section]:
+    def further(self, factors: str | None, clip: str | None) -> list[Callable[[Subject], Section]]:
+        """Return what makes the further sections on captions: on the words in the file `factors`, and of a CLIP.
+
+        Both are read here, before anything is sampled. ValueError if the model takes no captions.
+        """
+        found: list[Callable[[Subject], Section]] = []
+        if factors is not None:
+            self._refuse_unworded("factors")
+            words = read_factors(factors)
+            found.append(lambda subject: sections.caption_factors(subject, words, self.known_captions()))
+        if clip is not None:
+            self._refuse_unworded("CLIP scores")
+            score, name = ClipScore(clip).image_text_similarity, Path(portable(clip)).name
+            found.append(lambda subject: sections.clip_scores(subject, score, name))
+        return found
+
+    def sections(self, seed: int, further: Sequence[Callable[[Subject], Section]], **call: Any) -> list[Section]:
         """Return the sections that need one image for each held-out image: of its caption, or of its class or none."""
         subject, name = self.subject(seed, **call), self.network.name
         if not self.condition.worded:
             return [sections.samples(subject), sections.likeness(subject, name), sections.memorisation(subject, name)]
-        found = [sections.retrieval(subject, name)]
-        if factors is not None:
-            found.append(sections.caption_factors(subject, read_factors(factors), self.known_captions()))
-        if clip is not None:
-            score = ClipScore(clip).image_text_similarity
-            found.append(sections.clip_scores(subject, score, Path(portable(clip)).name))
+        found = [sections.retrieval(subject, name), *(measure(subject) for measure in further)]
         found += [self.gain(seed), sections.likeness(subject, name)]
         if subject.rebuilt is not None:
             found.append(sections.autoencoder(subject, subject.rebuilt, name))
@@ -236,7 +265,7 @@ class Evaluation:
     def variety(self, captions: Sequence[str], per_prompt: int, seed: int, **call: Any) -> Section:
         """Return the section on how much `per_prompt` images of each caption differ."""
         repeated = [caption for caption in captions for _ in range(per_prompt)]
-        images = sample_images(self.pipeline, repeated, seed, **call)
+        images = sample_images(self.pipeline, repeated, seed, self.condition.keyword, **call)
         return sections.variety(captions, images, self.network(images), per_prompt, self.network.name)
 
     def subject(self, seed: int, **call: Any) -> Subject:
@@ -300,9 +329,8 @@ class Evaluation:
 
     def bound(self, timesteps: int, seed: int) -> Section:
         """Return the section on the bits per dimension of the held-out images."""
-        labels = None
-        if null := self.condition.count(self.pipeline):
-            labels = [null if label is None else label for label in self.asked()]
+        null = self.condition.null_class(self.pipeline)
+        labels = None if null is None else [null if label is None else label for label in self.asked()]
         true = self.gallery[self._places(self.rows)]
         bits = variational_bound(self.pipeline, pixel_values(true), labels, timesteps, seed)
         training = self.gallery[np.unique(self._places(self.images.splits["train"]))]
@@ -330,7 +358,7 @@ class Evaluation:
         """Return R@1 in pixels and KID, from one sampled image for each caption in a file."""
         captions = read_lines(captions_file)
         own = self._places(self.images.rows_of(captions))
-        images = sample_images(self.pipeline, captions, seed, **call)
+        images = sample_images(self.pipeline, captions, seed, self.condition.keyword, **call)
         hits = retrieval_ranks(images, self.gallery, own) == 0
         return mean_of(hits), kid(self.network(images), self.gallery_features[own])
 

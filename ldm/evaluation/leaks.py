@@ -12,13 +12,10 @@ from ldm.errors import ConfigError
 from ldm.models.provenance import HASH_DIGITS, image_keys, in_both, read_provenance, read_trained_images
 
 
-def refuse_leaks(parts: Sequence[str | None], images: CaptionedImages) -> None:
-    """Raise ConfigError if one of `parts` was trained on images that are held out here.
-
-    `parts` are folders or Hub names of pretrained models; None is skipped.
-    """
+def refuse_leaks(parts: Sequence[str], images: CaptionedImages) -> None:
+    """Raise ConfigError if one of `parts`, folders or Hub names of models, was trained on images held out here."""
     held_out = image_keys(images.names("validation", "test"))
-    for part in filter(None, parts):
+    for part in parts:
         try:
             refuse_leak(part, images.splits.held_out_hash, held_out)
         except ValueError as error:

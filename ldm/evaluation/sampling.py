@@ -20,11 +20,11 @@ CHUNK = 50
 
 
 @quietly()
-def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str = "prompt", **call: Any) -> Images:
+def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, **call: Any) -> Images:
     """Return one image per prompt, (N, H, W, 3) uint8; the image of prompt i depends on it and on seed + i alone.
 
-    asked: the keyword of the pipeline's call that takes the prompts: ``prompt``, ``class_labels``, or ``batch_size``,
-    which takes their number. Where all prompts of a call are None, ``batch_size`` is used too.
+    asked: the keyword of the pipeline's call that takes the prompts, as in `Condition.keyword`. Where all prompts of a
+    call are None, its ``batch_size`` is their number instead.
 
     Several processes share the calls of the pipeline, so that the images do not depend on their number. All processes
     must call this, and each returns all images.
@@ -36,7 +36,7 @@ def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str =
     with progress_bar(sum(len(part) for _, part in mine), "sampling", "image", not state.is_main_process) as bar:
         for start, part in mine:
             generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
-            nothing = asked == "batch_size" or all(prompt is None for prompt in part)
+            nothing = all(prompt is None for prompt in part)
             wanted = {"batch_size": len(part)} if nothing else {asked: part}
             images = pipeline(**wanted, **plain, generator=generators, output_type="np", **call).images
             sampled.append((start, (np.asarray(images) * 255).round().astype(np.uint8)))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import fill, wrap
 
 from .markdown import ARROWS, COPIED
-from .report import Report, Row
+from .report import Report, Row, Section
 
 WIDTH, NAME_WIDTH = 100, 34
 """Columns of a terminal that sentences and names are wrapped at."""
@@ -14,8 +15,10 @@ COLUMNS = {
     "chance": "guessing",
     "copy": "a copier of training images",
     "shuffled": "this model, captions exchanged",
-    "ceiling": "the true images",
+    "ceiling": "the true images, or what the autoencoder makes of them",
+    "pixel by pixel": "each colour value sent alone",
 }
+"""What the baselines are, by name."""
 
 
 def summary(report: Report) -> str:
@@ -23,7 +26,7 @@ def summary(report: Report) -> str:
     headlines = report.headlines
     if not headlines:
         return "nothing was measured"
-    columns = [name for name in COLUMNS if any(name in row.beside for row in headlines)]
+    columns = Section("", rows=headlines).beside
     names = [wrap(row.name + ARROWS[row.better], NAME_WIDTH) for row in headlines]
     cells = [["", "value (95 % interval)", *columns]]
     cells += [[name[0], *_values(row, columns)] for name, row in zip(names, headlines, strict=True)]
@@ -34,9 +37,9 @@ def summary(report: Report) -> str:
     for name, line, row, meaning in zip(names, lines, headlines, meanings, strict=True):
         said = " ".join(filter(None, [meaning, f"Here {COPIED}." if row.copied else ""]))
         parts += [line, *name[1:], *wrap(said, WIDTH, initial_indent="    ", subsequent_indent="    ")]
-    legend = "; ".join(f"{name}: {COLUMNS[name]}" for name in columns)
+    legend = "; ".join(f"{name}: {COLUMNS[name]}" for name in columns if name in COLUMNS)
     return "\n".join([*parts, *([fill(legend, WIDTH)] if legend else [])])
 
 
-def _values(row: Row, columns: list[str]) -> list[str]:
+def _values(row: Row, columns: Sequence[str]) -> list[str]:
     return [str(row.measure), *(f"{row.beside[name].value:.3g}" if name in row.beside else "" for name in columns)]

@@ -35,7 +35,7 @@ def merge_into_card(folder: Path, report: Report) -> bool:
     except (ValueError, YAMLError) as error:
         raise ValueError(f"{folder.name}/{CARD}: the metadata between its --- lines cannot be read: {error}") from error
     kept = [result for result in card.data.eval_results or [] if "interval" not in (result.metric_args or {})]
-    task = card.data.pipeline_tag or "image-to-image"  # an autoencoder: the Hub has no task for it
+    task = card.data.pipeline_tag or "image-to-image"  # a card of others may name no task
     results = [*kept, *evaluation_results(report, task)]
     card.data.eval_results = results or None
     card.data.model_name = (card.data.model_name or folder.resolve().name) if results else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from ldm.conditioners.text import KEYWORDS
 from ldm.config import StageConfig
@@ -31,7 +31,8 @@ class PipelineKind:
     denoiser: str
     """Name of the denoiser's class."""
     conditions: Mapping[str, Collection[str]]
-    """The denoiser's keywords that each conditioner sets, as in `Conditioner.keywords`."""
+    """The denoiser's keywords that each conditioner sets, in any order. A mapping also says which output of the text
+    encoder each is set to, as `TextConditioner.keywords`."""
     components: Mapping[str, str]
     """The path of each component in a stage: ``space...``, or ``model...`` for the trained ones."""
     asks: str
@@ -42,18 +43,31 @@ class PipelineKind:
     """Arguments, as Python, that the stock class's call needs to make the same images."""
     stock_note: str = ""
     """A note on the stock class, which continues the words "With diffusers alone" on the card."""
-    sampler_notes: Mapping[str, str] = field(default_factory=dict)
-    """More notes, each for one ``sampler.kind``."""
-    stock_samples: bool = True
-    """True if the stock class can sample such a stage."""
-    stock_equal: bool = True
-    """True if its images are then the same as ours."""
+    stock_samplers: Collection[str] = ("dpm_solver", "ddim", "ddpm")
+    """Each ``sampler.kind`` with which the stock class makes the same images as ours."""
+    stock_learned: Collection[str] = ()
+    """Those of a denoiser with a learned variance."""
+    stock_others: Mapping[str, str] = field(default_factory=dict)
+    """Each ``sampler.kind`` with which the stock class makes other images, if the variance is not learned. The value is
+    a note that says so, in the place of `stock_note`."""
+
+    def stock_images(self, config: StageConfig) -> Literal["same", "other", "none"]:
+        """Return "same" if the stock class makes the same images as ours, "other" if a note says how they differ.
+
+        Else "none": it cannot sample such a stage, or guides its learned variance, too.
+        """
+        sampler, learned = config.sampler.kind, config.objective.variational_weight is not None
+        if sampler in (self.stock_learned if learned else self.stock_samplers):
+            return "same"
+        return "other" if sampler in self.stock_others and not learned else "none"
 
     def fits(self, stage: Stage, space: str) -> bool:
         """Return whether it samples `stage` in that ``space.kind``: denoiser and conditioners are the same."""
         model = stage.model
-        conditions = {name: model.conditioner(name).keywords for name in model.conditioners}
-        return (self.space, self.denoiser, self.conditions) == (space, type(model.denoiser).__name__, conditions)
+        return (self.space, self.denoiser) == (space, type(model.denoiser).__name__) and (
+            self.conditions.keys() == set(model.conditioners)
+            and all(_are(model.conditioner(name).keywords, wanted) for name, wanted in self.conditions.items())
+        )
 
     @property
     def trained(self) -> dict[str, str]:
@@ -65,6 +79,10 @@ class PipelineKind:
         """Return the stages that it samples, in the words of a config."""
         conditions = [f"conditioners.{name} with keywords {keywords}" for name, keywords in self.conditions.items()]
         return f"space.kind {self.space} with a {self.denoiser} and {' and '.join(conditions) or 'no conditioner'}"
+
+
+def _are(keywords: Collection[str], wanted: Collection[str]) -> bool:
+    return keywords == wanted if isinstance(wanted, Mapping) else set(keywords) == set(wanted)
 
 
 _TEXT = {"text_encoder": "model.conditioners.text.text_encoder", "tokenizer": "model.conditioners.text.tokenizer"}
@@ -95,6 +113,7 @@ KINDS = [
         task="text-to-image",
         stock_arguments=", use_resolution_binning=False, max_sequence_length={max_length}, clean_caption=False",
         stock_note=", which reads captions in lower case",
+        stock_learned=("dpm_solver", "ddim"),
     ),
     PipelineKind(
         own="PixelPipeline",
@@ -105,8 +124,9 @@ KINDS = [
         components={"unet": "model.denoiser"},
         asks="batch_size",
         task="unconditional-image-generation",
-        sampler_notes={"ddim": _CLIPPED},
-        stock_equal=False,
+        stock_samplers=("dpm_solver", "ddpm"),
+        stock_learned=("ddpm",),
+        stock_others={"ddim": _CLIPPED},
     ),
     PipelineKind(
         own="PixelPipeline",
@@ -117,8 +137,7 @@ KINDS = [
         components={"unet": "model.denoiser"},
         asks="class_labels",
         task="unconditional-image-generation",
-        stock_samples=False,
-        stock_equal=False,
+        stock_samplers=(),
     ),
 ]
 """All kinds; the first that fits is used."""

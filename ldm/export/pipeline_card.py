@@ -8,29 +8,30 @@ from ldm.config import StageConfig
 from ldm.export.card import CardText
 from ldm.export.kinds import PipelineKind
 
-SPACES = {"latent": "latent diffusion model", "pixel": "diffusion model of pixels"}
-"""Descriptions by ``space.kind``."""
 ASKED: Mapping[str, Mapping[str, str]] = {
     "prompt": {
         "title": "Text to image",
         "sampled": "from captions",
         "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
+        "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions of the validation split",
     },
     "class_labels": {
         "title": "Images of classes",
         "sampled": "of classes, which have numbers",
         "call": "class_labels=[0], num_inference_steps={steps}, guidance_scale={guidance}",
+        "seeds": "guidance {guidance} and seeds",
         "sheet": "Classes of images of the validation split",
     },
     "batch_size": {
         "title": "Images from noise",
         "sampled": "like those that it was trained on",
         "call": "batch_size=1, num_inference_steps={steps}",
+        "seeds": "seeds",
         "sheet": "Some images, which are not related to the true ones beneath them",
     },
 }
-"""Texts by the keyword that says what to sample: `PipelineKind.asks`."""
+"""Texts for each of `ldm.evaluation.conditions.CONDITIONS`, by keyword: `PipelineKind.asks`."""
 SNIPPET = """\
 ```python
 from diffusers import DiffusionPipeline
@@ -44,8 +45,8 @@ image.save("image.png")
 SHEET = """\
 ![generated images over true images of the validation split](samples.png)
 
-*{sheet}, at most {count}: generated in {steps} steps with guidance {guidance} and seeds from
-{seed} on, over the true images, which were not trained on.*"""
+*{sheet}, at most {count}: generated in {steps} steps with {seeds} from {seed} on, over the
+true images, which were not trained on.*"""
 MEASURED = """\
 the loss on validation images, at most {loss_images}, none of them trained on, with the same noise each time, at several
 noise levels (0: image, 1: noise) and as their mean."""
@@ -54,19 +55,25 @@ Retrieval: the share of {count} validation captions, sampled in the same way, wh
 generated one (R@1) or among the five nearest (R@5), of all distinct images of the data."""
 
 
-def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
-    """Return the card texts of a stage that is saved as a pipeline of this kind."""
+def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardText:
+    """Return the card texts of a stage that is saved as a pipeline of this kind.
+
+    ranked: number of validation captions that R@k is measured on.
+    """
     looked, words = config.validation, ASKED[kind.asks]
     values = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
+    seeds = words["seeds"].format(**values)
     return CardText(
         title=words["title"],
-        about=f"A {SPACES[kind.space]} that samples images of {config.data.image_size} x {config.data.image_size} "
-        f"pixels {words['sampled']}.",
-        sheet=SHEET.format(sheet=words["sheet"], count=looked.num_images, seed=config.seed, **values),
+        about=f"A diffusion model in {kind.space} space that samples images of {config.data.image_size} x "
+        f"{config.data.image_size} pixels {words['sampled']}.",
+        sheet=SHEET.format(
+            sheet=words["sheet"], count=looked.num_images, steps=values["steps"], seeds=seeds, seed=config.seed
+        ),
         sheets="samples",
         loading=_loading(kind, config, words["call"].format(**values)),
         measured=MEASURED.format(loss_images=looked.loss_images),
-        notes={"r_at_1": RETRIEVAL.format(count=looked.retrieval_images)},
+        notes={"r_at_1": RETRIEVAL.format(count=ranked)},
         task=kind.task,
         pipeline_tag=kind.task,
         tags=(kind.task, f"{kind.space}-diffusion"),
@@ -74,15 +81,14 @@ def pipeline_card(kind: PipelineKind, config: StageConfig) -> CardText:
 
 
 def _loading(kind: PipelineKind, config: StageConfig, call: str) -> str:
-    """Return the instructions to load it: with diffusers alone, if that can sample it, and with its own pipeline."""
+    """Return the instructions to load it: with diffusers alone, if that samples it, and with its own pipeline."""
     arguments = "model, custom_pipeline=model, trust_remote_code=True"
     own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + SNIPPET.format(
         arguments=arguments, call=call
     )
-    # the stock pipelines sample no learned variance
-    if not kind.stock_samples or config.objective.variational_weight is not None:
+    if kind.stock_images(config) == "none":
         return own
     text = config.conditioners.text
     more = kind.stock_arguments.format(max_length=text.max_length if text else None)
-    note = kind.stock_note + kind.sampler_notes.get(config.sampler.kind, "")
+    note = kind.stock_others.get(config.sampler.kind, kind.stock_note)
     return f"With diffusers alone{note}:\n\n{SNIPPET.format(arguments='model', call=call + more)}\n{own}"

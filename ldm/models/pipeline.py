@@ -129,38 +129,13 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
     return {"num_inference_steps": num_inference_steps} | ({"guidance_scale": scale} if guided else {})
 
 
-ASKS = ("prompt", "class_labels", "batch_size")
-"""Arguments of diffusers' pipelines that say what to sample, the most specific first."""
-
-
-def asked_by(pipeline: Any) -> str:
-    """Return the argument of a pipeline's call that says what to sample, one of `ASKS`; ``batch_size``: only how many.
-
-    Raises:
-        ValueError: the call takes none of them; or the denoiser is conditioned on classes and the call takes no class.
-
-    """
-    takes = inspect.signature(pipeline.__call__).parameters
-    found = next((keyword for keyword in ASKS if keyword in takes), None)
-    if found is None:
-        raise ValueError(f"{type(pipeline).__name__} takes none of {', '.join(ASKS)}; expected a pipeline that does")
-    denoiser = pipeline.components.get("unet")
-    if found == "batch_size" and denoiser is not None and denoiser.config.get("num_class_embeds") is not None:
-        raise ValueError(
-            f"{type(pipeline).__name__} passes no classes to its denoiser: load the folder's own pipeline, "
-            "--trust_remote_code true"
-        )
-    return found
-
-
 def image_size(pipeline: Any) -> int:
     """Return the size in pixels, height and width, of the images that a pipeline samples by default.
 
     Raises:
-        ValueError: its denoiser has no ``sample_size``; or as `asked_by`.
+        ValueError: its denoiser has no ``sample_size``.
 
     """
-    asked_by(pipeline)
     parts = pipeline.components
     denoiser = parts.get("unet") or parts.get("transformer")
     size = denoiser.config.get("sample_size") if denoiser is not None else None

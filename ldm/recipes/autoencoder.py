@@ -15,6 +15,7 @@ from ldm.config import AutoencoderConfig
 from ldm.config.places import pretrained_place
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.doctor.examination import autoencoder_findings
+from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.card import CardText
 from ldm.models.network import build_network
 from ldm.recipes.recipe import Recipe
@@ -45,7 +46,10 @@ on."""
 
 
 def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedImages) -> Recipe:
-    """Return the recipe of an autoencoder."""
+    """Return the recipe of an autoencoder; ConfigError if a pretrained one was trained on images held out here."""
+    place = pretrained_place(config.autoencoder)
+    parts = [] if place is None else [place]
+    refuse_leaks(parts, images)
     torch.manual_seed(config.seed)
     autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
     step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
@@ -72,10 +76,9 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     def save(folder: Path) -> None:
         save_at_unit_scale(step.averaged, train, getattr(torch, config.save_dtype), folder)
 
-    place = pretrained_place(config.autoencoder)
     return Recipe(
         step=step,
-        parts=[] if place is None else [place],
+        parts=parts,
         rehearse=rehearse_all,
         dataset=lambda: train,
         events=events,

@@ -9,6 +9,7 @@ from typing import Any
 from ldm.config import StageConfig
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset
 from ldm.doctor.examination import stage_findings
+from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.kinds import build_pipeline, kind_of
 from ldm.export.pipeline_card import pipeline_card
 from ldm.recipes.recipe import Recipe
@@ -34,9 +35,12 @@ def diffusion_recipe(
     """Return the recipe of a diffusion stage, saved as one of `pipelines`: the classes by name.
 
     Raises:
+        ConfigError: a pretrained part was trained on images that are held out here.
         ValueError: no pipeline can sample such a stage.
 
     """
+    parts = pretrained_parts(config)
+    refuse_leaks(parts, images)
     first_images = partial(images.first_images, "train", STATISTICS_IMAGES)
     stage = build_stage(config, images.captions("train"), first_images, recorded_tokenizer(run.saved))
     sigma_rels = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
@@ -65,12 +69,12 @@ def diffusion_recipe(
 
     return Recipe(
         step=step,
-        parts=pretrained_parts(config),
+        parts=parts,
         rehearse=rehearse_all,
         dataset=dataset,
         events=events,
         alarms=partial(faults_before, config, validation),
         findings=partial(stage_findings, config, kind, step, validation),
         save=pipeline.save_pretrained,
-        card=pipeline_card(kind, config),
+        card=pipeline_card(kind, config, len(validation.ranked)),
     )

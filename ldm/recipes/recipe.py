@@ -18,7 +18,6 @@ from ldm.data.loader import training_batches
 from ldm.data.preflight import checked_source
 from ldm.doctor.examination import examined
 from ldm.doctor.findings import Finding, report
-from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.card import CardText
 from ldm.export.folder import ModelFolder, check_push
 from ldm.terminal import write_lines
@@ -37,7 +36,7 @@ class Recipe:
     """One kind of training with its networks built: plain values and callables, without a state of its own.
 
     Each kind has one function that makes its recipe from ``(config, run, images)``: `diffusion_recipe`,
-    `autoencoder_recipe`.
+    `autoencoder_recipe`. It calls `refuse_leaks` for the pretrained parts before it loads anything.
     """
 
     step: Step
@@ -45,7 +44,7 @@ class Recipe:
     parts: Sequence[str]
     """Folders or Hub names of the pretrained parts."""
     rehearse: Callable[[], None]
-    """Runs every part of a training once, on two images; raises ConfigError for parts that do not fit together."""
+    """Runs every part of a training once, on few images; raises ConfigError for parts that do not fit together."""
     dataset: Callable[[], PositionDataset]
     """Returns the training data; computes and caches the outputs of frozen networks on it."""
     events: Callable[[Loop[Batch]], Sequence[Event]]
@@ -61,7 +60,7 @@ class Recipe:
 
 
 def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], script: str) -> None:
-    """Train from the config to the model folder: check, build, refuse leaks, rehearse, resume, loop, save, push.
+    """Train from the config to the model folder: check, refuse leaks, build, rehearse, resume, loop, save, push.
 
     `script` is the entry script; ``config.resume_check`` runs it again. With ``config.doctor`` the training is only
     examined.
@@ -75,11 +74,10 @@ def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], scr
         check_push(config, run)
         images = CaptionedImages(checked_source(config.data), config.data)
         recipe = recipe_of(config, run, images)
-        refuse_leaks(recipe.parts, images)
         recipe.rehearse()
         dataset = recipe.dataset()
         if config.doctor:
-            return report(recipe.findings(dataset), run.folder)
+            return report(recipe.findings(dataset), run.folder, recipe.card.sheets)
 
         record = run_record(config, images, recipe.step, run.precision)
         loop = Loop(recipe.step, config.optim, config.loop, run, len(dataset) / config.data.batch_size)

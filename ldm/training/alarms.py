@@ -112,7 +112,7 @@ class Alarms:
 def faults_before(config: StageConfig, validation: Validation, train: PositionDataset) -> Iterator[tuple[str, str]]:
     """Yield name and sentence of each alarm that shows before the first step."""
     scale, cut, guidance = validation.scale, validation.truncation, config.validation.guidance_scale
-    if not scale.unit and config.space.kind != "pixel":  # images are as they are
+    if not scale.unit and validation.step.stage.space.networks:  # pixels are as they are
         yield (
             SCALE,
             f"mean {scale.mean:.2f} and std {scale.std:.2f} over the held-out images before step 1, where noise has "

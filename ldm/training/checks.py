@@ -116,7 +116,7 @@ def conditional_gain(
         values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
-    exchanged = condition.written(batch, values)
+    exchanged = condition.replaced(batch, values)
     gains = (step.held_out_losses(exchanged, levels) - losses)[:, known].double()
     error = float(gains.mean(0).std()) / math.sqrt(len(known))
     return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

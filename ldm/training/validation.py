@@ -57,6 +57,17 @@ class Validation:
         return truncation(self.step.tokenizer, self.images.captions("train"))
 
     @cached_property
+    def sampled(self) -> list[int]:
+        """The held-out rows that can be sampled: not those without a caption, where captions are asked for."""
+        condition = self.step.condition
+        return [row for row in self.rows if not (condition.worded and self.asked([row]) == [condition.nothing])]
+
+    @property
+    def ranked(self) -> list[int]:
+        """The rows that R@k is measured on."""
+        return self.sampled[: self.config.retrieval_images] if self.step.condition.worded else []
+
+    @cached_property
     def _linear_loss(self) -> float:
         return float(self.step.held_out_losses(self.batch, LEVELS, linear=True).mean())
 
@@ -88,14 +99,13 @@ class Validation:
     def __call__(self, global_step: int) -> None:
         """Measure, log, sample."""
         metrics = self._losses()
-        count = max(self.config.retrieval_images, self.config.num_images)
-        condition = self.step.condition
-        rows = [row for row in self.rows if not (condition.worded and self.asked([row]) == [condition.nothing])][:count]
+        rows = self.sampled[: max(self.config.retrieval_images, self.config.num_images)]
         if rows:
             generated = self.sample(self.asked(rows))
-            if self.config.retrieval_images and self.step.condition.worded:
+            if self.ranked:
                 gallery, place = self._gallery
-                ranks = retrieval_ranks(generated, gallery, np.array([place[row] for row in rows]))
+                own = np.array([place[row] for row in self.ranked])
+                ranks = retrieval_ranks(generated[: len(own)], gallery, own)
                 metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
             true = np.stack([np.asarray(self.images.image(row)) for row in rows[: self.config.num_images]])
             sheet = comparison_sheet(written(self.asked(rows[: len(true)])), generated[: len(true)], true)

@@ -1,0 +1,90 @@
+"""The kinds of pipelines: what a record says of the stock class is what that class does."""
+
+import copy
+import inspect
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+
+from ldm.conditioners.text import KEYWORDS
+from ldm.config import ObjectiveConfig, SamplerConfig
+from ldm.export.kinds import KINDS
+from ldm.models.pipeline import plain_call
+from ldm.models.scheduler import build_scheduler
+from pipelines import PIPELINES
+from tests import test_pixels_pipeline, tiny_pipeline
+
+from .table import table
+
+CLASSES = 3
+TEXT = next(kind for kind in KINDS if kind.own == "TextToImagePipeline")
+ASKED = {
+    "prompt": {"prompt": ["a cat", "two"]},
+    "class_labels": {"class_labels": [1, 2]},
+    "batch_size": {"batch_size": 2},
+}
+
+
+def denoiser(kind, channels):
+    """A tiny denoiser of a kind; with a learned variance it has twice the channels."""
+    if kind.space == "pixel":
+        return test_pixels_pipeline.network(CLASSES if kind.conditions else None, out_channels=channels * 3)
+    make = tiny_pipeline.unet if "unet" in kind.components else tiny_pipeline.transformer
+    return make(out_channels=channels * 4)
+
+
+def both_pipelines(kind, objective, sampler):
+    """Our pipeline and the stock one, of the same random weights."""
+    name = next(name for name, path in kind.components.items() if path == "model.denoiser")
+    scheduler = build_scheduler(objective, sampler, clip_sample=kind.space == "pixel")
+    made = tiny_pipeline.parts(scheduler=scheduler)
+    made[name] = denoiser(kind, 1 if objective.variational_weight is None else 2)
+    for build in (PIPELINES[kind.own], getattr(diffusers, kind.stock)):
+        takes = inspect.signature(build.__init__).parameters
+        pipe = build(**copy.deepcopy({part: value for part, value in made.items() if part in takes}))
+        pipe.set_progress_bar_config(disable=True)
+        yield pipe
+
+
+def images(kind, pipe):
+    guided = {"guidance_scale": 3.0} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
+    call = {"generator": tiny_pipeline.seeds(0, 1), "num_inference_steps": 3, "output_type": "np"}
+    return pipe(**ASKED[kind.asks], **plain_call(pipe), **guided, **call).images
+
+
+@table("kind", KINDS, lambda value: getattr(value, "own", value))
+@table("weight", [None, 1.0])
+@table("sampler", ["dpm_solver", "ddim", "ddpm"])
+def test_the_stock_class_makes_the_images_that_its_record_says(kind, weight, sampler):
+    objective = ObjectiveConfig(path="scaled_linear", prediction_type="epsilon", variational_weight=weight)
+    config = SimpleNamespace(objective=objective, sampler=SamplerConfig(kind=sampler))
+    said = kind.stock_images(config)
+    ours, stock = both_pipelines(kind, objective, config.sampler)
+    own, difference = images(kind, ours), None
+    with nullcontext() if said != "none" else suppress(Exception):
+        difference = np.abs(images(kind, stock) - own).max()
+    assert (difference is not None and difference < 1e-4) == (said == "same"), difference
+
+
+@table(
+    ("wanted", "found", "fits"),
+    [
+        (KEYWORDS, dict(KEYWORDS), True),
+        (["encoder_hidden_states"], dict(KEYWORDS), True),
+        ({"encoder_hidden_states": "pooled"}, dict(KEYWORDS), False),
+        (KEYWORDS, {**KEYWORDS, "encoder_attention_mask": "attention_mask"}, False),
+        (["a", "b"], ("b", "a"), True),
+        (["a"], ("b", "a"), False),
+        (["a"], None, False),
+    ],
+)
+def test_a_kind_fits_by_the_keywords_that_each_conditioner_sets(wanted, found, fits):
+    conditioners = {} if found is None else {"text": SimpleNamespace(keywords=found)}
+    model = SimpleNamespace(
+        denoiser=tiny_pipeline.unet(), conditioners=conditioners, conditioner=lambda name: conditioners[name]
+    )
+    kind = replace(TEXT, conditions={"text": wanted})
+    assert kind.fits(SimpleNamespace(model=model), "latent") is fits
