@@ -52,6 +52,12 @@ COMMANDS = {
         "ldm evaluate out/my/text2img/model --data my_images --out out/my/evaluation",
         {"model": A_PIPELINE},
     ),
+    "evaluate_clip": Command(
+        "ldm.commands.evaluate_clip",
+        "Measure a CLIP on held-out images and captions, and write a report.",
+        "ldm evaluate_clip out/openmoji/clip/model --out out/openmoji/clip/evaluation",
+        {"model": "folder or Hub name of a CLIP, user/name or user/name@revision"},
+    ),
     "average": Command(
         "ldm.commands.average",
         "Make averages of other lengths of a finished training's weights.",

@@ -20,6 +20,7 @@ from .schema import (
     SourceName,
     SpaceConfig,
     StageConfig,
+    SystemConfig,
     ValidationConfig,
 )
 
@@ -44,5 +45,6 @@ __all__ = [
     "SourceName",
     "SpaceConfig",
     "StageConfig",
+    "SystemConfig",
     "ValidationConfig",
 ]

@@ -119,6 +119,16 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
     return checked(config)
 
 
+def config_kind(file: str, kinds: Sequence[type[T]]) -> type[T]:
+    """Return the one of some kinds of configs that a file holds: the one whose required fields the file sets."""
+    tree = _read_file(file)
+    for kind in kinds:
+        if all(field.name in tree for field in fields(kind) if field.default is field.default_factory is MISSING):  # type: ignore[arg-type]
+            return kind
+    required = [", ".join(field.name for field in fields(kind) if field.default is field.default_factory is MISSING) for kind in kinds]  # type: ignore[arg-type]
+    raise ConfigError(f"{file}: a config of no kind; expected one that sets {'; or '.join(required)}")
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Write every field as YAML into an existing folder; `load_config` reads back an equal config.
 

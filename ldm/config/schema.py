@@ -325,3 +325,19 @@ class AutoencoderConfig(RunConfig):
     save_dtype: Literal["float32", "float16"] = "float32"
     """Type of the weights in the model folder; checkpoints are always float32."""
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """A system: stages that are trained one after another, each in the folder of its name in `output_dir`.
+
+    ``--STAGE.path.to.field VALUE`` changes the config of a stage.
+    """
+
+    output_dir: str
+    stages: dict[str, str]
+    """Config file of each stage, by its name, in the order of the training. In these configs, a path into another
+    stage's own output_dir is a path into that stage's folder of this system."""
+    _: KW_ONLY
+    doctor: DoctorConfig | None = None
+    """Only check if every stage can learn and estimate the cost of all; `--doctor` alone is enough."""

@@ -102,6 +102,38 @@ def _say(message: str) -> None:
     log.info(message)
 
 
+def held_out_captions(images: CaptionedImages, worded: bool) -> tuple[list[str], list[int]]:
+    """Return the held-out captions and the rows of their images in the source, one of each per image.
+
+    worded: images without a caption are left out. ValueError if none is left.
+    """
+    if (listed := images.config.held_out.get("test")) is not None:
+        wanted = read_lines(listed)
+        return wanted, images.rows_of(wanted)
+    source, rows = images.source, images.splits["test"]
+    known = [(next(iter(source.captions(row)), ""), row) for row in rows]
+    found = [(caption, row) for caption, row in known if caption or not worded]
+    if not rows:
+        raise ValueError("the test split by hash has no images to measure on; raise held_out_percent")
+    if not found:
+        raise ValueError(
+            f"none of the {len(rows)} images of the test split has a caption; name their column in caption_column"
+        )
+    return [caption for caption, _ in found], [row for _, row in found]
+
+
+def training_in_short(record: Provenance | None) -> dict[str, Any] | None:
+    """Return what a report says of a model's training; None if it is not known."""
+    if record is None:
+        return None
+    return {
+        "steps": record.global_step,
+        "seconds": record.train_seconds,
+        "images per second": record.images_per_second,
+        "hardware": record.hardware,
+    }
+
+
 class Evaluation:
     """A pipeline, the held-out images that it is measured on, and the network that the features are of."""
 
@@ -133,7 +165,7 @@ class Evaluation:
         refuse_teacher(model, self.network.name, self.network.sha256)
         self.gallery, self.place = self.images.gallery()
         self.gallery_features = self._gallery_features()
-        self.captions, self.rows = self._held_out(config.held_out.get("test"))
+        self.captions, self.rows = held_out_captions(self.images, self.condition.worded)
         self._say_what_is_cut()
 
     @property
@@ -149,22 +181,6 @@ class Evaluation:
         cut = sum(len(ids) > most for ids in tokenizer(self.captions, verbose=False)["input_ids"])
         if cut:
             log.info("the model reads %d tokens, and cuts %d of %d captions", most, cut, len(self.captions))
-
-    def _held_out(self, captions: str | None) -> tuple[list[str], list[int]]:
-        """Return the held-out captions and the rows of their images in the source, one of each per image."""
-        if captions is not None:
-            wanted = read_lines(captions)
-            return wanted, self.images.rows_of(wanted)
-        source, rows = self.images.source, self.images.splits["test"]
-        known = [(next(iter(source.captions(row)), ""), row) for row in rows]
-        found = [(caption, row) for caption, row in known if caption or not self.condition.worded]
-        if not rows:
-            raise ValueError("the test split by hash has no images to measure on; raise held_out_percent")
-        if not found:
-            raise ValueError(
-                f"none of the {len(rows)} images of the test split has a caption; name their column in caption_column"
-            )
-        return [caption for caption, _ in found], [row for _, row in found]
 
     def refuse_unchosen(self, what: str) -> None:
         """Raise ValueError, which names `what`, if there are too few validation captions to choose it on."""
@@ -376,13 +392,6 @@ class Evaluation:
 
     def settings(self, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that the numbers depend on, as the report shows them."""
-        record = self.record
-        training = None if record is None else {
-            "steps": record.global_step,
-            "seconds": record.train_seconds,
-            "images per second": record.images_per_second,
-            "hardware": record.hardware,
-        }  # fmt: skip
         return {
             "captions": len(self.rows),
             "images in the data": len(self.gallery),
@@ -396,7 +405,7 @@ class Evaluation:
             **call,
             "seeds": f"{seed} to {seed + len(self.rows) - 1}",
             "interval": "central 95 % of a bootstrap over the images",
-            "training": training,
+            "training": training_in_short(self.record),
             "hardware": hardware(),
             "versions": versions(),
         }

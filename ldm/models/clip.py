@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ from ldm.models.network import built, network_hash, refuse_unknown
 from ldm.models.quiet import quietly
 from ldm.models.text_encoder import load_tokenizer, token_settings, train_tokenizer
 
+CHUNK = 256
+"""Images or captions that are encoded at once where no gradient is needed."""
 SHARED = ("projection_dim", "logit_scale_init_value")
 """Keys of the encoders' configs that `ClipNetworkConfig` decides."""
 PREPROCESSOR = {
@@ -110,7 +112,13 @@ def build_clip(
     `tokenizer` takes the place of the learned or pretrained one.
     """
     if config.pretrained is not None:
-        return _load_clip(config.pretrained, config.max_length, tokenizer)
+        clip, tokenizer = load_clip(config.pretrained, "clip.pretrained", tokenizer)
+        longest = clip.config.text_config.max_position_embeddings
+        if config.max_length > longest:
+            reads = f"{config.pretrained} reads at most {longest} tokens"
+            raise ConfigError(f"clip.max_length: got {config.max_length}; {reads}")
+        tokenizer.model_max_length = config.max_length
+        return clip, tokenizer
     if tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     ours = token_settings(tokenizer, config.max_length)
@@ -128,18 +136,45 @@ def build_clip(
 
 
 @quietly()
-def _load_clip(pretrained: str, max_length: int, tokenizer: Any | None) -> tuple[CLIPModel, Any]:
-    where = "clip.pretrained"
+def load_clip(pretrained: str, where: str, tokenizer: Any | None = None) -> tuple[CLIPModel, Any]:
+    """Return ``(clip, tokenizer)`` from a folder or the Hub (``user/name@revision`` too), float32.
+
+    A given `tokenizer` takes the place of the found one. A ConfigError names `where`, a config path or an option.
+    """
     with explained(where), own_code_refused(where, pretrained):
-        place, keywords = find_component(pretrained, ())
+        place, keywords = find_component(pretrained, ("clip",))
         refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
         clip = CLIPModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **keywords)
         tokenizer = tokenizer or load_tokenizer(pretrained)
-    longest = clip.config.text_config.max_position_embeddings
-    if max_length > longest:
-        raise ConfigError(f"clip.max_length: got {max_length}; {pretrained} reads at most {longest} tokens")
-    tokenizer.model_max_length = max_length
-    return clip, tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, clip.config.text_config.max_position_embeddings)
+    return clip.float(), tokenizer
+
+
+@torch.no_grad()
+def embedded_images(clip: CLIPModel, pixel_values: Tensor) -> Tensor:
+    """Return the embeddings, (N, D) float32 of unit length, on the CPU, of images (N, 3, H, W) in [-1, 1]."""
+    size = clip.config.vision_config.image_size
+    parts = [normalised(part.to(clip.device, clip.dtype), size) for part in torch.split(pixel_values, CHUNK)]
+    return _unit([clip.get_image_features(pixel_values=part) for part in parts])
+
+
+@torch.no_grad()
+def embedded_captions(clip: CLIPModel, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Return the embeddings, (N, D) float32 of unit length, on the CPU, of captions."""
+    parts = torch.split(token_ids(tokenizer, captions), CHUNK)
+    return _unit([clip.get_text_features(input_ids=part.to(clip.device)) for part in parts])
+
+
+def token_ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Return the token ids of captions, (N, max_length) int64, padded and cut."""
+    tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    return cast(Tensor, tokens.input_ids)
+
+
+def _unit(outputs: Sequence[Any]) -> Tensor:
+    # transformers 5 returns a whole output
+    pooled = torch.cat([getattr(output, "pooler_output", output) for output in outputs])
+    return F.normalize(pooled.float().cpu(), dim=1)
 
 
 def save_clip(clip: CLIPModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -20,15 +20,13 @@ from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generators
 from ldm.evaluation.images import labelled_sheet, pixel_values
 from ldm.evaluation.retrieval import feature_distances, ranks_among
-from ldm.models.clip import normalised
+from ldm.models.clip import embedded_captions, embedded_images, normalised, token_ids
 from ldm.objectives.contrastive import contrastive_losses
 from ldm.training.averages import Average, exponential
 from ldm.training.checks import Truncation, truncation
 from ldm.training.run import Run
 
 log = logging.getLogger(__name__)
-CHUNK = 256
-"""Images or captions that are encoded at once where no gradient is needed."""
 NEAREST = 5
 """Images that the sheet shows for each caption."""
 
@@ -43,25 +41,13 @@ class Contrast(nn.Module):
     def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embeddings of images and texts, (B, D) of unit length, float32, and the inverse temperature."""
         output = self.clip(input_ids=input_ids, pixel_values=images)
-        scale = self.clip.logit_scale.clamp(max=math.log(self.max_logit_scale)).exp()
-        return output.image_embeds.float(), output.text_embeds.float(), scale.float()
+        return output.image_embeds.float(), output.text_embeds.float(), self.logit_scale
 
-    @torch.no_grad()
-    def image_embeds(self, images: Tensor) -> Tensor:
-        """Return the embeddings of images as `normalised` returns them, (N, D) of unit length, on the CPU."""
-        parts = [self.clip.get_image_features(pixel_values=part) for part in torch.split(images, CHUNK)]
-        return F.normalize(torch.cat([_pooled(part) for part in parts]), dim=1)
-
-    @torch.no_grad()
-    def text_embeds(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings of token ids (N, L), (N, D) of unit length, on the CPU."""
-        parts = [self.clip.get_text_features(input_ids=part) for part in torch.split(input_ids, CHUNK)]
-        return F.normalize(torch.cat([_pooled(part) for part in parts]), dim=1)
-
-
-def _pooled(features: Any) -> Tensor:
-    pooled = getattr(features, "pooler_output", features)  # transformers 5 returns a whole output
-    return cast(Tensor, pooled).float().cpu()
+    @property
+    def logit_scale(self) -> Tensor:
+        """The inverse temperature, with its upper limit."""
+        scale: Tensor = self.clip.logit_scale.clamp(max=math.log(self.max_logit_scale)).exp()
+        return scale.float()
 
 
 class ContrastiveStep:
@@ -86,11 +72,6 @@ class ContrastiveStep:
         """The CLIP with averaged weights."""
         return cast(Contrast, self.averages["clip"].module)
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Return token ids, (B, max_length), on the run's device."""
-        padded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        return cast(Tensor, padded.input_ids).to(self.run.device)
-
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the loss of this process's pairs among those of all processes, and the inverse temperature.
 
@@ -98,8 +79,9 @@ class ContrastiveStep:
         """
         images = cast(Tensor, batch.pixel_values).to(self.run.device)
         images = random_crops(images, generators(self.run.seed, batch.positions, "crop"), self.config.smallest_crop)
-        embeds = self.forwards["clip"](normalised(images, self.image_size), self.tokenize(batch.captions))
-        image_embeds, text_embeds, logit_scale = embeds
+        input_ids = token_ids(self.tokenizer, batch.captions).to(self.run.device)
+        images = normalised(images, self.image_size)
+        image_embeds, text_embeds, logit_scale = self.forwards["clip"](images, input_ids)
         first = self.run.accelerator.process_index * len(image_embeds)
         losses = contrastive_losses(
             image_embeds, text_embeds, self._gathered(image_embeds), self._gathered(text_embeds), logit_scale, first
@@ -159,22 +141,17 @@ class ContrastiveValidation:
     def __call__(self, global_step: int) -> None:
         """Measure, log, show the nearest images of the first captions."""
         values, shown, place = self._gallery
-        clip, device = self.step.averaged, self.run.device
-        images = torch.cat(
-            [
-                clip.image_embeds(normalised(part.to(device), self.step.image_size))
-                for part in torch.split(values, CHUNK)
-            ]
-        )
+        contrast, tokenizer = self.step.averaged, self.step.tokenizer
+        images = embedded_images(contrast.clip, values)
         own = np.array([place[row] for row, _ in self.pairs])
-        texts = clip.text_embeds(self.step.tokenize([caption for _, caption in self.pairs]))
-        all_texts = clip.text_embeds(self.step.tokenize(self._captions))
+        texts = embedded_captions(contrast.clip, tokenizer, [caption for _, caption in self.pairs])
+        all_texts = embedded_captions(contrast.clip, tokenizer, self._captions)
         all_texts[own] = texts
         distances = feature_distances(texts.numpy(), images.numpy())
         found = ranks_among(distances, own)
         back = ranks_among(feature_distances(images[own].numpy(), all_texts.numpy()), own)
-        with torch.no_grad():
-            losses = contrastive_losses(images[own], texts, images[own], texts, self._scale)
+        scale = contrast.logit_scale.detach().cpu()
+        losses = contrastive_losses(images[own], texts, images[own], texts, scale)
         metrics = {"validation/loss": float(losses.mean())}
         metrics |= {f"validation/r_at_{k}": float((found < k).mean()) for k in (1, 5)}
         metrics |= {f"validation/back_r_at_{k}": float((back < k).mean()) for k in (1, 5)}
@@ -191,9 +168,3 @@ class ContrastiveValidation:
         rows = {"own": shown[own[few]]} | {f"nearest {k + 1}": shown[nearest[:, k]] for k in range(NEAREST)}
         sheet = labelled_sheet([caption for _, caption in self.pairs[few]], rows)
         self.run.log_image("nearest", sheet, global_step)
-
-    @property
-    def _scale(self) -> Tensor:
-        clip = self.step.averaged
-        scale: Tensor = clip.clip.logit_scale.detach().clamp(max=math.log(clip.max_logit_scale)).exp()
-        return scale.cpu()
