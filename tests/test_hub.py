@@ -99,7 +99,7 @@ def model(tmp_path):
     record = Provenance("data", "0" * 32, 64, 40, 1.0, 64.0, "cpu", {})
     record.save(folder)
     config = load_config(StageConfig, ["--config", str(ROOT / "configs/tiny/text2img.yaml")])
-    write_card(folder, folder.parent, config, pipeline_card(KINDS[0], config), record)
+    write_card(folder, folder.parent, config, pipeline_card(KINDS[0], config, 0), record)
     return folder
 
 

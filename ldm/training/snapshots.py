@@ -56,7 +56,7 @@ class Snapshots:
     def forget_later(self) -> None:
         """Delete the snapshots of steps after the one that training stands at: it is about to take them again."""
         if self.run.is_main and self.folder.is_dir():
-            for path in self.folder.glob("*.tmp"):
+            for path in (*self.folder.glob("*.tmp"), *self.folder.glob(".tmp-*")):  # the second: of version 0.1.0
                 path.unlink()
             for path in self.folder.glob("step-*"):
                 if (match := _FILE.fullmatch(path.name)) and int(match[1]) > self.progress.global_step:
