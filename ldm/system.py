@@ -64,8 +64,7 @@ def system_stages(config: SystemConfig, scripts: Scripts, words: Mapping[str, Se
         raise ConfigError(f"{min(unknown)}: no such stage; choose from {', '.join(config.stages)}")
     kinds = {name: config_kind(file, list(scripts)) for name, file in config.stages.items()}
     configs = {
-        name: load_config(kinds[name], ["--config", file, *words.get(name, ())])
-        for name, file in config.stages.items()
+        name: load_config(kinds[name], ["--config", file, *words.get(name, ())]) for name, file in config.stages.items()
     }
     folders = {name: Path(config.output_dir, name) for name in configs}
     stages = []
@@ -174,7 +173,7 @@ def run_stage(stage: SystemStage, number: int, *more: str) -> int:
             [sys.executable, stage.script, *stage.words, *more],
             env=environment,
             start_new_session=True,  # Ctrl-C reaches the stage once, from here
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 (no threads here)
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
             code = process.wait()

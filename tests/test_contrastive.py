@@ -10,22 +10,35 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
+from ldm.commands.evaluate_clip import evaluate_clip
 from ldm.conditioners.text import TextConditioner
-from ldm.config import ClipConfig
+from ldm.config import ClipConfig, ClipNetworkConfig
 from ldm.config.conditioners import TextConfig
 from ldm.config.file import load_config
+from ldm.data.batches import CaptionedImages
 from ldm.data.pixels import to_pixel_values
 from ldm.data.positions import generators
+from ldm.data.sources import build_source
 from ldm.errors import ConfigError
-from ldm.models.clip import load_image_encoder, normalised
+from ldm.evaluation import clip as clip_module
+from ldm.evaluation.clip import ClipEvaluation
+from ldm.models.clip import build_clip, load_image_encoder, normalised
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objectives.contrastive import contrastive_losses
-from ldm.training.contrastive import random_crops
+from ldm.training.contrastive import Contrast, random_crops
 from ldm.training.resume_check import differences
 
 from .table import table
 from .trainers import QUICK, ended, ledger, metrics, run, start_several
 
+ENCODER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+TINY_CLIP = {
+    "text": ENCODER,
+    "vision": ENCODER | {"image_size": 8, "patch_size": 4},
+    "projection_dim": 4,
+    "vocab_size": 514,
+    "max_length": 8,
+}
 CONFIG = ("--config", "configs/tiny/clip.yaml")
 TINY = (*CONFIG, *QUICK, "--data.batch_size", 8, "--optim.decay", "constant")
 
@@ -155,3 +168,38 @@ def test_a_crop_of_a_ramp_is_a_part_of_the_ramp():
     assert float(along.max()) <= 1
     apart = along.mean(1)
     assert float(apart.std()) > 0.05, "not all of the middle"
+
+
+def test_the_inverse_temperature_has_an_upper_limit():
+    clip, _ = build_clip(ClipNetworkConfig(**TINY_CLIP), ["a", "b"])
+    contrast = Contrast(clip, 100.0)
+    for value, scale in ((math.log(7), 7), (math.log(99), 99), (9.0, 100)):
+        clip.logit_scale.data.fill_(value)
+        assert float(contrast.logit_scale) == pytest.approx(scale, rel=1e-5)
+
+
+def test_held_out_captions_find_their_images_by_a_clip_that_knows_all(trained, tmp_path, monkeypatch):
+    model = trained / "whole" / "model"
+    report = evaluate_clip(str(model), out=str(tmp_path))
+    assert (tmp_path / "report.html").is_file()
+    assert "Do captions find their images?" in (model / "README.md").read_text()
+    first, *_ = report.sections
+    row = first.rows[0]
+    assert (row.name, row.measure.n, row.beside["copy"].value) == ("R@1, caption", 200, 0)
+    assert row.measure.value < 0.1, "eight steps"
+    measuring = ClipEvaluation(str(model), None, {}, {})
+    for name in ("embedded_images", "embedded_captions"):
+        monkeypatch.setattr(clip_module, name, lambda *_: torch.eye(len(measuring.gallery)))
+    for section in measuring.report().sections:
+        assert [one.measure.value for one in section.rows] == [1, 1, 1]
+        assert section.rows[0].beside["shuffled"].value == 0
+    with pytest.raises(ValueError, match="trained on"):
+        evaluate_clip(str(model), captions=str(leaking(tmp_path)), out=str(tmp_path))
+
+
+def leaking(folder):
+    """Return a list of captions of which one is of an image that a tiny training has seen."""
+    config = load_config(ClipConfig, [*CONFIG, "--output_dir", str(folder)]).data
+    images = CaptionedImages(build_source(config), config)
+    (folder / "list.txt").write_text("\n".join(images.source.captions(images.splits["train"][0])[:1]))
+    return folder / "list.txt"

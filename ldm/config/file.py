@@ -122,11 +122,12 @@ def load_config(kind: type[T], argv: Sequence[str] | None = None) -> T:
 def config_kind(file: str, kinds: Sequence[type[T]]) -> type[T]:
     """Return the one of some kinds of configs that a file holds: the one whose required fields the file sets."""
     tree = _read_file(file)
-    for kind in kinds:
-        if all(field.name in tree for field in fields(kind) if field.default is field.default_factory is MISSING):  # type: ignore[arg-type]
+    required = {kind: [name for name, default in _defaults(kind).items() if default is MISSING] for kind in kinds}
+    for kind, names in required.items():
+        if tree.keys() >= {*names}:
             return kind
-    required = [", ".join(field.name for field in fields(kind) if field.default is field.default_factory is MISSING) for kind in kinds]  # type: ignore[arg-type]
-    raise ConfigError(f"{file}: a config of no kind; expected one that sets {'; or '.join(required)}")
+    wanted = "; or ".join(", ".join(names) for names in required.values())
+    raise ConfigError(f"{file}: a config of no kind; expected one that sets {wanted}")
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -148,17 +149,21 @@ def with_defaults(tree: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
 
     So a config reads that an earlier version wrote: the default of a field that is added is what was done before.
     """
-    filled = dict(tree)
-    for field in fields(kind):
-        if field.name in tree:
-            part = _part(field_hints(kind)[field.name])
-            if part is not None and isinstance(tree[field.name], dict):
-                filled[field.name] = with_defaults(tree[field.name], part)
-        elif field.default_factory is not MISSING or field.default is not MISSING:
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            plain = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
-            filled[field.name] = json.loads(json.dumps(plain))
+    filled, hints = dict(tree), field_hints(kind)
+    for name, default in _defaults(kind).items():
+        part = _part(hints[name])
+        if name not in tree and default is not MISSING:
+            plain = asdict(default) if part and default is not None else default
+            filled[name] = json.loads(json.dumps(plain))
+        elif part and isinstance(tree.get(name), dict):
+            filled[name] = with_defaults(tree[name], part)
     return filled
+
+
+def _defaults(kind: type[Any]) -> Tree:
+    """Return the default of each field of a dataclass, `MISSING` where it is required."""
+    made = {field.name: field.default_factory() for field in fields(kind) if field.default_factory is not MISSING}
+    return {field.name: made.get(field.name, field.default) for field in fields(kind)}
 
 
 def tree_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
