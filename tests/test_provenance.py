@@ -234,20 +234,11 @@ def test_a_stage_is_taught_by_the_clips_it_sees_through(tmp_path):
 
 def test_what_taught_a_part_taught_the_whole(tmp_path):
     progress = SimpleNamespace(global_step=1, train_seconds=1.0, images_per_second=1.0)
-    parts = {"source": SimpleNamespace(fingerprint="f"), "splits": SimpleNamespace(held_out_hash="h")}
-    images = SimpleNamespace(**parts, config=DataConfig())
-    train = PretendSplit(images)
+    record = RunRecord({"pictures": {"fingerprint": "f", "held_out_hash": "h"}}, train_images=7)
     part = saved(tmp_path / "part", replace(RECORD, networks=TAUGHT))
-    found = provenance(progress, train, ["CLIP 01"], [str(part), str(tmp_path / "of nobody")])
+    found = provenance(progress, record, DataConfig(), ["CLIP 01"], [str(part), str(tmp_path / "of nobody")])
     assert found.networks == ["CLIP 01", *TAUGHT]
-
-
-class PretendSplit:
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return 1
+    assert (found.data, found.held_out_hash, found.train_pictures) == ("f", "h", 7)
 
 
 def test_a_tiny_training_records_its_teacher_and_its_stage_inherits_it(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config import RunConfig
-from ldm.data.batches import PositionDataset
 from ldm.errors import HubError
 from ldm.export.card import CARD, CardText, rewrite_for_average, write_card
 from ldm.export.hub import check, push
@@ -52,7 +51,6 @@ class ModelFolder:
         config: RunConfig,
         run: Run,
         loop: Loop[Any],
-        train: PositionDataset,
         save: Callable[[Path], object],
         card: CardText,
         networks: Sequence[str],
@@ -60,7 +58,7 @@ class ModelFolder:
     ):
         """Keep the arguments, most of them parts of an `ldm.recipes.recipe.Recipe`; nothing is written yet."""
         self.card, self.networks, self.parts = card, networks, parts
-        self.config, self.run, self.loop, self.train, self.save = config, run, loop, train, save
+        self.config, self.run, self.loop, self.save = config, run, loop, save
         self.folder = run.folder / "model"
 
     def push_meanwhile(self, global_step: int) -> None:
@@ -99,7 +97,7 @@ class ModelFolder:
             (self.folder / CARD).unlink(missing_ok=True)  # written last: a folder with a card is whole
             with quietly():
                 self.save(self.folder)
-            record = provenance(self.loop.progress, self.train, self.networks, self.parts)
+            record = provenance(self.loop.progress, self.loop.record, self.config.data, self.networks, self.parts)
             record.save(self.folder)
             save_trained_images(self.folder, all_trained_images(self.loop.record.trained_images, self.parts))
             write_card(self.folder, self.run.folder, self.config, self.card, record)

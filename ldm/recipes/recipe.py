@@ -84,7 +84,7 @@ def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], scr
         loop.resume(record, config.allow_config_change)
         if not loop.done:
             save_config(config, run.folder / "config.yaml")
-        folder = ModelFolder(config, run, loop, dataset, recipe.save, recipe.card, recipe.step.networks, recipe.parts)
+        folder = ModelFolder(config, run, loop, recipe.save, recipe.card, recipe.step.networks, recipe.parts)
         alarms = Alarms(run, loop.progress, config.optim, len(dataset), recipe.step.not_finite_at)
         run.watch = alarms
         alarms.say_all(recipe.alarms(dataset))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.config import DataConfig, DataOptions, RunConfig
 from ldm.config.file import tree_differences, with_defaults
 from ldm.config.places import portable
-from ldm.data.batches import CaptionedImages, PositionDataset
+from ldm.data.batches import CaptionedImages
 from ldm.errors import ConfigError
 from ldm.machine import hardware
 from ldm.models.provenance import Provenance, image_keys, in_both, read_provenance, read_trained_images, versions
@@ -87,6 +87,8 @@ class RunRecord:
     trained_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """Keys of the images that were trained on up to here, see `image_keys`."""
     held_out_images: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    train_images: int = 0
+    """Number of images in the training split."""
     config_class: type[RunConfig] = RunConfig
     """The class of the config, whose defaults stand for what an earlier version did not write."""
 
@@ -139,6 +141,7 @@ def run_record(config: RunConfig, images: CaptionedImages, step: RecordedStep, p
         tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
         trained_images=image_keys(images.names("train")),
         held_out_images=image_keys(images.names("validation", "test")),
+        train_images=len(train),
         config_class=type(config),
     )
 
@@ -184,24 +187,26 @@ def _plain(change: str) -> str:
     return change.removeprefix("config.")
 
 
-def provenance(progress: Progress, train: PositionDataset, networks: Sequence[str], parts: Sequence[str]) -> Provenance:
-    """Return the record of a training that stands at `progress`, on the split `train`.
+def provenance(
+    progress: Progress, record: RunRecord, data: DataConfig, networks: Sequence[str], parts: Sequence[str]
+) -> Provenance:
+    """Return what a model says of its training, which stands at `progress` and has this record, on `data`.
 
     `networks` are those that it looks through itself; those that its pretrained `parts`, folders or Hub names, were
     trained through are added.
     """
     inherited = (found.networks for part in parts if (found := read_provenance(part)) is not None)
     return Provenance(
-        data=train.images.source.fingerprint,
-        held_out_hash=train.images.splits.held_out_hash,
-        train_pictures=len(train),
+        data=record.facts["pictures"]["fingerprint"],
+        held_out_hash=record.facts["pictures"]["held_out_hash"],
+        train_pictures=record.train_images,
         global_step=progress.global_step,
         train_seconds=round(progress.train_seconds, 1),
         images_per_second=round(progress.images_per_second, 1),
         hardware=hardware(),
         versions=versions(),
         networks=sorted({*networks, *chain.from_iterable(inherited)}),
-        data_options=data_options(train.images.config),
+        data_options=data_options(data),
     )
 
 
