@@ -31,7 +31,7 @@ from ldm.models.provenance import (
 from ldm.models.vision import build_feature_network
 from ldm.spaces import EmbeddingSpace
 from ldm.stage import ConditionedDenoiser
-from ldm.training.record import all_trained_images, data_options, provenance
+from ldm.training.record import RunRecord, all_trained_images, data_options, provenance
 from ldm.training.steps import AutoencoderStep, DiffusionStep
 from tests.fake_hub import FakeHub, Repository
 from tests.test_entry import train_autoencoder, train_model
