@@ -37,7 +37,7 @@ from ldm.commands import cli
 from ldm.commands import sample as sample_module
 from ldm.commands.sample import sample, slug
 from ldm.conditioners.text import TextConditioner
-from ldm.config import AutoencoderConfig, DataOptions, StageConfig
+from ldm.config import AutoencoderConfig, ClipConfig, DataOptions, StageConfig, SystemConfig
 from ldm.config.file import load_config, save_config
 from ldm.config.places import pretrained_place
 from ldm.data.batches import CaptionedImages
@@ -72,6 +72,7 @@ from .tiny_evaluation import write_place
 from .tiny_stages import CLASSES, PIXELS, save_parts, stages
 
 ROOT = Path(__file__).parents[1]
+KINDS = {"autoencoder": AutoencoderConfig, "clip": ClipConfig, "stages": SystemConfig, "denoiser": StageConfig}
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 SECRET = "hunter2-do-not-print"
 CAPTIONS = ("men with bunny ears", "woman astronaut medium-dark skin tone", "keycap 3")
@@ -247,7 +248,7 @@ def _options_of(name):
 
 
 def kind_of(tree):
-    return AutoencoderConfig if "autoencoder" in tree else StageConfig
+    return next(kind for part, kind in KINDS.items() if part in tree)
 
 
 def _small_autoencoder(tree):
@@ -342,11 +343,8 @@ def check_config(bench, case):
 def _any_key(path):
     """Whether the path is in a mapping whose keys are not those of a dataclass."""
     above = path[:-1]
-    return bool({"denoiser", "autoencoder", "held_out", "keywords"} & {*above}) or above[:3] == (
-        "conditioners",
-        "text",
-        "encoder",
-    )
+    networks = above[:3] == ("conditioners", "text", "encoder"), above[:2] in (("clip", "text"), ("clip", "vision"))
+    return bool({"denoiser", "autoencoder", "held_out", "keywords", "stages"} & {*above}) or any(networks)
 
 
 def _loaded(bench, whole, tree, dotted, words):
@@ -1039,18 +1037,23 @@ command_lines = st.sampled_from(sorted(cli.COMMANDS)).flatmap(
         st.dictionaries(st.sampled_from([*OPTIONS[name], "modle"]), texts_of_lines, max_size=3),
     )
 )
+HELD_OUT = {"data": "place/images", "captions": "place/heldout.txt", "validation_captions": "place/validation.txt"}
 USUAL = {
     "validate": {"workers": "0"},
     "sample": {"model": "place/model", "num_inference_steps": "1"},
+    "evaluate_clip": HELD_OUT,
     "evaluate": {
-        **{"data": "place/images", "captions": "place/heldout.txt", "validation_captions": "place/validation.txt"},
+        **HELD_OUT,
         **{"network": "place/clip", "num_inference_steps": "1", "variety_prompts": "0", "num_images_per_prompt": "2"},
     },
     "average": {"sigma_rel": "0.05", "network": "place/clip", "num_inference_steps": "1"},
     "push": {},
     "cache": {},
 }
-RIGHT = {"validate": "place/images", "evaluate": "place/model", "average": "run", "push": "place/model"}
+RIGHT = {
+    **{"validate": "place/images", "evaluate": "place/model", "evaluate_clip": "place/clip", "average": "run"},
+    "push": "place/model",
+}
 """What a command line says unless something else was drawn."""
 
 

@@ -5,14 +5,19 @@ import shlex
 from pathlib import Path
 
 from ldm.commands import cli
-from ldm.config import AutoencoderConfig, StageConfig
+from ldm.config import AutoencoderConfig, ClipConfig, StageConfig, SystemConfig
 from ldm.config.file import load_config
 
 from .table import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {"train_vae.py": AutoencoderConfig, "train_text2img.py": StageConfig}
+SCRIPTS = {
+    "train_vae.py": AutoencoderConfig,
+    "train_text2img.py": StageConfig,
+    "train_clip.py": ClipConfig,
+    "train_system.py": SystemConfig,
+}
 COMMANDS = dict.fromkeys(  # each once, in order
     line.partition("  #")[0].strip()
     for page in PAGES

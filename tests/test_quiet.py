@@ -23,6 +23,10 @@ def test_messages_without_a_remedy_are_silenced_meanwhile_and_others_are_not(nam
             logger.warning("before %s after", part)
         logger.warning("weights were not initialised")
     assert heard == ["weights were not initialised"]
+    with quietly("| UNEXPECTED |"):
+        logger.warning("text_model | UNEXPECTED |")
+        logger.warning("text_model | UNEXPECTED |, vision_model | MISSING |")
+    assert heard.pop() == "text_model | UNEXPECTED |, vision_model | MISSING |"
     logger.warning(SILENCED[0])
     assert heard[1:] == [SILENCED[0]]
 

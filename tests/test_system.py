@@ -167,7 +167,8 @@ if "--doctor" in sys.argv:
 
 @pytest.mark.slow
 def test_a_system_that_is_killed_goes_on_and_its_stages_equal_those_trained_alone(tmp_path):
-    few = ["--loop.max_train_steps", "8", "--loop.save_every_steps", "2", "--loop.mixed_precision", "no"]
+    few = ["--loop.max_train_steps", "8", "--loop.save_every_steps", "2", "--loop.log_every_steps", "1"]
+    few += ["--loop.mixed_precision", "no"]
     words = [f"--{stage}.{few[i][2:]}={few[i + 1]}" for stage in ("vae", "text2img") for i in range(0, len(few), 2)]
     command = [sys.executable, "train_system.py", "--config", "configs/tiny/system.yaml", "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

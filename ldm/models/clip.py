@@ -19,7 +19,7 @@ from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, network_hash, refuse_unknown
-from ldm.models.quiet import quietly
+from ldm.models.quiet import HALF_A_CLIP, quietly
 from ldm.models.text_encoder import load_tokenizer, token_settings, train_tokenizer
 
 CHUNK = 256
@@ -88,7 +88,7 @@ class ImageEncoder(nn.Module):
         return cast(Tensor, self.network(images.to(self.network.dtype)).image_embeds.float())
 
 
-@quietly()
+@quietly(*HALF_A_CLIP)
 def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
     """Return the image encoder in a folder or on the Hub (``user/name@revision`` too), alone, in a CLIP or a pipeline.
 

@@ -19,27 +19,33 @@ SILENCED = (
 """Text in messages of diffusers, transformers and our pipelines that is hidden."""
 
 
+HALF_A_CLIP = ("| UNEXPECTED |",)
+"""Text in the report on a folder with the weights of more networks than are loaded."""
+MISSING = "| MISSING"
+"""Text in a report on weights that a folder has not: it is never hidden."""
+
+
 @contextmanager
-def quietly() -> Iterator[None]:
+def quietly(*also: str) -> Iterator[None]:
     """Show no bars of components, weights and shards meanwhile, and none of the messages that are `SILENCED`.
 
-    Bars of downloads, and all other warnings, are shown.
+    also: more text in messages to hide. Bars of downloads, and all other warnings, are shown.
     """
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return MISSING in message or not any(part in message for part in (*SILENCED, *also))
+
     with ExitStack() as stack:
         for name in ("", "diffusers", "transformers"):  # our pipelines log to the root
             for handler in logging.getLogger(name).handlers:
-                handler.addFilter(_is_of_use)
-                stack.callback(handler.removeFilter, _is_of_use)
+                handler.addFilter(is_of_use)
+                stack.callback(handler.removeFilter, is_of_use)
         stack.callback(transformers_logging.set_tqdm_hook, transformers_logging.set_tqdm_hook(_hidden))
         if diffusers_logging.is_progress_bar_enabled():
             diffusers_logging.disable_progress_bar()
             stack.callback(diffusers_logging.enable_progress_bar)
         yield
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not any(part in message for part in SILENCED)
 
 
 def _hidden(factory: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

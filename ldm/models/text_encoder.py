@@ -32,7 +32,7 @@ from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
 from ldm.models.network import built, refuse_unknown
-from ldm.models.quiet import quietly
+from ldm.models.quiet import HALF_A_CLIP, quietly
 from ldm.terminal import progress_bar
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -207,7 +207,7 @@ def token_settings(tokenizer: Any, max_length: int) -> dict[str, int]:
     }
 
 
-@quietly()
+@quietly(*HALF_A_CLIP)
 def load_text_encoder(
     pretrained: str, max_length: int, tokenizer: Any | None = None, outputs: Collection[str] = ("prompt_embeds",)
 ) -> tuple[nn.Module, Any]:
