@@ -31,8 +31,8 @@ def main() -> None:
     own, of_stages = split_words(sys.argv[1:])
     config = load_config(SystemConfig, own)
     if config.doctor:
-        config = replace(config, output_dir=str(Path(config.output_dir, "doctor")))
-        return examine_stages(config, system_stages(config, SCRIPTS, of_stages))
+        trial = replace(config, output_dir=str(Path(config.output_dir, "doctor")))
+        return examine_stages(trial, system_stages(trial, SCRIPTS, of_stages, finished=Path(config.output_dir)))
     train_stages(system_stages(config, SCRIPTS, of_stages))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from datetime import datetime
 from typing import Any
@@ -35,8 +36,12 @@ class Lines(logging.Handler):
             self.handleError(record)
 
 
-def write_lines(level: int = logging.INFO) -> None:
-    """Write the log lines of this package from `level` on, and the warnings of libraries, to stderr, as `Lines` do."""
+def write_lines() -> None:
+    """Write the log lines of this package, and the warnings of libraries, to stderr, as `Lines` do.
+
+    Of several processes that a launcher started, all but the first write warnings alone.
+    """
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
     logging.basicConfig(format="%(message)s", handlers=[Lines()], level=logging.WARNING)
     logging.getLogger("ldm").setLevel(level)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,17 @@ def test_a_stage_is_trained_by_the_script_of_its_config(name, kind):
     assert config_kind(TINY[name], list(SCRIPTS)) is kind
 
 
-def test_a_path_into_another_stage_follows_that_stage():
+def test_a_path_into_another_stage_follows_that_stage(tmp_path):
     stages = {"first": TINY["vae"], "second": TINY["text2img"]}
     one, two = system_stages(SystemConfig("elsewhere", stages), SCRIPTS, {"first": ["--seed", "3"]})
     assert (one.name, one.script, one.folder) == ("first", "train_vae.py", Path("elsewhere/first"))
     assert one.words == ["--config", TINY["vae"], "--seed", "3", "--output_dir", "elsewhere/first"]
     assert (two.name, two.script) == ("second", "train_text2img.py")
     assert two.words[-4:] == ["--output_dir", "elsewhere/second", "--space.autoencoder", "elsewhere/first/model"]
+    assert (one.needs, two.needs) == ([], [Path("elsewhere/first")])
+    (tmp_path / "first" / "model").mkdir(parents=True)
+    _, two = system_stages(SystemConfig("elsewhere", stages), SCRIPTS, {}, finished=tmp_path)
+    assert two.words[-1] == str(tmp_path / "first" / "model"), "what is trained already is used"
 
 
 def test_what_cannot_be_trained_in_this_order_is_refused(tmp_path):
@@ -147,22 +152,21 @@ if "--doctor" in sys.argv:
     cost = {"steps": 1000, "step_seconds": 3.6, "seconds": 3600, "memory_bytes": 2**30}
     report = {"findings": [{"name": "plan", "numbers": {}}, {"name": "cost", "numbers": cost}]}
     (out / "doctor" / "report.json").write_text(json.dumps(report))
-    sys.exit(out.stem == "two")
+    sys.exit(out.stem != "one")
 """
-    stages = [script(tmp_path, name, body) for name in ("one", "two")]
+    stages = [script(tmp_path, name, body) for name in ("one", "two", "three")]
+    stages[2] = replace(stages[2], needs=[tmp_path / "one"])
     config = SystemConfig("x", {}, doctor={"gpu_tflops": 9.0, "price_per_hour": None})
-    with pytest.raises(SystemExit, match="wrong: two"):
+    with pytest.raises(SystemExit, match=r"^wrong: two$"):
         examine_stages(config, stages)
     log = (tmp_path / "log").read_text().splitlines()
     assert log[0] == "--doctor --doctor.gpu_tflops=9.0"
     assert log[1].startswith("--loop.max_train_steps 2 --optim.warmup_steps 1")
-    assert log[2:] == ["--doctor --doctor.gpu_tflops=9.0"], "nothing comes after the last"
+    assert log[2:] == ["--doctor --doctor.gpu_tflops=9.0"] * 2, "nobody needs the others"
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table[1:] == [
-        ["one", "1,000", "3.6", "1.00", "1.00"],
-        ["two", "1,000", "3.6", "1.00", "1.00"],
-        ["all", "2.00", "1.00"],
-    ]
+    of_each = ["1,000", "3.6", "1.00", "1.00"]
+    names = ("one", "two", "three")
+    assert table[1:] == [*([name, *of_each] for name in names), ["all", "3.00", "1.00"]]
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def test_tokenizers_that_differ_have_different_hashes():
 
 def test_files_of_a_tokenizer_stay_in_their_folder():
     with pytest.raises(ValueError, match="expected a plain name"):
-        tokenizer_from_json('{"../tokenizer.json": "{}"}', 12)
+        tokenizer_from_json('{"../tokenizer.json": "{}"}')
 
 
 def test_a_given_tokenizer_takes_the_place_of_a_learned_and_of_a_pretrained_one(tmp_path):

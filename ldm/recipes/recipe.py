@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +63,7 @@ def train(config: C, recipe_of: Callable[[C, Run, CaptionedImages], Recipe], scr
     `script` is the entry script; ``config.resume_check`` runs it again. With ``config.doctor`` the training is only
     examined.
     """
-    write_lines(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    write_lines()
     if config.resume_check:
         return check_resume(script, sys.argv[1:], Path(config.output_dir))
     if config.doctor:
