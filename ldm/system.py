@@ -23,6 +23,8 @@ from ldm.training.signals import PR_SET_PDEATHSIG, Stopped, StopSignals
 log = logging.getLogger(__name__)
 Scripts = Mapping[type[RunConfig], str]
 """The entry script of each kind of training, by the class of its config."""
+DEFAULT_PORT = 29500
+"""PyTorch's, where no launcher says another."""
 TRIAL_STEPS = 2
 """Optimiser steps after which an examination uses a stage for the next ones."""
 
@@ -104,8 +106,9 @@ def _texts(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]
 
 
 def _below(place: str, folders: Iterable[str]) -> str | None:
-    """Return the one of `folders` that `place` is in, None if there is none."""
-    return next((folder for folder in folders if Path(folder) in Path(place).parents), None)
+    """Return the innermost of `folders` that `place` is in, None if there is none."""
+    above = [folder for folder in folders if Path(folder) in Path(place).parents]
+    return max(above, key=lambda folder: len(Path(folder).parts), default=None)
 
 
 def train_stages(stages: Sequence[SystemStage]) -> None:
@@ -184,7 +187,7 @@ def run_stage(stage: SystemStage, number: int, *more: str) -> int:
     """
     environment = dict(os.environ)
     if int(environment.get("WORLD_SIZE", "1")) > 1:  # the launcher's own store serves one process group
-        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + number)
+        environment["MASTER_PORT"] = str(int(environment.get("MASTER_PORT", DEFAULT_PORT)) + number)
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     with StopSignals().handled():
         process = subprocess.Popen(  # noqa: S603 (our own scripts)

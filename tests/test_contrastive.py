@@ -86,6 +86,7 @@ def test_the_parts_of_a_batch_make_the_loss_of_the_whole(parts):
     torch.testing.assert_close(torch.cat(found), whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     pair = start_several(2, "train_clip.py", (*TINY, "--output_dir", tmp_path / "two"), tmp_path / "log-two")
     assert [ended(process) for process in pair] == [0, 0], (tmp_path / "log-two-0").read_text()[-2000:]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from ldm.config import AutoencoderConfig, ClipConfig, StageConfig, SystemConfig
-from ldm.config.file import config_kind
+from ldm.config.file import config_kind, load_config
 from ldm.errors import ConfigError
 from ldm.system import SystemStage, examine_stages, run_stage, split_words, system_stages, train_stages
 from ldm.training.resume_check import differences
@@ -72,6 +73,32 @@ def test_what_cannot_be_trained_in_this_order_is_refused(tmp_path):
     (tmp_path / "no.yaml").write_text("output_dir: x\n")
     with pytest.raises(ConfigError, match=r"no\.yaml: a config of no kind; expected one that sets output_dir, deno"):
         system_stages(SystemConfig("x", {"no": str(tmp_path / "no.yaml")}), {StageConfig: "train_text2img.py"}, {})
+
+
+@table(
+    ("stages", "message"),
+    [
+        ("{}", "stages: got none; expected a config file for each stage"),
+        (
+            "{doctor: a.yaml}",
+            "stages: got 'doctor'; expected the name of a folder, and none of doctor, output_dir, stages",
+        ),
+        ("{../up: a.yaml}", "stages: got '../up'; expected the name of a folder"),
+    ],
+)
+def test_stages_have_names_of_folders(stages, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(SystemConfig, ["--output_dir", "x", "--stages", stages])
+
+
+def test_a_path_is_in_the_innermost_folder(tmp_path):
+    for name, folder in {"outer": "out", "inner": "out/inner"}.items():
+        tree = yaml.safe_load(Path(TINY["vae"]).read_text())
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree | {"output_dir": folder}))
+    stages = {name: str(tmp_path / f"{name}.yaml") for name in ("outer", "inner")} | {"last": TINY["text2img"]}
+    words = {"last": ["--space.autoencoder", "out/inner/model"]}
+    *_, last = system_stages(SystemConfig("s", stages), SCRIPTS, words)
+    assert last.words[-2:] == ["--space.autoencoder", "s/inner/model"]
 
 
 def script(folder, name, body):

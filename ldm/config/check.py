@@ -24,9 +24,11 @@ from ldm.config import (
     SamplerConfig,
     SpaceConfig,
     StageConfig,
+    SystemConfig,
     ValidationConfig,
 )
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
+from ldm.config.places import PLAIN_NAME
 from ldm.errors import ConfigError
 
 C = TypeVar("C")
@@ -152,7 +154,7 @@ For a tuple, each entry must be in the range.
 
 LIMITS = ("max_train_steps", "max_train_epochs", "max_train_seconds")
 """Fields of the loop that can end a training: one is set."""
-FILES = ("output_dir", "path", "held_out", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
+FILES = ("output_dir", "path", "held_out", "stages", "autoencoder", "image_encoder", "pretrained", "lpips_weights")
 """Fields that name files."""
 NAMES = ("_class_name", "pretrained", "revision", "subfolder")
 """Keys of a network's config that are not arguments of its class."""
@@ -275,6 +277,15 @@ def _clip_contradictions(config: ClipConfig, path: str) -> Iterator[str]:
         yield "data.batch_size: got 1; expected 2 or more: an image is compared with the captions of others"
 
 
+def _system_contradictions(config: SystemConfig, path: str) -> Iterator[str]:
+    reserved = {field.name for field in fields(SystemConfig)}
+    for name in config.stages:
+        if not PLAIN_NAME.fullmatch(name) or name in reserved:
+            yield f"stages: got {shown(name)}; expected the name of a folder, and none of {', '.join(sorted(reserved))}"
+    if not config.stages:
+        yield "stages: got none; expected a config file for each stage, by its name"
+
+
 def _indivisible(config: RunConfig, name: str, part: int) -> Iterator[str]:
     batch = config.data.batch_size
     if part > 0 and batch % part:
@@ -287,6 +298,7 @@ CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
     RunConfig: _run_contradictions,
     StageConfig: _stage_contradictions,
     ClipConfig: _clip_contradictions,
+    SystemConfig: _system_contradictions,
 }
 """Checks of several fields together, by class; each yields lines like `faults`."""
 
