@@ -32,7 +32,7 @@ from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.retrieval import feature_distances, ranks_among
 from ldm.machine import cores, hardware
 from ldm.models.clip import CHUNK, load_clip, load_image_encoder
-from ldm.models.network import zero_tails
+from ldm.models.network import prepare_denoiser
 from ldm.models.provenance import read_provenance
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.contrastive import contrastive_losses
@@ -109,9 +109,7 @@ def transformer(width: int, length: int, seed: int) -> PriorTransformer:
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 4}
     network = PriorTransformer(**sizes, embedding_dim=width, num_embeddings=length, additional_embeddings=4)
-    for statistic in (network.clip_mean, network.clip_std):
-        statistic.requires_grad_(False)
-    zero_tails(network)
+    prepare_denoiser(network, fresh=True)
     return network
 
 

@@ -99,6 +99,21 @@ def test_it_starts_as_the_zero_function(name, parts, run, tmp_path):
 
 
 @every_system
+def test_it_leaves_the_zero_function_with_every_weight(name, parts, run, tmp_path):
+    made, _ = build(name, parts, tmp_path)
+    step = DiffusionStep(made, run, 0.9)
+    trained = {one: p for one, p in made.model.named_parameters() if p.requires_grad}
+    idle = set(unreached(made.model, [step.losses(batch(), 0)["denoiser"]]))
+    optimizer = torch.optim.AdamW(trained.values(), lr=3e-3)
+    before = {one: parameter.detach().clone() for one, parameter in trained.items()}
+    for global_step in range(4):
+        step.losses(batch(range(4 * global_step, 4 * global_step + 4)), global_step)["denoiser"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [one for one, parameter in trained.items() if one not in idle and torch.equal(parameter, before[one])] == []
+
+
+@every_system
 def test_the_objective_knows_whether_x0_is_on_a_grid(name, parts, tmp_path):
     made, config = build(name, parts, tmp_path)
     assert made.objective.grid_step == (2 / 255 if config.space.kind == "pixel" else 0)

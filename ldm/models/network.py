@@ -106,11 +106,16 @@ def refuse_unknown(keys: Collection[str], allowed: Collection[str], where: str, 
             raise ConfigError(f"{where}.{key}: no such field {what}{hint}")
 
 
+TOKEN_STD = 0.02
+"""Standard deviation of a prior's own tokens before training, as of a CLIP's."""
+
+
 def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
     """Prepare a network of diffusers for training, in place.
 
     The statistics of embeddings are frozen. The label embedding's dropout is switched off, since the conditioner drops
-    labels. A `fresh` network, with random weights, also gets `zero_tails` and a std of 1 in its statistics.
+    labels. A `fresh` network, with random weights, also gets `zero_tails`, and a prior a std of 1 in its statistics and
+    random tokens of its own.
     """
     for module in denoiser.modules():
         if isinstance(module, LabelEmbedding):
@@ -120,6 +125,10 @@ def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
         denoiser.clip_std.requires_grad_(False)
         if fresh:  # diffusers initialises them with zeros, which would make every embedding zero
             nn.init.ones_(denoiser.clip_std)
+            # zeros too: the output is read from such a token, and with zero tails no gradient would ever pass it
+            for token in (denoiser.prd_embedding, denoiser.positional_embedding):
+                if token is not None:
+                    nn.init.normal_(token, std=TOKEN_STD)
     if fresh:
         zero_tails(denoiser)
 
