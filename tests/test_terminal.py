@@ -2,9 +2,12 @@
 
 import logging
 import re
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
+from tqdm.auto import tqdm
 
 from ldm import terminal
 from ldm.terminal import Lines, progress_bar, write_lines
@@ -111,3 +114,26 @@ def test_libraries_are_heard_from_warnings_on(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     write_lines()
     assert not logging.getLogger("ldm.training.loop").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize("stderr", [False], indirect=True)
+def test_a_line_and_a_bar_that_is_drawn_meanwhile_do_not_wait_for_each_other(stderr):
+    drawing = threading.Event()
+
+    def draw():  # as tqdm's monitor: under tqdm's lock, and a bar in a file is a line of the log
+        with tqdm.get_lock():
+            drawing.set()
+            time.sleep(0.1)
+            terminal.log.info("training: 3 of 4")
+
+    def say():
+        drawing.wait()
+        terminal.log.info("step 3")
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (draw, say)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [line.split(" ", 1)[1] for line in stderr.shown().splitlines()] == ["training: 3 of 4", "step 3"]
