@@ -22,7 +22,7 @@ from ldm.data.sources import build_source
 from ldm.errors import ConfigError
 from ldm.evaluation import clip as clip_module
 from ldm.evaluation.clip import ClipEvaluation
-from ldm.models.clip import build_clip, load_image_encoder, normalised
+from ldm.models.clip import build_clip, load_clip, load_image_encoder, normalised
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objectives.contrastive import contrastive_losses
 from ldm.training.contrastive import Contrast, random_crops
@@ -140,6 +140,13 @@ def test_images_are_normalised_as_the_saved_processor_does(trained):
     image = Image.effect_noise((32, 32), 90).convert("RGB")
     theirs = CLIPImageProcessorPil(**settings)(image, return_tensors="pt").pixel_values
     torch.testing.assert_close(normalised(to_pixel_values(image)[None], 32), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_clip_is_refused_with_what_is_expected():
+    with pytest.raises(
+        ConfigError, match=r"model: assets/openmoji-vae is no CLIP .*expected the folder or Hub name of a"
+    ):
+        load_clip("assets/openmoji-vae", "model")
 
 
 @table(

@@ -141,7 +141,8 @@ def load_clip(pretrained: str, where: str, tokenizer: Any | None = None) -> tupl
 
     A given `tokenizer` takes the place of the found one. A ConfigError names `where`, a config path or an option.
     """
-    with explained(where), own_code_refused(where, pretrained):
+    expected = f"{where}: {pretrained} is no CLIP that can be loaded; expected the folder or Hub name of a CLIPModel"
+    with explained(expected), own_code_refused(where, pretrained):
         place, keywords = find_component(pretrained, ("clip",))
         refuse_strange_shards(Path(place, keywords.get("subfolder", "")))
         clip = CLIPModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False, **keywords)
