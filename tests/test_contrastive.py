@@ -143,9 +143,7 @@ def test_images_are_normalised_as_the_saved_processor_does(trained):
 
 
 def test_what_is_no_clip_is_refused_with_what_is_expected():
-    with pytest.raises(
-        ConfigError, match=r"model: assets/openmoji-vae is no CLIP .*expected the folder or Hub"
-    ):
+    with pytest.raises(ConfigError, match=r"model: assets/openmoji-vae is no CLIP .*expected the folder or Hub"):
         load_clip("assets/openmoji-vae", "model")
 
 
