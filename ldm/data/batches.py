@@ -138,6 +138,16 @@ class CaptionedImages:
                 shown.append(np.asarray(self.image(row)))
         return np.stack(shown), [place[value] for value in self.hashes]
 
+    def gallery_captions(self, places: Sequence[int], known: Mapping[int, str]) -> list[str]:
+        """Return a caption of each image of the `gallery`: that in `known`, by its place there, or its first, or "".
+
+        places: the index in the gallery of each image of the source.
+        """
+        found = dict(known)
+        for row, place in enumerate(places):
+            found.setdefault(place, next(iter(self.source.captions(row)), ""))
+        return [found[place] for place in range(len(found))]
+
     def rows_of(self, captions: Sequence[str]) -> list[int]:
         """Return the row of the first image with each caption, in any language; ValueError if there is none."""
         owner: dict[str, int] = {}

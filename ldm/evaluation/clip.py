@@ -15,7 +15,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.preflight import checked_source
 from ldm.evaluation.baselines import derangement, nearest_training_captions
 from ldm.evaluation.evaluation import held_out_captions, read_as_trained, training_in_short
-from ldm.evaluation.images import labelled_sheet, pixel_values
+from ldm.evaluation.images import nearest_sheet, pixel_values
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.measure import Indices, mean_of
 from ldm.evaluation.report import Curve, Figure, Report, Row, Section
@@ -24,8 +24,6 @@ from ldm.machine import hardware
 from ldm.models.clip import embedded_captions, embedded_images, load_clip
 from ldm.models.provenance import read_provenance, versions
 
-NEAREST = 5
-"""Images that the sheet shows for each caption."""
 SHEET_CAPTIONS = 12
 DEPTHS = (1, 2, 3, 5, 10, 20, 50, 100)
 """The k of the curves of R@k."""
@@ -52,17 +50,12 @@ class ClipEvaluation:
         train = [(place[row], caption) for row in self.images.splits["train"] for caption in self._of(row)]
         nearest = nearest_training_captions(self.captions, [caption for _, caption in train])
         self.copied = np.array([train[number][0] for number in nearest])
-        self.all_captions = self._all_captions(place)
+        self.all_captions = self.images.gallery_captions(
+            place, dict(zip(self.own.tolist(), self.captions, strict=True))
+        )
 
     def _of(self, row: int) -> Sequence[str]:
         return self.images.source.captions(row)
-
-    def _all_captions(self, place: Sequence[int]) -> list[str]:
-        """Return a caption for each image of the gallery: the measured one of a held-out image, else its first."""
-        found = dict(zip(self.own.tolist(), self.captions, strict=True))
-        for row, number in enumerate(place):
-            found.setdefault(number, next(iter(self._of(row)), ""))
-        return [found[number] for number in range(len(found))]
 
     def report(self) -> Report:
         """Return the report."""
@@ -83,10 +76,8 @@ class ClipEvaluation:
             "the embeddings. Ties are misses. Copy: the image of the nearest training caption, in place of the caption."
         )
         meaning = f"Share of the held-out captions whose own image is the nearest of {count:,}."
-        nearest = distances[:SHEET_CAPTIONS].argsort(1)
-        rows = {"own": self.gallery[self.own[:SHEET_CAPTIONS]]}
-        rows |= {f"nearest {number + 1}": self.gallery[nearest[:, number]] for number in range(NEAREST)}
-        sheet = labelled_sheet(self.captions[:SHEET_CAPTIONS], rows)
+        shown = slice(SHEET_CAPTIONS)
+        sheet = nearest_sheet(self.captions[shown], self.gallery, self.own[shown], distances[shown])
         figures = [Figure("Captions, their own images, and the nearest", "", sheet)]
         return _section("Do captions find their images?", text, found, count, figures, meaning)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm.evaluation.measure import Indices
 from ldm.models.vision import Images
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -115,6 +117,20 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
                 draw.text((x, top + image_rows + number * LINE_HEIGHT), line, TEXT_COLOUR, font)
         top += image_rows + caption_height + MARGIN
     return sheet
+
+
+def nearest_sheet(
+    captions: Sequence[str], gallery: Images, own_index: Indices, distances: NDArray[np.floating[Any]], count: int = 5
+) -> Image.Image:
+    """Return a sheet with the own image of each of N captions over the `count` nearest of the gallery, (M, H, W, 3).
+
+    own_index: (N,), the place of the own images in the gallery. distances: (N, M).
+    """
+    nearest = distances.argsort(1)[:, :count]
+    rows = {"own": gallery[own_index]}
+    return labelled_sheet(
+        captions, rows | {f"nearest {k + 1}": gallery[nearest[:, k]] for k in range(nearest.shape[1])}
+    )
 
 
 def written(conditions: Sequence[object]) -> list[str]:

@@ -35,7 +35,6 @@ def check_push(config: RunConfig, run: Run) -> None:
     """Check, before the training, that the model can be pushed to the repository in `config`.
 
     Raises:
-        ValueError: there are settings of a push but no repository, or a number of steps is not positive.
         HubError: see `ldm.export.hub.check`.
 
     """

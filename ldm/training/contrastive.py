@@ -18,7 +18,8 @@ from transformers import CLIPModel
 from ldm.config import ClipConfig
 from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generators
-from ldm.evaluation.images import labelled_sheet, pixel_values
+from ldm.errors import ConfigError
+from ldm.evaluation.images import nearest_sheet, pixel_values
 from ldm.evaluation.retrieval import feature_distances, ranks_among
 from ldm.models.clip import embedded_captions, embedded_images, normalised, token_ids
 from ldm.objectives.contrastive import contrastive_losses
@@ -27,8 +28,6 @@ from ldm.training.checks import Truncation, truncation
 from ldm.training.run import Run
 
 log = logging.getLogger(__name__)
-NEAREST = 5
-"""Images that the sheet shows for each caption."""
 
 
 class Contrast(nn.Module):
@@ -119,6 +118,10 @@ class ContrastiveValidation:
         self.config, self.images, self.step, self.run = config.validation, images, step, run
         first = ((row, next(iter(images.source.captions(row)), "")) for row in images.splits.filled("validation"))
         self.pairs = [(row, caption) for row, caption in first if caption]
+        if not self.pairs:
+            raise ConfigError(
+                "data: no validation image has a caption; name captions in data.held_out, or hold out more"
+            )
 
     @cached_property
     def truncation(self) -> Truncation:
@@ -130,23 +133,16 @@ class ContrastiveValidation:
         shown, place = self.images.gallery()
         return pixel_values(shown), shown, place
 
-    @cached_property
-    def _captions(self) -> list[str]:
-        """The first caption of each image of the gallery."""
-        found: dict[int, str] = {}
-        for row, place in enumerate(self._gallery[2]):
-            found.setdefault(place, next(iter(self.images.source.captions(row)), ""))
-        return [found[place] for place in range(len(found))]
-
     def __call__(self, global_step: int) -> None:
         """Measure, log, show the nearest images of the first captions."""
         values, shown, place = self._gallery
         contrast, tokenizer = self.step.averaged, self.step.tokenizer
         images = embedded_images(contrast.clip, values)
         own = np.array([place[row] for row, _ in self.pairs])
-        texts = embedded_captions(contrast.clip, tokenizer, [caption for _, caption in self.pairs])
-        all_texts = embedded_captions(contrast.clip, tokenizer, self._captions)
-        all_texts[own] = texts
+        captions = [caption for _, caption in self.pairs]
+        known = self.images.gallery_captions(place, dict(zip(own.tolist(), captions, strict=True)))
+        texts = embedded_captions(contrast.clip, tokenizer, captions)
+        all_texts = embedded_captions(contrast.clip, tokenizer, known)
         distances = feature_distances(texts.numpy(), images.numpy())
         found = ranks_among(distances, own)
         back = ranks_among(feature_distances(images[own].numpy(), all_texts.numpy()), own)
@@ -164,7 +160,5 @@ class ContrastiveValidation:
             metrics["validation/back_r_at_1"],
         )
         few = slice(self.config.num_images)
-        nearest = distances[few].argsort(1)[:, :NEAREST]
-        rows = {"own": shown[own[few]]} | {f"nearest {k + 1}": shown[nearest[:, k]] for k in range(NEAREST)}
-        sheet = labelled_sheet([caption for _, caption in self.pairs[few]], rows)
+        sheet = nearest_sheet(captions[few], shown, own[few], distances[few])
         self.run.log_image("nearest", sheet, global_step)
