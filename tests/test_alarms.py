@@ -120,6 +120,7 @@ FAST = ("objective", "{path: cosine, prediction_type: v_prediction}"), ("optim.o
 # ---- a fault, and its alarm ----
 
 
+@pytest.mark.slow
 def test_shuffled_captions_leave_the_text_unused(train, impatient):
     ((name, sentence),) = train(60, *FAST, images="shuffled")
     assert name == TEXT

@@ -430,6 +430,7 @@ def test_our_scheduler_agrees_with_every_objective(path, prediction_type, rescal
     assert (finding.ok, finding.warnings) == (True, ()), finding.text
 
 
+@pytest.mark.slow
 @table("sampler", [("ddim", "fixed_small"), ("ddpm", "fixed_small"), ("ddpm", "fixed_large")])
 @table("path", ["linear", "scaled_linear", "cosine"])
 def test_the_other_samplers_agree_too(path, sampler):

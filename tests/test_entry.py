@@ -214,6 +214,7 @@ def test_a_stable_diffusion_folder_can_be_trained_further(model, tmp_path, monke
         assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one), part
 
 
+@pytest.mark.slow
 def test_nothing_needs_torchvision_or_warns_that_it_is_missing():
     code = "import sys; sys.modules['torchvision'] = None; import train_vae, train_text2img, ldm.commands.cli"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)

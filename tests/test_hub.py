@@ -141,6 +141,7 @@ def test_s06_the_model_arrives_and_nothing_else(hub, model):
     assert not hub.repositories["me/model"].private
 
 
+@pytest.mark.slow
 def test_what_arrived_is_loaded_and_draws_the_same_where_this_project_is_absent(hub, model, tmp_path):
     push(model, "me/model")
     environ = environment(hub, tmp_path / "home")
@@ -301,6 +302,7 @@ def test_s06_a_push_that_fails_at_the_end_loses_nothing(hub, tmp_path, monkeypat
     assert ModelCard.load(without / "README.md").data.eval_results
 
 
+@pytest.mark.slow
 def test_s06_text2img_is_trained_and_pushed_by_one_command(tmp_path):
     vae().save_pretrained(tmp_path / "vae")
     command = [sys.executable, "train_text2img.py", "--config", "configs/tiny/text2img.yaml"]

@@ -99,6 +99,7 @@ def test_every_term_is_the_papers(kind, clips):
         assert found.total[row] == pytest.approx(expected.sum(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fewer_timesteps_are_unbiased():
     pipe, x0 = drawing(), random_images(1)
     whole = [variational_bound(pipe, x0, None, STEPS - 1, seed).total[0] for seed in range(40)]

@@ -185,6 +185,7 @@ def test_seconds_become_a_number_of_steps_once(tmp_path):
     assert again.progress.total_steps == progress.total_steps
 
 
+@pytest.mark.slow
 def test_another_limit_of_a_resumed_training_is_followed(tmp_path):
     def trained(**limit):
         config = LoopConfig(trackers=(), mixed_precision="no", **limit)

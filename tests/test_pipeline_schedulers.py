@@ -178,6 +178,7 @@ WRONG_SWAPS = {
 """Stock schedulers that plain diffusers draws wrongly with, and cannot know; what it refuses is not among them."""
 
 
+@pytest.mark.slow
 @table("saved", WRONG_SWAPS)
 def test_which_stock_schedulers_plain_diffusers_may_swap_in(saved, tmp_path):
     """By `X.from_config(pipe.scheduler.config)`, of every class that `StableDiffusionPipeline` says it takes."""

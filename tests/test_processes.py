@@ -32,6 +32,7 @@ def codes(processes):
     return [ended(process) for process in processes]
 
 
+@pytest.mark.slow
 def test_r04_two_processes_resume_as_two_to_the_bit_and_as_one_with_the_same_samples_and_losses(parts, tmp_path):  # noqa: F811
     arguments = (*STAGE, *space(parts), "--data.workers", 1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -44,19 +44,25 @@ def test_the_comparison_below_is_the_one_of_resume_check():
 @pytest.mark.parametrize(
     ("kills", "more"),
     [
-        pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it"),
-        pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice"),
+        pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it", marks=pytest.mark.slow),
+        pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice", marks=pytest.mark.slow),
         pytest.param(
             [(4, 3)],
             ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2, "--data.flip", "true"),
             id="mid-epoch-inside-accumulation-workers",
         ),
-        pytest.param([(6, 0)], ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"), id="dropout-layers-muon"),
-        pytest.param([(5, 0)], frozen_text, id="frozen-text"),
+        pytest.param(
+            [(6, 0)],
+            ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"),
+            id="dropout-layers-muon",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([(5, 0)], frozen_text, id="frozen-text", marks=pytest.mark.slow),
         pytest.param(
             [(5, 0)],
             ("--snapshot_every_steps", 2, "--loop.save_every_steps", 3),
             id="power-function-averages-saved-two-steps-before",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -69,8 +75,13 @@ def test_r04_a_killed_and_resumed_stage_equals_one_that_was_not(kills, more, par
     ("kills", "more"),
     [
         pytest.param([(3, 0), (6, 0)], ("--reconstruction", GAN), id="discriminator"),
-        pytest.param([(1, 0)], ("--reconstruction", GAN), id="before-the-discriminator-starts"),
-        pytest.param([(5, 0)], ("--data.workers", 2, "--reconstruction.learned_logvar", "true"), id="workers-logvar"),
+        pytest.param([(1, 0)], ("--reconstruction", GAN), id="before-the-discriminator-starts", marks=pytest.mark.slow),
+        pytest.param(
+            [(5, 0)],
+            ("--data.workers", 2, "--reconstruction.learned_logvar", "true"),
+            id="workers-logvar",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_r04_a_killed_and_resumed_autoencoder_equals_one_that_was_not(kills, more, tmp_path):

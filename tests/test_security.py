@@ -496,6 +496,7 @@ def written(watched):
     return found
 
 
+@pytest.mark.slow
 def test_s03_no_byte_that_is_written_or_sent_tells_of_token_user_host_or_folders(watched):
     found = written(watched)
     assert {"working-folder/out/vae/config.yaml", "me/model 0 README.md"} <= found.keys()
@@ -515,10 +516,12 @@ def test_s03_no_byte_that_is_written_or_sent_tells_of_token_user_host_or_folders
     assert TOKEN.encode() not in found[drawn]
 
 
+@pytest.mark.slow
 def test_s03_the_token_is_not_on_the_screen(watched):
     assert TOKEN.encode() not in watched["done"].stdout + watched["done"].stderr
 
 
+@pytest.mark.slow
 def test_s05_what_is_drawn_and_trained_is_written_below_the_folders_that_were_asked_for(watched):
     machine = watched["machine"]
     assert {path.name for path in machine.iterdir()} == {
@@ -531,6 +534,7 @@ def test_s05_what_is_drawn_and_trained_is_written_below_the_folders_that_were_as
     assert {path.name for path in watched["home"].iterdir()} <= {"hf", ".cache", ".config", ".triton"}
 
 
+@pytest.mark.slow
 def test_s08_a_run_makes_no_connection_but_its_push(watched):
     elsewhere = [attempt for attempt in watched["tried"] if attempt[2] not in ("127.0.0.1", "localhost", "::1")]
     assert elsewhere == []
@@ -538,6 +542,7 @@ def test_s08_a_run_makes_no_connection_but_its_push(watched):
     assert any(phase == "train_text2img" for phase, *_ in watched["tried"]), "the watch sees connections"
 
 
+@pytest.mark.slow
 def test_s08_nothing_is_reported_to_those_who_made_the_libraries(watched):
     assert not watched["telemetry"]
     known = (

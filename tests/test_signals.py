@@ -243,6 +243,7 @@ def test_handlers_are_put_back(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_r21_a_signal_to_the_launcher_reaches_the_trainer_and_leaves_no_orphan(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
