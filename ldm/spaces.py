@@ -15,6 +15,7 @@ from ldm.errors import ConfigError, explained
 from ldm.models import autoencoder as ae
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, network_hash
+from ldm.models.resolution import shrunk
 from ldm.objectives.variational import GREY_STEP
 
 
@@ -37,13 +38,15 @@ class Space(Protocol):
     key: str
     """Name of the encoding: with equal keys, equal images have equal `moments`."""
     frozen: bool
-    """True if `moments` runs a frozen network, so that its results are worth caching."""
+    """True if `moments` runs a frozen network or makes images smaller, so that its results are worth caching."""
     grid_step: float
     """Distance between neighbouring values of x0; 0 if x0 is continuous."""
     statistics: tuple[Tensor, Tensor] | None
     """Mean and std, (C,), of the normalisation. The denoiser stores them, and its pipeline undoes it. None: none."""
     clipped: bool
     """True if x0 is an image in [-1, 1], so that a sampler may clip it."""
+    images: bool
+    """True if `decode` returns images; False: embeddings."""
     networks: tuple[nn.Module, ...]
     """Networks that encode and decode; `moments` and `decode` compute on their device."""
 
@@ -55,17 +58,23 @@ class Space(Protocol):
 
 
 class PixelSpace:
-    """The images themselves."""
+    """The images themselves, or smaller ones of `image_size` pixels."""
 
-    key = "pixel"
-    frozen = False
     clipped = True
+    images = True
     grid_step = GREY_STEP
     statistics: tuple[Tensor, Tensor] | None = None
     networks: tuple[nn.Module, ...] = ()
 
+    def __init__(self, image_size: int | None = None):
+        self.image_size = image_size
+        self.frozen = image_size is not None
+        self.key = "pixel" if image_size is None else f"pixel-{image_size}"
+
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the images with std 0."""
+        if self.image_size is not None:
+            pixel_values = shrunk(pixel_values, self.image_size)
         return Moments(pixel_values, torch.zeros_like(pixel_values))
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -78,6 +87,7 @@ class LatentSpace:
 
     frozen = True
     clipped = False
+    images = True
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None = None
 
@@ -114,6 +124,7 @@ class EmbeddingSpace:
 
     frozen = True
     clipped = False
+    images = False
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None
 
@@ -142,7 +153,7 @@ class EmbeddingSpace:
 def build_space(config: SpaceConfig, images: Callable[[], Tensor] | None = None) -> Space:
     """Return the space that `config` names; `images` returns training images, for its statistics."""
     if config.kind == "pixel":
-        return PixelSpace()
+        return PixelSpace(config.image_size)
     if config.kind == "embedding":
         if config.image_encoder is None:
             raise ConfigError("space.image_encoder: required with space.kind embedding; a CLIP vision model's folder")

@@ -98,7 +98,7 @@ def build_stage(
     """
     torch.manual_seed(config.seed)
     space = build_space(config.space, images)
-    conditioners = build_conditioners(config.conditioners, captions, tokenizer)
+    conditioners = build_conditioners(config.conditioners, captions, tokenizer, config.data.image_size)
     denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
     if space.statistics is not None:
@@ -107,11 +107,11 @@ def build_stage(
 
 
 def build_conditioners(
-    config: ConditionersConfig, captions: Sequence[str], tokenizer: Any | None = None
+    config: ConditionersConfig, captions: Sequence[str], tokenizer: Any | None = None, image_size: int | None = None
 ) -> dict[str, nn.Module]:
     """Return the conditioners that `config` names; `captions` are those of the training split.
 
-    A given `tokenizer` takes the place of a learned or a pretrained one.
+    A given `tokenizer` takes the place of a learned or a pretrained one. image_size: pixels of the data's images.
     """
     conditioners: dict[str, nn.Module] = {}
     if (text := config.text) is not None:
@@ -128,7 +128,9 @@ def build_conditioners(
         image_encoder = load_image_encoder(image.pretrained, "conditioners.image.pretrained")
         conditioners["image"] = ImageConditioner(image_encoder, image.null, image.dropout)
     if (low_res := config.low_res) is not None:
-        conditioners["low_res"] = LowResConditioner(low_res.image_size, low_res.noise_timesteps)
+        conditioners["low_res"] = LowResConditioner(
+            low_res.image_size, low_res.noise_timesteps, low_res.blur, image_size
+        )
     if (frames := config.frames) is not None:
         conditioners["frames"] = FramesConditioner(frames.num_frames, frames.max_context, frames.dropout)
     return conditioners

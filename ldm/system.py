@@ -18,6 +18,7 @@ from typing import Any
 from ldm.config import RunConfig, SystemConfig
 from ldm.config.file import config_kind, load_config
 from ldm.errors import ConfigError
+from ldm.export.join import join
 from ldm.training.signals import PR_SET_PDEATHSIG, Stopped, StopSignals
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,16 @@ def train_stages(stages: Sequence[SystemStage]) -> None:
         if code := run_stage(stage, number):
             log.error("stage %s ended with exit code %d; the same command goes on from there", stage.name, code)
             sys.exit(code)
+
+
+def join_stages(config: SystemConfig, stages: Sequence[SystemStage], pipelines: Mapping[str, Any]) -> None:
+    """Join the models of the stages into ``OUTPUT_DIR/model``, by the first of several processes; see `join`.
+
+    pipelines: our classes by name.
+    """
+    if config.pipeline is not None and os.environ.get("RANK", "0") == "0":
+        models = {stage.name: str(stage.folder / "model") for stage in stages}
+        log.info("the system is in %s", join(config.pipeline, models, Path(config.output_dir, "model"), pipelines))
 
 
 def examine_stages(config: SystemConfig, stages: Sequence[SystemStage]) -> None:

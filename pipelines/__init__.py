@@ -1,7 +1,22 @@
 """The pipelines that are saved with a model, by their names."""
 
+from .decoder import DecoderPipeline
 from .pixels import PixelPipeline
+from .prior import PriorPipeline
 from .text2img import TextToImagePipeline
 from .transformer import TransformerPipeline
+from .unclip import UnCLIPPipeline
+from .upsampler import UpsamplerPipeline
 
-PIPELINES = {kind.__name__: kind for kind in (TextToImagePipeline, TransformerPipeline, PixelPipeline)}
+PIPELINES = {
+    kind.__name__: kind
+    for kind in (
+        TextToImagePipeline,
+        TransformerPipeline,
+        PixelPipeline,
+        PriorPipeline,
+        DecoderPipeline,
+        UpsamplerPipeline,
+        UnCLIPPipeline,
+    )
+}

@@ -1,7 +1,8 @@
 """The inputs of a pipeline's call: checked, and brought into one form."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -214,6 +215,18 @@ def check_generators(
     if len(generator) != images:
         raise ValueError(f"generator: got a list of {len(generator)} for {images} images; expected one an image")
     return list(generator)
+
+
+@contextmanager
+def same_noise(
+    generator: torch.Generator | Sequence[torch.Generator] | None, images: int
+) -> Iterator[list[torch.Generator]]:
+    """Give a generator for each of `images`, all of the state of the one given, which goes on from there."""
+    given = check_generators(generator, 1) or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    one = given[0] if isinstance(given, list) else given
+    copies = [one.clone_state() for _ in range(images)]
+    yield copies
+    one.set_state(copies[0].get_state())
 
 
 def check_callback(callback: object) -> None:

@@ -8,7 +8,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .image import RGB, GivenImages, StartImage, checked_strength, given_images, is_latents, kept_size, start_image
-from .inputs import MAX_IMAGES, CallInputs, Limits, check_generators, check_inputs, check_options, texts, whole_number
+from .inputs import MAX_IMAGES, CallInputs, Limits, check_inputs, check_options, same_noise, texts, whole_number
 from .prompts import encode, lora_scaled
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_eta, check_scheduler, set_timesteps
@@ -168,14 +168,9 @@ class Prompted:
         latents = call.get("latents")
         if torch.is_tensor(latents) and latents.ndim == 4 and len(latents) == 1:  # else the call raises the error
             call["latents"] = latents.expand(num_images, -1, -1, -1)
-        given = check_generators(call.pop("generator", None), 1)
-        given = given or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        one = given[0] if isinstance(given, list) else given
         # one generator for each image, all of one state: scheduler noise and posterior samples are equal for all too
-        call["generator"] = [one.clone_state() for _ in range(num_images)]
-        output = self(prompt_embeds=prompt_embeds, **call)
-        one.set_state(call["generator"][0].get_state())
-        return output
+        with same_noise(call.pop("generator", None), num_images) as generators:
+            return self(prompt_embeds=prompt_embeds, generator=generators, **call)
 
     def encode_prompt(
         self,

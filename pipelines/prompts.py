@@ -27,6 +27,14 @@ def encode(
     for the warning and errors. zero_padding: embeddings of padding are set to zero. clip_skip: as in `hidden_states`.
     ValueError if the encoder cannot read `length` tokens, or if the tokenizer needs more than that for "".
     """
+    tokens = tokenized(name, prompts, tokenizer, text_encoder, length)
+    mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
+    embeds = hidden_states(text_encoder, tokens.input_ids.to(device), mask, clip_skip)
+    return embeds * tokens.attention_mask[..., None].to(embeds) if zero_padding else embeds
+
+
+def tokenized(name: str, prompts: list[str], tokenizer: Any, text_encoder: Any, length: int) -> Any:
+    """Return the tokens of `prompts`, padded or cut to `length`, with a warning if one is cut; errors as `encode`."""
     readable = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > readable:
         raise ValueError(
@@ -42,9 +50,7 @@ def encode(
             f"{name}: {tokens.input_ids.shape[1]} tokens at least, but prompt_embeds have {length}; give "
             f"{name}_embeds too, or longer ones"
         )
-    mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    embeds = hidden_states(text_encoder, tokens.input_ids.to(device), mask, clip_skip)
-    return embeds * tokens.attention_mask[..., None].to(embeds) if zero_padding else embeds
+    return tokens
 
 
 def hidden_states(

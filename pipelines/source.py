@@ -33,7 +33,7 @@ def single_file(path: Path) -> str:
     return expand(path)
 
 
-def without_path(config: str, **changes: str) -> str:
+def without_path(config: str, **changes: Any) -> str:
     """Return the JSON text `config` with `changes`, and without the folder that it was loaded from."""
     values = {**json.loads(config), **changes}
     values.pop("_name_or_path", None)
@@ -48,12 +48,12 @@ for _earlier in [name for name, value in globals().items() if hasattr(value, "_s
 class Portable:
     """A base class, to be named first, of pipelines that save the folder of a stock class and their own source in it.
 
-    ``from_pretrained(folder)`` of `DiffusionPipeline` then loads the stock class, and ``from_pretrained(folder,
-    custom_pipeline=folder, trust_remote_code=True)`` the pipeline itself.
+    ``from_pretrained(folder)`` of `DiffusionPipeline` then loads the stock class, if there is one, and
+    ``from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)`` the pipeline itself.
     """
 
-    _stock: ClassVar[str]
-    """Name of the stock class."""
+    _stock: ClassVar[str | None]
+    """Name of the stock class; None: no stock class samples such a model, and loading it needs its own source."""
     _source: ClassVar[str]
     """Source of pipeline.py. It is read when the class is defined: diffusers runs a pipeline from a cache file, and the
     next pipeline that it loads overwrites that file."""
@@ -71,5 +71,6 @@ class Portable:
         super().save_config(folder, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
-        """Return the text of model_index.json, with the name of the stock class."""
-        return without_path(super().to_json_string(), _class_name=self._stock)  # type: ignore[misc]
+        """Return the text of model_index.json, with the name of the stock class, else of pipeline.py and our class."""
+        name = self._stock or ["pipeline", type(self).__name__]
+        return without_path(super().to_json_string(), _class_name=name)  # type: ignore[misc]

@@ -48,6 +48,7 @@ from ldm.data.sources import build_source, source_config
 from ldm.errors import ConfigError
 from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.leaks import refuse_leaks
+from ldm.evaluation.samples import SAMPLES
 from ldm.export import kinds
 from ldm.models import network
 from ldm.models.network import build_network, set_attention_and_memory
@@ -422,7 +423,8 @@ def prepare(config, bench, name):
         kind = kinds.kind_of(stage, config.space.kind)
         pipeline = kinds.build_pipeline(kind, stage, step.averaged, config, PIPELINES)
         config_ = replace(config, validation=replace(config.validation, loss_images=1))
-        Validation(config_, images, step, pipeline, run).rehearse()
+        samples = SAMPLES[kind.samples](images, stage.space, config.sampled_size)
+        Validation(config_, images, step, pipeline, samples, run).rehearse()
     json.dumps(run_record(config, images, step, "no").state())
     save_config(config, bench.folder / "saved.yaml")
     total = planned_steps(config.loop, 10.0)

@@ -17,7 +17,17 @@ from .table import table
 from .tiny_pipeline import pipeline
 
 ROOT = Path(__file__).parent.parent
-TEXTS = {"negative_prompt", "repo_id", "prompts", "sigma_rel", "classes", "guidance_sweep", "steps_sweep", "clear"}
+TEXTS = {
+    "negative_prompt",
+    "repo_id",
+    "pipeline",
+    "prompts",
+    "sigma_rel",
+    "classes",
+    "guidance_sweep",
+    "steps_sweep",
+    "clear",
+}
 """Arguments that are texts and no paths."""
 ODD_TEXTS = (
     *("null", "~", "1e3", "1", "0x10", "true", "no", "2020-01-01", "{a: 1}", "[x, y]", "#1 dad", "a: b", "- a", "!!x"),

@@ -20,7 +20,7 @@ from ldm.conditioners.conditioning import nested
 from ldm.conditioners.frames import FramesConditioner
 from ldm.conditioners.image import ImageConditioner
 from ldm.conditioners.label import LabelConditioner
-from ldm.conditioners.low_res import LowResConditioner, enlarged, shrunk
+from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import TextConditioner
 from ldm.config import DataConfig
 from ldm.config.conditioners import UNKNOWN_CLASS, TextConfig
@@ -28,6 +28,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
 from ldm.models.clip import ImageEncoder
+from ldm.models.resolution import enlarged, shrunk
 from ldm.models.text_encoder import build_text_encoder
 from ldm.spaces import EmbeddingSpace
 from ldm.stage import ConditionedDenoiser

@@ -218,7 +218,7 @@ def test_overrides_of_a_real_stage(tmp_path):
             "conditioners: {dropout: 1}",
             "conditioners.dropout: no such field; did you mean 'conditioners.text.dropout'?",
         ),
-        ("space: {1: 1}", "space.1: no such field; choose from kind, autoencoder, image_encoder"),
+        ("space: {1: 1}", "space.1: no such field; choose from kind, image_size, autoencoder, image_encoder"),
         ("optim: {learning_rate: fast}", "optim.learning_rate: got 'fast' (str); expected float"),
         ("optim: {betas: [1, 2, 3]}", "optim.betas: got a list of 3; expected tuple[float, float]"),
         ("optim: 3", "optim: got 3 (int); expected OptimConfig"),

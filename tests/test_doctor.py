@@ -30,6 +30,7 @@ from ldm.doctor.latents import round_trip
 from ldm.doctor.overfit import Overfit, fixed_draws, restored
 from ldm.doctor.plan import Plan
 from ldm.evaluation.conditions import CONDITIONS
+from ldm.evaluation.samples import ImageSamples
 from ldm.export import kinds as export_module
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.denoising import Objective
@@ -37,6 +38,7 @@ from ldm.training.alarms import SCALE
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import Loop
 from ldm.training.run import Run, opened
+from ldm.training.validation import Validation
 from pipelines.pixels import PixelPipeline
 from pipelines.text2img import TextToImagePipeline
 
@@ -96,7 +98,7 @@ def test_a_healthy_stage_passes_and_leaves_a_report_alone(tmp_path, monkeypatch,
         "latent scale", "autoencoder", "objective and scheduler", "conditions", "overfits one batch",
         "saved and reloaded", "plan", "cost", "another machine",
     ]  # fmt: skip
-    assert "exactly the image" in text(report, "saved and reloaded")
+    assert "exactly the sample" in text(report, "saved and reloaded")
     assert "StableDiffusionPipeline" in text(report, "saved and reloaded")
     assert "60 training images, 8 a step: 7.5 steps an epoch; 40 steps = 5.3 epochs" in text(report, "plan")
     assert [path.name for path in tmp_path.iterdir()] == ["doctor"]
@@ -191,15 +193,16 @@ def test_pixels_are_reloaded_by_diffusers_own_class_where_it_makes_the_same_imag
 ):
     config = load_config(StageConfig, ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", sampler])
     scheduler = build_scheduler(config.objective, config.sampler, clip_sample=True)
-    step = SimpleNamespace(condition=CONDITIONS["batch_size"])
-    validation = SimpleNamespace(
-        pipeline=PixelPipeline(network(), scheduler), asked=lambda rows: [None for _ in rows], step=step
-    )
+    step = SimpleNamespace(condition=CONDITIONS["batch_size"], conditions=[CONDITIONS["batch_size"]])
+    validation = Validation.__new__(Validation)
+    validation.config, validation.images, validation.seed = config.validation, None, config.seed
+    validation.pipeline, validation.step = PixelPipeline(network(), scheduler), step
+    validation.samples = ImageSamples(None, None, 8)
     monkeypatch.setattr(examination, "fixed_batch", lambda train, count: SimpleNamespace(rows=[0]))
     kind = next(kind for kind in export_module.KINDS if kind.asks == "batch_size")
     found = examination.same_sample(config, kind, validation, None, tmp_path)
     assert found.ok
-    assert f"{loaded}.from_pretrained makes exactly the image" in found.text
+    assert f"{loaded}.from_pretrained makes exactly the sample" in found.text
 
 
 @pytest.mark.slow

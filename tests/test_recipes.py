@@ -222,7 +222,7 @@ def test_a_pipeline_is_one_record_from_config_to_card(folder, monkeypatch):
         ranked.append((len(generated), len(own)))
         return retrieval_ranks(generated, gallery, own)
 
-    monkeypatch.setattr("ldm.training.validation.retrieval_ranks", ranks)
+    monkeypatch.setattr("ldm.evaluation.samples.retrieval_ranks", ranks)
     config = read(StageConfig, folder, **STAGE)
     recipe = partial(diffusion_recipe, pipelines={"TextPixelPipeline": TextPixelPipeline})
     with pytest.raises(ValueError, match="no pipeline samples a UNet2DConditionModel in space"):

@@ -34,7 +34,7 @@ MAY_IMPORT = {  # part of ldm -> parts that it may import, besides itself; nothi
         *("config", "data", "doctor", "errors", "evaluation", "export", "models", "spaces", "stage", "terminal"),
         "training",
     },
-    "system": {"config", "errors", "training"},
+    "system": {"config", "errors", "export", "training"},
     "commands": {"config", "data", "errors", "evaluation", "export", "machine", "models", "terminal", "training"},
 }
 

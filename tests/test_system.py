@@ -81,7 +81,7 @@ def test_what_cannot_be_trained_in_this_order_is_refused(tmp_path):
         ("{}", "stages: got none; expected a config file for each stage"),
         (
             "{doctor: a.yaml}",
-            "stages: got 'doctor'; expected the name of a folder, and none of doctor, output_dir, stages",
+            "stages: got 'doctor'; expected the name of a folder, and none of doctor, output_dir, pipeline, stages",
         ),
         ("{../up: a.yaml}", "stages: got '../up'; expected the name of a folder"),
     ],

@@ -65,7 +65,7 @@ def run(tmp_path_factory):
 def build(name, parts, folder):
     """Return the stage of a system, as it is before any training, and its config."""
     file = folder / "stage.yaml"
-    file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[name]}))
+    file.write_text(yaml.safe_dump({"output_dir": "out", "data": {"image_size": PIXELS}, **stages(parts)[name]}))
     config = load_config(StageConfig, ["--config", str(file)])
     return build_stage(config, CAPTIONS, lambda: images(range(40))), config
 

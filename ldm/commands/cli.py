@@ -64,6 +64,13 @@ COMMANDS = {
         "ldm average out/my/text2img --sigma_rel 0.02,0.05,0.1",
         {"run": "folder of a training with snapshot_every_steps, its output_dir"},
     ),
+    "join": Command(
+        "ldm.commands.join",
+        "Join the models of finished stages into the folder of one pipeline.",
+        "ldm join UnCLIPPipeline out/my/prior/model out/my/decoder/model out/my/upsampler/model --to out/my/model",
+        {"pipeline": "name of the pipeline's class", "stages": "folder or Hub name of each stage's model"},
+        print,
+    ),
     "push": Command(
         "ldm.export.hub",
         "Push a model folder to the Hugging Face Hub.",
@@ -83,7 +90,7 @@ COMMANDS = {
 }
 PATH_ARGUMENTS = (
     *("model", "data", "out", "captions", "validation_captions", "held_out", "factors", "network", "clip", "image"),
-    *("mask_image", "run", "to", "tokenizer", "folder"),
+    *("mask_image", "run", "to", "tokenizer", "folder", "stages"),
 )
 """Arguments that are paths, in which ``~`` and ``$NAME`` are replaced."""
 
@@ -117,10 +124,14 @@ def read_arguments(name: str, function: Callable[..., Any], words: Sequence[str]
     epilog = f"Example: {command.example}"
     parser = ArgumentParser(prog=f"ldm {name}", description=command.help, epilog=epilog, parser_mode="words")
     for argument, about in command.positional.items():
-        parser.add_argument(argument, help=about, nargs="+" if argument == "prompts" else None)
+        parser.add_argument(argument, help=about, nargs="+" if argument in ("prompts", "stages") else None)
     parser.add_function_arguments(function, skip={*command.positional}, as_positional=False)
     given: dict[str, Any] = parser.parse_args(words).as_dict()
-    return {key: expanded(value, key) if key in PATH_ARGUMENTS else value for key, value in given.items()}
+    return {key: _places(value, key) if key in PATH_ARGUMENTS else value for key, value in given.items()}
+
+
+def _places(value: Any, name: str) -> Any:
+    return [expanded(one, name) for one in value] if isinstance(value, list) else expanded(value, name)
 
 
 @exit_on_interrupt()

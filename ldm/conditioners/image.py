@@ -21,7 +21,7 @@ class ImageConditioner(nn.Module):
     """
 
     frozen = True
-    asks: str | None = None
+    asks: str | None = "image"
     keywords = (KEYWORD,)
 
     def __init__(self, image_encoder: ImageEncoder, null: Literal["zeros", "zero_picture"], dropout: float):
@@ -29,6 +29,7 @@ class ImageConditioner(nn.Module):
         self.dropout = checked_share("conditioners.image", dropout)
         self.image_encoder = image_encoder
         zero_picture = image_encoder.zero_picture()
+        self.null_name = null
         self.null: Tensor
         self.register_buffer("null", zero_picture if null == "zero_picture" else torch.zeros_like(zero_picture))
         self._remembered: Mapping[View, Inputs] | None = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs
 from ldm.config import ObjectiveConfig
+from ldm.models.resolution import blurred, enlarged, shrunk
 from ldm.objectives.schedule import build_schedule
 
 
@@ -20,15 +21,19 @@ class LowResConditioner(nn.Module):
     of the cosine path of 1000 steps, uniform below `noise_timesteps` for each sample. The denoiser is conditioned on it
     as ``class_labels`` (``class_embed_type: timestep``), as in DeepFloyd IF, whose sampler fixes it at 250. With
     `noise_timesteps` 0 there is neither. It is never dropped: the small image is always known.
+
+    With `blur` above 0 the small image is blurred, by a standard deviation in its pixels that is uniform from 0 to
+    `blur` for each sample: what the stage before samples is less sharp than a true image (Ramesh et al. 2022, section
+    2.1). Of images that are crops, the small ones are crops too: `whole_size` is the size of whole images.
     """
 
     frozen = True
-    asks: str | None = None
+    asks: str | None = "image"
     reads_pixels = True
     dropout = 0.0
     networks: Sequence[nn.Module] = ()
 
-    def __init__(self, image_size: int, noise_timesteps: int):
+    def __init__(self, image_size: int, noise_timesteps: int, blur: float = 0.0, whole_size: int | None = None):
         super().__init__()
         if image_size < 1:
             raise ValueError(f"conditioners.low_res.image_size: got {image_size} pixels; expected 1 or more")
@@ -36,7 +41,12 @@ class LowResConditioner(nn.Module):
         last = ObjectiveConfig.num_train_timesteps
         if not 0 <= noise_timesteps <= last:
             raise ValueError(f"conditioners.low_res.noise_timesteps: got {noise_timesteps}; expected 0 to {last}")
-        self.image_size, self.noise_timesteps = image_size, noise_timesteps
+        self.image_size, self.noise_timesteps, self.blur, self.whole_size = (
+            image_size,
+            noise_timesteps,
+            blur,
+            whole_size,
+        )
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -49,7 +59,12 @@ class LowResConditioner(nn.Module):
         """Return ``images``, (B, 3, H, W) float32, and with noise its ``levels``, (B,) int64."""
         if batch.pixel_values is None:
             raise ValueError("conditioners.low_res: needs images, and the batch has only encodings")
-        images = enlarged(shrunk(batch.pixel_values.float(), self.image_size), batch.pixel_values.shape[-1])
+        pixel_values, size = batch.pixel_values.float(), batch.pixel_values.shape[-1]
+        small = shrunk(pixel_values, self.image_size * size // (self.whole_size or size))
+        if self.blur:
+            deviations = torch.stack([self.blur * torch.rand((), generator=draw) for draw in draws])
+            small = blurred(small, deviations.to(small), max(1, math.ceil(2 * self.blur)))
+        images = enlarged(small, size)
         if not self.noise_timesteps:
             return {"images": images}
         levels = torch.stack([torch.randint(self.noise_timesteps, (), generator=draw) for draw in draws])
@@ -63,14 +78,3 @@ class LowResConditioner(nn.Module):
     def forward(self, images: Tensor, levels: Tensor | None = None) -> Conditions:
         """Return the images as channels, and the levels."""
         return Conditions((images,), {} if levels is None else {"class_labels": levels})
-
-
-def shrunk(pixel_values: Tensor, size: int) -> Tensor:
-    """Return the images at `size` x `size` pixels, as a file of 8 bits would hold them, in [-1, 1]."""
-    small = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
-    return ((small.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
-def enlarged(pixel_values: Tensor, size: int) -> Tensor:
-    """Return the images at `size` x `size` pixels, as diffusers' IFSuperResolutionPipeline enlarges them."""
-    return F.interpolate(pixel_values, size=(size, size), mode="bilinear", align_corners=True)

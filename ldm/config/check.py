@@ -71,18 +71,19 @@ SEED = Numbers(-(2**62), 2**62)
 RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
+        "crop_size": PIXELS,
         "limit": COUNT,
         "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
         "batch_size": Numbers(1, 2**20),
         "workers": Numbers(0, 1024),
         "timeout_seconds": Numbers(1, 1e7),
     },
-    SpaceConfig: {},
+    SpaceConfig: {"image_size": PIXELS},
     # 514: two entries for every byte, begin and end; 3: begin, end and a token between them
     TextConfig: {"vocab_size": Numbers(514, 2**20), "max_length": Numbers(3, 2**16), "dropout": SHARE},
     LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
     ImageConfig: {"dropout": SHARE},
-    LowResConfig: {"image_size": PIXELS, "noise_timesteps": Numbers(0, 1000)},
+    LowResConfig: {"image_size": PIXELS, "blur": Numbers(0, 100), "noise_timesteps": Numbers(0, 1000)},
     FramesConfig: {"num_frames": Numbers(2, 2**20), "max_context": COUNT, "dropout": SHARE},
     ConditionersConfig: {},
     ObjectiveConfig: {
@@ -219,6 +220,8 @@ def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
     except ValueError:
         colour = shown(config.background)
         yield f"{path}.background: got {colour}; expected a colour that PIL knows, such as white or #ffffff"
+    if config.crop_size is not None and config.crop_size > config.image_size:
+        yield f"{path}.crop_size: got {config.crop_size}; expected at most image_size, {config.image_size}"
 
 
 def _frames_contradictions(config: FramesConfig, path: str) -> Iterator[str]:
@@ -243,6 +246,23 @@ def _run_contradictions(config: RunConfig, path: str) -> Iterator[str]:
 
 
 def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
+    space, crop, size = config.space, config.data.crop_size, config.data.image_size
+    if space.image_size is not None and (space.kind != "pixel" or space.image_size > size):
+        yield (
+            f"space.image_size: got {space.image_size} in space.kind {space.kind}; expected null, or in space.kind "
+            f"pixel at most data.image_size, {size}"
+        )
+    if crop is not None and (space.kind != "pixel" or space.image_size is not None or config.conditioners.image):
+        yield (
+            f"data.crop_size: got {crop}; expected null, but for a stage in space.kind pixel without space.image_size "
+            "and without conditioners.image, which sees whole images"
+        )
+    small = config.conditioners.low_res
+    if small is not None and crop is not None and crop * small.image_size % size:
+        yield (
+            f"data.crop_size: got {crop}, whose share of data.image_size {size} is no whole number of the "
+            f"{small.image_size} pixels of conditioners.low_res.image_size"
+        )
     if config.conditioners.frames:
         yield from _indivisible(config, "conditioners.frames.num_frames", config.conditioners.frames.num_frames)
     most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
@@ -282,6 +302,8 @@ def _system_contradictions(config: SystemConfig, path: str) -> Iterator[str]:
     for name in config.stages:
         if not PLAIN_NAME.fullmatch(name) or name in reserved:
             yield f"stages: got {shown(name)}; expected the name of a folder, and none of {', '.join(sorted(reserved))}"
+    if config.pipeline is not None and "model" in config.stages:
+        yield "stages: got model, which is the folder of the joined pipeline; expected another name"
     if not config.stages:
         yield "stages: got none; expected a config file for each stage, by its name"
 

@@ -61,6 +61,9 @@ class LowResConfig:
 
     image_size: int
     """Pixels, height and width, of the small image."""
+    blur: float = 0.0
+    """Largest standard deviation, in pixels of the small image, of a Gaussian blur of it; each sample has its own, from
+    0 on. 0: no blur. In samples there is none."""
     noise_timesteps: int = 0
     """Noise is added to it, up to this step of 1000 of the cosine path; ``class_labels`` is the step. 0: no noise."""
 

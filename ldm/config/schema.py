@@ -1,6 +1,7 @@
 """The fields of a run's config: one frozen dataclass for each part.
 
-Nothing here computes. `ldm.config.file` reads and checks them; each part of a run is built from its own dataclass.
+Nothing here computes but `StageConfig.sampled_size`. `ldm.config.file` reads and checks them; each part of a run is
+built from its own dataclass.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ class DataConfig:
     """Rows that cannot be trained on: error stops the run before its first step, skip leaves them out."""
     image_size: int = 64
     """Pixels, height and width."""
+    crop_size: int | None = None
+    """Train on random square crops of so many pixels of each image, at a place that is drawn each time; validation sees
+    whole images. Only for what looks at pixels alone: an autoencoder, or a stage in pixel space. Null: whole images."""
     background: str = "white"
     """Colour under transparent pixels (any PIL colour)."""
     languages: tuple[str, ...] = ("en",)
@@ -92,6 +96,9 @@ class SpaceConfig:
     """The space to diffuse in."""
 
     kind: Literal["pixel", "latent", "embedding"] = "latent"
+    image_size: int | None = None
+    """Pixels, height and width, of the images that are diffused in a pixel space, if they are smaller than
+    data.image_size, at which the conditioners see them; null: as large."""
     autoencoder: str | None = None
     """Folder or Hub name of the autoencoder of a latent space, or of a pipeline with it: AutoencoderKL or VQModel."""
     image_encoder: str | None = None
@@ -108,8 +115,9 @@ class ObjectiveConfig:
     """Number of steps of the discrete paths; the flow path is continuous, and only its time is scaled by it."""
     zero_terminal_snr: bool = False
     """Rescale a discrete path so that its last step is pure noise (Lin et al. 2024)."""
-    timestep_density: Literal["uniform", "logit_normal", "loss_second_moment"] = "uniform"
-    """logit_normal: Esser et al. 2024; loss_second_moment: for variational_only (Nichol & Dhariwal 2021, eq. 18)."""
+    timestep_density: Literal["uniform", "logit_normal", "loss_second_moment", "last"] = "uniform"
+    """logit_normal: Esser et al. 2024; loss_second_moment: for variational_only (Nichol & Dhariwal 2021, eq. 18); last:
+    always from pure noise, which makes of prediction_type sample a regression, sampled in one step."""
     logit_mean: float = 0.0
     """Mean of logit(t) for logit_normal, where t is 0 at the data and 1 at the noise; positive: more noise."""
     logit_std: float = 1.0
@@ -275,6 +283,11 @@ class StageConfig(RunConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
+    @property
+    def sampled_size(self) -> int:
+        """Pixels, height and width, of the images that it samples."""
+        return self.space.image_size or self.data.image_size
+
 
 @dataclass(frozen=True)
 class ClipNetworkConfig:
@@ -339,5 +352,7 @@ class SystemConfig:
     """Config file of each stage, by its name, in the order of the training. In these configs, a path into another
     stage's own output_dir is a path into that stage's folder of this system."""
     _: KW_ONLY
+    pipeline: str | None = None
+    """Class of the pipeline that the finished stages are joined into, in `output_dir`/model; null: they stay apart."""
     doctor: DoctorConfig | None = None
     """Only check if every stage can learn and estimate the cost of all; `--doctor` alone is enough."""

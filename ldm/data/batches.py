@@ -247,6 +247,7 @@ class PositionDataset(Dataset[Sample]):
         """Take moments from `encoded` if it is given; load pixels without it, or if `with_pixels`."""
         self.images, self.seed, self.encoded = images, seed, encoded
         self.with_pixels = with_pixels or encoded is None
+        self.crop_size = images.config.crop_size if split == "train" else None
         self.rows = images.splits.filled(split)
         without = sum(not images.source.captions(row) for row in self.rows)
         if without:
@@ -268,9 +269,18 @@ class PositionDataset(Dataset[Sample]):
         caption = captions[int(draw[0] * len(captions))] if captions else ""
         mirrored = self.images.config.flip and draw[1] < 0.5
         moments = None if self.encoded is None else self.encoded[row, mirrored]
-        pixel_values = self.images.pixel_values(row, mirrored) if self.with_pixels else None
+        pixel_values = self._pixel_values(position, row, mirrored) if self.with_pixels else None
         class_label = self.images.source.class_label(row)
         return Sample(position, row, caption, class_label, pixel_values, moments, mirrored)
+
+    def _pixel_values(self, position: int, row: int, mirrored: bool) -> Tensor:
+        """Return the image, or the crop of it that belongs to the position."""
+        whole, size = self.images.pixel_values(row, mirrored), self.crop_size
+        if size is None:
+            return whole
+        left = whole.shape[-1] - size
+        top, side = torch.randint(left + 1, (2,), generator=generator(self.seed, position, "crop")).tolist()
+        return whole[:, top : top + size, side : side + size]
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+import math
 import os
 import shutil
 import sys
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -28,8 +27,7 @@ from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, fixed_draws, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
-from ldm.evaluation.images import comparison_sheet, image_grid, written
-from ldm.evaluation.sampling import sample_images
+from ldm.evaluation.images import image_grid
 from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
 from ldm.models.quiet import quietly
@@ -84,6 +82,7 @@ def stage_findings(
     space, images, folder = step.stage.space, train.images, step.run.folder
     if space.networks:  # pixels are as they are
         yield unit_scale(step, fixed_batch(train, SCALE_IMAGES))
+    if space.networks and space.images:
         yield round_trip(space, images.first_images("validation", ROUND_TRIP_IMAGES), folder)
     pipeline: Any = validation.pipeline
     yield agreement(step.stage.objective, pipeline.scheduler, config.validation.num_inference_steps)
@@ -150,13 +149,11 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
     draws = fixed_draws(batch)
     found = overfit(step, batch, config.optim, step.run, lambda: mean_loss(step, draws))
     try:
-        generated = validation.sample(validation.asked(batch.rows), guidance_scale=1.0)
+        sampled = validation.sample(batch.rows, guidance_scale=1.0)
     except FloatingPointError as error:
         log.warning("no sample of the learned images: %s", error)
     else:
-        true = np.stack([np.asarray(train.images.image(row)) for row in batch.rows])
-        sheet = comparison_sheet(written(validation.asked(batch.rows)), generated, true)
-        sheet.save(step.run.folder / "overfit.png")
+        validation.sheet(batch.rows, sampled).save(step.run.folder / "overfit.png")
     return overfit_finding(config, found, f"loss on {len(batch)} images", "pretrained" in config.denoiser)
 
 
@@ -201,16 +198,9 @@ def same_sample(
     """
     pipeline = validation.pipeline
     loader = DiffusionPipeline if kind.stock_images(config) == "same" else type(pipeline)
-    prompts = validation.asked(fixed_batch(train, 1).rows)
+    rows, steps = fixed_batch(train, 1).rows, min(config.validation.num_inference_steps, 10)
     # PixArt's stock pipeline turns captions into lower case
-    prompts = [prompt.lower().strip() if isinstance(prompt, str) else prompt for prompt in prompts]
-    steps, guidance = min(config.validation.num_inference_steps, 10), config.validation.guidance_scale
-
-    def sample(from_: Any) -> Any:
-        takes = inspect.signature(from_.__call__).parameters
-        call = {"num_inference_steps": steps} | ({"guidance_scale": guidance} if "guidance_scale" in takes else {})
-        images = sample_images(from_, prompts, config.seed, validation.step.condition.keyword, **call)
-        return images.astype(int)
+    asked = [one.lower().strip() if isinstance(one, str) else one for one in validation.asked(rows)]
 
     name = "saved and reloaded"
     with tempfile.TemporaryDirectory(dir=folder) as place, quietly():
@@ -220,9 +210,9 @@ def same_sample(
         except Exception as error:  # libraries raise every kind
             return Finding(name, False, f"{loader.__name__} cannot load what was saved: {error}")
     loaded.set_progress_bar_config(disable=True)
-    one, other = sample(pipeline), sample(loaded)
-    levels = int(abs(one - other).max())
-    how = "exactly the image" if levels == 0 else f"within {levels} of 255 levels the image"
+    one, other = (validation.sample(rows, of, asked, num_inference_steps=steps) for of in (pipeline, loaded))
+    levels = math.ceil(validation.samples.difference(one, other))
+    how = "exactly the sample" if levels == 0 else f"within {levels} of 255 levels the sample"
     text = f"{type(loaded).__name__}.from_pretrained makes {how} of the pipeline in memory, same caption and seed"
     remedy = f"; at most {LEVEL_TOLERANCE} is expected: a component was saved with other weights or another config"
     return Finding(name, levels <= LEVEL_TOLERANCE, text + ("" if levels <= LEVEL_TOLERANCE else remedy))

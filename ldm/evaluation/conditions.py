@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ldm.config.conditioners import UNKNOWN_CLASS
-from ldm.data.batches import Batch
-from ldm.data.sources import Source
+from ldm.data.batches import Batch, CaptionedImages
+from ldm.data.pixels import to_rgb
 from ldm.evaluation.baselines import exchanged_captions, other_values
 
 
@@ -19,7 +22,7 @@ from ldm.evaluation.baselines import exchanged_captions, other_values
 class Condition:
     """A keyword of a pipeline's call that says what to sample, and what is known of it.
 
-    To support another one, add it to `CONDITIONS`, and its words on a card to `ASKED` of ``ldm.export.pipeline_card``.
+    To support another one, add it to `CONDITIONS`, and its words on a card to `WORDS` of ``ldm.export.pipeline_card``.
     """
 
     keyword: str
@@ -30,8 +33,8 @@ class Condition:
     """Returns the keyword's value for one image from what a user writes; None if that names no condition."""
     worded: bool
     """True for text: an evaluation then measures how captions are followed, and skips images without one."""
-    of: Callable[[Source, int], Any]
-    """Returns the condition of one image of a source; `nothing` if the image has none."""
+    of: Callable[[CaptionedImages, int], Any]
+    """Returns the condition of one image of the data; `nothing` if the image has none."""
     nothing: Any
     """The value that stands for no condition."""
     exchange: Callable[[Sequence[Any]], list[Any]]
@@ -44,12 +47,12 @@ class Condition:
     """Returns the class that stands for no condition in a pipeline's denoiser; None if the condition is no class."""
 
 
-def _caption(source: Source, row: int) -> str:
-    return next(iter(source.captions(row)), "")
+def _caption(images: CaptionedImages, row: int) -> str:
+    return next(iter(images.source.captions(row)), "")
 
 
-def _class(source: Source, row: int) -> int | None:
-    label = source.class_label(row)
+def _class(images: CaptionedImages, row: int) -> int | None:
+    label = images.source.class_label(row)
     return None if label == UNKNOWN_CLASS else label
 
 
@@ -62,6 +65,34 @@ def _classes(batch: Batch) -> list[int | None]:
 def _with_classes(batch: Batch, labels: list[int | None]) -> Batch:
     known = [UNKNOWN_CLASS if label is None else label for label in labels]
     return replace(batch, class_labels=torch.tensor(known))
+
+
+Seen = tuple[int, bool, Tensor | None]
+"""An image of a batch: its number, whether it is mirrored, and its pixels, if they were loaded."""
+
+
+def _images(batch: Batch) -> list[Seen | None]:
+    pixels = [None] * len(batch) if batch.pixel_values is None else [*batch.pixel_values]
+    return [(*view, one) for view, one in zip(batch.views, pixels, strict=True)]
+
+
+def _with_images(batch: Batch, seen: list[Any]) -> Batch:
+    pixels = None if batch.pixel_values is None else torch.stack([one for _, _, one in seen])
+    rows, mirrored = [row for row, _, _ in seen], [turned for _, turned, _ in seen]
+    return replace(batch, rows=rows, mirrored=mirrored, pixel_values=pixels)
+
+
+def _next_ones(values: Sequence[Any]) -> list[Any]:
+    if len(values) < 2:
+        raise ValueError("one image alone; expected at least two to exchange")
+    return [*values[1:], values[0]]
+
+
+def _opened(path: str) -> list[Image.Image] | None:
+    if not Path(path).is_file():
+        return None
+    with Image.open(path) as image:
+        return [to_rgb(image)]
 
 
 CONDITIONS = {
@@ -94,12 +125,25 @@ CONDITIONS = {
             null_class=lambda pipeline: cast("int | None", pipeline.num_classes),
         ),
         Condition(
+            keyword="image",
+            noun="an image",
+            written_as="the path of an image",
+            parsed=_opened,
+            worded=False,
+            of=lambda images, row: images.image(row),
+            nothing=None,
+            exchange=_next_ones,
+            read=_images,
+            replaced=_with_images,
+            null_class=lambda pipeline: None,
+        ),
+        Condition(
             keyword="batch_size",
             noun="a condition",
             written_as='no prompt but ""',
             parsed=lambda text: None,
             worded=False,
-            of=lambda source, row: None,
+            of=lambda images, row: None,
             nothing=None,
             exchange=other_values,
             read=lambda batch: [None] * len(batch),
@@ -111,10 +155,14 @@ CONDITIONS = {
 """By keyword, the most specific first. The last one is of unconditional models: it only says how many images."""
 
 
-def condition_of(keywords: Iterable[str | None]) -> Condition:
-    """Return the condition of a stage; `keywords` are what its conditioners ask for, None for one that asks nothing."""
-    asked = {*keywords, "batch_size"}
-    return next(condition for keyword, condition in CONDITIONS.items() if keyword in asked)
+def conditions_of(keywords: Iterable[str | None]) -> list[Condition]:
+    """Return the conditions of a stage, the most specific first; that of unconditional models if there is no other.
+
+    keywords: what its conditioners ask for, None for one that asks nothing.
+    """
+    asked = set(keywords)
+    found = [condition for keyword, condition in CONDITIONS.items() if keyword in asked]
+    return found or [CONDITIONS["batch_size"]]
 
 
 def condition_by(pipeline: Any) -> Condition:
@@ -125,7 +173,10 @@ def condition_by(pipeline: Any) -> Condition:
             class.
 
     """
-    name, takes = type(pipeline).__name__, set(inspect.signature(pipeline.__call__).parameters)
+    name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    takes = set(parameters)
+    if "image" in takes and parameters["image"].default is not inspect.Parameter.empty:
+        takes.discard("image")  # one to start from
     unet = pipeline.components.get("unet")
     classes = unet is None or unet.config.get("num_class_embeds") is not None
     if not classes:

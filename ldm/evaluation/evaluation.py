@@ -319,7 +319,7 @@ class Evaluation:
         """Return the condition of each held-out image: its caption, or its class; None for an image that has none."""
         if self.condition.worded:
             return list(self.captions)
-        return [self.condition.of(self.images.source, row) for row in self.rows]
+        return [self.condition.of(self.images, row) for row in self.rows]
 
     def _labels(self, rows: Sequence[int]) -> list[int]:
         labels = (self.images.source.class_label(row) for row in rows)

@@ -134,8 +134,8 @@ def nearest_sheet(
 
 
 def written(conditions: Sequence[object]) -> list[str]:
-    """Return the text to show beneath images sampled for these captions or classes; "" for None."""
-    return ["" if one is None else str(one) for one in conditions]
+    """Return the text to show beneath images sampled for these captions or classes; "" for None and for images."""
+    return ["" if one is None or isinstance(one, Image.Image) else str(one) for one in conditions]
 
 
 def wrap(caption: str, width: int, font: Font) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 
 from ldm.models.pipeline import plain_call
 from ldm.models.quiet import quietly
@@ -19,27 +20,51 @@ CHUNK = 50
 """Images that one call of the pipeline samples."""
 
 
-@quietly()
-def sample_images(pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, **call: Any) -> Images:
+def sample_images(
+    pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, also: Mapping[str, Sequence[Any]] = {}, **call: Any
+) -> Images:
     """Return one image per prompt, (N, H, W, 3) uint8; the image of prompt i depends on it and on seed + i alone.
 
     asked: the keyword of the pipeline's call that takes the prompts, as in `Condition.keyword`. Where all prompts of a
-    call are None, its ``batch_size`` is their number instead.
+    call are None, its ``batch_size`` is their number instead. also: more such values, one for each prompt, by keyword.
 
     Several processes share the calls of the pipeline, so that the images do not depend on their number. All processes
     must call this, and each returns all images.
     """
+    images = _sampled(pipeline, prompts, seed, asked, also, "images", output_type="np", **call)
+    return (images * 255).round().astype(np.uint8)
+
+
+def sample_embeds(
+    pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, also: Mapping[str, Sequence[Any]] = {}, **call: Any
+) -> NDArray[np.float32]:
+    """Return one image embedding per prompt, (N, D), of the pipeline of a prior; else as `sample_images`."""
+    return _sampled(pipeline, prompts, seed, asked, also, "image_embeds", **call)
+
+
+@quietly()
+def _sampled(
+    pipeline: Any,
+    prompts: Sequence[Any],
+    seed: int,
+    asked: str,
+    also: Mapping[str, Sequence[Any]],
+    returned: str,
+    **call: Any,
+) -> NDArray[Any]:
+    """Return what is in the field `returned` of the pipeline's outputs, one row for each prompt."""
     chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
     state, plain = PartialState(), plain_call(pipeline)
     mine = chunks[state.process_index :: state.num_processes]
-    sampled: list[tuple[int, Images]] = []
+    sampled: list[tuple[int, NDArray[Any]]] = []
     with progress_bar(sum(len(part) for _, part in mine), "sampling", "image", not state.is_main_process) as bar:
         for start, part in mine:
             generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
             nothing = all(prompt is None for prompt in part)
-            wanted = {"batch_size": len(part)} if nothing else {asked: part}
-            images = pipeline(**wanted, **plain, generator=generators, output_type="np", **call).images
-            sampled.append((start, (np.asarray(images) * 255).round().astype(np.uint8)))
+            wanted: dict[str, Any] = {"batch_size": len(part)} if nothing else {asked: part}
+            wanted |= {keyword: list(values[start : start + len(part)]) for keyword, values in also.items()}
+            output = pipeline(**wanted, **plain, generator=generators, **call)
+            sampled.append((start, np.asarray(getattr(output, returned))))
             bar.update(len(part))
     parts = dict(gather_object(sampled))
     return np.concatenate([parts[start] for start, _ in chunks])

@@ -18,7 +18,7 @@ from ldm.config.file import config_text
 from ldm.config.places import on_hub, pinned, portable
 from ldm.models.provenance import Provenance
 
-_TEMPLATES = Environment(
+TEMPLATES = Environment(
     loader=PackageLoader("ldm", "export"),
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -110,7 +110,7 @@ def write_card(model: Path, run: Path, config: RunConfig, text: CardText, record
     )
     fields = {key: value for key, value in portable(asdict(config)).items() if not key.startswith("push_")}
     notes = [note for metric, note in text.notes.items() if metric in metrics]
-    body = _TEMPLATES.get_template("card.md.jinja").render(
+    body = TEMPLATES.get_template("card.md.jinja").render(
         title=text.title,
         about=text.about,
         sheet=text.sheet if sheets else None,

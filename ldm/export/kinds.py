@@ -8,6 +8,7 @@ from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from ldm.conditioners.image import KEYWORD as IMAGE_EMBEDS
 from ldm.conditioners.text import KEYWORDS
 from ldm.config import StageConfig
 from ldm.errors import ConfigError
@@ -24,8 +25,8 @@ class PipelineKind:
 
     own: str
     """Name of our class."""
-    stock: str
-    """Name of diffusers' class that loads the same folder, as in ``model_index.json``."""
+    stock: str | None
+    """Name of diffusers' class that loads the same folder, as in ``model_index.json``; None: there is none."""
     space: str
     """``space.kind`` of its stages."""
     denoiser: str
@@ -36,9 +37,15 @@ class PipelineKind:
     components: Mapping[str, str]
     """The path of each component in a stage: ``space...``, or ``model...`` for the trained ones."""
     asks: str
-    """The keyword of its call that says what to sample, as in `ldm.evaluation.conditions.CONDITIONS`."""
+    """The first keyword of its call that says what to sample, as in `ldm.evaluation.conditions.CONDITIONS`."""
     task: str
     """The Hub's name of its task."""
+    words: str = ""
+    """Its words on a card: a key of `ldm.export.pipeline_card.WORDS`; "": `asks`."""
+    samples: str = "images"
+    """What its call returns: the name of a field of its output, and one of `ldm.evaluation.samples.SAMPLES`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """The path of each value of its config in a stage, as `components`, or ``config...`` for a field of the config."""
     stock_arguments: str = ""
     """Arguments, as Python, that the stock class's call needs to make the same images."""
     stock_note: str = ""
@@ -50,6 +57,11 @@ class PipelineKind:
     stock_others: Mapping[str, str] = field(default_factory=dict)
     """Each ``sampler.kind`` with which the stock class makes other images, if the variance is not learned. The value is
     a note that says so, in the place of `stock_note`."""
+
+    @property
+    def saved_as(self) -> str | list[str]:
+        """Return its ``_class_name`` in ``model_index.json``: the stock class, else our class in ``pipeline.py``."""
+        return self.stock or ["pipeline", self.own]
 
     def stock_images(self, config: StageConfig) -> Literal["same", "other", "none"]:
         """Return "same" if the stock class makes the same images as ours, "other" if a note says how they differ.
@@ -86,6 +98,14 @@ def _are(keywords: Collection[str], wanted: Collection[str]) -> bool:
 
 
 _TEXT = {"text_encoder": "model.conditioners.text.text_encoder", "tokenizer": "model.conditioners.text.tokenizer"}
+_STEPS = {"num_inference_steps": "config.validation.num_inference_steps"}
+_GUIDANCE = {"guidance_scale": "config.validation.guidance_scale"}
+_PRIOR_TEXT = {
+    "encoder_hidden_states": "prompt_embeds",
+    "proj_embedding": "pooled_prompt_embeds",
+    "attention_mask": "attention_mask",
+}
+_DECODER_TEXT = {**KEYWORDS, "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
 _CLIPPED = (
     ", whose images are different and worse: DDIM clips its estimate of the image, and `DDPMPipeline` then continues "
     "with noise that does not belong to the clipped image. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes the same "
@@ -139,6 +159,50 @@ KINDS = [
         task="unconditional-image-generation",
         stock_samplers=(),
     ),
+    PipelineKind(
+        own="PriorPipeline",
+        stock=None,
+        space="embedding",
+        denoiser="PriorTransformer",
+        conditions={"text": _PRIOR_TEXT},
+        components={"prior": "model.denoiser", **_TEXT},
+        asks="prompt",
+        task="feature-extraction",
+        samples="image_embeds",
+        settings={**_STEPS, **_GUIDANCE},
+        words="prior",
+        stock_samplers=(),
+    ),
+    PipelineKind(
+        own="DecoderPipeline",
+        stock=None,
+        space="pixel",
+        denoiser="UNet2DConditionModel",
+        conditions={"image": (IMAGE_EMBEDS,), "text": _DECODER_TEXT},
+        components={
+            "unet": "model.denoiser",
+            "image_encoder": "model.conditioners.image.image_encoder.network",
+            **_TEXT,
+        },
+        settings={"null_image_embeds": "model.conditioners.image.null_name", **_STEPS, **_GUIDANCE},
+        asks="prompt",
+        task="text-to-image",
+        words="decoder",
+        stock_samplers=(),
+    ),
+    PipelineKind(
+        own="UpsamplerPipeline",
+        stock=None,
+        space="pixel",
+        denoiser="UNet2DModel",
+        conditions={"low_res": ()},
+        components={"unet": "model.denoiser"},
+        settings={"small_size": "model.conditioners.low_res.image_size", **_STEPS},
+        asks="image",
+        task="image-to-image",
+        words="upsampler",
+        stock_samplers=(),
+    ),
 ]
 """All kinds; the first that fits is used."""
 
@@ -156,9 +220,9 @@ def kind_of(stage: Stage, space: str) -> PipelineKind:
     )
 
 
-def kinds_named(stock: str) -> list[PipelineKind]:
-    """Return the kinds whose folders name the class `stock` in ``model_index.json``; [] for other pipelines."""
-    return [kind for kind in KINDS if kind.stock == stock]
+def kinds_named(name: str | list[str]) -> list[PipelineKind]:
+    """Return the kinds whose folders have this ``_class_name`` in ``model_index.json``; [] for other pipelines."""
+    return [kind for kind in KINDS if kind.saved_as == name]
 
 
 def build_pipeline(
@@ -172,8 +236,8 @@ def build_pipeline(
 
     pipelines: the classes by name. They are not in this package, because they are published without it.
     """
-    parts = SimpleNamespace(space=stage.space, model=averaged)
-    components = {name: attrgetter(path)(parts) for name, path in kind.components.items()}
+    parts = SimpleNamespace(space=stage.space, model=averaged, config=config)
+    components = {name: attrgetter(path)(parts) for name, path in (*kind.components.items(), *kind.settings.items())}
     scheduler = build_scheduler(config.objective, config.sampler, clip_sample=stage.space.clipped)
     pipeline = pipelines[kind.own](**components, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,7 +8,11 @@ from ldm.config import StageConfig
 from ldm.export.card import CardText
 from ldm.export.kinds import PipelineKind
 
-ASKED: Mapping[str, Mapping[str, str]] = {
+SAMPLES_IMAGES = "A diffusion model in {space} space that samples images of {size} x {size} pixels {sampled}."
+IMAGE = """\
+image = pipe({call}).images[0]
+image.save("image.png")"""
+WORDS: Mapping[str, Mapping[str, str]] = {
     "prompt": {
         "title": "Text to image",
         "sampled": "from captions",
@@ -30,16 +34,39 @@ ASKED: Mapping[str, Mapping[str, str]] = {
         "seeds": "seeds",
         "sheet": "Some images, which are not related to the true ones beneath them",
     },
+    "prior": {
+        "title": "Prior",
+        "about": "A prior: it predicts the CLIP embedding of an image from a caption, for the decoder of unCLIP.",
+        "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
+        "use": "image_embeds = pipe({call}).image_embeds",
+        "seeds": "guidance {guidance} and seeds",
+        "sheet": "The true images nearest to the embeddings predicted from captions of the validation split",
+    },
+    "decoder": {
+        "title": "Decoder of image embeddings",
+        "sampled": "from CLIP embeddings of images, and captions",
+        "call": '"a cat", image=Image.open("cat.png"), num_inference_steps={steps}, guidance_scale={guidance}',
+        "use": f"from PIL import Image\n\n{IMAGE}",
+        "seeds": "guidance {guidance} and seeds",
+        "sheet": "Captions and embeddings of images of the validation split",
+    },
+    "upsampler": {
+        "title": "Upsampler",
+        "sampled": "from smaller ones",
+        "call": 'Image.open("small.png"), num_inference_steps={steps}',
+        "use": f"from PIL import Image\n\n{IMAGE}",
+        "seeds": "seeds",
+        "sheet": "Images of the validation split, made small and large again",
+    },
 }
-"""Texts for each of `ldm.evaluation.conditions.CONDITIONS`, by keyword: `PipelineKind.asks`."""
+"""Texts for each kind of pipeline, by `PipelineKind.words`, or `PipelineKind.asks`."""
 SNIPPET = """\
 ```python
 from diffusers import DiffusionPipeline
 
 model = "model"
 pipe = DiffusionPipeline.from_pretrained({arguments})
-image = pipe({call}).images[0]
-image.save("image.png")
+{use}
 ```
 """
 SHEET = """\
@@ -60,18 +87,19 @@ def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardT
 
     ranked: number of validation captions that R@k is measured on.
     """
-    looked, words = config.validation, ASKED[kind.asks]
+    looked, words = config.validation, WORDS[kind.words or kind.asks]
     values = {"steps": looked.num_inference_steps, "guidance": looked.guidance_scale}
     seeds = words["seeds"].format(**values)
     return CardText(
         title=words["title"],
-        about=f"A diffusion model in {kind.space} space that samples images of {config.data.image_size} x "
-        f"{config.data.image_size} pixels {words['sampled']}.",
+        about=words.get("about", SAMPLES_IMAGES).format(
+            space=kind.space, size=config.sampled_size, sampled=words.get("sampled")
+        ),
         sheet=SHEET.format(
             sheet=words["sheet"], count=looked.num_images, steps=values["steps"], seeds=seeds, seed=config.seed
         ),
         sheets="samples",
-        loading=_loading(kind, config, words["call"].format(**values)),
+        loading=_loading(kind, config, words.get("use", IMAGE), words["call"].format(**values)),
         measured=MEASURED.format(loss_images=looked.loss_images),
         notes={"r_at_1": RETRIEVAL.format(count=ranked)},
         task=kind.task,
@@ -80,15 +108,18 @@ def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardT
     )
 
 
-def _loading(kind: PipelineKind, config: StageConfig, call: str) -> str:
+def _loading(kind: PipelineKind, config: StageConfig, use: str, call: str) -> str:
     """Return the instructions to load it: with diffusers alone, if that samples it, and with its own pipeline."""
-    arguments = "model, custom_pipeline=model, trust_remote_code=True"
-    own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + SNIPPET.format(
-        arguments=arguments, call=call
+
+    def snippet(arguments: str, more: str = "") -> str:
+        return SNIPPET.format(arguments=arguments, use=use.format(call=call + more))
+
+    own = "With its own pipeline, `pipeline.py`, which checks its inputs:\n\n" + snippet(
+        "model, custom_pipeline=model, trust_remote_code=True"
     )
     if kind.stock_images(config) == "none":
         return own
     text = config.conditioners.text
     more = kind.stock_arguments.format(max_length=text.max_length if text else None)
     note = kind.stock_others.get(config.sampler.kind, kind.stock_note)
-    return f"With diffusers alone{note}:\n\n{SNIPPET.format(arguments='model', call=call + more)}\n{own}"
+    return f"With diffusers alone{note}:\n\n{snippet('model', more)}\n{own}"

@@ -62,4 +62,8 @@ def _index(place: str, keywords: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _components(index: dict[str, Any]) -> list[str]:
-    return [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    return [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value and value[0] is not None and not name.startswith("_")
+    ]

@@ -42,9 +42,16 @@ def checked_pipeline(model: str, trust_remote_code: bool) -> tuple[str, dict[str
         )
     if folder is None:
         return name, {"revision": commit} if commit else revision
+    refuse_strange_components(folder)
+    return name, {}
+
+
+def refuse_strange_components(folder: Path) -> None:
+    """Raise ValueError if a pipeline in a folder names components of neither library, or files outside the folder."""
+    index = read_object(folder / "model_index.json")
+    _code(index, folder)
     for part in (folder, *(folder / part for part in _components(index))):
         refuse_strange_shards(part)
-    return name, {}
 
 
 def refuse_strange_shards(folder: str | Path) -> None:

@@ -109,7 +109,9 @@ DEFAULT_GUIDANCE = 3.0
 
 
 def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float | None) -> dict[str, Any]:
-    """Return the sampling arguments of a pipeline's call; a `guidance_scale` of None is `DEFAULT_GUIDANCE`.
+    """Return the sampling arguments of a pipeline's call.
+
+    A `guidance_scale` of None is `DEFAULT_GUIDANCE`, or the pipeline's own if its config has one.
 
     Raises:
         ValueError: one is out of range; or a guidance scale is given and the pipeline has no guidance.
@@ -125,8 +127,11 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
     guided = "guidance_scale" in inspect.signature(pipeline.__call__).parameters
     if not guided and guidance_scale not in (None, 1):
         raise ValueError(f"guidance_scale: got {guidance_scale}; {type(pipeline).__name__} has none; leave it out")
-    scale = DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale
-    return {"num_inference_steps": num_inference_steps} | ({"guidance_scale": scale} if guided else {})
+    own = guided and inspect.signature(pipeline.__call__).parameters["guidance_scale"].default is None
+    if guidance_scale is None and not own:
+        guidance_scale = DEFAULT_GUIDANCE
+    steps = {"num_inference_steps": num_inference_steps}
+    return steps | ({"guidance_scale": guidance_scale} if guided and guidance_scale is not None else {})
 
 
 def image_size(pipeline: Any) -> int:
@@ -136,6 +141,8 @@ def image_size(pipeline: Any) -> int:
         ValueError: its denoiser has no ``sample_size``.
 
     """
+    if (size := getattr(pipeline, "image_size", None)) is not None:  # several stages have several sizes
+        return int(size)
     parts = pipeline.components
     denoiser = parts.get("unet") or parts.get("transformer")
     size = denoiser.config.get("sample_size") if denoiser is not None else None

@@ -62,6 +62,14 @@ class LogitNormalDensity(UniformDensity):
         return (self.mean + self.std * normal).sigmoid()
 
 
+class LastDensity(UniformDensity):
+    """The last noise level alone, pure noise: x0 is predicted from the conditions, as by a regression."""
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return a noise level of 1 for each generator, (B,)."""
+        return torch.ones(len(generators), device=generators[0].device)
+
+
 class LossSecondMomentDensity:
     """Importance sampling: the probability of a timestep is proportional to the root of its mean squared loss.
 
@@ -126,6 +134,13 @@ def build_density(config: ObjectiveConfig) -> Density:
         )
     if config.timestep_density == "uniform":
         return UniformDensity()
+    if config.timestep_density == "last":
+        if config.prediction_type != "sample" or not (config.path == "flow" or config.zero_terminal_snr):
+            raise ConfigError(
+                "objective.timestep_density last: predicts x0 from pure noise; set prediction_type: sample, and path: "
+                "flow or zero_terminal_snr: true"
+            )
+        return LastDensity()
     if config.path == "flow":
         raise ConfigError(
             "objective.timestep_density loss_second_moment: remembers the losses of single timesteps, and the flow "

@@ -10,6 +10,7 @@ from ldm.config import StageConfig
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset
 from ldm.doctor.examination import stage_findings
 from ldm.evaluation.leaks import refuse_leaks
+from ldm.evaluation.samples import SAMPLES
 from ldm.export.kinds import build_pipeline, kind_of
 from ldm.export.pipeline_card import pipeline_card
 from ldm.recipes.recipe import Recipe
@@ -47,7 +48,8 @@ def diffusion_recipe(
     step = DiffusionStep(stage, run, config.optim.ema_decay, sigma_rels)
     kind = kind_of(stage, config.space.kind)
     pipeline = build_pipeline(kind, stage, step.averaged, config, pipelines)
-    validation = Validation(config, images, step, pipeline, run)
+    samples = SAMPLES[kind.samples](images, stage.space, config.sampled_size)
+    validation = Validation(config, images, step, pipeline, samples, run)
 
     def rehearse_all() -> None:
         frames = config.conditioners.frames

@@ -6,6 +6,7 @@ They change nothing; what follows from them is said elsewhere: see `ldm.training
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,22 +102,27 @@ def conditional_gain(
 ) -> Gain | None:
     """Return the averaged model's gain from the captions of a batch, with fixed noise, at noise levels in (0, 1).
 
-    Of a model that is conditioned on classes, from those: see `Condition.exchange`. losses: those with the right
-    conditions, as `DiffusionStep.held_out_losses` gives them, if they are known. Samples without a condition are left
-    out. None if the others have no other conditions to exchange theirs with.
+    Of a model that is conditioned on classes or images, from those, of several conditions from all together: see
+    `Condition.exchange`. losses: those with the right conditions, as `DiffusionStep.held_out_losses` gives them, if
+    they are known. Samples without a condition are left out. None if the others have no other conditions to exchange
+    theirs with.
     """
-    condition = step.condition
-    values = condition.read(batch)
-    known = [row for row, value in enumerate(values) if value != condition.nothing]
-    try:
-        others = condition.exchange([values[row] for row in known])
-    except ValueError:
+    given = [condition.read(batch) for condition in step.conditions]
+    nothing = [condition.nothing for condition in step.conditions]
+    known = [row for row, values in enumerate(zip(*given, strict=True)) if not any(map(operator.eq, values, nothing))]
+    exchanged = batch
+    for condition, values in zip(step.conditions, given, strict=True):
+        try:
+            others = condition.exchange([values[row] for row in known])
+        except ValueError:
+            continue
+        for row, other in zip(known, others, strict=True):
+            values[row] = other
+        exchanged = condition.replaced(exchanged, values)
+    if exchanged is batch:
         return None
-    for row, other in zip(known, others, strict=True):
-        values[row] = other
     if losses is None:
         losses = step.held_out_losses(batch, levels)
-    exchanged = condition.replaced(batch, values)
     gains = (step.held_out_losses(exchanged, levels) - losses)[:, known].double()
     error = float(gains.mean(0).std()) / math.sqrt(len(known))
     return Gain(gains.mean(1).tolist(), float(gains.mean()), error)

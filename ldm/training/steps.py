@@ -15,7 +15,7 @@ from ldm.config import ReconstructionConfig
 from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generator, generators
 from ldm.errors import ConfigError
-from ldm.evaluation.conditions import Condition, condition_of
+from ldm.evaluation.conditions import Condition, conditions_of
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
@@ -139,10 +139,15 @@ class DiffusionStep:
         )
 
     @cached_property
-    def condition(self) -> Condition:
-        """The condition that a user asks for."""
+    def conditions(self) -> list[Condition]:
+        """The conditions that a user asks for, the most specific first."""
         model = self.stage.model
-        return condition_of([model.conditioner(name).asks for name in model.conditioners])
+        return conditions_of([model.conditioner(name).asks for name in model.conditioners])
+
+    @property
+    def condition(self) -> Condition:
+        """The first condition that a user asks for."""
+        return self.conditions[0]
 
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the mean loss; all noise and times come from the positions of the samples."""

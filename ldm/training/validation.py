@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ldm.config import StageConfig
@@ -17,8 +19,7 @@ from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batc
 from ldm.errors import ConfigError, explained
 from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.images import comparison_sheet, written
-from ldm.evaluation.retrieval import retrieval_ranks
-from ldm.evaluation.sampling import sample_images
+from ldm.evaluation.samples import Samples
 from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
@@ -35,8 +36,17 @@ SAID = {
 class Validation:
     """Held-out loss, a sheet of images and, if asked for, retrieval, at a step."""
 
-    def __init__(self, config: StageConfig, images: CaptionedImages, step: DiffusionStep, pipeline: Any, run: Run):
+    def __init__(
+        self,
+        config: StageConfig,
+        images: CaptionedImages,
+        step: DiffusionStep,
+        pipeline: Any,
+        samples: Samples,
+        run: Run,
+    ):
         self.config, self.images, self.step, self.pipeline, self.run = config.validation, images, step, pipeline, run
+        self.samples = samples
         self.seed = config.seed
         self.rows = images.splits.filled("validation")
 
@@ -71,45 +81,35 @@ class Validation:
     def _linear_loss(self) -> float:
         return float(self.step.held_out_losses(self.batch, LEVELS, linear=True).mean())
 
-    @cached_property
-    def _gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
-        return self.images.gallery()
-
     def rehearse(self) -> None:
         """Take the first of `num_inference_steps` sampling steps, and decode the result.
 
         Raises:
-            ConfigError: the pipeline refuses, or its images have another size than those that they are compared with.
+            ConfigError: the pipeline refuses, or its samples have another size than what they are compared with.
 
         """
-        size = self.images.config.image_size
 
         def stop(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             pipeline._interrupt = True
             return {}
 
         with explained("validation or denoiser.sample_size"):
-            found = self.sample([self.step.condition.nothing], callback_on_step_end=stop).shape[1:3]
-        if found != (size, size):
-            raise ConfigError(
-                f"denoiser.sample_size: images are sampled at {found[0]} x {found[1]} pixels, and data.image_size is "
-                f"{size}; set it to what the space makes of {size} pixels"
-            )
+            sampled = self.sample(self.rows[:1], callback_on_step_end=stop)
+        if fault := self.samples.fault(sampled):
+            raise ConfigError(f"denoiser: {fault}, as data.image_size and space say; set denoiser.sample_size to that")
 
     def __call__(self, global_step: int) -> None:
         """Measure, log, sample."""
         metrics = self._losses()
         rows = self.sampled[: max(self.config.retrieval_images, self.config.num_images)]
         if rows:
-            generated = self.sample(self.asked(rows))
+            sampled = self.sample(rows)
             if self.ranked:
-                gallery, place = self._gallery
-                own = np.array([place[row] for row in self.ranked])
-                ranks = retrieval_ranks(generated[: len(own)], gallery, own)
+                own = np.array([self.samples.places[row] for row in self.ranked])
+                ranks = self.samples.ranks(sampled[: len(own)], own)
                 metrics |= {f"validation/r_at_{k}": float((ranks < k).mean()) for k in (1, 5)}
-            true = np.stack([np.asarray(self.images.image(row)) for row in rows[: self.config.num_images]])
-            sheet = comparison_sheet(written(self.asked(rows[: len(true)])), generated[: len(true)], true)
-            self.run.log_image("samples", sheet, global_step)
+            shown = rows[: self.config.num_images]
+            self.run.log_image("samples", self.sheet(shown, sampled[: len(shown)]), global_step)
         self.run.log_metrics(metrics, global_step)
         said = [f"{words} {metrics[name]:.4f}" for name, words in SAID.items() if name in metrics]
         log.info("step %d: %s", global_step, ", ".join(said))
@@ -136,17 +136,26 @@ class Validation:
         return metrics | {"captions/cut": self.truncation.captions, "captions/cut_tokens": self.truncation.tokens}
 
     def asked(self, rows: Sequence[int]) -> list[Any]:
-        """Return the conditions of images: captions, "" where there is none; or classes, None likewise."""
-        return [self.step.condition.of(self.images.source, row) for row in rows]
+        """Return the first condition of images: captions, "" where there is none; or classes, None likewise."""
+        return [self.step.condition.of(self.images, row) for row in rows]
 
-    def sample(self, conditions: Sequence[Any], **more: Any) -> NDArray[np.uint8]:
-        """Return an image of each condition, (N, H, W, 3)."""
-        call = {
-            "num_inference_steps": self.config.num_inference_steps,
-            "guidance_scale": self.config.guidance_scale,
-            **more,
-        }
-        return sample_images(self.pipeline, conditions, self.seed, self.step.condition.keyword, **call)
+    def sheet(self, rows: Sequence[int], sampled: NDArray[Any]) -> Image.Image:
+        """Return a sheet of samples over the true images of the rows, with their conditions as a text."""
+        return comparison_sheet(written(self.asked(rows)), self.samples.shown(sampled), self.samples.true(rows))
+
+    def sample(
+        self, rows: Sequence[int], pipeline: Any | None = None, asked: Sequence[Any] | None = None, **more: Any
+    ) -> NDArray[Any]:
+        """Return a sample of the conditions of each row, by `Samples.sample`.
+
+        pipeline: one that takes the place of the stage's. asked: the first condition of each row, if not its own.
+        """
+        pipeline, asked = pipeline or self.pipeline, asked or self.asked(rows)
+        takes, keyword = inspect.signature(pipeline.__call__).parameters, self.step.condition.keyword
+        call = {"num_inference_steps": self.config.num_inference_steps, "guidance_scale": self.config.guidance_scale}
+        call = {name: value for name, value in (call | more).items() if name in takes}
+        also = {one.keyword: [one.of(self.images, row) for row in rows] for one in self.step.conditions[1:]}
+        return self.samples.sample(pipeline, asked, self.seed, keyword, also, **call)
 
 
 def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,36 @@
+"""``ldm join``: the models of finished stages as the folder of one pipeline."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import ldm
+from ldm.export.join import join as join_folders
+
+
+def join(pipeline: str, stages: list[str], to: str) -> Path:
+    """Write the folder `to`, a pipeline with the models of finished stages, and return it.
+
+    What does not fit together is refused: widths, sizes, components that must be equal, images held out.
+
+    Args:
+        pipeline: Name of the pipeline's class, such as UnCLIPPipeline.
+        stages: Folder or Hub name of each stage's model, in any order.
+        to: Folder to write. One that was joined from the same models stays as it is.
+
+    """
+    return join_folders(pipeline, {place: place for place in stages}, Path(to), pipeline_classes())
+
+
+def pipeline_classes() -> dict[str, Any]:
+    """Return our pipelines' classes by name; ImportError without a checkout, in which their source is."""
+    checkout = Path(ldm.__file__).parents[1]
+    if not (checkout / "pipelines").is_dir():
+        raise ImportError("the pipelines' source is not installed with ldm: join models in a checkout of it")
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    classes: dict[str, Any] = import_module("pipelines").PIPELINES
+    return classes

@@ -1,0 +1,252 @@
+"""The models of finished stages, joined into one pipeline's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+
+from ldm.config.places import on_hub, pinned
+from ldm.errors import ConfigError
+from ldm.export.card import CARD, MEASURED_HEADING, TEMPLATES, with_name
+from ldm.export.hub import MODEL_FILES
+from ldm.export.systems import SYSTEMS, SystemKind, Value
+from ldm.files import read_object
+from ldm.models.foreign import refuse_strange_components
+from ldm.models.provenance import Provenance, read_provenance, read_trained_images, save_trained_images, versions
+
+INDEX = "model_index.json"
+JOINED = "joined.json"
+"""A hash of each stage, in the folder that was joined from them."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The model folder of a finished stage."""
+
+    name: str
+    """The stage's name, for messages."""
+    folder: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """What ``model_index.json`` says."""
+        return read_object(self.folder / INDEX)
+
+    @property
+    def saved_as(self) -> str:
+        """The name of our class that it is saved as; that of the stock class if there is one."""
+        kind = self.index.get("_class_name")
+        return str(kind[1] if isinstance(kind, list) and len(kind) == 2 else kind)
+
+    def value(self, path: str) -> Any:
+        """Return a value of a component's config, ``COMPONENT.KEY``, or of ``model_index.json``."""
+        component, dot, key = path.rpartition(".")
+        return read_object(self.folder / component / "config.json").get(key) if dot else self.index.get(key)
+
+    def files(self, component: str) -> dict[str, Path]:
+        """Return the files of a component that are no code, by name."""
+        found = sorted(path for path in (self.folder / component).iterdir() if path.is_file())
+        return {path.name: path for path in found if any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)}
+
+    def hash(self, component: str) -> str:
+        """Return a hash of the weights and vocabularies of a component: what decides what it computes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, path in self.files(component).items():
+            if not name.endswith("config.json"):  # configs name versions of libraries
+                digest.update(f"{name}/".encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def record(self) -> Provenance:
+        """The record of its training."""
+        record = read_provenance(self.folder)
+        if record is None:
+            raise ConfigError(f"{self.name}: {self.folder} has no record of a training; expected a trained stage")
+        return record
+
+
+def join(kind: str, stages: Mapping[str, str], to: Path, pipelines: Mapping[str, Any]) -> Path:
+    """Write the folder `to`, a pipeline of the class `kind` with the models of finished stages, and return it.
+
+    stages: a folder, or a name on the Hub, for each stage, by its name. Those that the pipeline has no use for, such as
+    a CLIP, are left out. pipelines: our classes by name. `to` appears only when it is complete; one that was joined
+    from the same stages stays as it is, another one is replaced.
+
+    Raises:
+        ConfigError: `kind` is unknown, a stage is missing or given twice, or two stages do not fit together.
+        ValueError: as `refuse_strange_components`.
+
+    """
+    if kind not in SYSTEMS:
+        raise ConfigError(f"pipeline: got {kind}; choose from {', '.join(SYSTEMS)}")
+    system, found = SYSTEMS[kind], {name: StageFolder(name, _folder(place)) for name, place in stages.items()}
+    chosen = _by_class(system, found)
+    for stage in chosen.values():
+        refuse_strange_components(stage.folder)
+    refuse_misfits(system, chosen)
+    source = _source(system, chosen, pipelines[kind])
+    if _joined_from(to) == source:
+        log.info("%s is joined already and stays as it is; delete it to have it written again", to)
+        return to
+    temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(system, chosen, temporary, to.name, pipelines[kind])
+        (temporary / JOINED).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(to, ignore_errors=True)
+        os.replace(temporary, to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
+    return to
+
+
+def _source(system: SystemKind, stages: Mapping[str, StageFolder], pipeline: Any) -> dict[str, str]:
+    """Return a hash of all that each stage gives, and of the pipeline's source, by name."""
+    found = {"pipeline": hashlib.blake2b(pipeline._source.encode(), digest_size=16).hexdigest()}
+    for kind, names in system.components.items():
+        index = json.dumps(stages[kind].index, sort_keys=True)
+        parts = "".join([index, *(stages[kind].hash(own) for own in names)])
+        found[stages[kind].name] = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+    return found
+
+
+def _joined_from(folder: Path) -> dict[str, Any] | None:
+    """Return what a joined folder was made from; None if there is none, or not a whole one."""
+    whole = (folder / JOINED).is_file() and (folder / CARD).is_file()
+    return read_object(folder / JOINED) if whole else None
+
+
+def _folder(place: str) -> Path:
+    """Return the folder of a model, downloaded if it is on the Hub."""
+    if (Path(place) / INDEX).is_file():
+        return Path(place)
+    if not on_hub(place):
+        return Path(place)  # a stage of another kind, or none: `_by_class` says so
+    name, revision = pinned(place)
+    patterns = [pattern for one in MODEL_FILES for pattern in (one, f"*/{one}")]
+    return Path(snapshot_download(name, allow_patterns=patterns, revision=revision.get("revision")))
+
+
+def _by_class(system: SystemKind, found: Mapping[str, StageFolder]) -> dict[str, StageFolder]:
+    """Return the stages that the system needs, by the class that each is saved as."""
+    chosen: dict[str, StageFolder] = {}
+    for stage in found.values():
+        if not (stage.folder / INDEX).is_file() or stage.saved_as not in system.components:
+            continue
+        if (other := chosen.get(stage.saved_as)) is not None:
+            raise ConfigError(f"{stage.name} and {other.name} are both saved as {stage.saved_as}; expected one of them")
+        chosen[stage.saved_as] = stage
+    if missing := system.components.keys() - chosen.keys():
+        raise ConfigError(
+            f"{system.own} needs a stage that is saved as {min(missing)}, and none of {', '.join(found) or 'them'} is: "
+            "train it, or name its folder"
+        )
+    return chosen
+
+
+def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> None:
+    """Raise ConfigError, with the names of two stages, for what does not fit together; `stages` are by class."""
+
+    def said(where: Value) -> tuple[str, Any]:
+        stage = stages[where[0]]
+        return stage.name, stage.value(where[1])
+
+    for noun, *pair in system.equal:
+        (one, first), (other, second) = map(said, pair)
+        if first != second:
+            raise ConfigError(f"{one} and {other} do not fit: the {noun} is {first} in {one} and {second} in {other}")
+    owners: dict[str, tuple[StageFolder, str]] = {}
+    for kind, names in system.components.items():
+        for own, joined in names.items():
+            other_stage, other_own = owners.setdefault(joined, (stages[kind], own))
+            if stages[kind].hash(own) != other_stage.hash(other_own):
+                raise ConfigError(
+                    f"{other_stage.name} and {stages[kind].name} do not fit: they were trained with different "
+                    f"components {joined}"
+                )
+    first_stage, *rest = stages.values()
+    seen = {stage.name: {name for name in stage.record.networks if name.startswith("CLIP ")} for stage in rest}
+    seen[first_stage.name] = {name for name in first_stage.record.networks if name.startswith("CLIP ")}
+    looked = [(name, clips) for name, clips in seen.items() if clips]
+    for name, clips in looked[1:]:
+        if clips != looked[0][1]:
+            raise ConfigError(f"{looked[0][0]} and {name} do not fit: they were trained on embeddings of two CLIPs")
+    for stage in rest:
+        if stage.record.held_out_hash != first_stage.record.held_out_hash:
+            raise ConfigError(
+                f"{first_stage.name} and {stage.name} do not fit: other images were held out in each, so that nothing "
+                "could be measured; train both with the same data.held_out"
+            )
+
+
+def _write(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, name: str, pipeline: Any) -> None:
+    index: dict[str, Any] = {"_class_name": ["pipeline", system.own]}
+    index["_diffusers_version"] = versions()["diffusers"]
+    for kind, names in system.components.items():
+        for own, joined in names.items():
+            index[joined] = stages[kind].index[own]
+            (folder / joined).mkdir(exist_ok=True)
+            for file, path in stages[kind].files(own).items():
+                shutil.copyfile(path, folder / joined / file)
+    index |= {key: stages[kind].value(path) for key, (kind, path) in system.settings.items()}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "pipeline.py").write_text(pipeline._source, encoding="utf-8")
+    _record(stages).save(folder)
+    keys = [found for stage in stages.values() if (found := read_trained_images(stage.folder)) is not None]
+    save_trained_images(folder, torch.unique(torch.cat(keys)) if keys else torch.zeros(0, dtype=torch.int64))
+    _write_card(system, stages, folder, name)  # last: a folder with a card is whole
+
+
+def _record(stages: Mapping[str, StageFolder]) -> Provenance:
+    """Return the record of all stages as one: their steps and seconds are added."""
+    records = [stage.record for stage in stages.values()]
+    seconds = sum(one.train_seconds for one in records)
+    images = sum(one.images_per_second * one.train_seconds for one in records)
+    return replace(
+        records[-1],
+        train_pictures=max(one.train_pictures for one in records),
+        global_step=sum(one.global_step for one in records),
+        train_seconds=round(seconds, 1),
+        images_per_second=round(images / max(seconds, 1e-9), 1),
+        networks=sorted({network for one in records for network in one.networks}),
+        versions=versions(),
+    )
+
+
+def _write_card(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, name: str) -> None:
+    cards = {stage.name: ModelCard.load(stage.folder / CARD) for stage in stages.values()}
+    last = list(cards.values())[-1].data
+    told = []
+    for stage in stages.values():
+        title, _, rest = cards[stage.name].text.strip().removeprefix("# ").partition("\n")
+        measured = rest.partition(MEASURED_HEADING)[2].partition("\n## ")[0].strip()
+        about = rest.strip().partition("\n")[0]
+        told.append({"name": stage.name, "title": title, "about": about, "measured": measured, "record": stage.record})
+    data = list(cards.values())[-1].text.partition("\n## Data\n")[2].partition("\n## ")[0].strip()
+    body = TEMPLATES.get_template("joined_card.md.jinja").render(
+        own=system.own,
+        stages=told,
+        data=data,
+        minutes=sum(stage.record.train_seconds for stage in stages.values()) / 60,
+    )
+    card = ModelCardData(
+        license=last.license,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", system.own],
+        datasets=last.datasets,
+    )
+    ModelCard(f"---\n{card.to_yaml()}\n---\n\n{with_name(body, name)}").save(folder / CARD)

@@ -1,0 +1,68 @@
+"""The kinds of pipelines that are joined from the models of several stages: one record of names for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+Value = tuple[str, str]
+"""A value in the folder of a stage: the name of our class that the stage is saved as, and ``COMPONENT.KEY`` of a
+component's ``config.json``, or a key of ``model_index.json``."""
+
+
+@dataclass(frozen=True)
+class SystemKind:
+    """A pipeline of several stages. To add one, add one of these to `SYSTEMS`."""
+
+    own: str
+    """Name of our class."""
+    components: Mapping[str, Mapping[str, str]]
+    """By the class that a stage is saved as: the name of each of its components in the joined pipeline. Those of one
+    name, of several stages, must be equal."""
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    """The value of each entry of its config."""
+    equal: Sequence[tuple[str, Value, Value]] = ()
+    """Values that must be equal, each pair with a noun."""
+
+
+_CLIP_TEXT = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
+SYSTEMS = {
+    kind.own: kind
+    for kind in (
+        SystemKind(
+            own="UnCLIPPipeline",
+            components={
+                "PriorPipeline": {"prior": "prior", "scheduler": "prior_scheduler", **_CLIP_TEXT},
+                "DecoderPipeline": {
+                    "unet": "decoder",
+                    "scheduler": "decoder_scheduler",
+                    "image_encoder": "image_encoder",
+                    **_CLIP_TEXT,
+                },
+                "UpsamplerPipeline": {"unet": "super_res", "scheduler": "super_res_scheduler"},
+            },
+            settings={
+                "small_size": ("UpsamplerPipeline", "small_size"),
+                "null_image_embeds": ("DecoderPipeline", "null_image_embeds"),
+                "prior_num_inference_steps": ("PriorPipeline", "num_inference_steps"),
+                "prior_guidance_scale": ("PriorPipeline", "guidance_scale"),
+                "decoder_num_inference_steps": ("DecoderPipeline", "num_inference_steps"),
+                "decoder_guidance_scale": ("DecoderPipeline", "guidance_scale"),
+                "super_res_num_inference_steps": ("UpsamplerPipeline", "num_inference_steps"),
+            },
+            equal=(
+                (
+                    "width of the image embeddings",
+                    ("PriorPipeline", "prior.embedding_dim"),
+                    ("DecoderPipeline", "unet.encoder_hid_dim"),
+                ),
+                (
+                    "size of the small images",
+                    ("DecoderPipeline", "unet.sample_size"),
+                    ("UpsamplerPipeline", "small_size"),
+                ),
+            ),
+        ),
+    )
+}
+"""All kinds, by the name of our class."""

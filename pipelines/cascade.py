@@ -1,0 +1,304 @@
+"""The stages of a cascade, as functions of their networks: text to embedding, embedding to image, image to larger."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+
+from .image import RGB, given_images
+from .inputs import check_callback, check_generators, check_guidance, shown, texts, whole_number
+from .prompts import tokenized
+from .sampling import StepCallback, both, denoise, guided_output
+from .schedulers import check_scheduler, set_timesteps
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Mean and std of the images that a CLIP takes (Radford et al. 2021)."""
+SMALLEST_ANGLE = 1e-4
+"""Sine of an angle below which `slerp` takes the straight line."""
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class TextEmbeds(NamedTuple):
+    """The outputs of a CLIP's text encoder with projection."""
+
+    states: torch.Tensor
+    """The last hidden states, (B, L, D)."""
+    pooled: torch.Tensor
+    """The text embeddings, (B, D)."""
+    mask: torch.Tensor
+    """True for tokens, False for padding, (B, L)."""
+
+    def repeated(self, times: int) -> "TextEmbeds":
+        """Return each text `times` times in a row."""
+        return TextEmbeds(*(tensor.repeat_interleave(times, 0) for tensor in self))
+
+    def rows(self, count: int) -> "TextEmbeds":
+        """Return `count` texts: these, or the only one so many times."""
+        return TextEmbeds(*(_rows(tensor, count) for tensor in self))
+
+
+class Sampling(NamedTuple):
+    """The settings of one stage's sampling."""
+
+    num_inference_steps: int
+    guidance_scale: float = 1.0
+    progress: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter
+    after_step: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] | None = None
+
+
+def text_embeds(name: str, prompts: Sequence[str], tokenizer: Any, text_encoder: Any) -> TextEmbeds:
+    """Return the embeddings of prompts; longer ones are cut, with one warning. `name` is that of the argument."""
+    tokens = tokenized(name, list(prompts), tokenizer, text_encoder, tokenizer.model_max_length)
+    ids = tokens.input_ids.to(text_encoder.device)
+    output = text_encoder(ids)
+    return TextEmbeds(output.last_hidden_state, output.text_embeds, tokens.attention_mask.to(ids.device).bool())
+
+
+def image_embeds(images: torch.Tensor, image_encoder: Any) -> torch.Tensor:
+    """Return the embeddings, (B, D) float32, of images (B, 3, H, W) in [0, 1] of any size."""
+    size = image_encoder.config.image_size
+    images = images.to(image_encoder.device, torch.float32)
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    found: torch.Tensor = image_encoder(((images - mean) / std).to(image_encoder.dtype)).image_embeds
+    return found.float()
+
+
+def null_image_embeds(null: str, width: int, image_encoder: Any) -> torch.Tensor:
+    """Return the embedding (1, D) of no image: zeros (Ramesh et al. 2022), or that of a zero image (Kandinsky 2.2)."""
+    if null == "zeros":
+        return torch.zeros(1, width)
+    if null != "zero_picture" or image_encoder is None:
+        raise ValueError(f"null_image_embeds: got {null!r}; expected 'zeros', or 'zero_picture' with an image encoder")
+    size = image_encoder.config.image_size
+    zeros = torch.zeros(1, 3, size, size, device=image_encoder.device, dtype=image_encoder.dtype)
+    found: torch.Tensor = image_encoder(zeros).image_embeds
+    return found.float()
+
+
+def sampled_embeds(
+    prior: Any, scheduler: Any, given: TextEmbeds, null: TextEmbeds, how: Sampling, generator: Generators, count: int
+) -> torch.Tensor:
+    """Return the image embeddings (B, D), float32, that a prior predicts for texts.
+
+    count: candidates for each text; the one most like the text's own embedding is kept (Ramesh et al. 2022, 2.2).
+    """
+    several = given.repeated(count)
+    noise = _noise((len(several.pooled), prior.config.embedding_dim), generator, count, given.pooled.device)
+    nothing = null.rows(len(several.pooled))
+    kwargs = _guided(how, _of_prior(several, prior.dtype), _of_prior(nothing, prior.dtype))
+    x0 = _sampled(prior, scheduler, noise, how, generator if count == 1 else None, (), kwargs)
+    embeds: torch.Tensor = prior.post_process_latents(x0.to(prior.dtype)).float()
+    embeds = embeds.view(-1, count, embeds.shape[1])
+    likeness = F.cosine_similarity(embeds, given.pooled.float()[:, None], dim=-1)
+    return embeds[torch.arange(len(embeds)), likeness.argmax(1).cpu()]
+
+
+def decoded_images(
+    unet: Any,
+    scheduler: Any,
+    given: tuple[torch.Tensor, TextEmbeds],
+    null: tuple[torch.Tensor, TextEmbeds],
+    how: Sampling,
+    generator: Generators,
+) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings (B, D) and texts."""
+    size, count = unet.config.sample_size, len(given[0])
+    nothing = _rows(null[0], count), null[1].rows(count)
+    noise = _noise((count, unet.config.in_channels, size, size), generator, 1, given[0].device)
+    kwargs = _guided(how, _of_decoder(*given, unet.dtype), _of_decoder(*nothing, unet.dtype))
+    return _sampled(unet, scheduler, noise, how, generator, (), kwargs)
+
+
+def upsampled_images(
+    unet: Any, scheduler: Any, images: torch.Tensor, how: Sampling, generator: Generators
+) -> torch.Tensor:
+    """Return images of the upsampler's size, (B, 3, H, W) in [-1, 1], not clipped, of small ones in [-1, 1]."""
+    size = unet.config.sample_size
+    # 8 bits and enlarged, as in training
+    small = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=True)
+    noise = _noise(tuple(large.shape), generator, 1, large.device)
+    return _sampled(unet, scheduler, noise, how, generator, (large,), {})
+
+
+def given_embeds(image: Any, embeds: Any, image_encoder: Any, null: torch.Tensor) -> torch.Tensor:
+    """Return the image embeddings, (B, D), of a call's `image` or `image_embeds`; `null`, (1, D), without either."""
+    if image is not None and embeds is not None:
+        raise ValueError("image_embeds: given together with image; give one of them")
+    if image is not None:
+        if image_encoder is None:
+            raise ValueError("image: the pipeline has no image encoder; give image_embeds")
+        return image_embeds(as_tensor("image", image), image_encoder)
+    if embeds is None:
+        return null
+    if not torch.is_tensor(embeds) or embeds.ndim != 2 or embeds.shape[1] != null.shape[1] or not len(embeds):
+        came = tuple(embeds.shape) if torch.is_tensor(embeds) else type(embeds).__name__
+        raise ValueError(f"image_embeds: got {came}; expected a tensor (B, {null.shape[1]})")
+    if not embeds.isfinite().all():
+        raise ValueError("image_embeds: NaN or infinity; expected finite numbers")
+    return embeds.to(null)
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings (N, D) at N shares of the great circle from `start` to `end`, each (1, D).
+
+    Norms change evenly. Equal or opposite directions have no single great circle: the straight line is taken.
+    """
+    shares = shares[:, None]
+    one, other = F.normalize(start, dim=1), F.normalize(end, dim=1)
+    angle = (one * other).sum().clamp(-1, 1).acos()
+    if angle.sin().abs() < SMALLEST_ANGLE:
+        return torch.lerp(start, end, shares)
+    turned = (((1 - shares) * angle).sin() * one + (shares * angle).sin() * other) / angle.sin()
+    return turned * torch.lerp(start.norm(), end.norm(), shares)
+
+
+def as_tensor(name: str, image: Any) -> torch.Tensor:
+    """Return the images in an argument of a call as (B, 3, H, W) in [0, 1]; PIL images must be of one size."""
+    images = given_images(name, image, RGB, "white")
+    if torch.is_tensor(images):
+        return images
+    if len({one.size for one in images}) > 1:
+        raise ValueError(f"{name}: got images of the sizes {sorted({one.size for one in images})}; expected one size")
+    arrays = [torch.from_numpy(np.array(one.convert("RGB"))) for one in images]
+    return torch.stack(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def small_images(image: Any, size: int) -> torch.Tensor:
+    """Return the images in an argument of a call at `size` x `size` pixels, (B, 3, size, size) in [-1, 1]."""
+    images = 2 * as_tensor("image", image) - 1
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def check_prior(prior: Any, text_encoder: Any) -> None:
+    """Raise ValueError if a prior does not read this text encoder."""
+    if prior is None or text_encoder is None:
+        return
+    width, states = text_encoder.config.projection_dim, text_encoder.config.hidden_size
+    if {width, states} != {prior.config.embedding_dim}:
+        raise ValueError(
+            f"prior: reads and predicts embeddings of width {prior.config.embedding_dim}; the text encoder has states "
+            f"of width {states} and embeddings of width {width}: all three must be equal"
+        )
+
+
+def check_decoder(unet: Any, image_encoder: Any, text_encoder: Any) -> None:
+    """Raise ValueError if a decoder is not conditioned on the embeddings of these encoders."""
+    if unet is None:
+        return
+    if unet.config.encoder_hid_dim_type != "text_image_proj" or unet.config.addition_embed_type != "text_image":
+        raise ValueError(
+            "unet: is conditioned on no image embeddings; build it with addition_embed_type: text_image and "
+            "encoder_hid_dim_type: text_image_proj"
+        )
+    for name, encoder in (("image_encoder", image_encoder), ("text_encoder", text_encoder)):
+        if encoder is not None and encoder.config.projection_dim != unet.config.encoder_hid_dim:
+            raise ValueError(
+                f"{name}: its embeddings have width {encoder.config.projection_dim}; the decoder takes "
+                f"{unet.config.encoder_hid_dim}"
+            )
+
+
+def check_upsampler(unet: Any, small_size: int | None) -> None:
+    """Raise ValueError if a network is no upsampler of images of this size."""
+    if unet is None:
+        return
+    if unet.config.in_channels != 6:
+        raise ValueError(f"unet: takes {unet.config.in_channels} channels; an upsampler takes 6, two images")
+    if not isinstance(small_size, int) or not 1 <= small_size < unet.config.sample_size:
+        raise ValueError(
+            f"small_size: got {shown(small_size)}; expected a whole number of pixels below {unet.config.sample_size}"
+        )
+
+
+def said(pipeline: Any, **given: Any) -> list[Any]:
+    """Return the values of a call; those that are None are taken from the pipeline's config, by name."""
+    return [pipeline.config[name] if value is None else value for name, value in given.items()]
+
+
+def stage_call(
+    name: str, scheduler: Any, denoiser: Any, num_inference_steps: int, guidance_scale: float = 1.0, pixels: bool = True
+) -> None:
+    """Raise ValueError if a stage's scheduler or settings are unusable; `name` is that of the number of steps.
+
+    pixels: the stage samples images, which a sampler may clip.
+    """
+    channels = denoiser.config.get("out_channels")
+    if channels is not None:
+        own = 3 if pixels else denoiser.config.in_channels
+        check_scheduler(scheduler, own, channels, may_clip=pixels)
+    whole_number(name, num_inference_steps, 1, scheduler.config.num_train_timesteps)
+    check_guidance(guidance_scale)
+
+
+def checked_texts(name: str, value: Any, tokenizer: Any, text_encoder: Any) -> TextEmbeds:
+    """Return the embeddings of an argument of a call, a string or several."""
+    prompts = texts(name, value)
+    if tokenizer is None or text_encoder is None:
+        raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer")
+    return text_embeds(name, prompts, tokenizer, text_encoder)
+
+
+def callback_steps(pipeline: Any, callback: StepCallback | None) -> Callable[..., tuple[torch.Tensor, bool]]:
+    """Return what a stage does after each step: it gives its ``latents`` to the callback of the call."""
+    check_callback(callback)
+
+    def after_step(step: int, timestep: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        if callback is not None:
+            x_t = (callback(pipeline, step, timestep, {"latents": x_t}) or {}).get("latents", x_t)
+        return x_t, pipeline._interrupt
+
+    return after_step
+
+
+def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor
+
+
+def _noise(shape: tuple[int, ...], generator: Generators, count: int, device: torch.device) -> torch.Tensor:
+    """Return unit noise; each generator of a list makes that of `count` samples."""
+    check_generators(generator, shape[0] // count)
+    if isinstance(generator, list | tuple):
+        rows = [randn_tensor((count, *shape[1:]), one, device, torch.float32) for one in generator]
+        return torch.cat(rows)
+    noise: torch.Tensor = randn_tensor(shape, generator, device, torch.float32)
+    return noise
+
+
+def _sampled(
+    denoiser: Any,
+    scheduler: Any,
+    noise: torch.Tensor,
+    how: Sampling,
+    generator: Generators,
+    channels: Sequence[torch.Tensor],
+    kwargs: Mapping[str, Any],
+) -> torch.Tensor:
+    times = set_timesteps(scheduler, how.num_inference_steps, noise.device)
+    generator = list(generator) if isinstance(generator, list | tuple) else generator
+
+    def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return guided_output(denoiser, scheduler, x_t, timestep, how.guidance_scale, channels, kwargs)
+
+    return denoise(predict, scheduler, noise, times, generator, how.after_step, how.progress)
+
+
+def _guided(how: Sampling, given: Mapping[str, Any], null: Mapping[str, Any]) -> Any:
+    return both(null, given) if how.guidance_scale > 1 else given
+
+
+def _of_prior(text: TextEmbeds, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    states, pooled = text.states.to(dtype), text.pooled.to(dtype)
+    return {"proj_embedding": pooled, "encoder_hidden_states": states, "attention_mask": text.mask}
+
+
+def _of_decoder(embeds: torch.Tensor, text: TextEmbeds, dtype: torch.dtype) -> dict[str, Any]:
+    added = {"image_embeds": embeds.to(dtype), "text_embeds": text.pooled.to(dtype)}
+    return {"encoder_hidden_states": text.states.to(dtype), "added_cond_kwargs": added}

@@ -1,0 +1,251 @@
+"""Text to image through the space of a CLIP: prior, decoder, upsampler (Ramesh et al. 2022)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    PriorTransformer,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from .cascade import (
+    Sampling,
+    as_tensor,
+    callback_steps,
+    check_decoder,
+    check_prior,
+    check_upsampler,
+    checked_texts,
+    decoded_images,
+    given_embeds,
+    null_image_embeds,
+    said,
+    sampled_embeds,
+    slerp,
+    stage_call,
+    text_embeds,
+    upsampled_images,
+)
+from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
+from .sampling import StepCallback
+from .source import Portable, single_file
+
+
+class UnCLIPPipeline(
+    Portable,
+    DiffusionPipeline,  # type: ignore[misc]
+):
+    """Images of prompts by the three stages of unCLIP, and the manipulations of images that they allow.
+
+    The prior predicts the CLIP embedding of an image from a prompt; the decoder samples a small image of embedding and
+    prompt; the upsampler makes it larger. image_encoder, text_encoder: the CLIP that all stages were trained with.
+    null_image_embeds: as in `DecoderPipeline`. small_size: pixels of the decoder's images. The other values of the
+    config are the settings of a call that does not say otherwise: those that the stages were validated with.
+    """
+
+    model_cpu_offload_seq = "text_encoder->prior->image_encoder->decoder->super_res"
+    _stock: ClassVar[str | None] = None
+    _source: ClassVar[str] = single_file(Path(__file__))
+
+    def __init__(
+        self,
+        prior: PriorTransformer,
+        decoder: UNet2DConditionModel,
+        super_res: UNet2DModel,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        image_encoder: CLIPVisionModelWithProjection,
+        prior_scheduler: SchedulerMixin,
+        decoder_scheduler: SchedulerMixin,
+        super_res_scheduler: SchedulerMixin,
+        small_size: int | None = None,
+        null_image_embeds: str = "zeros",
+        prior_num_inference_steps: int = 25,
+        prior_guidance_scale: float = 1.0,
+        decoder_num_inference_steps: int = 25,
+        decoder_guidance_scale: float = 1.0,
+        super_res_num_inference_steps: int = 25,
+    ) -> None:
+        super().__init__()
+        check_prior(prior, text_encoder)
+        check_decoder(decoder, image_encoder, text_encoder)
+        check_upsampler(super_res, small_size)
+        if decoder is not None and decoder.config.sample_size != small_size:
+            raise ValueError(
+                f"decoder: samples images of {decoder.config.sample_size} pixels, and super_res was trained on those "
+                f"of {small_size}"
+            )
+        self.register_modules(
+            prior=prior,
+            decoder=decoder,
+            super_res=super_res,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            prior_scheduler=prior_scheduler,
+            decoder_scheduler=decoder_scheduler,
+            super_res_scheduler=super_res_scheduler,
+        )
+        self.register_to_config(
+            small_size=small_size,
+            null_image_embeds=null_image_embeds,
+            prior_num_inference_steps=prior_num_inference_steps,
+            prior_guidance_scale=prior_guidance_scale,
+            decoder_num_inference_steps=decoder_num_inference_steps,
+            decoder_guidance_scale=decoder_guidance_scale,
+            super_res_num_inference_steps=super_res_num_inference_steps,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def image_size(self) -> int:
+        """The size of the images, height and width in pixels."""
+        return int(self.super_res.config.sample_size)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of the decoder, whose steps a call's `num_inference_steps` are."""
+        return self.decoder_scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        image: Any = None,
+        image_embeds: torch.Tensor | None = None,
+        prior_num_inference_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+        num_candidates: int = 1,
+        super_res_num_inference_steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Return ``.images``, one for each prompt or embedding; ``(images,)`` if not `return_dict`.
+
+        num_inference_steps, guidance_scale: of the decoder; those of the other stages have their names.
+        negative_prompt: for prior and decoder. image: images whose embeddings take the place of the prior's; or
+        image_embeds: embeddings (B, D). One prompt goes with all of them.
+        num_candidates: embeddings that the prior samples for each prompt, of which it keeps the one most like the text.
+        output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
+        generator: with a list, image i depends on generator i only. callback_on_step_end: gets ``latents`` of the
+        decoder and of the upsampler. None: as in the config. ValueError for unusable inputs.
+        """
+        self._interrupt = False
+        check_output(output_type, return_dict)
+        prior, decoder, super_res = self._settings(
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            num_inference_steps,
+            guidance_scale,
+            super_res_num_inference_steps,
+            callback_steps(self, callback_on_step_end),
+        )
+        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
+        given, null = (
+            checked_texts(name, value, self.tokenizer, self.text_encoder)
+            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
+        )
+        nothing = null_image_embeds(
+            self.config.null_image_embeds, self.decoder.config.encoder_hid_dim, self.image_encoder
+        ).to(self._execution_device)
+        if image is None and image_embeds is None:
+            embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, prior, generator, num_candidates)
+        else:
+            embeds = given_embeds(image, image_embeds, self.image_encoder, nothing)
+        if len(given.pooled) not in (1, len(embeds)):
+            raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
+        pair = embeds, given.rows(len(embeds))
+        small = decoded_images(self.decoder, self.decoder_scheduler, pair, (nothing, null), decoder, generator)
+        x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, super_res, generator)
+        self.maybe_free_model_hooks()
+        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def variations(self, image: Any, num_images: int = 4, prompt: str = "", **call: Any) -> Any:
+        """Return ``.images``, `num_images` of one image: its embedding, decoded with different noise (section 3.1)."""
+        whole_number("num_images", num_images, 1, MAX_IMAGES)
+        embeds = self._embeds_of("image", image)
+        return self(prompt, image_embeds=embeds.expand(num_images, -1), **call)
+
+    @torch.no_grad()
+    def interpolate(self, first: Any, second: Any, num_images: int = 8, prompt: str = "", **call: Any) -> Any:
+        """Return ``.images``, `num_images` from one image to another, all with the same noise (section 3.2).
+
+        Their embeddings lie on the great circle between those of the two images.
+        """
+        whole_number("num_images", num_images, 2, MAX_IMAGES)
+        start, end = self._embeds_of("first", first), self._embeds_of("second", second)
+        embeds = slerp(start, end, torch.linspace(0, 1, num_images, device=start.device))
+        return self._with_same_noise(prompt, embeds, call)
+
+    @torch.no_grad()
+    def text_difference(
+        self, image: Any, source: str, target: str, num_images: int = 8, strength: float = 0.5, **call: Any
+    ) -> Any:
+        """Return ``.images``, `num_images` on the way from what `source` says of an image to what `target` says.
+
+        The image's embedding is turned towards the difference of the two texts' embeddings, from none of the way up to
+        the share `strength`; all images have the same noise (section 3.3, there 0.25 to 0.5).
+        """
+        whole_number("num_images", num_images, 2, MAX_IMAGES)
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength: got {strength}; expected more than 0, at most 1")
+        pair = [*texts("source", source), *texts("target", target)]
+        pooled = text_embeds("source", pair, self.tokenizer, self.text_encoder).pooled.float()
+        difference = pooled[1:] - pooled[:1]
+        if not difference.any():
+            raise ValueError("target: says the same as source; expected another text")
+        start = self._embeds_of("image", image)
+        end = difference * (start.norm() / difference.norm())
+        embeds = slerp(start, end, torch.linspace(0, strength, num_images, device=start.device))
+        return self._with_same_noise("", embeds, call)
+
+    def _with_same_noise(self, prompt: str, embeds: torch.Tensor, call: dict[str, Any]) -> Any:
+        with same_noise(call.pop("generator", None), len(embeds)) as generators:
+            return self(prompt, image_embeds=embeds, generator=generators, **call)
+
+    def _embeds_of(self, name: str, image: Any) -> torch.Tensor:
+        """Return the embedding of one image, (1, D)."""
+        if len(as_tensor(name, image)) != 1:
+            raise ValueError(f"{name}: got several images; expected one")
+        null = torch.zeros(1, self.image_encoder.config.projection_dim, device=self._execution_device)
+        return given_embeds(image, None, self.image_encoder, null)
+
+    def _settings(
+        self,
+        prior_steps: Any,
+        prior_scale: Any,
+        steps: Any,
+        scale: Any,
+        super_res_steps: Any,
+        after_step: Any,
+    ) -> tuple[Sampling, Sampling, Sampling]:
+        """Return the checked settings of the three stages."""
+        prior_steps, prior_scale = said(self, prior_num_inference_steps=prior_steps, prior_guidance_scale=prior_scale)
+        steps, scale = said(self, decoder_num_inference_steps=steps, decoder_guidance_scale=scale)
+        (larger,) = said(self, super_res_num_inference_steps=super_res_steps)
+        stage_call(
+            "prior_num_inference_steps", self.prior_scheduler, self.prior, prior_steps, prior_scale, pixels=False
+        )
+        stage_call("num_inference_steps", self.decoder_scheduler, self.decoder, steps, scale)
+        stage_call("super_res_num_inference_steps", self.super_res_scheduler, self.super_res, larger)
+        bar = self.progress_bar
+        return (
+            Sampling(prior_steps, prior_scale, bar),
+            Sampling(steps, scale, bar, after_step),
+            Sampling(larger, 1.0, bar, after_step),
+        )
