@@ -1,4 +1,5 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.
+# make system SYSTEM=dalle2: train all stages of configs/SYSTEM/openmoji/system.yaml, sample and measure; OPTIONS are the training's.
 # make test: lint, types and the tests for every change.   make test-all: these, and the slow ones.
 # make reliability: all of these, and what each promise of docs/reliability.md is held by, in build/reliability.md.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
@@ -6,13 +7,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
+SYSTEM := dalle2
 AUDIT := pypi
 OPTIONS :=
 # whole files of tests to as many processes as there are cores, eight at most
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 
-.PHONY: demo test test-all reliability browser audit clean
+.PHONY: demo system test test-all reliability browser audit clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +26,12 @@ demo: $(BIN)/.installed
 	$(BIN)/ldm evaluate $(DEMO)/model --data openmoji --captions configs/openmoji/heldout.txt \
 		--validation_captions configs/openmoji/validation.txt --factors configs/openmoji/factors.json \
 		--guidance_scale 1.25 --trust_remote_code true --out $(DEMO)
+
+system: $(BIN)/.installed
+	$(BIN)/python train_system.py --config configs/$(SYSTEM)/openmoji/system.yaml $(OPTIONS)
+	$(BIN)/ldm evaluate out/$(SYSTEM)/openmoji/model --data openmoji --captions configs/openmoji/heldout.txt \
+		--validation_captions configs/openmoji/validation.txt --factors configs/openmoji/factors.json \
+		--trust_remote_code true --out out/$(SYSTEM)/openmoji/evaluation
 
 test: $(BIN)/.installed
 	$(BIN)/ruff check .

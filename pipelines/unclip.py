@@ -30,6 +30,7 @@ from .cascade import (
     said,
     sampled_embeds,
     slerp,
+    small_images,
     stage_call,
     text_embeds,
     upsampled_images,
@@ -143,17 +144,13 @@ class UnCLIPPipeline(
         generator: with a list, image i depends on generator i only. callback_on_step_end: gets ``latents`` of the
         decoder and of the upsampler. None: as in the config. ValueError for unusable inputs.
         """
-        self._interrupt = False
         check_output(output_type, return_dict)
-        prior, decoder, super_res = self._settings(
-            prior_num_inference_steps,
-            prior_guidance_scale,
-            num_inference_steps,
-            guidance_scale,
-            super_res_num_inference_steps,
-            callback_steps(self, callback_on_step_end),
+        after_step = self._after_step(callback_on_step_end)
+        steps, scale = said(
+            self, decoder_num_inference_steps=num_inference_steps, decoder_guidance_scale=guidance_scale
         )
-        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
+        stage_call("num_inference_steps", self.decoder_scheduler, self.decoder, steps, scale)
+        larger = self._super_res_sampling(super_res_num_inference_steps, after_step)
         given, null = (
             checked_texts(name, value, self.tokenizer, self.text_encoder)
             for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
@@ -162,17 +159,55 @@ class UnCLIPPipeline(
             self.config.null_image_embeds, self.decoder.config.encoder_hid_dim, self.image_encoder
         ).to(self._execution_device)
         if image is None and image_embeds is None:
-            embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, prior, generator, num_candidates)
-        else:
-            embeds = given_embeds(image, image_embeds, self.image_encoder, nothing)
+            image_embeds = self.embed_prompt(
+                prompt, prior_num_inference_steps, prior_guidance_scale, negative_prompt, num_candidates, generator
+            )
+        embeds = given_embeds(image, image_embeds, self.image_encoder, nothing)
         if len(given.pooled) not in (1, len(embeds)):
             raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
-        pair = embeds, given.rows(len(embeds))
-        small = decoded_images(self.decoder, self.decoder_scheduler, pair, (nothing, null), decoder, generator)
-        x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, super_res, generator)
+        pair, how = (embeds, given.rows(len(embeds))), Sampling(steps, scale, self.progress_bar, after_step)
+        small = decoded_images(self.decoder, self.decoder_scheduler, pair, (nothing, null), how, generator)
+        x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, larger, generator)
         self.maybe_free_model_hooks()
         images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def embed_prompt(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        num_candidates: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Return the image embeddings (B, D), float32, that the prior predicts for prompts; as `PriorPipeline`."""
+        steps, scale = said(self, prior_num_inference_steps=num_inference_steps, prior_guidance_scale=guidance_scale)
+        stage_call("prior_num_inference_steps", self.prior_scheduler, self.prior, steps, scale, pixels=False)
+        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
+        given, null = (
+            checked_texts(name, value, self.tokenizer, self.text_encoder)
+            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
+        )
+        how = Sampling(steps, scale, self.progress_bar)
+        return sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
+
+    @torch.no_grad()
+    def upsample(
+        self,
+        image: Any,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Return ``.images``, larger ones of small images; as `UpsamplerPipeline`."""
+        check_output(output_type, True)
+        how = self._super_res_sampling(num_inference_steps, self._after_step(None))
+        small = small_images(image, self.config.small_size).to(self._execution_device)
+        x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, how, generator)
+        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
+        return ImagePipelineOutput(images=images)
 
     @torch.no_grad()
     def variations(self, image: Any, num_images: int = 4, prompt: str = "", **call: Any) -> Any:
@@ -225,27 +260,11 @@ class UnCLIPPipeline(
         null = torch.zeros(1, self.image_encoder.config.projection_dim, device=self._execution_device)
         return given_embeds(image, None, self.image_encoder, null)
 
-    def _settings(
-        self,
-        prior_steps: Any,
-        prior_scale: Any,
-        steps: Any,
-        scale: Any,
-        super_res_steps: Any,
-        after_step: Any,
-    ) -> tuple[Sampling, Sampling, Sampling]:
-        """Return the checked settings of the three stages."""
-        prior_steps, prior_scale = said(self, prior_num_inference_steps=prior_steps, prior_guidance_scale=prior_scale)
-        steps, scale = said(self, decoder_num_inference_steps=steps, decoder_guidance_scale=scale)
-        (larger,) = said(self, super_res_num_inference_steps=super_res_steps)
-        stage_call(
-            "prior_num_inference_steps", self.prior_scheduler, self.prior, prior_steps, prior_scale, pixels=False
-        )
-        stage_call("num_inference_steps", self.decoder_scheduler, self.decoder, steps, scale)
-        stage_call("super_res_num_inference_steps", self.super_res_scheduler, self.super_res, larger)
-        bar = self.progress_bar
-        return (
-            Sampling(prior_steps, prior_scale, bar),
-            Sampling(steps, scale, bar, after_step),
-            Sampling(larger, 1.0, bar, after_step),
-        )
+    def _after_step(self, callback: StepCallback | None) -> Any:
+        self._interrupt = False
+        return callback_steps(self, callback)
+
+    def _super_res_sampling(self, num_inference_steps: int | None, after_step: Any) -> Sampling:
+        (steps,) = said(self, super_res_num_inference_steps=num_inference_steps)
+        stage_call("super_res_num_inference_steps", self.super_res_scheduler, self.super_res, steps)
+        return Sampling(steps, 1.0, self.progress_bar, after_step)

@@ -20,6 +20,10 @@ PUBLISHED = {
     "improved_ddpm/paper/cifar10_likelihood.yaml": rounded(52.5e6),  # the same network's count in their code
     "adm/paper/imagenet64.yaml": rounded(296e6),  # Dhariwal & Nichol 2021, table 5
     "adm/paper/imagenet256.yaml": rounded(554e6),
+    "dalle2/paper/prior.yaml": 1_022_030_080,  # Karlo's, as is the decoder's size, see below
+    "dalle2/paper/decoder.yaml": 860_975_558,
+    "dalle2/paper/upsampler_256.yaml": pytest.approx(700e6, rel=0.05),  # Ramesh et al. 2022, table 3, rounds both
+    "dalle2/paper/upsampler_1024.yaml": pytest.approx(300e6, rel=0.07),
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
 }
@@ -37,3 +41,12 @@ def test_the_network_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         built = getattr(diffusers, keys.pop("_class_name"))(**keys)
     assert sum(parameter.numel() for parameter in built.parameters()) == PUBLISHED[name]
+
+
+def test_the_decoder_is_karlos_but_for_the_way_in_of_the_embedding():
+    keys = dict(load_config(StageConfig, ["--config", str(CONFIGS / "dalle2/paper/decoder.yaml")]).denoiser)
+    own = {"addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "_class_name"}
+    keys = {name: value for name, value in keys.items() if name not in own}
+    with torch.device("meta"):
+        karlo = diffusers.UNet2DConditionModel(**keys | {"cross_attention_dim": 1536, "class_embed_type": "identity"})
+    assert sum(parameter.numel() for parameter in karlo.parameters()) == 885_439_686

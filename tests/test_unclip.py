@@ -193,6 +193,9 @@ def test_the_joined_pipeline_is_its_stages_one_after_another(unclip, made, large
     small = decoder(prompts, image_embeds=embeds, output_type="pt", **call).images
     steps = larger(small, num_inference_steps=3, generator=other, output_type="latent").images
     torch.testing.assert_close(ours, steps, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(unclip.embed_prompt(prompts, generator=seeded(1, 2)), embeds, rtol=1e-3, atol=1e-3)
+    up, alone = (of(small, generator=seeded(3, 4), output_type="pt").images for of in (unclip.upsample, larger))
+    assert torch.equal(up, alone)
     given = unclip(prompts, image_embeds=embeds, generator=seeded(1, 2), output_type="latent").images
     assert given.shape == ours.shape == (2, 3, 2 * PIXELS, 2 * PIXELS)
     assert unclip.image_size == 2 * PIXELS
@@ -490,30 +493,64 @@ def test_samples_are_ranked_among_the_true_ones(made):
     assert "not 8" in small.fault(embeds.true([0]))
 
 
-@pytest.mark.slow
-def test_the_smallest_system_is_trained_joined_sampled_and_measured(tmp_path):
-    folder = tmp_path / "dalle2"
+# ---- the smallest system, by its commands ----
+
+
+def command(*words):
+    """Run a script or module of the project; return what it says."""
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
-    def run_(*words):
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
 
-    config = ("--config", "configs/tiny/dalle2/system.yaml", "--output_dir", str(folder))
-    run_("train_system.py", *config)
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """The folder of the smallest system, trained and joined, and the words that trained it."""
+    folder = tmp_path_factory.mktemp("smallest") / "dalle2"
+    words = ("train_system.py", "--config", "configs/tiny/dalle2/system.yaml", "--output_dir", str(folder))
+    command(*words)
+    return folder, words
+
+
+@pytest.mark.slow
+def test_the_smallest_system_is_trained_joined_sampled_and_measured(smallest, tmp_path):
+    folder, words = smallest
     model = folder / "model"
     assert json.loads((model / "model_index.json").read_text())["small_size"] == 16
-    said = run_("train_system.py", *config)
-    assert "is joined already and stays as it is" in said
+    assert "is joined already and stays as it is" in command(*words)
+    for stage in ("prior", "decoder", "upsampler"):
+        assert Image.open(sorted((folder / stage / "samples").iterdir())[-1]).width > 100
+        assert not (folder / stage / "alarms.jsonl").exists()
+    shell = ("-m", "ldm.commands.cli")
     call = ("--model", str(model), "--trust_remote_code", "true", "--out", str(tmp_path / "images"))
-    run_("-m", "ldm.commands.cli", "sample", "red heart", *call, "--num_inference_steps", "2")
+    command(*shell, "sample", "red heart", *call, "--num_inference_steps", "2")
     assert len(list((tmp_path / "images").glob("*.png"))) == 1
-    few = ("--num_inference_steps", "2", "--trust_remote_code", "true", "--limit", "64", "--seed", "1")
-    run_("-m", "ldm.commands.cli", "evaluate", str(model), *few, "--out", str(tmp_path / "evaluation"))
+    few = ("--num_inference_steps", "2", "--trust_remote_code", "true", "--seed", "1", "--variety_prompts", "0")
+    command(*shell, "evaluate", str(model), *few, "--out", str(tmp_path / "evaluation"))
     assert "R@1" in (tmp_path / "evaluation" / "report.md").read_text()
     places = [str(folder / name / "model") for name in ("prior", "decoder", "upsampler")]
-    run_("-m", "ldm.commands.cli", "join", "UnCLIPPipeline", *places, "--to", str(tmp_path / "again"))
+    command(*shell, "join", "UnCLIPPipeline", *places, "--to", str(tmp_path / "again"))
     assert (tmp_path / "again" / "pipeline.py").read_text() == (model / "pipeline.py").read_text()
+
+
+@pytest.mark.slow
+@table(
+    ("stage", "clips"),
+    [
+        ("prior", ["space.image_encoder", "conditioners.text.pretrained"]),
+        ("decoder", ["conditioners.image.pretrained", "conditioners.text.pretrained"]),
+        ("upsampler", []),
+    ],
+)
+def test_its_stages_resume_exactly(stage, clips, smallest, tmp_path):
+    clip = smallest[0] / "clip" / "model"
+    words = ("--config", f"configs/tiny/dalle2/{stage}.yaml", "--output_dir", str(tmp_path / stage))
+    command("train_text2img.py", *words, *(f"--{path}={clip}" for path in clips), "--resume_check", "true")
+
+
+@pytest.mark.slow
+def test_its_doctor_ends_with_one_table(smallest):
+    _, words = smallest
+    said = command(*words, "--doctor")
+    assert [line.split()[0] for line in said.splitlines()[-5:]] == ["clip", "prior", "decoder", "upsampler", "all"]

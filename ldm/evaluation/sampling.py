@@ -26,7 +26,8 @@ def sample_images(
     """Return one image per prompt, (N, H, W, 3) uint8; the image of prompt i depends on it and on seed + i alone.
 
     asked: the keyword of the pipeline's call that takes the prompts, as in `Condition.keyword`. Where all prompts of a
-    call are None, its ``batch_size`` is their number instead. also: more such values, one for each prompt, by keyword.
+    call are None, its ``batch_size`` is their number instead. also: more such values, one for each prompt, by keyword:
+    lists, or tensors of rows.
 
     Several processes share the calls of the pipeline, so that the images do not depend on their number. All processes
     must call this, and each returns all images.
@@ -62,7 +63,8 @@ def _sampled(
             generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(part))]
             nothing = all(prompt is None for prompt in part)
             wanted: dict[str, Any] = {"batch_size": len(part)} if nothing else {asked: part}
-            wanted |= {keyword: list(values[start : start + len(part)]) for keyword, values in also.items()}
+            rows = slice(start, start + len(part))
+            wanted |= {name: of[rows] if torch.is_tensor(of) else list(of[rows]) for name, of in also.items()}
             output = pipeline(**wanted, **plain, generator=generators, **call)
             sampled.append((start, np.asarray(getattr(output, returned))))
             bar.update(len(part))

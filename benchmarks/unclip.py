@@ -1,0 +1,159 @@
+"""What each stage of a joined unCLIP is worth, on held-out images: the embedding, the upsampler, the manipulations.
+
+python -m benchmarks.unclip out/dalle2/openmoji/model OUT.json --sheet docs/unclip.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.evaluation.baselines import exchanged_captions
+from ldm.evaluation.evaluation import Evaluation
+from ldm.evaluation.images import labelled_sheet, pixel_values
+from ldm.evaluation.measure import Measure, mean_of
+from ldm.evaluation.retrieval import feature_distances, ranks_among, retrieval_ranks
+from ldm.evaluation.sampling import sample_images
+from ldm.machine import cores, hardware
+from ldm.models.clip import ImageEncoder
+from ldm.models.resolution import shrunk
+from ldm.models.vision import Images
+
+HELD_OUT = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
+CHUNK = 50
+VARIED = 50
+"""Held-out images that variations are made of; the first of them."""
+SHOWN = 6
+DIFFERENCE = "man construction worker", "woman construction worker"
+
+
+class Held:
+    """The pipeline, and the held-out images with their captions and embeddings."""
+
+    def __init__(self, model: str):
+        self.evaluation = Evaluation(model, "openmoji", {}, HELD_OUT, "efficientnet_lite0", trust_remote_code=True)
+        self.pipeline, self.captions = self.evaluation.pipeline, self.evaluation.captions
+        self.gallery, self.place = self.evaluation.gallery, self.evaluation.place
+        self.own = np.array([self.place[row] for row in self.evaluation.rows])
+        self.true: Images = self.gallery[self.own]
+        encoder = ImageEncoder(self.pipeline.image_encoder)
+        parts = [encoder(pixel_values(part)) for part in np.array_split(self.gallery, 20)]
+        self.embeds = torch.cat(parts).cpu()
+
+    def sampled(self, prompts: Sequence[str], embeds: Tensor | None, seed: int = 0) -> Images:
+        """Return an image of each prompt and embedding; None: the prior's."""
+        also = {} if embeds is None else {"image_embeds": embeds}
+        return sample_images(self.pipeline, prompts, seed, "prompt", also)
+
+    def r_at_1(self, images: Images) -> Measure:
+        """Return the share of images that are nearest to the true image of their caption, among all."""
+        return mean_of(retrieval_ranks(images, self.gallery, self.own) < 1)
+
+
+def embeddings(held: Held) -> Iterator[tuple[str, Measure]]:
+    """Yield R@1 with the prior's embedding, the true one, none, and that of another caption."""
+    true, null = held.embeds[held.own], torch.zeros_like(held.embeds[held.own])
+    others = exchanged_captions(held.captions)
+    predicted = held.pipeline.embed_prompt(others, generator=torch.Generator().manual_seed(0))
+    for name, embeds in (("prior", None), ("true", true), ("none", null), ("of another caption", predicted)):
+        yield f"R@1, embedding: {name}", held.r_at_1(held.sampled(held.captions, embeds))
+    yield "R@1, true embedding, no caption", held.r_at_1(held.sampled([""] * len(held.captions), true))
+
+
+def upsampling(held: Held) -> Iterator[tuple[str, Measure]]:
+    """Yield PSNR and the error of the mean colour of true images made small and large again, beside bicubic's."""
+    size, small_size = held.pipeline.image_size, held.pipeline.config.small_size
+    true = pixel_values(held.true)
+    small = shrunk(true, small_size)
+    bicubic = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    for name, found in (("bicubic", bicubic), ("upsampler", _upsampled(held, small))):
+        error = (found - true).square().flatten(1).mean(1)
+        yield f"PSNR of {name}, dB", mean_of((10 * torch.log10(4 / error.clamp(min=1e-10))).numpy())
+        colour = (found.mean((2, 3)) - true.mean((2, 3))).abs().mean(1) * 127.5
+        yield f"error of the mean colour of {name}, of 255", mean_of(colour.numpy())
+
+
+def _upsampled(held: Held, small: Tensor) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(small))]
+    parts = []
+    for start in range(0, len(small), CHUNK):
+        rows = slice(start, start + CHUNK)
+        output = held.pipeline.upsample(small[rows] / 2 + 0.5, generator=generators[rows], output_type="latent")
+        parts.append(output.images.clamp(-1, 1))
+    return torch.cat(parts)
+
+
+def variations(held: Held) -> Iterator[tuple[str, Measure]]:
+    """Yield how often variations of held-out images are nearest to their source, and how far they are from it."""
+    own = held.own[:VARIED]
+    varied = held.sampled([""] * len(own), held.embeds[own], seed=1000)
+    yield "variations nearest to their source, pixels", mean_of(retrieval_ranks(varied, held.gallery, own) < 1)
+    features, gallery = held.evaluation.network(varied), held.evaluation.gallery_features
+    ranks = ranks_among(feature_distances(features, gallery), own)
+    yield "variations nearest to their source, features", mean_of(ranks < 1)
+    levels = abs(varied.astype(int) - held.gallery[own].astype(int)).mean((1, 2, 3))
+    yield "mean difference of a variation from its source, of 255", mean_of(levels)
+    again = held.sampled([""] * len(own), held.embeds[own], seed=2000)
+    both = abs(varied.astype(int) - again.astype(int)).mean((1, 2, 3))
+    yield "mean difference of two variations, of 255", mean_of(both)
+
+
+def sheet(held: Held) -> Any:
+    """Return a sheet of the manipulations, of the first held-out images; none chosen."""
+    pipe, sources = held.pipeline, to_images(held.true[:SHOWN])
+    rows: dict[str, Images] = {"source": held.true[:SHOWN]}
+    call = {"output_type": "np"}
+    for number in range(2):
+        seeds = [torch.Generator().manual_seed(number) for _ in sources]
+        varied = [
+            pipe.variations(one, 1, generator=[seed], **call).images for one, seed in zip(sources, seeds, strict=True)
+        ]
+        rows[f"variation {number + 1}"] = as_bytes(np.concatenate(varied))
+    first = torch.Generator().manual_seed(0)
+    between = pipe.interpolate(sources[0], sources[1], SHOWN, generator=first, **call).images
+    rows["interpolation"] = as_bytes(between)
+    turned = pipe.text_difference(sources[0], *DIFFERENCE, SHOWN, generator=first.manual_seed(0), **call).images
+    rows["difference"] = as_bytes(turned)
+    return labelled_sheet(held.captions[:SHOWN], rows)
+
+
+def as_bytes(images: Any) -> Images:
+    """Return images in [0, 1] as bytes."""
+    return (np.asarray(images) * 255).round().astype(np.uint8)
+
+
+def to_images(images: Images) -> list[Tensor]:
+    """Return each image as (3, H, W) in [0, 1]."""
+    return [*(pixel_values(images) / 2 + 0.5)]
+
+
+def main() -> None:
+    """Measure, and write the numbers after each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a joined unCLIP")
+    parser.add_argument("out", type=Path, help="file for the numbers")
+    parser.add_argument("--sheet", type=Path, help="file for a sheet of variations, interpolation and text difference")
+    arguments = parser.parse_args()
+    torch.set_num_threads(cores())
+    held, numbers = Held(arguments.model), dict[str, Any]()
+    if arguments.sheet is not None:
+        sheet(held).save(arguments.sheet)
+    for part in (upsampling, variations, embeddings):
+        for name, measure in part(held):
+            print(f"{name}: {measure}", flush=True)
+            numbers[name] = asdict(measure)
+            result = {"hardware": hardware(), "numbers": numbers}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
