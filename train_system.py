@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm.config import AutoencoderConfig, ClipConfig, StageConfig, SystemConfig
 from ldm.config.file import exit_on_config_error, load_config
-from ldm.system import examine_stages, join_stages, split_words, system_stages, train_stages
+from ldm.system import check_system, examine_stages, join_stages, split_words, system_stages, train_stages
 from ldm.terminal import write_lines
 from ldm.training.signals import exit_on_interrupt
 from pipelines import PIPELINES
@@ -31,6 +31,7 @@ def main() -> None:
     write_lines()
     own, of_stages = split_words(sys.argv[1:])
     config = load_config(SystemConfig, own)
+    check_system(config)
     if config.doctor:
         trial = replace(config, output_dir=str(Path(config.output_dir, "doctor")))
         return examine_stages(trial, system_stages(trial, SCRIPTS, of_stages, finished=Path(config.output_dir)))

@@ -59,6 +59,17 @@ class Held:
         return mean_of(retrieval_ranks(images, self.gallery, self.own) < 1)
 
 
+def prior(held: Held) -> Iterator[tuple[str, Measure]]:
+    """Yield how near the prior's embeddings are to the true ones, and how often they find them among all."""
+    found, true = held.pipeline.embed_prompt(held.captions, generator=torch.Generator().manual_seed(0)), held.embeds
+    yield "cosine of the prior to the true embedding", mean_of(F.cosine_similarity(found, true[held.own]).numpy())
+    others = true[np.roll(held.own, 1)]
+    yield "cosine of the prior to those of others", mean_of(F.cosine_similarity(found, others).numpy())
+    ranks = ranks_among(feature_distances(found.numpy(), true.numpy()), held.own)
+    yield "R@1 of the prior's embeddings", mean_of(ranks < 1)
+    yield "R@5 of the prior's embeddings", mean_of(ranks < 5)
+
+
 def embeddings(held: Held) -> Iterator[tuple[str, Measure]]:
     """Yield R@1 with the prior's embedding, the true one, none, and that of another caption."""
     true, null = held.embeds[held.own], torch.zeros_like(held.embeds[held.own])
@@ -88,7 +99,7 @@ def _upsampled(held: Held, small: Tensor) -> Tensor:
     for start in range(0, len(small), CHUNK):
         rows = slice(start, start + CHUNK)
         output = held.pipeline.upsample(small[rows] / 2 + 0.5, generator=generators[rows], output_type="latent")
-        parts.append(output.images.clamp(-1, 1))
+        parts.append(output.images.clamp(-1, 1).cpu())
     return torch.cat(parts)
 
 
@@ -147,7 +158,7 @@ def main() -> None:
     held, numbers = Held(arguments.model), dict[str, Any]()
     if arguments.sheet is not None:
         sheet(held).save(arguments.sheet)
-    for part in (upsampling, variations, embeddings):
+    for part in (prior, upsampling, variations, embeddings):
         for name, measure in part(held):
             print(f"{name}: {measure}", flush=True)
             numbers[name] = asdict(measure)

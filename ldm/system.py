@@ -18,7 +18,7 @@ from typing import Any
 from ldm.config import RunConfig, SystemConfig
 from ldm.config.file import config_kind, load_config
 from ldm.errors import ConfigError
-from ldm.export.join import join
+from ldm.export.join import join, system_kind
 from ldm.training.signals import PR_SET_PDEATHSIG, Stopped, StopSignals
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,12 @@ def join_stages(config: SystemConfig, stages: Sequence[SystemStage], pipelines: 
     if config.pipeline is not None and os.environ.get("RANK", "0") == "0":
         models = {stage.name: str(stage.folder / "model") for stage in stages}
         log.info("the system is in %s", join(config.pipeline, models, Path(config.output_dir, "model"), pipelines))
+
+
+def check_system(config: SystemConfig) -> None:
+    """Raise ConfigError, before anything is trained, if there is no such pipeline to join the stages into."""
+    if config.pipeline is not None:
+        system_kind(config.pipeline)
 
 
 def examine_stages(config: SystemConfig, stages: Sequence[SystemStage]) -> None:

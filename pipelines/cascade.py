@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .image import RGB, given_images
@@ -49,18 +50,18 @@ class Sampling(NamedTuple):
     after_step: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] | None = None
 
 
-def text_embeds(name: str, prompts: Sequence[str], tokenizer: Any, text_encoder: Any) -> TextEmbeds:
-    """Return the embeddings of prompts; longer ones are cut, with one warning. `name` is that of the argument."""
+def text_embeds(name: str, prompts: Sequence[str], pipeline: Any) -> TextEmbeds:
+    """Return the embeddings of prompts; longer ones are cut, with a warning. `name` is that of the argument."""
+    tokenizer, text_encoder, device = pipeline.tokenizer, pipeline.text_encoder, pipeline._execution_device
     tokens = tokenized(name, list(prompts), tokenizer, text_encoder, tokenizer.model_max_length)
-    ids = tokens.input_ids.to(text_encoder.device)
-    output = text_encoder(ids)
-    return TextEmbeds(output.last_hidden_state, output.text_embeds, tokens.attention_mask.to(ids.device).bool())
+    output = text_encoder(tokens.input_ids.to(device))
+    return TextEmbeds(output.last_hidden_state, output.text_embeds, tokens.attention_mask.to(device).bool())
 
 
-def image_embeds(images: torch.Tensor, image_encoder: Any) -> torch.Tensor:
+def image_embeds(images: torch.Tensor, image_encoder: Any, device: torch.device) -> torch.Tensor:
     """Return the embeddings, (B, D) float32, of images (B, 3, H, W) in [0, 1] of any size."""
     size = image_encoder.config.image_size
-    images = images.to(image_encoder.device, torch.float32)
+    images = images.to(device, torch.float32)
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -68,15 +69,15 @@ def image_embeds(images: torch.Tensor, image_encoder: Any) -> torch.Tensor:
     return found.float()
 
 
-def null_image_embeds(null: str, width: int, image_encoder: Any) -> torch.Tensor:
+def null_image_embeds(pipeline: Any, width: int) -> torch.Tensor:
     """Return the embedding (1, D) of no image: zeros (Ramesh et al. 2022), or that of a zero image (Kandinsky 2.2)."""
+    null, encoder, device = pipeline.config.null_image_embeds, pipeline.image_encoder, pipeline._execution_device
     if null == "zeros":
-        return torch.zeros(1, width)
-    if null != "zero_picture" or image_encoder is None:
+        return torch.zeros(1, width, device=device)
+    if null != "zero_picture" or encoder is None:
         raise ValueError(f"null_image_embeds: got {null!r}; expected 'zeros', or 'zero_picture' with an image encoder")
-    size = image_encoder.config.image_size
-    zeros = torch.zeros(1, 3, size, size, device=image_encoder.device, dtype=image_encoder.dtype)
-    found: torch.Tensor = image_encoder(zeros).image_embeds
+    size = encoder.config.image_size
+    found: torch.Tensor = encoder(torch.zeros(1, 3, size, size, device=device, dtype=encoder.dtype)).image_embeds
     return found.float()
 
 
@@ -89,9 +90,11 @@ def sampled_embeds(
     """
     several = given.repeated(count)
     noise = _noise((len(several.pooled), prior.config.embedding_dim), generator, count, given.pooled.device)
-    nothing = null.rows(len(several.pooled))
+    nothing = null.rows(len(given.pooled)).repeated(count)
     kwargs = _guided(how, _of_prior(several, prior.dtype), _of_prior(nothing, prior.dtype))
-    x0 = _sampled(prior, scheduler, noise, how, generator if count == 1 else None, (), kwargs)
+    if isinstance(generator, list | tuple):
+        generator = [one for one in generator for _ in range(count)]
+    x0 = _sampled(prior, scheduler, noise, how, generator, (), kwargs)
     embeds: torch.Tensor = prior.post_process_latents(x0.to(prior.dtype)).float()
     embeds = embeds.view(-1, count, embeds.shape[1])
     likeness = F.cosine_similarity(embeds, given.pooled.float()[:, None], dim=-1)
@@ -126,14 +129,14 @@ def upsampled_images(
     return _sampled(unet, scheduler, noise, how, generator, (large,), {})
 
 
-def given_embeds(image: Any, embeds: Any, image_encoder: Any, null: torch.Tensor) -> torch.Tensor:
+def given_embeds(pipeline: Any, image: Any, embeds: Any, null: torch.Tensor) -> torch.Tensor:
     """Return the image embeddings, (B, D), of a call's `image` or `image_embeds`; `null`, (1, D), without either."""
     if image is not None and embeds is not None:
         raise ValueError("image_embeds: given together with image; give one of them")
     if image is not None:
-        if image_encoder is None:
+        if pipeline.image_encoder is None:
             raise ValueError("image: the pipeline has no image encoder; give image_embeds")
-        return image_embeds(as_tensor("image", image), image_encoder)
+        return image_embeds(as_tensor("image", image), pipeline.image_encoder, null.device)
     if embeds is None:
         return null
     if not torch.is_tensor(embeds) or embeds.ndim != 2 or embeds.shape[1] != null.shape[1] or not len(embeds):
@@ -177,9 +180,9 @@ def small_images(image: Any, size: int) -> torch.Tensor:
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def check_prior(prior: Any, text_encoder: Any) -> None:
-    """Raise ValueError if a prior does not read this text encoder."""
-    if prior is None or text_encoder is None:
+def check_prior(prior: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Raise ValueError if a prior does not read this text encoder's outputs for as many tokens."""
+    if prior is None or text_encoder is None or tokenizer is None:
         return
     width, states = text_encoder.config.projection_dim, text_encoder.config.hidden_size
     if {width, states} != {prior.config.embedding_dim}:
@@ -187,31 +190,39 @@ def check_prior(prior: Any, text_encoder: Any) -> None:
             f"prior: reads and predicts embeddings of width {prior.config.embedding_dim}; the text encoder has states "
             f"of width {states} and embeddings of width {width}: all three must be equal"
         )
+    if tokenizer.model_max_length != prior.config.num_embeddings:
+        raise ValueError(
+            f"prior: reads {prior.config.num_embeddings} tokens, and the tokenizer makes {tokenizer.model_max_length}"
+        )
 
 
-def check_decoder(unet: Any, image_encoder: Any, text_encoder: Any) -> None:
-    """Raise ValueError if a decoder is not conditioned on the embeddings of these encoders."""
+def check_decoder(name: str, unet: Any, image_encoder: Any, text_encoder: Any) -> None:
+    """Raise ValueError if a decoder, the component `name`, is not conditioned on the outputs of these encoders."""
     if unet is None:
         return
-    if unet.config.encoder_hid_dim_type != "text_image_proj" or unet.config.addition_embed_type != "text_image":
+    config = unet.config
+    if config.encoder_hid_dim_type != "text_image_proj" or config.addition_embed_type != "text_image":
         raise ValueError(
-            "unet: is conditioned on no image embeddings; build it with addition_embed_type: text_image and "
+            f"{name}: is conditioned on no image embeddings; build it with addition_embed_type: text_image and "
             "encoder_hid_dim_type: text_image_proj"
         )
-    for name, encoder in (("image_encoder", image_encoder), ("text_encoder", text_encoder)):
-        if encoder is not None and encoder.config.projection_dim != unet.config.encoder_hid_dim:
+    # diffusers: embeddings of images and texts are as wide as cross_attention_dim, states as encoder_hid_dim
+    widths = [(image_encoder, "projection_dim", "embeddings", config.cross_attention_dim)]
+    widths += [(text_encoder, "projection_dim", "embeddings", config.cross_attention_dim)]
+    widths += [(text_encoder, "hidden_size", "states", config.encoder_hid_dim)]
+    for encoder, key, noun, wanted in widths:
+        if encoder is not None and (found := getattr(encoder.config, key)) != wanted:
             raise ValueError(
-                f"{name}: its embeddings have width {encoder.config.projection_dim}; the decoder takes "
-                f"{unet.config.encoder_hid_dim}"
+                f"{name}: takes {noun} of width {wanted}, and those of {type(encoder).__name__} have {found}"
             )
 
 
-def check_upsampler(unet: Any, small_size: int | None) -> None:
-    """Raise ValueError if a network is no upsampler of images of this size."""
+def check_upsampler(name: str, unet: Any, small_size: int | None) -> None:
+    """Raise ValueError if a network, the component `name`, is no upsampler of images of this size."""
     if unet is None:
         return
     if unet.config.in_channels != 6:
-        raise ValueError(f"unet: takes {unet.config.in_channels} channels; an upsampler takes 6, two images")
+        raise ValueError(f"{name}: takes {unet.config.in_channels} channels; an upsampler takes 6, two images")
     if not isinstance(small_size, int) or not 1 <= small_size < unet.config.sample_size:
         raise ValueError(
             f"small_size: got {shown(small_size)}; expected a whole number of pixels below {unet.config.sample_size}"
@@ -224,26 +235,37 @@ def said(pipeline: Any, **given: Any) -> list[Any]:
 
 
 def stage_call(
-    name: str, scheduler: Any, denoiser: Any, num_inference_steps: int, guidance_scale: float = 1.0, pixels: bool = True
+    stage: str, scheduler: Any, denoiser: Any, num_inference_steps: int, guidance_scale: float = 1.0
 ) -> None:
-    """Raise ValueError if a stage's scheduler or settings are unusable; `name` is that of the number of steps.
+    """Raise ValueError if a stage's scheduler or settings are unusable; `stage` begins their names in the call."""
+    config = denoiser.config
+    embeddings = config.get("embedding_dim")  # a prior's, which no sampler may clip
+    channels, outputs = (3, config.get("out_channels")) if embeddings is None else (embeddings, embeddings)
+    check_scheduler(scheduler, channels, outputs, may_clip=embeddings is None)
+    whole_number(f"{stage}num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
+    try:
+        check_guidance(guidance_scale)
+    except ValueError as error:
+        raise ValueError(f"{stage}{error}") from None
 
-    pixels: the stage samples images, which a sampler may clip.
-    """
-    channels = denoiser.config.get("out_channels")
-    if channels is not None:
-        own = 3 if pixels else denoiser.config.in_channels
-        check_scheduler(scheduler, own, channels, may_clip=pixels)
-    whole_number(name, num_inference_steps, 1, scheduler.config.num_train_timesteps)
-    check_guidance(guidance_scale)
+
+def both_texts(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[TextEmbeds, TextEmbeds]:
+    """Return the embeddings of a call's prompts and negative prompts, each a string or several."""
+    named = {"prompt": texts("prompt", prompt), "negative_prompt": texts("negative_prompt", negative_prompt)}
+    wanted, others = map(len, named.values())
+    if others not in (1, wanted):
+        raise ValueError(f"negative_prompt: got {others} for {wanted} prompts; expected one, or one for each")
+    if pipeline.tokenizer is None or pipeline.text_encoder is None:
+        raise ValueError("prompt: the pipeline has no text encoder or no tokenizer")
+    given, null = (text_embeds(name, of, pipeline) for name, of in named.items())
+    return given, null
 
 
-def checked_texts(name: str, value: Any, tokenizer: Any, text_encoder: Any) -> TextEmbeds:
-    """Return the embeddings of an argument of a call, a string or several."""
-    prompts = texts(name, value)
-    if tokenizer is None or text_encoder is None:
-        raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer")
-    return text_embeds(name, prompts, tokenizer, text_encoder)
+def image_output(pipeline: Any, x0: torch.Tensor, output_type: str, return_dict: bool) -> Any:
+    """Return the output of a call whose images are `x0`, (B, 3, H, W) in [-1, 1]."""
+    pipeline.maybe_free_model_hooks()
+    images = x0 if output_type == "latent" else pipeline.image_processor.postprocess(x0, output_type=output_type)
+    return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
 def callback_steps(pipeline: Any, callback: StepCallback | None) -> Callable[..., tuple[torch.Tensor, bool]]:

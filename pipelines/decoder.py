@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from .cascade import (
     Sampling,
+    both_texts,
     callback_steps,
     check_decoder,
-    checked_texts,
     decoded_images,
     given_embeds,
+    image_output,
     null_image_embeds,
     said,
     stage_call,
@@ -52,7 +53,7 @@ class DecoderPipeline(
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_decoder(unet, image_encoder, text_encoder)
+        check_decoder("unet", unet, image_encoder, text_encoder)
         self.register_modules(
             unet=unet,
             image_encoder=image_encoder,
@@ -90,16 +91,11 @@ class DecoderPipeline(
         """
         self._interrupt = False
         steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        stage_call("num_inference_steps", self.scheduler, self.unet, steps, scale)
+        stage_call("", self.scheduler, self.unet, steps, scale)
         check_output(output_type, return_dict)
-        given, null = (
-            checked_texts(name, value, self.tokenizer, self.text_encoder)
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
-        )
-        nothing = null_image_embeds(
-            self.config.null_image_embeds, self.unet.config.encoder_hid_dim, self.image_encoder
-        ).to(self._execution_device)
-        embeds = given_embeds(image, image_embeds, self.image_encoder, nothing)
+        given, null = both_texts(self, prompt, negative_prompt)
+        nothing = null_image_embeds(self, self.unet.config.cross_attention_dim)
+        embeds = given_embeds(self, image, image_embeds, nothing)
         count = max(len(embeds), len(given.pooled))
         if {len(embeds), len(given.pooled)} - {1, count}:
             raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
@@ -107,12 +103,10 @@ class DecoderPipeline(
         after_step = callback_steps(self, callback_on_step_end)
         how = Sampling(steps, scale, self.progress_bar, after_step)
         x0 = decoded_images(self.unet, self.scheduler, pair, (nothing, null), how, generator)
-        self.maybe_free_model_hooks()
-        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return image_output(self, x0, output_type, return_dict)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states, (1, L, D), of a prompt and of no prompt."""
-        one, other = (text_embeds("prompt", [text], self.tokenizer, self.text_encoder) for text in (prompt, ""))
+        one, other = (text_embeds("prompt", [text], self) for text in (prompt, ""))
         return one.states, other.states

@@ -12,9 +12,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from .cascade import (
     Sampling,
+    both_texts,
     callback_steps,
     check_prior,
-    checked_texts,
     said,
     sampled_embeds,
     stage_call,
@@ -57,7 +57,7 @@ class PriorPipeline(
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_prior(prior, text_encoder)
+        check_prior(prior, text_encoder, tokenizer)
         self.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
         self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
@@ -83,12 +83,9 @@ class PriorPipeline(
         """
         self._interrupt = False
         steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        stage_call("num_inference_steps", self.scheduler, self.prior, steps, scale, pixels=False)
+        stage_call("", self.scheduler, self.prior, steps, scale)
         whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
-        given, null = (
-            checked_texts(name, value, self.tokenizer, self.text_encoder)
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
-        )
+        given, null = both_texts(self, prompt, negative_prompt)
         after_step = callback_steps(self, callback_on_step_end)
         how = Sampling(steps, scale, self.progress_bar, after_step)
         embeds = sampled_embeds(self.prior, self.scheduler, given, null, how, generator, num_candidates)
@@ -98,5 +95,5 @@ class PriorPipeline(
     @torch.no_grad()
     def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states, (1, L, D), of a prompt and of no prompt."""
-        one, other = (text_embeds("prompt", [text], self.tokenizer, self.text_encoder) for text in (prompt, ""))
+        one, other = (text_embeds("prompt", [text], self) for text in (prompt, ""))
         return one.states, other.states

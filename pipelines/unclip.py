@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     DiffusionPipeline,
-    ImagePipelineOutput,
     PriorTransformer,
     SchedulerMixin,
     UNet2DConditionModel,
@@ -19,13 +18,14 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from .cascade import (
     Sampling,
     as_tensor,
+    both_texts,
     callback_steps,
     check_decoder,
     check_prior,
     check_upsampler,
-    checked_texts,
     decoded_images,
     given_embeds,
+    image_output,
     null_image_embeds,
     said,
     sampled_embeds,
@@ -76,9 +76,9 @@ class UnCLIPPipeline(
         super_res_num_inference_steps: int = 25,
     ) -> None:
         super().__init__()
-        check_prior(prior, text_encoder)
-        check_decoder(decoder, image_encoder, text_encoder)
-        check_upsampler(super_res, small_size)
+        check_prior(prior, text_encoder, tokenizer)
+        check_decoder("decoder", decoder, image_encoder, text_encoder)
+        check_upsampler("super_res", super_res, small_size)
         if decoder is not None and decoder.config.sample_size != small_size:
             raise ValueError(
                 f"decoder: samples images of {decoder.config.sample_size} pixels, and super_res was trained on those "
@@ -149,28 +149,21 @@ class UnCLIPPipeline(
         steps, scale = said(
             self, decoder_num_inference_steps=num_inference_steps, decoder_guidance_scale=guidance_scale
         )
-        stage_call("num_inference_steps", self.decoder_scheduler, self.decoder, steps, scale)
+        stage_call("", self.decoder_scheduler, self.decoder, steps, scale)
         larger = self._super_res_sampling(super_res_num_inference_steps, after_step)
-        given, null = (
-            checked_texts(name, value, self.tokenizer, self.text_encoder)
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
-        )
-        nothing = null_image_embeds(
-            self.config.null_image_embeds, self.decoder.config.encoder_hid_dim, self.image_encoder
-        ).to(self._execution_device)
+        given, null = both_texts(self, prompt, negative_prompt)
+        nothing = null_image_embeds(self, self.decoder.config.cross_attention_dim)
         if image is None and image_embeds is None:
             image_embeds = self.embed_prompt(
                 prompt, prior_num_inference_steps, prior_guidance_scale, negative_prompt, num_candidates, generator
             )
-        embeds = given_embeds(image, image_embeds, self.image_encoder, nothing)
+        embeds = given_embeds(self, image, image_embeds, nothing)
         if len(given.pooled) not in (1, len(embeds)):
             raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
         pair, how = (embeds, given.rows(len(embeds))), Sampling(steps, scale, self.progress_bar, after_step)
         small = decoded_images(self.decoder, self.decoder_scheduler, pair, (nothing, null), how, generator)
         x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, larger, generator)
-        self.maybe_free_model_hooks()
-        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return image_output(self, x0, output_type, return_dict)
 
     @torch.no_grad()
     def embed_prompt(
@@ -184,14 +177,13 @@ class UnCLIPPipeline(
     ) -> torch.Tensor:
         """Return the image embeddings (B, D), float32, that the prior predicts for prompts; as `PriorPipeline`."""
         steps, scale = said(self, prior_num_inference_steps=num_inference_steps, prior_guidance_scale=guidance_scale)
-        stage_call("prior_num_inference_steps", self.prior_scheduler, self.prior, steps, scale, pixels=False)
+        stage_call("prior_", self.prior_scheduler, self.prior, steps, scale)
         whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
-        given, null = (
-            checked_texts(name, value, self.tokenizer, self.text_encoder)
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt))
-        )
+        given, null = both_texts(self, prompt, negative_prompt)
         how = Sampling(steps, scale, self.progress_bar)
-        return sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
+        embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
+        self.maybe_free_model_hooks()
+        return embeds
 
     @torch.no_grad()
     def upsample(
@@ -206,8 +198,7 @@ class UnCLIPPipeline(
         how = self._super_res_sampling(num_inference_steps, self._after_step(None))
         small = small_images(image, self.config.small_size).to(self._execution_device)
         x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, how, generator)
-        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
-        return ImagePipelineOutput(images=images)
+        return image_output(self, x0, output_type, True)
 
     @torch.no_grad()
     def variations(self, image: Any, num_images: int = 4, prompt: str = "", **call: Any) -> Any:
@@ -239,8 +230,10 @@ class UnCLIPPipeline(
         whole_number("num_images", num_images, 2, MAX_IMAGES)
         if not 0 < strength <= 1:
             raise ValueError(f"strength: got {strength}; expected more than 0, at most 1")
-        pair = [*texts("source", source), *texts("target", target)]
-        pooled = text_embeds("source", pair, self.tokenizer, self.text_encoder).pooled.float()
+        for name, text in (("source", source), ("target", target)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: got {type(text).__name__}; expected a string")
+        pooled = text_embeds("source", [*texts("source", source), *texts("target", target)], self).pooled.float()
         difference = pooled[1:] - pooled[:1]
         if not difference.any():
             raise ValueError("target: says the same as source; expected another text")
@@ -258,7 +251,7 @@ class UnCLIPPipeline(
         if len(as_tensor(name, image)) != 1:
             raise ValueError(f"{name}: got several images; expected one")
         null = torch.zeros(1, self.image_encoder.config.projection_dim, device=self._execution_device)
-        return given_embeds(image, None, self.image_encoder, null)
+        return given_embeds(self, image, None, null)
 
     def _after_step(self, callback: StepCallback | None) -> Any:
         self._interrupt = False
@@ -266,5 +259,5 @@ class UnCLIPPipeline(
 
     def _super_res_sampling(self, num_inference_steps: int | None, after_step: Any) -> Sampling:
         (steps,) = said(self, super_res_num_inference_steps=num_inference_steps)
-        stage_call("super_res_num_inference_steps", self.super_res_scheduler, self.super_res, steps)
+        stage_call("super_res_", self.super_res_scheduler, self.super_res, steps)
         return Sampling(steps, 1.0, self.progress_bar, after_step)

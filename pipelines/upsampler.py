@@ -5,10 +5,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 
-from .cascade import Sampling, callback_steps, check_upsampler, said, small_images, stage_call, upsampled_images
+from .cascade import (
+    Sampling,
+    callback_steps,
+    check_upsampler,
+    image_output,
+    said,
+    small_images,
+    stage_call,
+    upsampled_images,
+)
 from .inputs import check_output
 from .sampling import StepCallback
 from .source import Portable, single_file
@@ -32,7 +41,7 @@ class UpsamplerPipeline(
         self, unet: UNet2DModel, scheduler: SchedulerMixin, small_size: int | None = None, num_inference_steps: int = 25
     ) -> None:
         super().__init__()
-        check_upsampler(unet, small_size)
+        check_upsampler("unet", unet, small_size)
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(small_size=small_size, num_inference_steps=num_inference_steps)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -57,11 +66,9 @@ class UpsamplerPipeline(
         """
         self._interrupt = False
         (steps,) = said(self, num_inference_steps=num_inference_steps)
-        stage_call("num_inference_steps", self.scheduler, self.unet, steps)
+        stage_call("", self.scheduler, self.unet, steps)
         check_output(output_type, return_dict)
         small = small_images(image, self.config.small_size).to(self._execution_device)
         how = Sampling(steps, progress=self.progress_bar, after_step=callback_steps(self, callback_on_step_end))
         x0 = upsampled_images(self.unet, self.scheduler, small, how, generator)
-        self.maybe_free_model_hooks()
-        images = x0 if output_type == "latent" else self.image_processor.postprocess(x0, output_type=output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return image_output(self, x0, output_type, return_dict)

@@ -19,14 +19,17 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm.commands.join import stage_name
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.config import DataConfig, ObjectiveConfig, SystemConfig
 from ldm.config.file import load_config
 from ldm.data.batches import CaptionedImages
 from ldm.data.positions import generators
 from ldm.errors import ConfigError
+from ldm.evaluation.baselines import exchanged_captions
 from ldm.evaluation.samples import EmbedSamples, ImageSamples
-from ldm.export.join import join
+from ldm.export.hub import push
+from ldm.export.join import JOINED, join
 from ldm.export.kinds import KINDS, build_pipeline, kind_of
 from ldm.export.systems import SYSTEMS
 from ldm.models.provenance import Provenance, read_provenance, read_trained_images, save_trained_images
@@ -43,6 +46,7 @@ from pipelines.upsampler import UpsamplerPipeline
 from .table import table
 from .test_batches import Shades
 from .test_conditioners import Some, tell
+from .test_hub import hub  # noqa: F401 (a fixture)
 from .test_ten_stages import batch, build, images, moved, parts, run  # noqa: F401 (parts, run: fixtures)
 from .tiny_stages import ADM, PIXELS, PLAIN
 from .trainers import ROOT
@@ -170,6 +174,24 @@ class Echo:
         return x0
 
 
+def test_each_candidate_is_guided_by_the_negative_prompt_of_its_text():
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+    torch.manual_seed(0)
+    given, null = (TextEmbeds(torch.zeros(2, 3, 4), torch.randn(2, 4), torch.ones(2, 3)) for _ in range(2))
+    seen = []
+
+    class Told(Echo):
+        def __call__(self, x_t, timestep, **conditions):
+            seen.append(conditions["proj_embedding"])
+            return (x_t,)
+
+    both_at_once = sampled_embeds(Told(), scheduler, given, null, Sampling(2, 3.0), seeded(1, 2), 2)
+    expected = torch.cat([null.pooled.repeat_interleave(2, 0), given.pooled.repeat_interleave(2, 0)])
+    assert torch.equal(seen[0], expected)
+    again = sampled_embeds(Told(), scheduler, given, null, Sampling(2, 3.0), seeded(1, 2), 2)
+    assert torch.equal(both_at_once, again), "the sampler's own noise comes from the generators too"
+
+
 def test_of_several_candidates_the_one_most_like_the_text_is_kept():
     torch.manual_seed(0)
     scheduler = build_scheduler(ObjectiveConfig(path="cosine", prediction_type="sample"))
@@ -232,6 +254,7 @@ def test_the_three_manipulations(unclip):
     ("call", "message"),
     [
         ({"prompt": 3}, "prompt: got int; expected a string"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "negative_prompt: got 3 for 2 prompts; expected one"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"prompt": "a", "prior_num_inference_steps": 2000}, "prior_num_inference_steps: got 2000"),
         ({"prompt": "a", "super_res_num_inference_steps": 0.5}, "super_res_num_inference_steps: got 0.5"),
@@ -259,7 +282,7 @@ def test_parts_that_do_not_fit_are_refused_by_their_names(unclip, made):
         UpsamplerPipeline(UNet2DModel(**PLAIN | ADM), DDPMScheduler(), 4)
     plain = decoder.unet.config.addition_embed_type
     decoder.unet.register_to_config(addition_embed_type="text")
-    with pytest.raises(ValueError, match="unet: is conditioned on no image embeddings"):
+    with pytest.raises(ValueError, match="decoder: is conditioned on no image embeddings"):
         UnCLIPPipeline(**found, small_size=PIXELS)
     decoder.unet.register_to_config(addition_embed_type=plain)
 
@@ -378,6 +401,12 @@ def other_text(stages):
             lambda stages: Path(stages["decoder"], "training.json").unlink(),
             "has no record of a training; expected a trained stage",
         ),
+        (lambda stages: Path(stages["decoder"], "README.md").unlink(), "has no README.md, which is written last"),
+        (lambda stages: shutil.rmtree(Path(stages["decoder"], "unet")), "has no unet of diffusers or transformers"),
+        (
+            lambda stages: change(Path(stages["prior"], "tokenizer", "tokenizer_config.json"), model_max_length=3),
+            "prior and decoder do not fit: they were trained with different components tokenizer",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_names_of_two_stages(damage, message, finished, tmp_path):
@@ -389,6 +418,48 @@ def test_what_does_not_fit_is_refused_with_the_names_of_two_stages(damage, messa
     assert [path.name for path in tmp_path.iterdir()] == ["stages"]
 
 
+def test_a_folder_of_something_else_is_never_replaced(finished, tmp_path):
+    stages = {name: str(finished / name) for name in ("prior", "decoder", "upsampler")}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match="is there already and was not joined; delete it or name another folder"):
+        join("UnCLIPPipeline", stages, tmp_path / "mine", PIPELINES)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+    (tmp_path / ".tmp-model").mkdir()
+    (tmp_path / ".tmp-model" / "half").touch()  # a join that was killed
+    join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+
+
+def test_the_order_of_the_stages_and_how_a_tokenizer_was_last_called_change_nothing(finished, tmp_path):
+    stages = copied(finished, tmp_path / "stages")
+    tokens = Path(stages["decoder"], "tokenizer", "tokenizer.json")
+    change(tokens, padding=None, truncation=None)
+    one = join("UnCLIPPipeline", stages, tmp_path / "one", PIPELINES)
+    two = join("UnCLIPPipeline", dict(reversed(stages.items())), tmp_path / "two", PIPELINES)
+    for file in ("README.md", "training.json", "model_index.json"):
+        assert (one / file).read_text().replace("one", "two") == (two / file).read_text().replace("one", "two")
+    change(Path(stages["decoder"], "scheduler", "scheduler_config.json"), variance_type="fixed_large")
+    join("UnCLIPPipeline", stages, tmp_path / "one", PIPELINES)
+    found = json.loads((tmp_path / "one" / "decoder_scheduler" / "scheduler_config.json").read_text())
+    assert found["variance_type"] == "fixed_large", "another scheduler is another stage"
+
+
+def test_without_a_list_of_trained_images_there_is_none_in_the_joined_folder(finished, tmp_path):
+    stages = copied(finished, tmp_path / "stages")
+    Path(stages["prior"], "trained_images.safetensors").unlink()
+    folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
+    assert read_trained_images(folder) is None, "the hash of what was held out is then compared"
+
+
+@table(
+    ("place", "name"),
+    [("/home/zaphod/runs/prior/model", "prior"), ("zaphod/my-prior", "my-prior"), ("out/decoder", "decoder")],
+)
+def test_the_name_of_a_stage_tells_of_no_folder(place, name):
+    assert stage_name(place) == name
+
+
 def test_no_code_of_a_stage_is_joined(finished, tmp_path):
     stages = copied(finished, tmp_path / "stages")
     for place in (Path(stages["prior"], "pipeline.py"), Path(stages["prior"], "prior", "evil.py")):
@@ -396,6 +467,20 @@ def test_no_code_of_a_stage_is_joined(finished, tmp_path):
     folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
     assert sorted(path.name for path in folder.rglob("*.py")) == ["pipeline.py"]
     assert "SystemExit" not in (folder / "pipeline.py").read_text()
+
+
+def test_a_joined_folder_is_pushed_whole_and_joined_again_from_the_hub(hub, finished, tmp_path):  # noqa: F811
+    stages = {name: str(finished / name) for name in ("prior", "decoder", "upsampler")}
+    folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
+    push(folder, "me/unclip")
+    files = hub.repositories["me/unclip"].files
+    assert {"model_index.json", "pipeline.py", "README.md", "training.json", "trained_images.safetensors"} <= set(files)
+    assert set(files) == {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != JOINED
+    }
+    push(finished / "prior", "me/prior")
+    again = join("UnCLIPPipeline", stages | {"prior": "me/prior"}, tmp_path / "again", PIPELINES)
+    assert json.loads((again / JOINED).read_text()) == json.loads((folder / JOINED).read_text())
 
 
 def test_a_system_names_a_pipeline_that_there_is():
@@ -433,6 +518,8 @@ def test_each_small_image_has_a_blur_of_its_own_and_none_without():
     spread = (told - told.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
     assert spread.max() < (sharp - sharp.mean((2, 3), keepdim=True)).square().mean() * 1.001
     assert spread.max() > 2 * spread.min()
+    without = tell(LowResConditioner(8, 0), Some(pixel_values=same), 20)["images"]
+    torch.testing.assert_close(without, sharp.expand(20, -1, -1, -1))
 
 
 def test_the_small_image_of_a_crop_is_as_small_as_that_of_the_whole():
@@ -442,24 +529,32 @@ def test_the_small_image_of_a_crop_is_as_small_as_that_of_the_whole():
 
 
 def test_a_regression_is_sampled_in_one_step():
-    config = ObjectiveConfig(path="flow", prediction_type="sample", timestep_density="last")
+    last = {"prediction_type": "sample", "zero_terminal_snr": True, "timestep_density": "last"}
+    config = ObjectiveConfig(path="cosine", **last)
     objective, scheduler = Objective(config), build_scheduler(config)
     x0, wanted = torch.randn(4, 6), torch.randn(4, 6)
     noise, levels = objective.draw(x0, generators(0, range(4), "noise"))
     assert levels.tolist() == [1] * 4
+    assert objective.density.levels == (1.0,)
     seen = []
 
     def predict(x_t, timesteps):
-        seen.append(x_t)
+        seen.append((x_t, timesteps))
         return wanted
 
     loss = objective.loss_at(predict, x0, noise, levels)
     torch.testing.assert_close(loss, (wanted - x0).square().mean(1))
-    torch.testing.assert_close(seen[0], noise, rtol=0, atol=1e-6)
     scheduler.set_timesteps(1)
     torch.testing.assert_close(denoise(predict, scheduler, noise, scheduler.timesteps), wanted)
-    with pytest.raises(ConfigError, match="timestep_density last: predicts x0 from pure noise; set prediction_type"):
-        Objective(ObjectiveConfig(timestep_density="last"))
+    (trained, at), (sampled, now) = seen
+    torch.testing.assert_close(trained, noise, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampled, noise, rtol=0, atol=1e-3)
+    assert at.tolist() == [999] * 4 == [int(now)] * 4, "the network is asked where it was trained"
+    for wrong in (last | {"prediction_type": "epsilon"}, last | {"zero_terminal_snr": False}):
+        with pytest.raises(
+            ConfigError, match="last: predicts x0 from pure noise; set prediction_type"
+        ):
+            Objective(ObjectiveConfig(path="cosine", **wrong))
 
 
 @table("name", ["unclip decoder", "unclip upsampler"])
@@ -470,10 +565,10 @@ def test_the_gain_of_a_stage_is_from_all_its_conditions(name, made):
     some = replace(some, moments=step.encode(some.pixel_values))
     step.averaged.load_state_dict(step.stage.model.state_dict())
     found = conditional_gain(step, some, [0.5])
-    rolled = replace(some, pixel_values=some.pixel_values.roll(-1, 0), captions=some.captions)
+    captions = exchanged_captions(some.captions) if name == "unclip decoder" else some.captions
+    rolled = replace(some, pixel_values=some.pixel_values.roll(-1, 0), captions=captions)
     expected = step.held_out_losses(rolled, [0.5]) - step.held_out_losses(some, [0.5])
-    if name == "unclip upsampler":
-        assert found.mean == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert found.mean == pytest.approx(float(expected.mean()), rel=1e-4)
     assert found.mean != 0
 
 

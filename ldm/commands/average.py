@@ -45,7 +45,7 @@ def average(
         validation_captions: File of the captions to choose the length on: held_out.validation.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: the pipeline's own, else 3, if it has guidance.
         network: Network of the features for KID, as in `evaluate`.
         options: Fields of data, as in a training's config.
 

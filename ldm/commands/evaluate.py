@@ -58,7 +58,7 @@ def evaluate(
         classes: Classes to sample and to judge, such as 0,3,5; none: all of class_column.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: the pipeline's own, else 3, if it has guidance.
         network: Network of the features: efficientnet_lite0, inception, or a CLIP or DINOv2 by folder or Hub name.
         clip: Folder or Hub name of a CLIP, for the CLIP score; none: not measured.
         factors: YAML or JSON file of the words that captions are composed of, by factor; none: not measured.

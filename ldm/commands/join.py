@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import ldm
+from ldm.config.places import portable
 from ldm.export.join import join as join_folders
 
 
@@ -22,7 +23,17 @@ def join(pipeline: str, stages: list[str], to: str) -> Path:
         to: Folder to write. One that was joined from the same models stays as it is.
 
     """
-    return join_folders(pipeline, {place: place for place in stages}, Path(to), pipeline_classes())
+    named: dict[str, str] = {}
+    for place in stages:
+        name = stage_name(place)
+        named[name if name not in named else f"{name}-{len(named) + 1}"] = place
+    return join_folders(pipeline, named, Path(to), pipeline_classes())
+
+
+def stage_name(place: str) -> str:
+    """Return a name for a stage by its place, without the folders of this machine: that of the training's folder."""
+    path = PurePath(portable(place))
+    return (path.parent.name if path.name == "model" else path.name) or "stage"
 
 
 def pipeline_classes() -> dict[str, Any]:

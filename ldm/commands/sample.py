@@ -48,7 +48,7 @@ def sample(
         negative_prompt: Prompt that guidance steers away from.
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
-        guidance_scale: Guidance scale; 1 turns guidance off. Default: 3, if the pipeline has guidance.
+        guidance_scale: Guidance scale; 1 turns guidance off. Default: the pipeline's own, else 3, if it has guidance.
         image: Image to start from, whose size is kept; transparent parts become white.
         mask_image: Mask, white where the image is sampled anew; transparent parts become black.
         strength: Share of the steps that are run on the start image. Default: 0.8, and 1 with a mask.
@@ -70,6 +70,8 @@ def sample(
     elif mask_image is not None or strength is not None:
         raise ValueError("mask_image, strength: need an image to start from; name --image")
     pipeline, images = load_pipeline(model, trust_remote_code), {}
+    if "output_type" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"{type(pipeline).__name__} samples no images; name a pipeline that does")
     settings = call_settings(pipeline, num_inference_steps, guidance_scale) | started_at
     if image is not None:
         images = started(image=image, mask_image=mask_image)
@@ -81,7 +83,8 @@ def sample(
         generator = torch.Generator().manual_seed(seed + number)
         call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
         sampled = pipeline(**call, **images, generator=generator, **settings).images[0]
-        described = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + number, **settings}
+        described: dict[str, Any] = {"prompt": condition_by(pipeline).shown(prompt), "negative_prompt": negative_prompt}
+        described |= {"seed": seed + number, **settings}
         written.append(write_image(sampled, path, described, overwrite))
         print(written[-1])
     return written

@@ -252,12 +252,15 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
             f"space.image_size: got {space.image_size} in space.kind {space.kind}; expected null, or in space.kind "
             f"pixel at most data.image_size, {size}"
         )
-    if crop is not None and (space.kind != "pixel" or space.image_size is not None or config.conditioners.image):
+    whole = config.conditioners.image or config.conditioners.text or config.conditioners.label
+    if crop is not None and (space.kind != "pixel" or space.image_size is not None or whole):
         yield (
             f"data.crop_size: got {crop}; expected null, but for a stage in space.kind pixel without space.image_size "
-            "and without conditioners.image, which sees whole images"
+            "whose conditioners say nothing of whole images"
         )
     small = config.conditioners.low_res
+    if small is not None and space.image_size is not None:
+        yield "space.image_size: got a size beside conditioners.low_res; expected null: set data.image_size to it"
     if small is not None and crop is not None and crop * small.image_size % size:
         yield (
             f"data.crop_size: got {crop}, whose share of data.image_size {size} is no whole number of the "
@@ -293,6 +296,8 @@ def _clip_contradictions(config: ClipConfig, path: str) -> Iterator[str]:
             f"loop.gradient_accumulation_steps: got {parts}; expected 1: each image is compared with all captions of "
             "its batch, so parts of a batch have another loss; for larger batches use several processes"
         )
+    if config.data.crop_size is not None:
+        yield "data.crop_size: got a size; expected null: captions are of whole images; see contrastive.smallest_crop"
     if config.data.batch_size < 2:
         yield "data.batch_size: got 1; expected 2 or more: an image is compared with the captions of others"
 

@@ -31,6 +31,8 @@ class Condition:
     """What a user writes for one image, in words."""
     parsed: Callable[[str], Any]
     """Returns the keyword's value for one image from what a user writes; None if that names no condition."""
+    shown: Callable[[str], str]
+    """Returns what of that may be written into an image's file."""
     worded: bool
     """True for text: an evaluation then measures how captions are followed, and skips images without one."""
     of: Callable[[CaptionedImages, int], Any]
@@ -103,6 +105,7 @@ CONDITIONS = {
             noun="a caption",
             written_as="a text",
             parsed=lambda text: text,
+            shown=str,
             worded=True,
             of=_caption,
             nothing="",
@@ -116,6 +119,7 @@ CONDITIONS = {
             noun="a class",
             written_as="the number of a class",
             parsed=lambda text: [int(text)] if text.isdecimal() else None,
+            shown=str,
             worded=False,
             of=_class,
             nothing=None,
@@ -129,6 +133,7 @@ CONDITIONS = {
             noun="an image",
             written_as="the path of an image",
             parsed=_opened,
+            shown=lambda path: Path(path).name,
             worded=False,
             of=lambda images, row: images.image(row),
             nothing=None,
@@ -142,6 +147,7 @@ CONDITIONS = {
             noun="a condition",
             written_as='no prompt but ""',
             parsed=lambda text: None,
+            shown=str,
             worded=False,
             of=lambda images, row: None,
             nothing=None,

@@ -42,7 +42,7 @@ from ldm.evaluation.subject import Subject
 from ldm.files import read_lines
 from ldm.machine import hardware
 from ldm.models.autoencoder import reconstruct
-from ldm.models.pipeline import call_settings, image_size, load_pipeline
+from ldm.models.pipeline import call_settings, image_size, load_pipeline, own_settings
 from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
@@ -402,6 +402,7 @@ class Evaluation:
             "network that measures": f"{self.network.name}, weights {self.network.sha256[:16]}",
             "resize": self.network.resize,
             "sampler": type(self.pipeline.scheduler).__name__,
+            **own_settings(self.pipeline),
             **call,
             "seeds": f"{seed} to {seed + len(self.rows) - 1}",
             "interval": "central 95 % of a bootstrap over the images",

@@ -65,8 +65,8 @@ def _sampled(
             wanted: dict[str, Any] = {"batch_size": len(part)} if nothing else {asked: part}
             rows = slice(start, start + len(part))
             wanted |= {name: of[rows] if torch.is_tensor(of) else list(of[rows]) for name, of in also.items()}
-            output = pipeline(**wanted, **plain, generator=generators, **call)
-            sampled.append((start, np.asarray(getattr(output, returned))))
+            output = getattr(pipeline(**wanted, **plain, generator=generators, **call), returned)
+            sampled.append((start, output.cpu().numpy() if torch.is_tensor(output) else np.asarray(output)))
             bar.update(len(part))
     parts = dict(gather_object(sampled))
     return np.concatenate([parts[start] for start, _ in chunks])

@@ -48,7 +48,7 @@ METRICS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "perceptual": "distance in the features of EfficientNet-lite0",
-    **{f"loss_at_{level / 100:.2f}": f"loss at noise level {level / 100:.2f}" for level in range(100)},
+    **{f"loss_at_{level / 100:.2f}": f"loss at noise level {level / 100:.2f}" for level in range(101)},
 }
 MEASURED_HEADING = "\n## How good it is\n"
 AVERAGE = """

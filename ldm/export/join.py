@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -23,8 +24,16 @@ from ldm.export.card import CARD, MEASURED_HEADING, TEMPLATES, with_name
 from ldm.export.hub import MODEL_FILES
 from ldm.export.systems import SYSTEMS, SystemKind, Value
 from ldm.files import read_object
-from ldm.models.foreign import refuse_strange_components
-from ldm.models.provenance import Provenance, read_provenance, read_trained_images, save_trained_images, versions
+from ldm.models.foreign import LIBRARIES, refuse_strange_components
+from ldm.models.provenance import FILE as RECORD
+from ldm.models.provenance import (
+    TRAINED_IMAGES,
+    Provenance,
+    read_provenance,
+    read_trained_images,
+    save_trained_images,
+    versions,
+)
 
 INDEX = "model_index.json"
 JOINED = "joined.json"
@@ -61,13 +70,18 @@ class StageFolder:
         found = sorted(path for path in (self.folder / component).iterdir() if path.is_file())
         return {path.name: path for path in found if any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)}
 
-    def hash(self, component: str) -> str:
-        """Return a hash of the weights and vocabularies of a component: what decides what it computes."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, path in self.files(component).items():
-            if not name.endswith("config.json"):  # configs name versions of libraries
-                digest.update(f"{name}/".encode() + path.read_bytes())
-        return digest.hexdigest()
+    def computes(self, component: str) -> str:
+        """Return a hash of what decides what a component computes: weights, vocabularies, lengths."""
+        return _hash((name, _deciding(path)) for name, path in self.files(component).items())
+
+    @cached_property
+    def everything(self) -> str:
+        """A hash of all that it gives to a joined folder."""
+        named = [*self.index.items()]
+        components = [name for name, value in named if isinstance(value, list) and not name.startswith("_")]
+        paths = [path for component in components for path in self.files(component).values()]
+        paths += [self.folder / name for name in (INDEX, CARD, RECORD, TRAINED_IMAGES)]
+        return _hash((path.relative_to(self.folder).as_posix(), path.read_bytes()) for path in paths if path.is_file())
 
     @cached_property
     def record(self) -> Provenance:
@@ -78,55 +92,93 @@ class StageFolder:
         return record
 
 
+def _hash(contents: Iterable[tuple[str, bytes]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, content in contents:
+        digest.update(f"{name}/{len(content)}/".encode() + content)
+    return digest.hexdigest()
+
+
+def _deciding(path: Path) -> bytes:
+    """Return the part of a component's file that decides what it computes."""
+    if path.name == "tokenizer.json":  # it keeps how the last call padded and cut
+        tree = {name: value for name, value in read_object(path).items() if name not in ("padding", "truncation")}
+        return json.dumps(tree, sort_keys=True).encode()
+    if path.name == "tokenizer_config.json":
+        return str(read_object(path).get("model_max_length")).encode()
+    return b"" if path.name.endswith("config.json") else path.read_bytes()  # configs name versions of libraries
+
+
 def join(kind: str, stages: Mapping[str, str], to: Path, pipelines: Mapping[str, Any]) -> Path:
     """Write the folder `to`, a pipeline of the class `kind` with the models of finished stages, and return it.
 
     stages: a folder, or a name on the Hub, for each stage, by its name. Those that the pipeline has no use for, such as
     a CLIP, are left out. pipelines: our classes by name. `to` appears only when it is complete; one that was joined
-    from the same stages stays as it is, another one is replaced.
+    from the same stages stays as it is, one that was joined from others is replaced.
 
     Raises:
-        ConfigError: `kind` is unknown, a stage is missing or given twice, or two stages do not fit together.
+        ConfigError: `kind` is unknown, `to` is another folder, a stage is missing, given twice or not whole, or two
+            stages do not fit together.
         ValueError: as `refuse_strange_components`.
 
     """
-    if kind not in SYSTEMS:
-        raise ConfigError(f"pipeline: got {kind}; choose from {', '.join(SYSTEMS)}")
-    system, found = SYSTEMS[kind], {name: StageFolder(name, _folder(place)) for name, place in stages.items()}
+    system = system_kind(kind)
+    if to.exists() and not (to / JOINED).is_file() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"{to} is there already and was not joined; delete it or name another folder")
+    found = {name: StageFolder(name, _folder(place)) for name, place in stages.items()}
     chosen = _by_class(system, found)
     for stage in chosen.values():
-        refuse_strange_components(stage.folder)
+        _refuse_half(stage, system.components[stage.saved_as])
     refuse_misfits(system, chosen)
-    source = _source(system, chosen, pipelines[kind])
+    source = _source(chosen, pipelines[kind])
     if _joined_from(to) == source:
         log.info("%s is joined already and stays as it is; delete it to have it written again", to)
         return to
-    temporary = to.with_name(f".tmp-{to.name}-{os.getpid()}")
+    temporary, old = (to.with_name(f".{what}-{to.name}") for what in ("tmp", "old"))
     try:
+        for folder in (temporary, old):  # of a join that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(system, chosen, temporary, to.name, pipelines[kind])
         (temporary / JOINED).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(to, ignore_errors=True)
+        if to.exists():
+            os.replace(to, old)
         os.replace(temporary, to)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already unless something was raised
     return to
 
 
-def _source(system: SystemKind, stages: Mapping[str, StageFolder], pipeline: Any) -> dict[str, str]:
+def system_kind(kind: str) -> SystemKind:
+    """Return the system that is joined into the class `kind`; ConfigError if there is none."""
+    if kind not in SYSTEMS:
+        raise ConfigError(f"pipeline: got {kind}; choose from {', '.join(SYSTEMS)}")
+    return SYSTEMS[kind]
+
+
+def _refuse_half(stage: StageFolder, components: Iterable[str]) -> None:
+    """Raise ConfigError if a stage's folder is not whole, ValueError if it names strange components."""
+    refuse_strange_components(stage.folder)
+    for name in components:
+        given = stage.index.get(name)
+        if not isinstance(given, list) or given[0] not in LIBRARIES or not (stage.folder / name).is_dir():
+            raise ConfigError(f"{stage.name}: {stage.folder} has no {name} of {' or '.join(LIBRARIES)}")
+    if not (stage.folder / CARD).is_file():
+        raise ConfigError(f"{stage.name}: {stage.folder} has no {CARD}, which is written last: it is not whole")
+
+
+def _source(stages: Mapping[str, StageFolder], pipeline: Any) -> dict[str, str]:
     """Return a hash of all that each stage gives, and of the pipeline's source, by name."""
-    found = {"pipeline": hashlib.blake2b(pipeline._source.encode(), digest_size=16).hexdigest()}
-    for kind, names in system.components.items():
-        index = json.dumps(stages[kind].index, sort_keys=True)
-        parts = "".join([index, *(stages[kind].hash(own) for own in names)])
-        found[stages[kind].name] = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-    return found
+    own = _hash([("pipeline.py", pipeline._source.encode())])
+    return {"pipeline": own, **{stage.name: stage.everything for stage in stages.values()}}
 
 
 def _joined_from(folder: Path) -> dict[str, Any] | None:
     """Return what a joined folder was made from; None if there is none, or not a whole one."""
-    whole = (folder / JOINED).is_file() and (folder / CARD).is_file()
-    return read_object(folder / JOINED) if whole else None
+    with suppress(OSError, ValueError):
+        return read_object(folder / JOINED) if (folder / CARD).is_file() else None
+    return None
 
 
 def _folder(place: str) -> Path:
@@ -154,7 +206,7 @@ def _by_class(system: SystemKind, found: Mapping[str, StageFolder]) -> dict[str,
             f"{system.own} needs a stage that is saved as {min(missing)}, and none of {', '.join(found) or 'them'} is: "
             "train it, or name its folder"
         )
-    return chosen
+    return {kind: chosen[kind] for kind in system.components}  # what is written does not depend on the order given
 
 
 def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> None:
@@ -172,14 +224,13 @@ def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> Non
     for kind, names in system.components.items():
         for own, joined in names.items():
             other_stage, other_own = owners.setdefault(joined, (stages[kind], own))
-            if stages[kind].hash(own) != other_stage.hash(other_own):
+            if stages[kind].computes(own) != other_stage.computes(other_own):
                 raise ConfigError(
                     f"{other_stage.name} and {stages[kind].name} do not fit: they were trained with different "
                     f"components {joined}"
                 )
     first_stage, *rest = stages.values()
-    seen = {stage.name: {name for name in stage.record.networks if name.startswith("CLIP ")} for stage in rest}
-    seen[first_stage.name] = {name for name in first_stage.record.networks if name.startswith("CLIP ")}
+    seen = {stage.name: {one for one in stage.record.networks if one.startswith("CLIP ")} for stage in stages.values()}
     looked = [(name, clips) for name, clips in seen.items() if clips]
     for name, clips in looked[1:]:
         if clips != looked[0][1]:
@@ -205,8 +256,10 @@ def _write(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(pipeline._source, encoding="utf-8")
     _record(stages).save(folder)
-    keys = [found for stage in stages.values() if (found := read_trained_images(stage.folder)) is not None]
-    save_trained_images(folder, torch.unique(torch.cat(keys)) if keys else torch.zeros(0, dtype=torch.int64))
+    keys = [read_trained_images(stage.folder) for stage in stages.values()]
+    known = [one for one in keys if one is not None]
+    if len(known) == len(keys):  # else only the hash of what was held out tells
+        save_trained_images(folder, torch.unique(torch.cat(known)))
     _write_card(system, stages, folder, name)  # last: a folder with a card is whole
 
 
@@ -228,25 +281,33 @@ def _record(stages: Mapping[str, StageFolder]) -> Provenance:
 
 def _write_card(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, name: str) -> None:
     cards = {stage.name: ModelCard.load(stage.folder / CARD) for stage in stages.values()}
-    last = list(cards.values())[-1].data
     told = []
     for stage in stages.values():
         title, _, rest = cards[stage.name].text.strip().removeprefix("# ").partition("\n")
-        measured = rest.partition(MEASURED_HEADING)[2].partition("\n## ")[0].strip()
-        about = rest.strip().partition("\n")[0]
-        told.append({"name": stage.name, "title": title, "about": about, "measured": measured, "record": stage.record})
-    data = list(cards.values())[-1].text.partition("\n## Data\n")[2].partition("\n## ")[0].strip()
+        told.append(
+            {
+                "name": stage.name,
+                "title": title,
+                "about": rest.strip().partition("\n")[0],
+                "measured": _section(rest, MEASURED_HEADING),
+                "data": _section(rest, "\n## Data\n"),
+                "record": stage.record,
+            }
+        )
     body = TEMPLATES.get_template("joined_card.md.jinja").render(
-        own=system.own,
-        stages=told,
-        data=data,
-        minutes=sum(stage.record.train_seconds for stage in stages.values()) / 60,
+        own=system.own, stages=told, minutes=sum(stage.record.train_seconds for stage in stages.values()) / 60
     )
+    licences = {card.data.license for card in cards.values()}
     card = ModelCardData(
-        license=last.license,
+        license=licences.pop() if len(licences) == 1 else "other",
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", system.own],
-        datasets=last.datasets,
+        datasets=sorted({name for card in cards.values() for name in card.data.datasets or []}) or None,
     )
     ModelCard(f"---\n{card.to_yaml()}\n---\n\n{with_name(body, name)}").save(folder / CARD)
+
+
+def _section(card: str, heading: str) -> str:
+    """Return the text of a card between a heading of the second level and the next one."""
+    return card.partition(heading)[2].partition("\n## ")[0].strip()

@@ -54,7 +54,7 @@ SYSTEMS = {
                 (
                     "width of the image embeddings",
                     ("PriorPipeline", "prior.embedding_dim"),
-                    ("DecoderPipeline", "unet.encoder_hid_dim"),
+                    ("DecoderPipeline", "unet.cross_attention_dim"),
                 ),
                 (
                     "size of the small images",

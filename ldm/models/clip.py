@@ -72,7 +72,7 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return the embeddings, (B, D) float32, of images (B, 3, H, W) in [-1, 1] of any size."""
-        return self._embeds(normalised(pixel_values, self.network.config.image_size))
+        return self._embeds(normalised(pixel_values.to(self.device), self.network.config.image_size))
 
     @torch.no_grad()
     def zero_picture(self) -> Tensor:

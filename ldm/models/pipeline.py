@@ -55,7 +55,7 @@ def starting_from(pipeline: Any, masked: bool) -> Any:
         ValueError: diffusers has no such class for this pipeline.
 
     """
-    if "image" in inspect.signature(pipeline.__call__).parameters:
+    if {"image", "strength"} <= set(inspect.signature(pipeline.__call__).parameters):
         return pipeline
     # imported here: they import every pipeline of diffusers, which takes a second
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
@@ -132,6 +132,12 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
         guidance_scale = DEFAULT_GUIDANCE
     steps = {"num_inference_steps": num_inference_steps}
     return steps | ({"guidance_scale": guidance_scale} if guided and guidance_scale is not None else {})
+
+
+def own_settings(pipeline: Any) -> dict[str, Any]:
+    """Return the settings of a call that are in a pipeline's config, for what the call does not say."""
+    names = ("num_inference_steps", "guidance_scale")
+    return {name: value for name, value in pipeline.config.items() if name.endswith(names)}
 
 
 def image_size(pipeline: Any) -> int:

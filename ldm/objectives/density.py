@@ -15,6 +15,8 @@ from ldm.errors import ConfigError
 class Density(Protocol):
     """A distribution over the noise levels, in [0, 1]."""
 
+    levels: Sequence[float] | None
+    """The only noise levels that it draws; None: any in [0, 1]."""
     memory: Mapping[str, Tensor]
     """The learned state, on the CPU; changed in place and saved in checkpoints. Empty if the density learns nothing."""
 
@@ -30,6 +32,8 @@ class Density(Protocol):
 
 class UniformDensity:
     """All noise levels equally likely."""
+
+    levels: Sequence[float] | None = None
 
     def __init__(self) -> None:
         self.memory: Mapping[str, Tensor] = {}
@@ -65,6 +69,8 @@ class LogitNormalDensity(UniformDensity):
 class LastDensity(UniformDensity):
     """The last noise level alone, pure noise: x0 is predicted from the conditions, as by a regression."""
 
+    levels: Sequence[float] | None = (1.0,)
+
     def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Return a noise level of 1 for each generator, (B,)."""
         return torch.ones(len(generators), device=generators[0].device)
@@ -81,6 +87,7 @@ class LossSecondMomentDensity:
 
     HISTORY = 10
     UNIFORM = 0.001
+    levels: Sequence[float] | None = None
 
     def __init__(self, num_train_timesteps: int) -> None:
         self.memory: Mapping[str, Tensor] = {
@@ -135,10 +142,11 @@ def build_density(config: ObjectiveConfig) -> Density:
     if config.timestep_density == "uniform":
         return UniformDensity()
     if config.timestep_density == "last":
-        if config.prediction_type != "sample" or not (config.path == "flow" or config.zero_terminal_snr):
+        # a sampler begins the flow path at another timestep, rounded down
+        if config.prediction_type != "sample" or not config.zero_terminal_snr:
             raise ConfigError(
-                "objective.timestep_density last: predicts x0 from pure noise; set prediction_type: sample, and path: "
-                "flow or zero_terminal_snr: true"
+                "objective.timestep_density last: predicts x0 from pure noise; set prediction_type: sample and "
+                "zero_terminal_snr: true"
             )
         return LastDensity()
     if config.path == "flow":

@@ -129,7 +129,7 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
         )
     asked, condition = validation.step.asked, validation.step.condition
     never = asked is not None and validation.step.stage.model.conditioner(asked).dropout == 0
-    if never and guidance > 1 and condition.nothing not in validation.asked(train.rows):
+    if never and validation.guided and guidance > 1 and condition.nothing not in validation.asked(train.rows):
         yield (
             NULL,
             f"conditioners.{asked}.dropout is 0, no image is without {condition.noun}, and validation.guidance_scale "

@@ -46,10 +46,11 @@ def first_batch(images: CaptionedImages, count: int) -> Batch:
     """Return the first `count` images of the training split with their first captions, repeated if need be."""
     train = images.splits["train"]
     rows = [train[position % len(train)] for position in range(count)]
+    size = images.config.crop_size or images.config.image_size
     captions = [next(iter(images.source.captions(row)), "") for row in rows]
     return collate(
         [
-            Sample(position, row, caption, images.source.class_label(row), images.pixel_values(row))
+            Sample(position, row, caption, images.source.class_label(row), images.pixel_values(row)[:, :size, :size])
             for position, (row, caption) in enumerate(zip(rows, captions, strict=True))
         ]
     )

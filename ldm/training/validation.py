@@ -50,6 +50,16 @@ class Validation:
         self.seed = config.seed
         self.rows = images.splits.filled("validation")
 
+    @property
+    def guided(self) -> bool:
+        """Return whether the pipeline has guidance."""
+        return "guidance_scale" in inspect.signature(self.pipeline.__call__).parameters
+
+    @cached_property
+    def levels(self) -> Sequence[float]:
+        """The noise levels that losses are measured at: those that are trained."""
+        return self.step.stage.objective.density.levels or LEVELS
+
     @cached_property
     def batch(self) -> Batch:
         """The held-out images that the loss is measured on, encoded once."""
@@ -79,7 +89,7 @@ class Validation:
 
     @cached_property
     def _linear_loss(self) -> float:
-        return float(self.step.held_out_losses(self.batch, LEVELS, linear=True).mean())
+        return float(self.step.held_out_losses(self.batch, self.levels, linear=True).mean())
 
     def rehearse(self) -> None:
         """Take the first of `num_inference_steps` sampling steps, and decode the result.
@@ -120,15 +130,18 @@ class Validation:
         ``explained_share``: 1 - loss / loss of `Objective.linear_output`; below 0 at first, 0 for a model that knows of
         the latents only their scale, 1 if all is known.
         """
-        losses = self.step.held_out_losses(self.batch, LEVELS)
-        gain = conditional_gain(self.step, self.batch, LEVELS, losses)
-        metrics = {"validation/loss": float(losses.mean()), **_by_level("validation/loss_at", losses.mean(1).tolist())}
+        losses = self.step.held_out_losses(self.batch, self.levels)
+        gain = conditional_gain(self.step, self.batch, self.levels, losses)
+        metrics = {
+            "validation/loss": float(losses.mean()),
+            **self._by_level("validation/loss_at", losses.mean(1).tolist()),
+        }
         metrics["explained_share"] = 1 - metrics["validation/loss"] / self._linear_loss
         if gain is not None:
             metrics |= {
                 "conditional_gain/mean": gain.mean,
                 "conditional_gain/standard_error": gain.standard_error,
-                **_by_level("conditional_gain/at", gain.by_level),
+                **self._by_level("conditional_gain/at", gain.by_level),
             }
         metrics |= {"latents/mean": self.scale.mean, "latents/std": self.scale.std}
         if self.step.tokenizer is None:
@@ -157,6 +170,5 @@ class Validation:
         also = {one.keyword: [one.of(self.images, row) for row in rows] for one in self.step.conditions[1:]}
         return self.samples.sample(pipeline, asked, self.seed, keyword, also, **call)
 
-
-def _by_level(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{name}_{level:.2f}": value for level, value in zip(LEVELS, values, strict=True)}
+    def _by_level(self, name: str, values: Sequence[float]) -> dict[str, float]:
+        return {f"{name}_{level:.2f}": value for level, value in zip(self.levels, values, strict=True)}
