@@ -154,9 +154,8 @@ class UnCLIPPipeline(
         given, null = both_texts(self, prompt, negative_prompt)
         nothing = null_image_embeds(self, self.decoder.config.cross_attention_dim)
         if image is None and image_embeds is None:
-            image_embeds = self.embed_prompt(
-                prompt, prior_num_inference_steps, prior_guidance_scale, negative_prompt, num_candidates, generator
-            )
+            how = self._prior_sampling(prior_num_inference_steps, prior_guidance_scale, num_candidates)
+            image_embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
         embeds = given_embeds(self, image, image_embeds, nothing)
         if len(given.pooled) not in (1, len(embeds)):
             raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
@@ -176,11 +175,8 @@ class UnCLIPPipeline(
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Return the image embeddings (B, D), float32, that the prior predicts for prompts; as `PriorPipeline`."""
-        steps, scale = said(self, prior_num_inference_steps=num_inference_steps, prior_guidance_scale=guidance_scale)
-        stage_call("prior_", self.prior_scheduler, self.prior, steps, scale)
-        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
+        how = self._prior_sampling(num_inference_steps, guidance_scale, num_candidates)
         given, null = both_texts(self, prompt, negative_prompt)
-        how = Sampling(steps, scale, self.progress_bar)
         embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
         self.maybe_free_model_hooks()
         return embeds
@@ -256,6 +252,13 @@ class UnCLIPPipeline(
     def _after_step(self, callback: StepCallback | None) -> Any:
         self._interrupt = False
         return callback_steps(self, callback)
+
+    def _prior_sampling(self, steps: Any, scale: Any, num_candidates: int) -> Sampling:
+        """Return the checked settings of the prior."""
+        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
+        steps, scale = said(self, prior_num_inference_steps=steps, prior_guidance_scale=scale)
+        stage_call("prior_", self.prior_scheduler, self.prior, steps, scale)
+        return Sampling(steps, scale, self.progress_bar)
 
     def _super_res_sampling(self, num_inference_steps: int | None, after_step: Any) -> Sampling:
         (steps,) = said(self, super_res_num_inference_steps=num_inference_steps)

@@ -16,6 +16,7 @@ from ldm.models.network import (
     set_attention_and_memory,
     unreached,
     weights_hash,
+    without_float16,
     zero_tails,
 )
 from ldm.models.text_encoder import build_text_encoder
@@ -285,3 +286,8 @@ def test_what_an_example_does_not_call_is_not_frozen():
         "idle.bias",
     ]
     assert unreached(parts, [parts["reached"](x)]) == ["expert.weight", "expert.bias"]
+
+
+def test_weights_of_float16_are_computed_with_in_float32_and_others_as_they_are():
+    for saved, computed in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        assert without_float16(torch.nn.Linear(2, 2).to(saved)).weight.dtype == computed

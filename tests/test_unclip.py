@@ -551,9 +551,7 @@ def test_a_regression_is_sampled_in_one_step():
     torch.testing.assert_close(sampled, noise, rtol=0, atol=1e-3)
     assert at.tolist() == [999] * 4 == [int(now)] * 4, "the network is asked where it was trained"
     for wrong in (last | {"prediction_type": "epsilon"}, last | {"zero_terminal_snr": False}):
-        with pytest.raises(
-            ConfigError, match="last: predicts x0 from pure noise; set prediction_type"
-        ):
+        with pytest.raises(ConfigError, match="last: predicts x0 from pure noise; set prediction_type"):
             Objective(ObjectiveConfig(path="cosine", **wrong))
 
 

@@ -39,6 +39,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "about": "A prior: it predicts the CLIP embedding of an image from a caption, for the decoder of unCLIP.",
         "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
         "use": "image_embeds = pipe({call}).image_embeds",
+        "one": "predicted embedding",
         "seeds": "guidance {guidance} and seeds",
         "sheet": "The true images nearest to the embeddings predicted from captions of the validation split",
     },
@@ -79,7 +80,7 @@ the loss on validation images, at most {loss_images}, none of them trained on, w
 noise levels (0: image, 1: noise) and as their mean."""
 RETRIEVAL = """\
 Retrieval: the share of {count} validation captions, sampled in the same way, whose own image is the nearest to the
-generated one (R@1) or among the five nearest (R@5), of all distinct images of the data."""
+{sampled} (R@1) or among the five nearest (R@5), of all distinct images of the data."""
 
 
 def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardText:
@@ -101,7 +102,7 @@ def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardT
         sheets="samples",
         loading=_loading(kind, config, words.get("use", IMAGE), words["call"].format(**values)),
         measured=MEASURED.format(loss_images=looked.loss_images),
-        notes={"r_at_1": RETRIEVAL.format(count=ranked)},
+        notes={"r_at_1": RETRIEVAL.format(count=ranked, sampled=words.get("one", "generated one"))},
         task=kind.task,
         pipeline_tag=kind.task,
         tags=(kind.task, f"{kind.space}-diffusion"),

@@ -18,7 +18,7 @@ from ldm.config import ClipNetworkConfig
 from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
-from ldm.models.network import built, network_hash, refuse_unknown
+from ldm.models.network import built, network_hash, refuse_unknown, without_float16
 from ldm.models.quiet import HALF_A_CLIP, quietly
 from ldm.models.text_encoder import load_tokenizer, token_settings, train_tokenizer
 
@@ -100,7 +100,7 @@ def load_image_encoder(pretrained: str, where: str) -> ImageEncoder:
         network = CLIPVisionModelWithProjection.from_pretrained(
             place, use_safetensors=True, trust_remote_code=False, **keywords
         )
-    return ImageEncoder(network)
+    return ImageEncoder(without_float16(network))
 
 
 def build_clip(

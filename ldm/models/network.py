@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -28,6 +28,7 @@ from ldm.machine import memory_bytes
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
 
+N = TypeVar("N", bound=nn.Module)
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 DENOISERS = (
     "UNet2DModel",
@@ -230,6 +231,11 @@ def freeze_unused(module: nn.Module, forward: Callable[[], Iterable[Tensor]]) ->
     for name in frozen:
         module.get_parameter(name).requires_grad_(False)
     return frozen
+
+
+def without_float16(network: N) -> N:
+    """Return a loaded network, with float32 weights if they were saved in float16: no processor computes with those."""
+    return network.float() if next(network.parameters()).dtype == torch.float16 else network
 
 
 def weights_hash(module: nn.Module) -> str:

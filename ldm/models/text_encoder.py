@@ -31,7 +31,7 @@ from ldm.config.places import PLAIN_NAME, resolve
 from ldm.errors import ConfigError, explained
 from ldm.models.component import find_component
 from ldm.models.foreign import own_code_refused, refuse_strange_shards
-from ldm.models.network import built, refuse_unknown
+from ldm.models.network import built, refuse_unknown, without_float16
 from ldm.models.quiet import HALF_A_CLIP, quietly
 from ldm.terminal import progress_bar
 
@@ -243,7 +243,7 @@ def load_text_encoder(
     tokenizer.model_max_length = max_length
     if kind is AutoModelForTextEncoding:
         encoder.config.use_attention_mask = True
-    return encoder, tokenizer
+    return without_float16(encoder), tokenizer
 
 
 def load_tokenizer(pretrained: str) -> Any:
