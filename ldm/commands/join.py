@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import ldm
-from ldm.config.places import portable
+from ldm.config.places import on_hub, portable
 from ldm.export.join import join as join_folders
 
 
@@ -32,8 +32,10 @@ def join(pipeline: str, stages: list[str], to: str) -> Path:
 
 def stage_name(place: str) -> str:
     """Return a name for a stage by its place, without the folders of this machine: that of the training's folder."""
-    path = PurePath(portable(place))
-    return (path.parent.name if path.name == "model" else path.name) or "stage"
+    path = PurePath(place)
+    if path.name == "model" and not on_hub(place):
+        path = path.parent
+    return PurePath(portable(str(path))).name or "stage"
 
 
 def pipeline_classes() -> dict[str, Any]:

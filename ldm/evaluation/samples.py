@@ -34,7 +34,7 @@ class Samples(Protocol):
         """Return the place in the gallery of each image of the data."""
 
     def fault(self, sampled: Sampled) -> str | None:
-        """Return what is wrong with the shape of samples, None if nothing is."""
+        """Return what is wrong with the shape of samples, with the field to change; None if nothing is."""
 
     def true(self, rows: Sequence[int]) -> Images:
         """Return images of the data, as large as samples are shown: (N, S, S, 3)."""
@@ -68,7 +68,12 @@ class ImageSamples:
     def fault(self, sampled: Sampled) -> str | None:
         """Return what is wrong with the size of samples."""
         found, size = sampled.shape[1:3], self.image_size
-        return None if found == (size, size) else f"images are sampled at {found[0]} x {found[1]} pixels, not {size}"
+        if found == (size, size):
+            return None
+        return (
+            f"denoiser.sample_size: images are sampled at {found[0]} x {found[1]} pixels, and data.image_size or "
+            f"space.image_size is {size}; set it to what the space makes of {size} pixels"
+        )
 
     def true(self, rows: Sequence[int]) -> Images:
         """Return images of the data at the size of samples."""
@@ -108,7 +113,9 @@ class EmbedSamples:
     def fault(self, sampled: Sampled) -> str | None:
         """Return what is wrong with the width of samples."""
         found = sampled.shape[1]
-        return None if found == self.width else f"embeddings of width {found} are sampled, not {self.width}"
+        if found == self.width:
+            return None
+        return f"denoiser.embedding_dim: embeddings of width {found} are sampled; set it to the space's, {self.width}"
 
     def true(self, rows: Sequence[int]) -> Images:
         """Return images of the data."""

@@ -106,7 +106,7 @@ class Validation:
         with explained("validation or denoiser.sample_size"):
             sampled = self.sample(self.rows[:1], callback_on_step_end=stop)
         if fault := self.samples.fault(sampled):
-            raise ConfigError(f"denoiser: {fault}, as data.image_size and space say; set denoiser.sample_size to that")
+            raise ConfigError(fault)
 
     def __call__(self, global_step: int) -> None:
         """Measure, log, sample."""
