@@ -22,7 +22,7 @@ PUBLISHED = {
     "adm/paper/imagenet256.yaml": rounded(554e6),
     "dalle2/paper/prior.yaml": 1_022_030_080,  # Karlo's, as is the decoder's size, see below
     "dalle2/paper/decoder.yaml": 860_975_558,
-    "dalle2/paper/upsampler_256.yaml": pytest.approx(700e6, rel=0.05),  # Ramesh et al. 2022, table 3, rounds both
+    "dalle2/paper/upsampler_256.yaml": pytest.approx(700e6, rel=0.05),  # Ramesh et al. 2022 rounds both (recalled)
     "dalle2/paper/upsampler_1024.yaml": pytest.approx(300e6, rel=0.07),
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
