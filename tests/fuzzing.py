@@ -1049,6 +1049,7 @@ USUAL = {
         **{"network": "place/clip", "num_inference_steps": "1", "variety_prompts": "0", "num_images_per_prompt": "2"},
     },
     "average": {"sigma_rel": "0.05", "network": "place/clip", "num_inference_steps": "1"},
+    "join": {"to": "joined"},
     "push": {},
     "cache": {},
 }
@@ -1064,6 +1065,7 @@ def check_line(bench, case):
     name, first, options = case
     positional = [first] if len(first) % 3 else [RIGHT.get(name, first)]
     positional += ["me/model"] if name == "push" else []
+    positional = ["UnCLIPPipeline", *positional] if name == "join" else positional
     positional = [] if name == "cache" else positional
     line = [f"--{option}={text}" for option, text in {**USUAL[name], **options}.items()]
     bench.write_place()
