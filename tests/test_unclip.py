@@ -646,7 +646,8 @@ def test_the_smallest_system_is_trained_joined_sampled_and_measured(smallest, tm
 def test_its_stages_resume_exactly(stage, clips, smallest, tmp_path):
     clip = smallest[0] / "clip" / "model"
     words = ("--config", f"configs/tiny/dalle2/{stage}.yaml", "--output_dir", str(tmp_path / stage))
-    command("train_text2img.py", *words, *(f"--{path}={clip}" for path in clips), "--resume_check", "true")
+    changes = [f"--{path}={clip}" for path in clips]
+    assert "to the bit" in command("train_text2img.py", *words, *changes, "--resume_check", "true")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class Condition:
     keyword: str
     noun: str
     written_as: str
-    """What a user writes for one image, in words."""
+    """The form in which a user writes it for one image, in words."""
     parsed: Callable[[str], Any]
     """Returns the keyword's value for one image from what a user writes; None if that names no condition."""
     shown: Callable[[str], str]

@@ -18,7 +18,7 @@ COLUMNS = {
     "ceiling": "the true images, or what the autoencoder makes of them",
     "pixel by pixel": "each colour value sent alone",
 }
-"""What the baselines are, by name."""
+"""The meaning of each baseline, by name."""
 
 
 def summary(report: Report) -> str:

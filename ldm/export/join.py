@@ -51,7 +51,7 @@ class StageFolder:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """What ``model_index.json`` says."""
+        """The content of ``model_index.json``."""
         return read_object(self.folder / INDEX)
 
     @property

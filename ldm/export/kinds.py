@@ -43,7 +43,7 @@ class PipelineKind:
     words: str = ""
     """Its words on a card: a key of `ldm.export.pipeline_card.WORDS`; "": `asks`."""
     samples: str = "images"
-    """What its call returns: the name of a field of its output, and one of `ldm.evaluation.samples.SAMPLES`."""
+    """The name of the field of its output that is sampled, one of `ldm.evaluation.samples.SAMPLES`."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """The path of each value of its config in a stage, as `components`, or ``config...`` for a field of the config."""
     stock_arguments: str = ""

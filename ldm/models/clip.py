@@ -38,7 +38,7 @@ PREPROCESSOR = {
     "image_mean": OPENAI_CLIP_MEAN,
     "image_std": OPENAI_CLIP_STD,
 }
-"""What `normalised` does, for ``CLIPProcessor``."""
+"""The settings of ``CLIPProcessor`` that do as `normalised`."""
 
 
 def normalised(pixel_values: Tensor, size: int) -> Tensor:

@@ -12,7 +12,7 @@ LAUNCHED = "ACCELERATE_MIXED_PRECISION"
 """Always set by ``accelerate launch``; its default, "no", looks the same as ``--mixed_precision no``."""
 
 NAMES = {"no": "float32"}
-"""What people call a precision, where accelerate has a word of its own."""
+"""The usual name of a precision, where accelerate has a word of its own."""
 
 
 def chosen_precision(wanted: str, recorded: str | None) -> str:
