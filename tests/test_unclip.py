@@ -434,7 +434,11 @@ def test_a_folder_of_something_else_is_never_replaced(finished, tmp_path):
 def test_the_order_of_the_stages_and_how_a_tokenizer_was_last_called_change_nothing(finished, tmp_path):
     stages = copied(finished, tmp_path / "stages")
     tokens = Path(stages["decoder"], "tokenizer", "tokenizer.json")
-    change(tokens, padding=None, truncation=None)
+    change(
+        tokens,
+        padding=None,
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+    )
     one = join("UnCLIPPipeline", stages, tmp_path / "one", PIPELINES)
     two = join("UnCLIPPipeline", dict(reversed(stages.items())), tmp_path / "two", PIPELINES)
     for file in ("README.md", "training.json", "model_index.json"):
