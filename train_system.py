@@ -31,11 +31,11 @@ def main() -> None:
     write_lines()
     own, of_stages = split_words(sys.argv[1:])
     config = load_config(SystemConfig, own)
-    check_system(config)
+    stages = system_stages(config, SCRIPTS, of_stages)
+    check_system(config, stages)
     if config.doctor:
         trial = replace(config, output_dir=str(Path(config.output_dir, "doctor")))
         return examine_stages(trial, system_stages(trial, SCRIPTS, of_stages, finished=Path(config.output_dir)))
-    stages = system_stages(config, SCRIPTS, of_stages)
     train_stages(stages)
     join_stages(config, stages, PIPELINES)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ldm.evaluation.baselines import exchanged_captions
@@ -28,8 +30,10 @@ from ldm.models.clip import ImageEncoder
 from ldm.models.resolution import shrunk
 from ldm.models.vision import Images
 
-HELD_OUT = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
+LISTS = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
 CHUNK = 50
+ETAS = (1.0, 0.75, 0.5, 0.0)
+"""Shares of DDPM's noise that variations are made with; 0 gives the image again."""
 VARIED = 50
 """Held-out images that variations are made of; the first of them."""
 SHOWN = 6
@@ -40,8 +44,9 @@ TURNED, DIFFERENCE = 1, ("woman astronaut medium-dark skin tone", "man cook ligh
 class Held:
     """The pipeline, and the held-out images with their captions and embeddings."""
 
-    def __init__(self, model: str):
-        self.evaluation = Evaluation(model, "openmoji", {}, HELD_OUT, "efficientnet_lite0", trust_remote_code=True)
+    def __init__(self, model: str, validation: bool = False):
+        lists = dict(zip(LISTS, reversed(LISTS.values()), strict=True)) if validation else LISTS
+        self.evaluation = Evaluation(model, "openmoji", {}, lists, "efficientnet_lite0", trust_remote_code=True)
         self.pipeline, self.captions = self.evaluation.pipeline, self.evaluation.captions
         self.gallery, self.place = self.evaluation.gallery, self.evaluation.place
         self.own = np.array([self.place[row] for row in self.evaluation.rows])
@@ -50,10 +55,12 @@ class Held:
         parts = [encoder(pixel_values(part)) for part in np.array_split(self.gallery, 20)]
         self.embeds = torch.cat(parts).cpu()
 
-    def sampled(self, prompts: Sequence[str], embeds: Tensor | None, seed: int = 0) -> Images:
-        """Return an image of each prompt and embedding; None: the prior's."""
-        also = {} if embeds is None else {"image_embeds": embeds}
-        return sample_images(self.pipeline, prompts, seed, "prompt", also)
+    def sampled(
+        self, prompts: Sequence[str], embeds: Tensor, seed: int = 0, latents: Tensor | None = None, **call: Any
+    ) -> Images:
+        """Return an image of each prompt and embedding, and of its noise if that is given."""
+        also = {"image_embeds": embeds} | ({} if latents is None else {"decoder_latents": latents})
+        return sample_images(self.pipeline, prompts, seed, "prompt", also, **call)
 
 
 def prior(held: Held) -> Iterator[tuple[str, Measure]]:
@@ -102,28 +109,34 @@ def _upsampled(held: Held, small: Tensor) -> Tensor:
 
 
 def variations(held: Held) -> Iterator[tuple[str, Measure]]:
-    """Yield how often variations of held-out images are nearest to their source, and how far they are from it.
+    """Yield how near variations of held-out images are to their source, for each share of DDPM's noise.
 
-    By pixels, by the features of a network that no stage was trained with, and by the CLIP that the decoder reads.
+    Nearest to it among all images by pixels, by the features of a network that no stage was trained with, and by the
+    CLIP that the decoder reads; and differences, from the source and of two variations.
     """
-    own = held.own[:VARIED]
-    varied = held.sampled([""] * len(own), held.embeds[own], seed=1000)
-    yield "variations nearest to their source, pixels", mean_of(retrieval_ranks(varied, held.gallery, own) < 1)
-    clip = ImageEncoder(held.pipeline.image_encoder)(pixel_values(varied)).cpu().numpy()
-    seen = {
-        "features": (held.evaluation.network(varied), held.evaluation.gallery_features),
-        "CLIP": (clip, held.embeds.numpy()),
-    }
-    for name, (found, gallery) in seen.items():
-        yield (
-            f"variations nearest to their source, {name}",
-            mean_of(ranks_among(feature_distances(found, gallery), own) < 1),
-        )
-    levels = abs(varied.astype(int) - held.gallery[own].astype(int)).mean((1, 2, 3))
-    yield "mean difference of a variation from its source, of 255", mean_of(levels)
-    again = held.sampled([""] * len(own), held.embeds[own], seed=2000)
-    both = abs(varied.astype(int) - again.astype(int)).mean((1, 2, 3))
-    yield "mean difference of two variations, of 255", mean_of(both)
+    own, true = held.own[:VARIED], held.true[:VARIED]
+    latents = held.pipeline.invert([*map(Image.fromarray, true)])
+    calls: dict[str, dict[str, Any]] = {f"eta {eta}": {"latents": latents, "eta": eta} for eta in ETAS}
+    for name, call in {"the embedding alone": {}, **calls}.items():
+        varied, again = (held.sampled([""] * len(own), held.embeds[own], seed, **call) for seed in (1000, 2000))
+        clip = ImageEncoder(held.pipeline.image_encoder)(pixel_values(varied)).cpu().numpy()
+        ranks = {
+            "pixels": retrieval_ranks(varied, held.gallery, own),
+            "features": ranks_among(
+                feature_distances(held.evaluation.network(varied), held.evaluation.gallery_features), own
+            ),
+            "CLIP": ranks_among(feature_distances(clip, held.embeds.numpy()), own),
+        }
+        for space, found in ranks.items():
+            yield f"variations nearest to their source, {name}, {space}", mean_of(found < 1)
+        yield f"mean difference of a variation from its source, {name}, of 255", mean_of(difference(varied, true))
+        yield f"mean difference of two variations, {name}, of 255", mean_of(difference(varied, again))
+
+
+def difference(images: Images, others: Images) -> NDArray[np.float64]:
+    """Return the mean absolute difference of each image from its other, of 255."""
+    found: NDArray[np.float64] = abs(images.astype(int) - others.astype(int)).mean((1, 2, 3))
+    return found
 
 
 def sheet(held: Held) -> Any:
@@ -162,9 +175,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="file for the numbers")
     parser.add_argument("--parts", default="prior,upsampling,variations,embeddings", help="what to measure")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of variations, interpolation and text difference")
+    parser.add_argument("--validation", action="store_true", help="measure on the validation list, to choose by it")
     arguments = parser.parse_args()
     torch.set_num_threads(cores())
-    held, numbers = Held(arguments.model), dict[str, Any]()
+    held, numbers = Held(arguments.model, arguments.validation), dict[str, Any]()
     if arguments.sheet is not None:
         sheet(held).save(arguments.sheet)
     parts = {"prior": prior, "upsampling": upsampling, "variations": variations, "embeddings": embeddings}

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ldm.config import RunConfig, SystemConfig
+from ldm.config import RunConfig, StageConfig, SystemConfig
 from ldm.config.file import config_kind, load_config
 from ldm.errors import ConfigError
 from ldm.export.join import join, system_kind
+from ldm.export.planned import refuse_misfits
 from ldm.training.signals import PR_SET_PDEATHSIG, Stopped, StopSignals
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class SystemStage:
     words: Sequence[str]
     """The command line of the script."""
     folder: Path
+    config: RunConfig | None = None
+    """Its config, with those words; None: another script's."""
     needs: Sequence[Path] = ()
     """The folders of other stages that it loads models from."""
 
@@ -92,7 +95,7 @@ def system_stages(
                 needs.append(moved[base])
         file = config.stages[name]
         words_of = ["--config", file, *words.get(name, ()), *changes]
-        stages.append(SystemStage(name, scripts[kinds[name]], words_of, folders[name], needs))
+        stages.append(SystemStage(name, scripts[kinds[name]], words_of, folders[name], own, needs))
     return stages
 
 
@@ -136,10 +139,11 @@ def join_stages(config: SystemConfig, stages: Sequence[SystemStage], pipelines: 
         log.info("the system is in %s", join(config.pipeline, models, Path(config.output_dir, "model"), pipelines))
 
 
-def check_system(config: SystemConfig) -> None:
-    """Raise ConfigError, before anything is trained, if there is no such pipeline to join the stages into."""
+def check_system(config: SystemConfig, stages: Sequence[SystemStage]) -> None:
+    """Raise ConfigError, before anything is trained, if the stages will not make one pipeline."""
     if config.pipeline is not None:
-        system_kind(config.pipeline)
+        diffusion = {stage.name: stage.config for stage in stages if isinstance(stage.config, StageConfig)}
+        refuse_misfits(system_kind(config.pipeline), diffusion)
 
 
 def examine_stages(config: SystemConfig, stages: Sequence[SystemStage]) -> None:

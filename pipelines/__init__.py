@@ -1,8 +1,11 @@
 """The pipelines that are saved with a model, by their names."""
 
 from .decoder import DecoderPipeline
+from .imagen import ImagenPipeline
 from .pixels import PixelPipeline
 from .prior import PriorPipeline
+from .prompted_pixels import PromptedPixelPipeline
+from .super_resolution import SuperResolutionPipeline
 from .text2img import TextToImagePipeline
 from .transformer import TransformerPipeline
 from .unclip import UnCLIPPipeline
@@ -18,5 +21,8 @@ PIPELINES = {
         DecoderPipeline,
         UpsamplerPipeline,
         UnCLIPPipeline,
+        PromptedPixelPipeline,
+        SuperResolutionPipeline,
+        ImagenPipeline,
     )
 }

@@ -1,17 +1,18 @@
 """The stages of a cascade, as functions of their networks: text to embedding, embedding to image, image to larger."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ImagePipelineOutput
+from diffusers import DDIMInverseScheduler, DDIMScheduler, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .image import RGB, given_images
 from .inputs import check_callback, check_generators, check_guidance, shown, texts, whole_number
-from .prompts import tokenized
+from .prompts import encode, tokenized
 from .sampling import StepCallback, both, denoise, guided_output
 from .schedulers import check_scheduler, set_timesteps
 
@@ -19,6 +20,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """Mean and std of the images that a CLIP takes (Radford et al. 2021)."""
 SMALLEST_ANGLE = 1e-4
 """Sine of an angle below which `slerp` takes the straight line."""
+SMALLEST_ALPHA = 5e-3
+"""Alpha at the last timestep below which a predicted noise gives no estimate of the image; `linear` has 6e-3."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -48,6 +51,10 @@ class Sampling(NamedTuple):
     guidance_scale: float = 1.0
     progress: Callable[[torch.Tensor], Iterable[torch.Tensor]] = iter
     after_step: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] | None = None
+    latents: torch.Tensor | None = None
+    """Unit noise to start from, in place of the generators'."""
+    eta: float = 0.0
+    """Share of noise that DDIM adds."""
 
 
 def text_embeds(name: str, prompts: Sequence[str], pipeline: Any) -> TextEmbeds:
@@ -112,21 +119,81 @@ def decoded_images(
     """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings (B, D) and texts."""
     size, count = unet.config.sample_size, len(given[0])
     nothing = _rows(null[0], count), null[1].rows(count)
-    noise = _noise((count, unet.config.in_channels, size, size), generator, 1, given[0].device)
+    shape = count, unet.config.in_channels, size, size
+    noise = _noise(shape, generator, 1, given[0].device) if how.latents is None else how.latents
     kwargs = _guided(how, _of_decoder(*given, unet.dtype), _of_decoder(*nothing, unet.dtype))
     return _sampled(unet, scheduler, noise, how, generator, (), kwargs)
+
+
+def ddim(scheduler: Any, inverse: bool = False) -> Any:
+    """Return DDIM on the noise path of `scheduler`, or its inverse, from an image to noise, at the same timesteps.
+
+    Neither clips its estimate of the image: a step that clips has no inverse. ValueError where that cannot work: an
+    error of the predicted noise becomes one of the estimate, multiplied by sigma / alpha.
+    """
+    kind = DDIMInverseScheduler if inverse else DDIMScheduler
+    known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs", "thresholding", "steps_offset"}
+    config = {name: value for name, value in scheduler.config.items() if name in known}
+    found = kind.from_config(config | {"timestep_spacing": "trailing", "clip_sample": False})
+    alpha = float(found.alphas_cumprod[-1].sqrt())
+    if scheduler.config.prediction_type == "epsilon" and alpha < SMALLEST_ALPHA:
+        raise ValueError(
+            f"eta: the decoder predicts the noise, and at the last timestep alpha is {alpha:.1g}: DDIM without "
+            "clipping goes astray there. Train a decoder with objective.prediction_type: v_prediction"
+        )
+    return found
+
+
+def given_latents(latents: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the unit noise of a call for the decoder; ValueError if it is not finite and of this shape."""
+    if not torch.is_tensor(latents) or tuple(latents.shape) != shape:
+        came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+        raise ValueError(f"decoder_latents: got {came}; expected a tensor {shape} (images, channels, height, width)")
+    if not latents.isfinite().all():
+        raise ValueError("decoder_latents: NaN or infinity; expected finite numbers")
+    return latents.to(device, torch.float32)
 
 
 def upsampled_images(
     unet: Any, scheduler: Any, images: torch.Tensor, how: Sampling, generator: Generators
 ) -> torch.Tensor:
     """Return images of the upsampler's size, (B, 3, H, W) in [-1, 1], not clipped, of small ones in [-1, 1]."""
-    size = unet.config.sample_size
-    # 8 bits and enlarged, as in training
-    small = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=True)
+    large = _enlarged(images, unet.config.sample_size)
     noise = _noise(tuple(large.shape), generator, 1, large.device)
     return _sampled(unet, scheduler, noise, how, generator, (large,), {})
+
+
+def prompted_images(
+    unet: Any, scheduler: Any, given: torch.Tensor, null: torch.Tensor, how: Sampling, generator: Generators
+) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [-1, 1], not clipped, of the states (B, L, D) of prompts."""
+    size, count = unet.config.sample_size, len(given)
+    noise = _noise((count, unet.config.in_channels, size, size), generator, 1, given.device)
+    kwargs = _guided(how, _of_states(given, unet.dtype), _of_states(_rows(null, count), unet.dtype))
+    return _sampled(unet, scheduler, noise, how, generator, (), kwargs)
+
+
+def prompted_larger_images(
+    unet: Any,
+    scheduler: Any,
+    images: torch.Tensor,
+    noised: tuple[Any, int],
+    states: tuple[torch.Tensor, torch.Tensor],
+    how: Sampling,
+    generator: Generators,
+) -> torch.Tensor:
+    """Return images of the network's size, (B, 3, H, W) in [-1, 1], not clipped, of small ones in [-1, 1] and prompts.
+
+    noised: the scheduler that adds noise to the small images, enlarged, and its timestep. states: those of the prompts
+    and of the negative prompts, (B, L, D) or (1, L, D).
+    """
+    large, count, (noising, level) = _enlarged(images, unet.config.sample_size), len(images), noised
+    noise, augmentation = (_noise(tuple(large.shape), generator, 1, large.device) for _ in range(2))
+    levels = torch.full((count,), level, device=large.device)
+    large = noising.add_noise(large, augmentation, levels)
+    given, null = (_of_states(_rows(one, count), unet.dtype) | {"class_labels": levels} for one in states)
+    channels = _guided(how, (large,), (large,))
+    return _sampled(unet, scheduler, noise, how, generator, channels, _guided(how, given, null))
 
 
 def given_embeds(pipeline: Any, image: Any, embeds: Any, null: torch.Tensor) -> torch.Tensor:
@@ -249,15 +316,60 @@ def stage_call(
         raise ValueError(f"{stage}{error}") from None
 
 
-def both_texts(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[TextEmbeds, TextEmbeds]:
-    """Return the embeddings of a call's prompts and negative prompts, each a string or several."""
-    named = {"prompt": texts("prompt", prompt), "negative_prompt": texts("negative_prompt", negative_prompt)}
-    wanted, others = map(len, named.values())
+def check_noise_level(scheduler: Any, noise_level: int) -> None:
+    """Raise ValueError if this is no timestep of the scheduler that adds noise to small images."""
+    whole_number("noise_level", noise_level, 0, scheduler.config.num_train_timesteps - 1)
+
+
+def check_prompted(name: str, unet: Any, text_encoder: Any, tokenizer: Any, channels: int) -> None:
+    """Raise ValueError if a network, the component `name`, does not read this language model, or other channels."""
+    if unet is None:
+        return
+    if unet.config.in_channels != channels:
+        raise ValueError(f"{name}: takes {unet.config.in_channels} channels; expected {channels}")
+    if channels == 6 and unet.config.class_embed_type != "timestep":
+        raise ValueError(
+            f"{name}: is not conditioned on the level of the noise on the small image; build it with class_embed_type: "
+            "timestep"
+        )
+    width = None if text_encoder is None else text_encoder.config.hidden_size
+    if width is not None and unet.config.encoder_hid_dim not in (None, width):
+        raise ValueError(
+            f"{name}: takes states of width {unet.config.encoder_hid_dim}, and those of {type(text_encoder).__name__} "
+            f"have {width}"
+        )
+
+
+def prompt_states(name: str, prompts: list[str], pipeline: Any) -> torch.Tensor:
+    """Return the states (B, L, D) of prompts, read by the pipeline's language model; `name` is that of the argument."""
+    if pipeline.tokenizer is None or pipeline.text_encoder is None:
+        raise ValueError(f"{name}: the pipeline has no text encoder or no tokenizer")
+    tokenizer, device = pipeline.tokenizer, pipeline._execution_device
+    return encode(name, prompts, tokenizer, pipeline.text_encoder, tokenizer.model_max_length, device)
+
+
+def both_states(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states (B, L, D) of a call's prompts and negative prompts, each a string or several."""
+    given, null = both_prompts(prompt, negative_prompt)
+    return prompt_states("prompt", given, pipeline), prompt_states("negative_prompt", null, pipeline)
+
+
+def both_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
+    """Return a call's prompts and negative prompts; ValueError if they are no texts, or not as many."""
+    named = texts("prompt", prompt), texts("negative_prompt", negative_prompt)
+    wanted, others = map(len, named)
     if others not in (1, wanted):
         raise ValueError(f"negative_prompt: got {others} for {wanted} prompts; expected one, or one for each")
+    return named
+
+
+def both_texts(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[TextEmbeds, TextEmbeds]:
+    """Return the embeddings of a call's prompts and negative prompts, each a string or several."""
+    prompts = both_prompts(prompt, negative_prompt)
     if pipeline.tokenizer is None or pipeline.text_encoder is None:
         raise ValueError("prompt: the pipeline has no text encoder or no tokenizer")
-    given, null = (text_embeds(name, of, pipeline) for name, of in named.items())
+    names = ("prompt", "negative_prompt")
+    given, null = (text_embeds(name, of, pipeline) for name, of in zip(names, prompts, strict=True))
     return given, null
 
 
@@ -278,6 +390,12 @@ def callback_steps(pipeline: Any, callback: StepCallback | None) -> Callable[...
         return x_t, pipeline._interrupt
 
     return after_step
+
+
+def _enlarged(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Return small images in [-1, 1] of 8 bits, enlarged, as in training."""
+    small = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return F.interpolate(small, size=(size, size), mode="bilinear", align_corners=True)
 
 
 def _rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -309,16 +427,20 @@ def _sampled(
     def predict(x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return guided_output(denoiser, scheduler, x_t, timestep, how.guidance_scale, channels, kwargs)
 
-    return denoise(predict, scheduler, noise, times, generator, how.after_step, how.progress)
+    return denoise(predict, scheduler, noise, times, generator, how.after_step, how.progress, eta=how.eta)
 
 
-def _guided(how: Sampling, given: Mapping[str, Any], null: Mapping[str, Any]) -> Any:
+def _guided(how: Sampling, given: Any, null: Any) -> Any:
     return both(null, given) if how.guidance_scale > 1 else given
 
 
 def _of_prior(text: TextEmbeds, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     states, pooled = text.states.to(dtype), text.pooled.to(dtype)
     return {"proj_embedding": pooled, "encoder_hidden_states": states, "attention_mask": text.mask}
+
+
+def _of_states(states: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": states.to(dtype)}
 
 
 def _of_decoder(embeds: torch.Tensor, text: TextEmbeds, dtype: torch.dtype) -> dict[str, Any]:

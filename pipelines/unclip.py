@@ -23,8 +23,10 @@ from .cascade import (
     check_decoder,
     check_prior,
     check_upsampler,
+    ddim,
     decoded_images,
     given_embeds,
+    given_latents,
     image_output,
     null_image_embeds,
     said,
@@ -37,6 +39,7 @@ from .cascade import (
 )
 from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
 from .sampling import StepCallback
+from .schedulers import check_eta
 from .source import Portable, single_file
 
 
@@ -129,6 +132,8 @@ class UnCLIPPipeline(
         prior_guidance_scale: float | None = None,
         num_candidates: int = 1,
         super_res_num_inference_steps: int | None = None,
+        decoder_latents: torch.Tensor | None = None,
+        eta: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -140,6 +145,8 @@ class UnCLIPPipeline(
         negative_prompt: for prior and decoder. image: images whose embeddings take the place of the prior's; or
         image_embeds: embeddings (B, D). One prompt goes with all of them.
         num_candidates: embeddings that the prior samples for each prompt, of which it keeps the one most like the text.
+        decoder_latents: unit noise (B, 3, H, W) that the decoder starts from, one for each image; from `invert`, say.
+        eta: the decoder is sampled by DDIM, which adds this share of DDPM's noise; None: by its own scheduler.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         generator: with a list, image i depends on generator i only. callback_on_step_end: gets ``latents`` of the
         decoder and of the upsampler. None: as in the config. ValueError for unusable inputs.
@@ -149,7 +156,8 @@ class UnCLIPPipeline(
         steps, scale = said(
             self, decoder_num_inference_steps=num_inference_steps, decoder_guidance_scale=guidance_scale
         )
-        stage_call("", self.decoder_scheduler, self.decoder, steps, scale)
+        scheduler = self._ddim(eta)
+        stage_call("", scheduler, self.decoder, steps, scale)
         larger = self._super_res_sampling(super_res_num_inference_steps, after_step)
         given, null = both_texts(self, prompt, negative_prompt)
         nothing = null_image_embeds(self, self.decoder.config.cross_attention_dim)
@@ -159,8 +167,12 @@ class UnCLIPPipeline(
         embeds = given_embeds(self, image, image_embeds, nothing)
         if len(given.pooled) not in (1, len(embeds)):
             raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
-        pair, how = (embeds, given.rows(len(embeds))), Sampling(steps, scale, self.progress_bar, after_step)
-        small = decoded_images(self.decoder, self.decoder_scheduler, pair, (nothing, null), how, generator)
+        if decoder_latents is not None:
+            shape = len(embeds), self.decoder.config.in_channels, *[self.config.small_size] * 2
+            decoder_latents = given_latents(decoder_latents, shape, embeds.device)
+        pair = embeds, given.rows(len(embeds))
+        how = Sampling(steps, scale, self.progress_bar, after_step, decoder_latents, eta or 0.0)
+        small = decoded_images(self.decoder, scheduler, pair, (nothing, null), how, generator)
         x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, larger, generator)
         return image_output(self, x0, output_type, return_dict)
 
@@ -197,22 +209,56 @@ class UnCLIPPipeline(
         return image_output(self, x0, output_type, True)
 
     @torch.no_grad()
-    def variations(self, image: Any, num_images: int = 4, prompt: str = "", **call: Any) -> Any:
-        """Return ``.images``, `num_images` of one image: its embedding, decoded with different noise (section 3.1)."""
+    def invert(
+        self,
+        image: Any,
+        prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] = "",
+    ) -> torch.Tensor:
+        """Return the noise (B, 3, H, W) of which the decoder makes the small images of `image` again.
+
+        It does so as `decoder_latents` of a call with the images' embeddings, ``eta=0`` and the same arguments as here
+        (DDIM inversion, Dhariwal & Nichol 2021, appendix F); the more steps, the nearer.
+        """
+        steps, scale = said(
+            self, decoder_num_inference_steps=num_inference_steps, decoder_guidance_scale=guidance_scale
+        )
+        stage_call("", self._ddim(0), self.decoder, steps, scale)
+        given, null = both_texts(self, prompt, negative_prompt)
+        nothing = null_image_embeds(self, self.decoder.config.cross_attention_dim)
+        embeds = given_embeds(self, image, None, nothing)
+        small = small_images(image, self.config.small_size).to(embeds)
+        pair, how = (embeds, given.rows(len(embeds))), Sampling(steps, scale, self.progress_bar, latents=small)
+        inverse = ddim(self.decoder_scheduler, inverse=True)
+        latents = decoded_images(self.decoder, inverse, pair, (nothing, null), how, None)
+        self.maybe_free_model_hooks()
+        return latents
+
+    @torch.no_grad()
+    def variations(self, image: Any, num_images: int = 4, prompt: str = "", eta: float = 1.0, **call: Any) -> Any:
+        """Return ``.images``, `num_images` of one image, from its embedding and its own noise (section 3.1).
+
+        eta: 0 gives the image again, as far as the upsampler knows it; the more, the less they have in common beside
+        the embedding. Nothing but the embedding: ``pipe(image=image)``.
+        """
         whole_number("num_images", num_images, 1, MAX_IMAGES)
-        embeds = self._embeds_of("image", image)
-        return self(prompt, image_embeds=embeds.expand(num_images, -1), **call)
+        embeds, latents = self._both_of("image", image, prompt, call)
+        latents = latents.expand(num_images, -1, -1, -1)
+        return self(prompt, image_embeds=embeds.expand(num_images, -1), decoder_latents=latents, eta=eta, **call)
 
     @torch.no_grad()
     def interpolate(self, first: Any, second: Any, num_images: int = 8, prompt: str = "", **call: Any) -> Any:
-        """Return ``.images``, `num_images` from one image to another, all with the same noise (section 3.2).
+        """Return ``.images``, `num_images` from one image to another (section 3.2).
 
-        Their embeddings lie on the great circle between those of the two images.
+        Their embeddings lie on the great circle between those of the two images, their noise on that between theirs.
         """
         whole_number("num_images", num_images, 2, MAX_IMAGES)
-        start, end = self._embeds_of("first", first), self._embeds_of("second", second)
-        embeds = slerp(start, end, torch.linspace(0, 1, num_images, device=start.device))
-        return self._with_same_noise(prompt, embeds, call)
+        ends = [self._both_of(name, image, prompt, call) for name, image in (("first", first), ("second", second))]
+        shares = torch.linspace(0, 1, num_images, device=self._execution_device)
+        embeds, latents = (slerp(one.flatten(1), other.flatten(1), shares) for one, other in zip(*ends, strict=True))
+        return self._from_noise(prompt, embeds, latents.view(-1, *ends[0][1].shape[1:]), call)
 
     @torch.no_grad()
     def text_difference(
@@ -221,7 +267,7 @@ class UnCLIPPipeline(
         """Return ``.images``, `num_images` on the way from what `source` says of an image to what `target` says.
 
         The image's embedding is turned towards the difference of the two texts' embeddings, from none of the way up to
-        the share `strength`; all images have the same noise (section 3.3, there 0.25 to 0.5).
+        the share `strength`; the noise stays that of the image (section 3.3, there 0.25 to 0.5).
         """
         whole_number("num_images", num_images, 2, MAX_IMAGES)
         if not 0 < strength <= 1:
@@ -233,14 +279,23 @@ class UnCLIPPipeline(
         difference = pooled[1:] - pooled[:1]
         if not difference.any():
             raise ValueError("target: says the same as source; expected another text")
-        start = self._embeds_of("image", image)
+        start, latents = self._both_of("image", image, "", call)
         end = difference * (start.norm() / difference.norm())
         embeds = slerp(start, end, torch.linspace(0, strength, num_images, device=start.device))
-        return self._with_same_noise("", embeds, call)
+        return self._from_noise("", embeds, latents.expand(num_images, -1, -1, -1), call)
 
-    def _with_same_noise(self, prompt: str, embeds: torch.Tensor, call: dict[str, Any]) -> Any:
+    def _from_noise(self, prompt: str, embeds: torch.Tensor, latents: torch.Tensor, call: dict[str, Any]) -> Any:
+        """Return the images of embeddings and noise, without more noise than the upsampler's, the same for all."""
         with same_noise(call.pop("generator", None), len(embeds)) as generators:
-            return self(prompt, image_embeds=embeds, generator=generators, **call)
+            return self(
+                prompt, image_embeds=embeds, decoder_latents=latents, generator=generators, **{"eta": 0.0, **call}
+            )
+
+    def _both_of(self, name: str, image: Any, prompt: str, call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embedding (1, D) and the noise (1, 3, H, W) of one image, for a call with these arguments."""
+        embeds = self._embeds_of(name, image)
+        of_decoder = ("num_inference_steps", "guidance_scale", "negative_prompt")
+        return embeds, self.invert(image, prompt, **{key: call[key] for key in of_decoder if key in call})
 
     def _embeds_of(self, name: str, image: Any) -> torch.Tensor:
         """Return the embedding of one image, (1, D)."""
@@ -248,6 +303,14 @@ class UnCLIPPipeline(
             raise ValueError(f"{name}: got several images; expected one")
         null = torch.zeros(1, self.image_encoder.config.projection_dim, device=self._execution_device)
         return given_embeds(self, image, None, null)
+
+    def _ddim(self, eta: float | None) -> Any:
+        """Return the scheduler of a call with this `eta`."""
+        if eta is None:
+            return self.decoder_scheduler
+        scheduler = ddim(self.decoder_scheduler)
+        check_eta(scheduler, eta)
+        return scheduler
 
     def _after_step(self, callback: StepCallback | None) -> Any:
         self._interrupt = False

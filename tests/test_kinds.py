@@ -8,7 +8,10 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import torch
+from PIL import Image
 
+from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import KEYWORDS
 from ldm.config import ObjectiveConfig, SamplerConfig
 from ldm.export.kinds import KINDS
@@ -18,6 +21,7 @@ from pipelines import PIPELINES
 from tests import test_pixels_pipeline, tiny_pipeline
 
 from .table import table
+from .tiny_stages import IMAGEN
 
 CLASSES = 3
 TEXT = next(kind for kind in KINDS if kind.own == "TextToImagePipeline")
@@ -30,6 +34,12 @@ ASKED = {
 
 def denoiser(kind, channels):
     """A tiny denoiser of a kind; with a learned variance it has twice the channels."""
+    if kind.stock_length is not None:
+        larger = {"in_channels": 6, "class_embed_type": "timestep"} if "low_res" in kind.conditions else {}
+        keys = IMAGEN | {"sample_size": tiny_pipeline.PIXELS, "out_channels": channels * 3} | larger
+        del keys["_class_name"]
+        torch.manual_seed(3)
+        return diffusers.UNet2DConditionModel(**keys).eval()
     if kind.space == "pixel":
         return test_pixels_pipeline.network(CLASSES if kind.conditions else None, out_channels=channels * 3)
     make = tiny_pipeline.unet if "unet" in kind.components else tiny_pipeline.transformer
@@ -40,7 +50,11 @@ def both_pipelines(kind, objective, sampler):
     """Our pipeline and the stock one, of the same random weights."""
     name = next(name for name, path in kind.components.items() if path == "model.denoiser")
     scheduler = build_scheduler(objective, sampler, clip_sample=kind.space == "pixel")
-    made = tiny_pipeline.parts(scheduler=scheduler)
+    made = tiny_pipeline.parts(scheduler=scheduler) | {"requires_safety_checker": False}
+    made["image_noising_scheduler"] = LowResConditioner(8, 1000).noising_scheduler
+    if kind.stock_length is not None:
+        made["text_encoder"], made["tokenizer"].model_max_length = tiny_pipeline.text_encoder("t5"), kind.stock_length
+        made |= dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
     made[name] = denoiser(kind, 1 if objective.variational_weight is None else 2)
     for build in (PIPELINES[kind.own], getattr(diffusers, kind.stock)):
         takes = inspect.signature(build.__init__).parameters
@@ -52,6 +66,8 @@ def both_pipelines(kind, objective, sampler):
 def images(kind, pipe):
     guided = {"guidance_scale": 3.0} if "guidance_scale" in inspect.signature(pipe.__call__).parameters else {}
     call = {"generator": tiny_pipeline.seeds(0, 1), "num_inference_steps": 3, "output_type": "np"}
+    if "low_res" in kind.conditions:
+        call |= {"image": [Image.new("RGB", (8, 8), colour) for colour in ("red", "navy")], "noise_level": 100}
     return pipe(**ASKED[kind.asks], **plain_call(pipe), **guided, **call).images
 
 
@@ -60,7 +76,9 @@ def images(kind, pipe):
 @table("sampler", ["dpm_solver", "ddim", "ddpm"])
 def test_the_stock_class_makes_the_images_that_its_record_says(kind, weight, sampler):
     objective = ObjectiveConfig(path="scaled_linear", prediction_type="epsilon", variational_weight=weight)
-    config = SimpleNamespace(objective=objective, sampler=SamplerConfig(kind=sampler))
+    text = SimpleNamespace(max_length=kind.stock_length or tiny_pipeline.LENGTH)
+    conditioners = SimpleNamespace(text=text if "text" in kind.conditions else None)
+    config = SimpleNamespace(objective=objective, sampler=SamplerConfig(kind=sampler), conditioners=conditioners)
     said = kind.stock_images(config)
     ours, stock = both_pipelines(kind, objective, config.sampler)
     own, difference = images(kind, ours), None

@@ -36,6 +36,7 @@ from ldm.models.provenance import Provenance, read_provenance, read_trained_imag
 from ldm.models.resolution import blurred, enlarged, shrunk
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.denoising import Objective
+from ldm.system import check_system, system_stages
 from ldm.training.checks import conditional_gain
 from pipelines import PIPELINES
 from pipelines.cascade import Sampling, TextEmbeds, sampled_embeds, slerp
@@ -47,6 +48,7 @@ from .table import table
 from .test_batches import Shades
 from .test_conditioners import Some, tell
 from .test_hub import hub  # noqa: F401 (a fixture)
+from .test_system import SCRIPTS
 from .test_ten_stages import batch, build, images, moved, parts, run  # noqa: F401 (parts, run: fixtures)
 from .tiny_stages import ADM, PIXELS, PLAIN
 from .trainers import ROOT
@@ -106,6 +108,14 @@ def unclip(made, larger):
         **schedulers,
     )
     return quiet(pipe)
+
+
+@pytest.fixture(scope="module")
+def invertible(unclip):
+    """The same pipeline, as if its decoder predicted v."""
+    v = build_scheduler(ObjectiveConfig(path="cosine", prediction_type="v_prediction"), clip_sample=True)
+    settings = {name: unclip.config[name] for name in unclip.config if name.endswith(("_steps", "_scale", "_size"))}
+    return quiet(UnCLIPPipeline(**unclip.components | settings | {"decoder_scheduler": v}))
 
 
 def called(name, pipe, some, **call):
@@ -232,22 +242,73 @@ def test_great_circles():
     torch.testing.assert_close(slerp(start, start, torch.tensor([0.3])), start)
 
 
-def test_the_three_manipulations(unclip):
+def decoded(invertible, *asked, **call):
+    """Return the small images of a call, which the upsampler is given."""
+    seen = []
+
+    def after_step(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+
+    invertible(*asked, callback_on_step_end=after_step, output_type="latent", **call)
+    return [one for one in seen if one.shape[-1] == PIXELS][-1]
+
+
+@table("guidance_scale", [1.0, 2.0])
+def test_the_noise_of_an_image_gives_it_again(guidance_scale, invertible):
+    """Up to the size of the steps: with more of them, nearer. Without the image's embedding it is another one."""
+    shown = images(range(2)) / 2 + 0.5
+    call = {"prompt": "red", "guidance_scale": guidance_scale}
+    errors = []
+    for steps in (20, 200):
+        latents = invertible.invert(shown, num_inference_steps=steps, **call)
+        again = {"num_inference_steps": steps, "decoder_latents": latents, "eta": 0, **call}
+        found = decoded(invertible, image=shown, **again)
+        errors.append((found - 2 * shown + 1).abs().mean())
+    assert errors[1] < 0.02
+    assert errors[1] < errors[0] / 3
+    assert latents.std() > 0.5
+
+
+def test_the_three_manipulations(invertible):
     colours = [Image.new("RGB", (2 * PIXELS,) * 2, name) for name in ("red", "blue")]
-    embeds = unclip._embeds_of("image", colours[0]), unclip._embeds_of("image", colours[1])
-    varied = unclip.variations(colours[0], 3, generator=seeded(1, 2, 3), output_type="np").images
-    expected = unclip(image_embeds=embeds[0].expand(3, -1), generator=seeded(1, 2, 3), output_type="np").images
-    np.testing.assert_array_equal(varied, expected)
-    assert not np.array_equal(varied[0], varied[1]), "their noise differs"
-    between = unclip.interpolate(*colours, 3, generator=seeded(4)[0], output_type="np").images
-    ends = [unclip(image_embeds=one, generator=seeded(4), output_type="np").images[0] for one in embeds]
-    np.testing.assert_allclose(between[[0, 2]], ends, atol=1e-4)
-    turned = unclip.text_difference(colours[0], "red", "blue", 2, generator=seeded(4)[0], output_type="np").images
-    np.testing.assert_allclose(turned[0], ends[0], atol=1e-4)
-    assert not np.allclose(turned[1], ends[0], atol=1e-4)
-    generator = seeded(7)[0]
-    first = unclip.interpolate(*colours, 2, generator=generator, output_type="np").images
-    assert not np.array_equal(first, unclip.interpolate(*colours, 2, generator=generator, output_type="np").images)
+
+    def call():
+        return {"generator": seeded(4)[0], "output_type": "np"}
+
+    embeds = [invertible._embeds_of("image", colour) for colour in colours]
+    ends = [
+        invertible(image=colour, decoder_latents=invertible.invert(colour), eta=0, **call()).images[0]
+        for colour in colours
+    ]
+    for name, found in {
+        "varied": invertible.variations(colours[0], 2, eta=0.0, generator=seeded(4, 4), output_type="np").images[:1],
+        "between": invertible.interpolate(*colours, 3, **call()).images[[0, 2]],
+        "turned": invertible.text_difference(colours[0], "red", "blue", 2, **call()).images[:1],
+    }.items():
+        np.testing.assert_allclose(found, ends[: len(found)], atol=1e-3, err_msg=name)
+    half = (
+        slerp(*embeds, torch.tensor([0.5])),
+        slerp(*(invertible.invert(one).flatten(1) for one in colours), torch.tensor([0.5])),
+    )
+    middle = {"image_embeds": half[0], "decoder_latents": half[1].view(1, 3, PIXELS, PIXELS)}
+    expected = invertible(**middle, eta=0, **call()).images
+    np.testing.assert_allclose(invertible.interpolate(*colours, 3, **call()).images[1:2], expected, atol=1e-3)
+    turned = invertible.text_difference(colours[0], "red", "blue", 2, **call()).images
+    assert not np.allclose(turned[0], turned[1], atol=1e-3)
+    varied = invertible.variations(colours[0], 2, generator=seeded(1, 2), output_type="np").images
+    assert not np.allclose(varied[0], varied[1], atol=1e-3), "their noise differs"
+
+
+def test_a_share_of_noise_is_from_0_to_1(invertible):
+    with pytest.raises(ValueError, match=re.escape("eta: got 2; expected a number from 0 (no noise) to 1")):
+        invertible("a", eta=2)
+
+
+def test_a_decoder_of_noise_has_no_inverse_on_the_cosine_path(unclip):
+    with pytest.raises(
+        ValueError, match=re.escape("eta: the decoder predicts the noise, and at the last timestep alp")
+    ):
+        unclip.variations(Image.new("RGB", (8, 8)))
 
 
 @table(
@@ -266,6 +327,8 @@ def test_the_three_manipulations(unclip):
         ({"prompt": "a", "generator": seeded(1, 2)}, "generator: got a list of 2 for 1 images"),
         ({"prompt": "a", "output_type": "gif"}, "output_type: got 'gif'"),
         ({"prompt": "a", "num_candidates": 0}, "num_candidates: got 0"),
+        ({"prompt": "a", "decoder_latents": torch.zeros(2, 3, 16, 16)}, "decoder_latents: got (2, 3, 16, 16); expecte"),
+        ({"decoder_latents": torch.full((1, 3, 16, 16), torch.inf)}, "decoder_latents: NaN or infinity"),
     ],
 )
 def test_a_call_that_cannot_be_is_refused(call, message, unclip):
@@ -497,11 +560,49 @@ def test_a_system_names_a_pipeline_that_there_is():
     with pytest.raises(ConfigError, match="pipeline: got Nothing; choose from UnCLIPPipeline"):
         join("Nothing", {}, Path("x"), PIPELINES)
     assert SYSTEMS.keys() <= PIPELINES.keys()
-    known = {kind.own for kind in KINDS}
+    known = {kind.stock or kind.own for kind in KINDS}
     assert all(system.components.keys() <= known for system in SYSTEMS.values())
     words = ["--output_dir", "x", "--stages", "{model: a.yaml}", "--pipeline", "UnCLIPPipeline"]
     with pytest.raises(ConfigError, match="stages: got model, which is the folder of the joined pipeline"):
         load_config(SystemConfig, words)
+
+
+@table(
+    ("words", "message"),
+    [
+        (
+            {"decoder": ["--denoiser.sample_size", "8"]},
+            "decoder and upsampler do not fit: the size of the small images is 8 in decoder and 16 in upsampler",
+        ),
+        (
+            {"prior": ["--denoiser.embedding_dim", "8"]},
+            "prior and decoder do not fit: the width of the image embeddings is 8 in prior and 32 in decoder",
+        ),
+        (
+            {"decoder": ["--conditioners.image.pretrained", "user/clip"]},
+            "prior and decoder do not fit: they use two CLIPs, conditioners.text.pretrained is out/tiny/clip/model and "
+            "conditioners.image.pretrained is user/clip",
+        ),
+        (
+            {"upsampler": ["--conditioners.low_res", "null"]},
+            "pipeline: UnCLIPPipeline needs a stage that is saved as UpsamplerPipeline, and none of prior, decoder",
+        ),
+    ],
+)
+def test_stages_that_will_not_fit_are_refused_before_they_are_trained(words, message):
+    config = load_config(SystemConfig, ["--config", str(ROOT / "configs/tiny/dalle2/system.yaml")])
+    check_system(config, system_stages(config, SCRIPTS, {}))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_system(config, system_stages(config, SCRIPTS, words))
+
+
+def test_a_warning_of_other_lists_of_held_out_captions(caplog):
+    config = load_config(SystemConfig, ["--config", str(ROOT / "configs/tiny/dalle2/system.yaml")])
+    check_system(config, system_stages(config, SCRIPTS, {}))
+    assert not caplog.records
+    words = {"upsampler": ["--data.held_out", "{}"]}
+    check_system(config, system_stages(config, SCRIPTS, words))
+    assert "decoder and upsampler name other files of held-out captions" in caplog.text
 
 
 # ---- what the stages are trained on ----

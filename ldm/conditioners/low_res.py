@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ldm.conditioners.conditioning import ConditioningBatch, Conditions, EncodedData, Inputs
@@ -47,6 +48,12 @@ class LowResConditioner(nn.Module):
             blur,
             whole_size,
         )
+
+    @property
+    def noising_scheduler(self) -> DDPMScheduler:
+        """The scheduler that adds noise of a level to small images, for pipelines."""
+        steps = ObjectiveConfig.num_train_timesteps
+        return DDPMScheduler(num_train_timesteps=steps, beta_schedule="squaredcos_cap_v2")
 
     @property
     def keywords(self) -> tuple[str, ...]:

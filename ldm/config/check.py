@@ -93,7 +93,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "min_snr_gamma": POSITIVE,
         "variational_weight": POSITIVE,
     },
-    SamplerConfig: {},
+    SamplerConfig: {"thresholding": Numbers(0, 1, above=True)},
     ReconstructionConfig: {
         "l1_weight": WEIGHT,
         "l2_weight": WEIGHT,

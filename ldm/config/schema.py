@@ -141,6 +141,10 @@ class SamplerConfig:
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
     """Variance of ddpm's noise: the posterior's (fixed_small) or beta (fixed_large; Ho et al. 2020, section 3.2). With
     objective.variational_weight it is learned instead."""
+    thresholding: float | None = None
+    """Dynamic thresholding, of pixels only: at each step the estimate of an image is clipped at this quantile of its
+    absolute values, if that is above 1, and divided by it (Saharia et al. 2022, section 2.3, where it is 0.995). It
+    keeps strong guidance from saturated colours. None: as the sampler does without."""
 
 
 @dataclass(frozen=True)

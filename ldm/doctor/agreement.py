@@ -64,8 +64,8 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
     ancestral ones. Nothing is clipped, because Gaussian data are not limited to [-1, 1].
     """
     scheduler = copy.deepcopy(scheduler)
-    if scheduler.config.get("clip_sample"):
-        scheduler.register_to_config(clip_sample=False)
+    limits = [name for name in ("clip_sample", "thresholding") if scheduler.config.get(name)]
+    scheduler.register_to_config(**dict.fromkeys(limits, False))
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)

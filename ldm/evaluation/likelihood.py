@@ -113,7 +113,7 @@ def _terms(
     x_t = alpha * x0 + sigma * noise
     output = unet(x_t.to(unet.dtype), timesteps, **labels, return_dict=False)[0].float()
     predicted_x0, _ = recover(output[:, : x0.shape[1]], x_t, prediction_type, alpha, sigma)
-    if config.get("clip_sample"):
+    if config.get("clip_sample") or config.get("thresholding"):  # a bound may use any estimate of x0
         predicted_x0 = predicted_x0.clamp(-1, 1)
     if output.shape[1] == 2 * x0.shape[1]:
         log_variance = interpolated_log_variance(schedule, output[:, x0.shape[1] :], timesteps)

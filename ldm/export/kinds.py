@@ -48,6 +48,8 @@ class PipelineKind:
     """The path of each value of its config in a stage, as `components`, or ``config...`` for a field of the config."""
     stock_arguments: str = ""
     """Arguments, as Python, that the stock class's call needs to make the same images."""
+    stock_length: int | None = None
+    """Tokens that the stock class reads of a prompt, whatever the tokenizer says; None: as the tokenizer says."""
     stock_note: str = ""
     """A note on the stock class, which continues the words "With diffusers alone" on the card."""
     stock_samplers: Collection[str] = ("dpm_solver", "ddim", "ddpm")
@@ -66,8 +68,11 @@ class PipelineKind:
     def stock_images(self, config: StageConfig) -> Literal["same", "other", "none"]:
         """Return "same" if the stock class makes the same images as ours, "other" if a note says how they differ.
 
-        Else "none": it cannot sample such a stage, or guides its learned variance, too.
+        Else "none": it cannot sample such a stage, reads another number of tokens, or guides its learned variance, too.
         """
+        text = config.conditioners.text
+        if text is not None and self.stock_length not in (None, text.max_length):
+            return "none"
         sampler, learned = config.sampler.kind, config.objective.variational_weight is not None
         if sampler in (self.stock_learned if learned else self.stock_samplers):
             return "same"
@@ -106,6 +111,8 @@ _PRIOR_TEXT = {
     "attention_mask": "attention_mask",
 }
 _DECODER_TEXT = {**KEYWORDS, "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
+IF_LENGTH = 77
+_LOWER = ", which reads captions in lower case"
 _CLIPPED = (
     ", whose images are different and worse: DDIM clips its estimate of the image, and `DDPMPipeline` then continues "
     "with noise that does not belong to the clipped image. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes the same "
@@ -132,7 +139,7 @@ KINDS = [
         asks="prompt",
         task="text-to-image",
         stock_arguments=", use_resolution_binning=False, max_sequence_length={max_length}, clean_caption=False",
-        stock_note=", which reads captions in lower case",
+        stock_note=_LOWER,
         stock_learned=("dpm_solver", "ddim"),
     ),
     PipelineKind(
@@ -202,6 +209,41 @@ KINDS = [
         task="image-to-image",
         words="upsampler",
         stock_samplers=(),
+    ),
+    PipelineKind(
+        own="PromptedPixelPipeline",
+        stock="IFPipeline",
+        space="pixel",
+        denoiser="UNet2DConditionModel",
+        conditions={"text": KEYWORDS},
+        components={"unet": "model.denoiser", **_TEXT},
+        asks="prompt",
+        task="text-to-image",
+        stock_samplers=(),
+        stock_learned=("dpm_solver", "ddpm"),
+        stock_arguments=", clean_caption=False",
+        stock_length=IF_LENGTH,
+        stock_note=_LOWER,
+    ),
+    PipelineKind(
+        own="SuperResolutionPipeline",
+        stock="IFSuperResolutionPipeline",
+        space="pixel",
+        denoiser="UNet2DConditionModel",
+        conditions={"text": KEYWORDS, "low_res": ("class_labels",)},
+        components={
+            "unet": "model.denoiser",
+            "image_noising_scheduler": "model.conditioners.low_res.noising_scheduler",
+            **_TEXT,
+        },
+        asks="prompt",
+        task="image-to-image",
+        words="super_resolution",
+        stock_arguments=", noise_level=100, clean_caption=False",
+        stock_samplers=(),
+        stock_learned=("dpm_solver", "ddpm"),
+        stock_length=IF_LENGTH,
+        stock_note=_LOWER,
     ),
 ]
 """All kinds; the first that fits is used."""

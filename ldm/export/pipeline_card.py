@@ -51,6 +51,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions and embeddings of images of the validation split",
     },
+    "super_resolution": {
+        "title": "Super-resolution",
+        "sampled": "from captions and smaller images",
+        "call": '"a cat", Image.open("small.png"), num_inference_steps={steps}, guidance_scale={guidance}',
+        "use": f"from PIL import Image\n\n{IMAGE}",
+        "seeds": "guidance {guidance} and seeds",
+        "sheet": "Captions and images of the validation split, made small and large again",
+    },
     "upsampler": {
         "title": "Upsampler",
         "sampled": "from smaller ones",

@@ -25,19 +25,20 @@ class SystemKind:
     """Values that must be equal, each pair with a noun."""
 
 
-_CLIP_TEXT = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
+_READER = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
+"""A text encoder that all stages read with."""
 SYSTEMS = {
     kind.own: kind
     for kind in (
         SystemKind(
             own="UnCLIPPipeline",
             components={
-                "PriorPipeline": {"prior": "prior", "scheduler": "prior_scheduler", **_CLIP_TEXT},
+                "PriorPipeline": {"prior": "prior", "scheduler": "prior_scheduler", **_READER},
                 "DecoderPipeline": {
                     "unet": "decoder",
                     "scheduler": "decoder_scheduler",
                     "image_encoder": "image_encoder",
-                    **_CLIP_TEXT,
+                    **_READER,
                 },
                 "UpsamplerPipeline": {"unet": "super_res", "scheduler": "super_res_scheduler"},
             },
@@ -62,6 +63,18 @@ SYSTEMS = {
                     ("UpsamplerPipeline", "small_size"),
                 ),
             ),
+        ),
+        SystemKind(
+            own="ImagenPipeline",
+            components={
+                "IFPipeline": {"unet": "unet", "scheduler": "scheduler", **_READER},
+                "IFSuperResolutionPipeline": {
+                    "unet": "super_res",
+                    "scheduler": "super_res_scheduler",
+                    "image_noising_scheduler": "image_noising_scheduler",
+                    **_READER,
+                },
+            },
         ),
     )
 }

@@ -7,9 +7,12 @@ from typing import Any, cast, get_args
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ldm.config import ObjectiveConfig, PredictionType, SamplerConfig
+from ldm.errors import ConfigError
 from ldm.objectives.schedule import BETAS, DiscreteSchedule, FlowSchedule, Schedule, refuse_unsound
 
 DPM_SOLVER = SamplerConfig()
+NO_LIMIT = 100.0
+"""Absolute value above which dynamic thresholding takes no quantile of an image in [-1, 1]."""
 
 
 def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clip_sample: bool = False) -> Any:
@@ -23,17 +26,28 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     training are spaced evenly from the last timestep to the first, as in Nichol & Dhariwal 2021: diffusers adds noise
     in every step except at timestep 0, so that a sampling that ends at another timestep ends in noise.
 
-    clip_sample: x0 is in [-1, 1]; ddim and ddpm clip their estimate of it to that range.
+    clip_sample: x0 is in [-1, 1]; ddim and ddpm clip their estimate of it to that range. With `sampler.thresholding`
+    every one of them limits it by dynamic thresholding instead.
 
     The config also holds keys that DPM-Solver does not use, for ``pipe.scheduler = X.from_config(
     pipe.scheduler.config)``: DDIM and DDPM then clip only if x0 is in [-1, 1], and PNDM takes the given steps.
 
-    ValueError if the combination is unsound, as in training. Two limits of diffusers on the discrete paths:
+    ValueError if the combination is unsound, as in training, or if what is not in [-1, 1] should be thresholded. Two
+    limits of diffusers on the discrete paths:
     more inference steps than num_train_timesteps give NaN; and with a few odd numbers of steps (61, 103, 121, ...)
     there is one step too many, at timestep -1, and the samples' standard deviation is about 3 % off.
     """
     scheduler = _build(config, sampler, clip_sample)
     scheduler.register_to_config(clip_sample=clip_sample, skip_prk_steps=True)
+    if sampler.thresholding is not None:
+        if not clip_sample:
+            raise ConfigError("sampler.thresholding: limits pixels; leave it out in this space.kind, or set pixel")
+        scheduler.register_to_config(
+            clip_sample=False,
+            thresholding=True,
+            dynamic_thresholding_ratio=sampler.thresholding,
+            sample_max_value=NO_LIMIT,  # diffusers' default of 1 would be plain clipping
+        )
     return scheduler
 
 

@@ -1,0 +1,115 @@
+"""Text to image by a cascade of pixels that reads with a language model (Saharia et al. 2022)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .cascade import (
+    Sampling,
+    both_states,
+    callback_steps,
+    check_noise_level,
+    check_prompted,
+    image_output,
+    prompt_states,
+    prompted_images,
+    prompted_larger_images,
+    stage_call,
+)
+from .inputs import check_output
+from .sampling import StepCallback
+from .source import Portable, single_file
+
+
+class ImagenPipeline(
+    Portable,
+    DiffusionPipeline,  # type: ignore[misc]
+):
+    """Images of prompts by the two stages of Imagen: a small image of the prompt, and a larger one of both.
+
+    text_encoder: the language model that both stages were trained with. super_res: takes the small image, enlarged and
+    noised by `image_noising_scheduler`, as three more channels, and the level of the noise as ``class_labels``.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->super_res"
+    _stock: ClassVar[str | None] = None
+    _source: ClassVar[str] = single_file(Path(__file__))
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        unet: UNet2DConditionModel,
+        super_res: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        super_res_scheduler: SchedulerMixin,
+        image_noising_scheduler: DDPMScheduler,
+    ) -> None:
+        super().__init__()
+        check_prompted("unet", unet, text_encoder, tokenizer, 3)
+        check_prompted("super_res", super_res, text_encoder, tokenizer, 6)
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            super_res=super_res,
+            scheduler=scheduler,
+            super_res_scheduler=super_res_scheduler,
+            image_noising_scheduler=image_noising_scheduler,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def image_size(self) -> int:
+        """The size of the images, height and width in pixels."""
+        return int(self.super_res.config.sample_size)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        negative_prompt: str | Sequence[str] = "",
+        super_res_num_inference_steps: int = 20,
+        super_res_guidance_scale: float = 1.0,
+        noise_level: int = 100,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Return ``.images``, one for each prompt; ``(images,)`` if not `return_dict`.
+
+        num_inference_steps, guidance_scale: of the small image; up to 1 there is no guidance. The super-resolution's
+        have their names. negative_prompt: for both, one, or one for each prompt.
+        noise_level: timestep, from 0 on, of the noise that is added to the small image, against its faults; the more,
+        the less of it is kept.
+        output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
+        generator: with a list, image i depends on generator i only.
+        callback_on_step_end: gets ``latents``, the noisy images of both stages. ValueError for unusable inputs.
+        """
+        self._interrupt = False
+        stage_call("", self.scheduler, self.unet, num_inference_steps, guidance_scale)
+        larger = super_res_num_inference_steps, super_res_guidance_scale
+        stage_call("super_res_", self.super_res_scheduler, self.super_res, *larger)
+        check_noise_level(self.image_noising_scheduler, noise_level)
+        check_output(output_type, return_dict)
+        texts = both_states(self, prompt, negative_prompt)
+        after_step = callback_steps(self, callback_on_step_end)
+        first = Sampling(num_inference_steps, guidance_scale, self.progress_bar, after_step)
+        small = prompted_images(self.unet, self.scheduler, *texts, first, generator)
+        then = Sampling(*larger, self.progress_bar, after_step)
+        noised = self.image_noising_scheduler, noise_level
+        x0 = prompted_larger_images(self.super_res, self.super_res_scheduler, small, noised, texts, then, generator)
+        return image_output(self, x0, output_type, return_dict)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states, (1, L, D), of a prompt and of no prompt."""
+        return prompt_states("prompt", [prompt], self), prompt_states("prompt", [""], self)

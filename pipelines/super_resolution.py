@@ -1,0 +1,112 @@
+"""The super-resolution of Imagen: larger images of small ones and prompts, in the layout of DeepFloyd IF."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .cascade import (
+    Sampling,
+    as_tensor,
+    both_states,
+    callback_steps,
+    check_noise_level,
+    check_prompted,
+    image_output,
+    prompt_states,
+    prompted_larger_images,
+    stage_call,
+)
+from .inputs import check_output
+from .sampling import StepCallback
+from .source import Portable, single_file
+
+
+class SuperResolutionPipeline(
+    Portable,
+    DiffusionPipeline,  # type: ignore[misc]
+):
+    """The pipeline of a super-resolution stage: larger images, like `IFSuperResolutionPipeline`'s.
+
+    It has the components of that class, and that class can load a saved folder and makes the same images of the same
+    images, prompts and generator. unet: takes the noisy image and the small one, enlarged and noised, as six channels,
+    and the level of that noise as ``class_labels``. image_noising_scheduler: adds that noise.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "watermarker"]
+    _stock: ClassVar[str | None] = "IFSuperResolutionPipeline"
+    _source: ClassVar[str] = single_file(Path(__file__))
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        image_noising_scheduler: DDPMScheduler,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        watermarker: Any = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        super().__init__()
+        check_prompted("unet", unet, text_encoder, tokenizer, 6)
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            scheduler=scheduler,
+            image_noising_scheduler=image_noising_scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            watermarker=watermarker,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | Sequence[str] = "",
+        noise_level: int = 100,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Return ``.images``, one for each of the small images; ``(images,)`` if not `return_dict`.
+
+        image: PIL images, arrays or tensors (`given_images`), all of one size. One prompt goes with all of them.
+        noise_level: timestep, from 0 on, of the noise that is added to them; the more, the less of them is kept.
+        guidance_scale: up to 1 there is no guidance. negative_prompt: one, or one for each prompt.
+        output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
+        generator: with a list, image i depends on generator i only.
+        callback_on_step_end: gets ``latents``, the noisy images. ValueError for unusable inputs.
+        """
+        self._interrupt = False
+        stage_call("", self.scheduler, self.unet, num_inference_steps, guidance_scale)
+        check_noise_level(self.image_noising_scheduler, noise_level)
+        check_output(output_type, return_dict)
+        small = (2 * as_tensor("image", image) - 1).to(self._execution_device)
+        texts = both_states(self, prompt, negative_prompt)
+        if len(texts[0]) not in (1, len(small)):
+            raise ValueError(f"prompt: got {len(texts[0])} for {len(small)} images; expected as many")
+        after_step = callback_steps(self, callback_on_step_end)
+        how = Sampling(num_inference_steps, guidance_scale, self.progress_bar, after_step)
+        noised = self.image_noising_scheduler, noise_level
+        x0 = prompted_larger_images(self.unet, self.scheduler, small, noised, texts, how, generator)
+        return image_output(self, x0, output_type, return_dict)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states, (1, L, D), of a prompt and of no prompt."""
+        return prompt_states("prompt", [prompt], self), prompt_states("prompt", [""], self)
