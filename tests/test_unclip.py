@@ -361,11 +361,17 @@ def finished(made, larger, tmp_path_factory):
     for number, (name, pipe) in enumerate(pipes.items()):
         pipe.save_pretrained(folder / name)
         networks = [] if name == "upsampler" else ["CLIP 0123"]
-        Provenance("data", "held", 10, 100, 60.0, 5.0, "a machine", {"ldm": "1"}, networks).save(folder / name)
-        save_trained_images(folder / name, torch.tensor([number, 7]))
-        text = f"# Title of {name}\n\nAbout {name}.\n\n## How good it is\n\nloss {number}\n\n## Data\n\nShades.\n"
-        ModelCard(f"---\nlicense: mit\n---\n\n{text}").save(folder / name / "README.md")
+        record_and_card(folder / name, number, networks)
     return folder
+
+
+def record_and_card(folder, number, networks):
+    """Write what a finished stage has beside its weights."""
+    name = folder.name
+    Provenance("data", "held", 10, 100, 60.0, 5.0, "a machine", {"ldm": "1"}, networks).save(folder)
+    save_trained_images(folder, torch.tensor([number, 7]))
+    text = f"# Title of {name}\n\nAbout {name}.\n\n## How good it is\n\nloss {number}\n\n## Data\n\nShades.\n"
+    ModelCard(f"---\nlicense: mit\n---\n\n{text}").save(folder / "README.md")
 
 
 def copied(finished, to):
@@ -696,67 +702,3 @@ def test_samples_are_ranked_among_the_true_ones(made):
     assert small.true([0]).shape == (1, PIXELS // 2, PIXELS // 2, 3)
     assert small.fault(small.true([0])) is None
     assert small.fault(embeds.true([0])).startswith("denoiser.sample_size: images are sampled at 16 x 16 pixels, and d")
-
-
-# ---- the smallest system, by its commands ----
-
-
-def command(*words):
-    """Run a script or module of the project; return what it says, first what is no log."""
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    """The folder of the smallest system, trained and joined, and the words that trained it."""
-    folder = tmp_path_factory.mktemp("smallest") / "dalle2"
-    words = ("train_system.py", "--config", "configs/tiny/dalle2/system.yaml", "--output_dir", str(folder))
-    command(*words)
-    return folder, words
-
-
-@pytest.mark.slow
-def test_the_smallest_system_is_trained_joined_sampled_and_measured(smallest, tmp_path):
-    folder, words = smallest
-    model = folder / "model"
-    assert json.loads((model / "model_index.json").read_text())["small_size"] == 16
-    assert "is joined already and stays as it is" in command(*words)
-    for stage in ("prior", "decoder", "upsampler"):
-        assert Image.open(sorted((folder / stage / "samples").iterdir())[-1]).width > 100
-        assert not (folder / stage / "alarms.jsonl").exists()
-    shell = ("-m", "ldm.commands.cli")
-    call = ("--model", str(model), "--trust_remote_code", "true", "--out", str(tmp_path / "images"))
-    command(*shell, "sample", "red heart", *call, "--num_inference_steps", "2")
-    assert len(list((tmp_path / "images").glob("*.png"))) == 1
-    few = ("--num_inference_steps", "2", "--trust_remote_code", "true", "--seed", "1", "--variety_prompts", "0")
-    command(*shell, "evaluate", str(model), *few, "--out", str(tmp_path / "evaluation"))
-    assert "Does it follow the caption?" in (tmp_path / "evaluation" / "report.md").read_text()
-    places = [str(folder / name / "model") for name in ("prior", "decoder", "upsampler")]
-    command(*shell, "join", "UnCLIPPipeline", *places, "--to", str(tmp_path / "again"))
-    assert (tmp_path / "again" / "pipeline.py").read_text() == (model / "pipeline.py").read_text()
-
-
-@pytest.mark.slow
-@table(
-    ("stage", "clips"),
-    [
-        ("prior", ["space.image_encoder", "conditioners.text.pretrained"]),
-        ("decoder", ["conditioners.image.pretrained", "conditioners.text.pretrained"]),
-        ("upsampler", []),
-    ],
-)
-def test_its_stages_resume_exactly(stage, clips, smallest, tmp_path):
-    clip = smallest[0] / "clip" / "model"
-    words = ("--config", f"configs/tiny/dalle2/{stage}.yaml", "--output_dir", str(tmp_path / stage))
-    changes = [f"--{path}={clip}" for path in clips]
-    assert "to the bit" in command("train_text2img.py", *words, *changes, "--resume_check", "true")
-
-
-@pytest.mark.slow
-def test_its_doctor_ends_with_one_table(smallest):
-    _, words = smallest
-    table_of_all = command(*words, "--doctor").partition("\nstage ")[2].splitlines()[1:6]
-    assert [line.split()[0] for line in table_of_all] == ["clip", "prior", "decoder", "upsampler", "all"]

@@ -252,11 +252,13 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
             f"space.image_size: got {space.image_size} in space.kind {space.kind}; expected null, or in space.kind "
             f"pixel at most data.image_size, {size}"
         )
-    whole = config.conditioners.image or config.conditioners.text or config.conditioners.label
+    told = config.conditioners
+    # beside the small image of the crop, a caption or a class only says what it is of
+    whole = told.image or (told.low_res is None and (told.text or told.label))
     if crop is not None and (space.kind != "pixel" or space.image_size is not None or whole):
         yield (
             f"data.crop_size: got {crop}; expected null, but for a stage in space.kind pixel without space.image_size "
-            "whose conditioners say nothing of whole images"
+            "whose conditioners say nothing of whole images, or show the small image of a crop too (low_res)"
         )
     small = config.conditioners.low_res
     if small is not None and space.image_size is not None:

@@ -67,7 +67,8 @@ class DataConfig:
     """Pixels, height and width."""
     crop_size: int | None = None
     """Train on random square crops of so many pixels of each image, at a place that is drawn each time; validation sees
-    whole images. Only for what looks at pixels alone: an autoencoder, or a stage in pixel space. Null: whole images."""
+    whole images. Only for what looks at pixels: an autoencoder, or a stage in pixel space that is not conditioned, or
+    on the small image of the crop. Null: whole images."""
     background: str = "white"
     """Colour under transparent pixels (any PIL colour)."""
     languages: tuple[str, ...] = ("en",)

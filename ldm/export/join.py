@@ -78,7 +78,11 @@ class StageFolder:
     def everything(self) -> str:
         """A hash of all that it gives to a joined folder."""
         named = [*self.index.items()]
-        components = [name for name, value in named if isinstance(value, list) and not name.startswith("_")]
+        components = [
+            name
+            for name, value in named
+            if isinstance(value, list) and value[:1] != [None] and not name.startswith("_")
+        ]
         paths = [path for component in components for path in self.files(component).values()]
         paths += [self.folder / name for name in (INDEX, CARD, RECORD, TRAINED_IMAGES)]
         return _hash((path.relative_to(self.folder).as_posix(), path.read_bytes()) for path in paths if path.is_file())

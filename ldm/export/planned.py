@@ -36,8 +36,8 @@ class PlannedStage:
             return None
 
     @property
-    def clips(self) -> Iterator[tuple[str, str]]:
-        """Yield the field and the place of each CLIP that it is trained with."""
+    def readers(self) -> Iterator[tuple[str, str]]:
+        """Yield the field and the place of each pretrained encoder that it is trained with."""
         for path in ("space.image_encoder", "conditioners.image.pretrained", "conditioners.text.pretrained"):
             part, _, key = path.rpartition(".")
             place = getattr(attrgetter(part)(self.config), key, None)
@@ -60,11 +60,12 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
                 f"{first.name} and {second.name} do not fit: the {noun} is {found} in {first.name} and {wanted} in "
                 f"{second.name}"
             )
-    looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.clips]
+    looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.readers]
     for (one_name, one_path, one_place), (name, path, place) in pairwise(looked):
         if one_place != place:
             raise ConfigError(
-                f"{one_name} and {name} do not fit: they use two CLIPs, {one_path} is {one_place} and {path} is {place}"
+                f"{one_name} and {name} do not fit: they use two {system.reader}, {one_path} is {one_place} and {path} "
+                f"is {place}"
             )
     for before, after in pairwise(stages.values()):
         if before.config.data.held_out != after.config.data.held_out:

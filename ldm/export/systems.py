@@ -21,6 +21,8 @@ class SystemKind:
     name, of several stages, must be equal."""
     settings: Mapping[str, Value] = field(default_factory=dict)
     """The value of each entry of its config."""
+    reader: str = "CLIPs"
+    """The noun, in the plural, of the pretrained network that all stages are trained with."""
     equal: Sequence[tuple[str, Value, Value]] = ()
     """Values that must be equal, each pair with a noun."""
 
@@ -66,6 +68,7 @@ SYSTEMS = {
         ),
         SystemKind(
             own="ImagenPipeline",
+            reader="text encoders",
             components={
                 "IFPipeline": {"unet": "unet", "scheduler": "scheduler", **_READER},
                 "IFSuperResolutionPipeline": {

@@ -1,0 +1,121 @@
+"""The smallest systems, by their commands: trained, killed, joined, sampled, measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from .table import table
+from .trainers import ROOT
+
+TEXT = "conditioners.text.pretrained"
+SYSTEMS = {
+    "dalle2": {
+        "prior": ["space.image_encoder", TEXT],
+        "decoder": ["conditioners.image.pretrained", TEXT],
+        "upsampler": [],
+    },
+    "imagen": {"base": [TEXT], "super_resolution": [TEXT]},
+}
+"""The diffusion stages of each system, with the fields that name its CLIP."""
+PIPELINES = {"dalle2": "UnCLIPPipeline", "imagen": "ImagenPipeline"}
+STAGES = [(system, stage) for system, stages in SYSTEMS.items() for stage in stages]
+pytestmark = pytest.mark.slow
+
+
+def started(*words):
+    """Start a script or module of the project, in a session of its own."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environ, start_new_session=True, **pipe)
+
+
+def command(*words):
+    """Run a script or module of the project; return what it says."""
+    process = started(*words)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """The folder of each smallest system, trained and joined, and the words that trained it."""
+    found = {}
+    for name in SYSTEMS:
+        folder = tmp_path_factory.mktemp("smallest") / name
+        words = ("train_system.py", "--config", f"configs/tiny/{name}/system.yaml", "--output_dir", str(folder))
+        command(*words)
+        found[name] = folder, words
+    return found
+
+
+@table("name", SYSTEMS)
+def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
+    folder, words = smallest[name]
+    model = folder / "model"
+    assert json.loads((model / "model_index.json").read_text())["_class_name"] == ["pipeline", PIPELINES[name]]
+    assert "is joined already and stays as it is" in command(*words)
+    for stage in SYSTEMS[name]:
+        assert Image.open(sorted((folder / stage / "samples").iterdir())[-1]).width > 100
+        assert not (folder / stage / "alarms.jsonl").exists()
+    shell = ("-m", "ldm.commands.cli")
+    call = ("--model", str(model), "--trust_remote_code", "true", "--out", str(tmp_path / "images" / name))
+    command(*shell, "sample", "red heart", *call, "--num_inference_steps", "2")
+    assert len(list((tmp_path / "images" / name).glob("*.png"))) == 1
+    few = ("--num_inference_steps", "2", "--trust_remote_code", "true", "--seed", "1", "--variety_prompts", "0")
+    command(*shell, "evaluate", str(model), *few, "--out", str(tmp_path / "evaluation" / name))
+    assert "Does it follow the caption?" in (tmp_path / "evaluation" / name / "report.md").read_text()
+    places = [str(folder / stage / "model") for stage in SYSTEMS[name]]
+    command(*shell, "join", PIPELINES[name], *places, "--to", str(tmp_path / name))
+    assert (tmp_path / name / "pipeline.py").read_text() == (model / "pipeline.py").read_text()
+
+
+@table(("name", "stage"), STAGES)
+def test_its_stages_resume_exactly(name, stage, smallest, tmp_path):
+    clip = smallest[name][0] / "clip" / "model"
+    words = ("--config", f"configs/tiny/{name}/{stage}.yaml", "--output_dir", str(tmp_path / name / stage))
+    changes = [f"--{path}={clip}" for path in SYSTEMS[name][stage]]
+    assert "to the bit" in command("train_text2img.py", *words, *changes, "--resume_check", "true")
+
+
+@table("name", SYSTEMS)
+def test_its_doctor_ends_with_one_table(name, smallest):
+    _, words = smallest[name]
+    stages = ["clip", *SYSTEMS[name], "all"]
+    lines = command(*words, "--doctor").partition("\nstage ")[2].splitlines()[1 : 1 + len(stages)]
+    assert [line.split()[0] for line in lines] == stages
+
+
+def killed_at(place, words):
+    """Start a command, and kill it and its stage without warning as soon as there is `place`."""
+    process = started(*words)
+    try:
+        end = time.monotonic() + 200
+        while not place.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert place.exists()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_killed_in_a_stage_and_between_two_the_same_command_ends_with_the_same_weights(smallest, tmp_path):
+    whole, words = smallest["dalle2"]
+    folder = tmp_path / "dalle2"
+    again = (*words[:-1], str(folder))
+    killed_at(folder / "prior" / "checkpoints", again)
+    killed_at(folder / "decoder" / "model" / "README.md", again)
+    command(*again)
+    ours = {path.relative_to(whole / "model"): path for path in (whole / "model").rglob("*.safetensors")}
+    assert len(ours) > 4
+    for name, path in ours.items():
+        one, other = load_file(path), load_file(folder / "model" / name)
+        assert one.keys() == other.keys()
+        assert all(bool((one[key] == other[key]).all()) for key in one), name
