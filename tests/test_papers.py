@@ -24,6 +24,10 @@ PUBLISHED = {
     "dalle2/paper/decoder.yaml": 860_975_558,
     "dalle2/paper/upsampler_256.yaml": pytest.approx(700e6, rel=0.05),  # Ramesh et al. 2022 rounds both (recalled)
     "dalle2/paper/upsampler_1024.yaml": pytest.approx(300e6, rel=0.07),
+    "imagen/paper/base_m.yaml": 371_605_830,  # DeepFloyd IF rounds them: 400 M, 4.3 B, 450 M, 1.2 B
+    "imagen/paper/base_xl.yaml": 4_304_695_110,
+    "imagen/paper/super_resolution_m.yaml": 460_997_382,
+    "imagen/paper/super_resolution_l.yaml": 1_243_277_190,
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
 }
