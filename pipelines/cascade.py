@@ -354,6 +354,17 @@ def both_states(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[torch
     return prompt_states("prompt", given, pipeline), prompt_states("negative_prompt", null, pipeline)
 
 
+def given_smaller(
+    pipeline: Any, image: Any, prompt: Any, negative_prompt: Any
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the small images of a call, (B, 3, h, w) in [-1, 1], and the states of its prompts and negative ones."""
+    small = (2 * as_tensor("image", image) - 1).to(pipeline._execution_device)
+    states = both_states(pipeline, prompt, negative_prompt)
+    if len(states[0]) not in (1, len(small)):
+        raise ValueError(f"prompt: got {len(states[0])} for {len(small)} images; expected as many")
+    return small, states
+
+
 def both_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
     """Return a call's prompts and negative prompts; ValueError if they are no texts, or not as many."""
     named = texts("prompt", prompt), texts("negative_prompt", negative_prompt)

@@ -15,6 +15,7 @@ from .cascade import (
     callback_steps,
     check_noise_level,
     check_prompted,
+    given_smaller,
     image_output,
     prompt_states,
     prompted_images,
@@ -108,6 +109,29 @@ class ImagenPipeline(
         noised = self.image_noising_scheduler, noise_level
         x0 = prompted_larger_images(self.super_res, self.super_res_scheduler, small, noised, texts, then, generator)
         return image_output(self, x0, output_type, return_dict)
+
+    @torch.no_grad()
+    def upsample(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | Sequence[str] = "",
+        noise_level: int = 100,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Return ``.images``, larger ones of small images and prompts; as `SuperResolutionPipeline`."""
+        self._interrupt = False
+        stage_call("", self.super_res_scheduler, self.super_res, num_inference_steps, guidance_scale)
+        check_noise_level(self.image_noising_scheduler, noise_level)
+        check_output(output_type, True)
+        small, texts = given_smaller(self, image, prompt, negative_prompt)
+        how = Sampling(num_inference_steps, guidance_scale, self.progress_bar, callback_steps(self, None))
+        noised = self.image_noising_scheduler, noise_level
+        x0 = prompted_larger_images(self.super_res, self.super_res_scheduler, small, noised, texts, how, generator)
+        return image_output(self, x0, output_type, True)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:

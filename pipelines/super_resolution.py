@@ -11,11 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cascade import (
     Sampling,
-    as_tensor,
-    both_states,
     callback_steps,
     check_noise_level,
     check_prompted,
+    given_smaller,
     image_output,
     prompt_states,
     prompted_larger_images,
@@ -96,10 +95,7 @@ class SuperResolutionPipeline(
         stage_call("", self.scheduler, self.unet, num_inference_steps, guidance_scale)
         check_noise_level(self.image_noising_scheduler, noise_level)
         check_output(output_type, return_dict)
-        small = (2 * as_tensor("image", image) - 1).to(self._execution_device)
-        texts = both_states(self, prompt, negative_prompt)
-        if len(texts[0]) not in (1, len(small)):
-            raise ValueError(f"prompt: got {len(texts[0])} for {len(small)} images; expected as many")
+        small, texts = given_smaller(self, image, prompt, negative_prompt)
         after_step = callback_steps(self, callback_on_step_end)
         how = Sampling(num_inference_steps, guidance_scale, self.progress_bar, after_step)
         noised = self.image_noising_scheduler, noise_level

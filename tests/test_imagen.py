@@ -107,6 +107,10 @@ def test_the_joined_pipeline_is_its_stages_one_after_another(imagen, made):
     expected = larger(prompts, small, noise_level=7, generator=other, **call).images
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
     assert imagen.image_size == PIXELS
+    up, alone = (of(["a", "b"], small, generator=seeded(3, 4), **call).images for of in (imagen.upsample, larger))
+    assert torch.equal(up, alone)
+    with pytest.raises(ValueError, match="prompt: got 3 for 2 images; expected as many"):
+        imagen.upsample(["a"] * 3, small)
 
 
 @table(
