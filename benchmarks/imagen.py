@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file for the plot of the limits")
     parser.add_argument("--validation", action="store_true", help="measure on the validation list, to choose by it")
     arguments = parser.parse_args()
+    if arguments.plot is not None and "limits" not in arguments.parts:
+        parser.error("--plot: draws the limits, and --parts does not measure them")
     torch.set_num_threads(cores())
     held, numbers = Held(arguments.model, arguments.validation), dict[str, Measure]()
     parts = {"super_resolution": super_resolution, "limits": limits}

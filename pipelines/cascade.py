@@ -20,6 +20,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """Mean and std of the images that a CLIP takes (Radford et al. 2021)."""
 SMALLEST_ANGLE = 1e-4
 """Sine of an angle below which `slerp` takes the straight line."""
+NOISE_LEVEL = 100
+"""Timestep, of 1000, of the noise on small images in a call that names none."""
 SMALLEST_ALPHA = 5e-3
 """Alpha at the last timestep below which a predicted noise gives no estimate of the image; `linear` has 6e-3."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -128,19 +130,26 @@ def decoded_images(
 def ddim(scheduler: Any, inverse: bool = False) -> Any:
     """Return DDIM on the noise path of `scheduler`, or its inverse, from an image to noise, at the same timesteps.
 
-    Neither clips its estimate of the image: a step that clips has no inverse. ValueError where that cannot work: an
-    error of the predicted noise becomes one of the estimate, multiplied by sigma / alpha.
+    Neither clips its estimate of the image: a step that clips has no inverse. ValueError where that cannot work: on the
+    flow path; of a predicted image, from which an image has no noise; and of predicted noise on a path that ends
+    without the image, where an error of the noise becomes one of the image, multiplied by sigma / alpha.
     """
     kind = DDIMInverseScheduler if inverse else DDIMScheduler
     known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs", "thresholding", "steps_offset"}
     config = {name: value for name, value in scheduler.config.items() if name in known}
     found = kind.from_config(config | {"timestep_spacing": "trailing", "clip_sample": False})
-    alpha = float(found.alphas_cumprod[-1].sqrt())
-    if scheduler.config.prediction_type == "epsilon" and alpha < SMALLEST_ALPHA:
-        raise ValueError(
-            f"eta: the decoder predicts the noise, and at the last timestep alpha is {alpha:.1g}: DDIM without "
-            "clipping goes astray there. Train a decoder with objective.prediction_type: v_prediction"
-        )
+    alpha, predicted = float(found.alphas_cumprod[-1].sqrt()), scheduler.config.prediction_type
+    unfit = {
+        "the flow path": bool(scheduler.config.get("use_flow_sigmas")),
+        "predicted images": predicted == "sample" and inverse,
+        f"predicted noise where alpha ends at {alpha:.1g}": predicted == "epsilon" and alpha < SMALLEST_ALPHA,
+    }
+    for what, is_so in unfit.items():
+        if is_so:
+            raise ValueError(
+                f"decoder: DDIM without clipping, which eta and an image's own noise need, goes astray with {what}. "
+                "Train a decoder with objective.prediction_type: v_prediction on another path"
+            )
     return found
 
 
@@ -239,10 +248,10 @@ def as_tensor(name: str, image: Any) -> torch.Tensor:
     return torch.stack(arrays).permute(0, 3, 1, 2).float() / 255
 
 
-def small_images(image: Any, size: int) -> torch.Tensor:
-    """Return the images in an argument of a call at `size` x `size` pixels, (B, 3, size, size) in [-1, 1]."""
+def small_images(image: Any, size: int | None) -> torch.Tensor:
+    """Return the images in an argument of a call at `size` x `size` pixels, in [-1, 1]; None: as they are."""
     images = 2 * as_tensor("image", image) - 1
-    if images.shape[-2:] == (size, size):
+    if size is None or images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
 
@@ -316,12 +325,16 @@ def stage_call(
         raise ValueError(f"{stage}{error}") from None
 
 
-def check_noise_level(scheduler: Any, noise_level: int) -> None:
-    """Raise ValueError if this is no timestep of the scheduler that adds noise to small images."""
-    whole_number("noise_level", noise_level, 0, scheduler.config.num_train_timesteps - 1)
+def checked_level(pipeline: Any, noise_level: int | None) -> int:
+    """Return the level of the noise on small images: a timestep that the super-resolution was trained on."""
+    trained = pipeline.config.noise_timesteps or pipeline.image_noising_scheduler.config.num_train_timesteps
+    if noise_level is None:
+        return min(NOISE_LEVEL, int(trained) - 1)
+    whole_number("noise_level", noise_level, 0, trained - 1)
+    return noise_level
 
 
-def check_prompted(name: str, unet: Any, text_encoder: Any, tokenizer: Any, channels: int) -> None:
+def check_prompted(name: str, unet: Any, text_encoder: Any, channels: int) -> None:
     """Raise ValueError if a network, the component `name`, does not read this language model, or other channels."""
     if unet is None:
         return
@@ -333,10 +346,10 @@ def check_prompted(name: str, unet: Any, text_encoder: Any, tokenizer: Any, chan
             "timestep"
         )
     width = None if text_encoder is None else text_encoder.config.hidden_size
-    if width is not None and unet.config.encoder_hid_dim not in (None, width):
+    taken = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    if width not in (None, taken):
         raise ValueError(
-            f"{name}: takes states of width {unet.config.encoder_hid_dim}, and those of {type(text_encoder).__name__} "
-            f"have {width}"
+            f"{name}: takes states of width {taken}, and those of {type(text_encoder).__name__} have {width}"
         )
 
 
@@ -355,10 +368,13 @@ def both_states(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[torch
 
 
 def given_smaller(
-    pipeline: Any, image: Any, prompt: Any, negative_prompt: Any
+    pipeline: Any, image: Any, size: int | None, prompt: Any, negative_prompt: Any
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the small images of a call, (B, 3, h, w) in [-1, 1], and the states of its prompts and negative ones."""
-    small = (2 * as_tensor("image", image) - 1).to(pipeline._execution_device)
+    """Return the small images of a call, (B, 3, size, size) in [-1, 1], and the states of prompts and negative ones.
+
+    size: pixels; None: the images stay as they are.
+    """
+    small = small_images(image, size).to(pipeline._execution_device)
     states = both_states(pipeline, prompt, negative_prompt)
     if len(states[0]) not in (1, len(small)):
         raise ValueError(f"prompt: got {len(states[0])} for {len(small)} images; expected as many")
@@ -382,6 +398,13 @@ def both_texts(pipeline: Any, prompt: Any, negative_prompt: Any) -> tuple[TextEm
     names = ("prompt", "negative_prompt")
     given, null = (text_embeds(name, of, pipeline) for name, of in zip(names, prompts, strict=True))
     return given, null
+
+
+def texts_of(given: TextEmbeds, embeds: torch.Tensor) -> TextEmbeds:
+    """Return the text of each image embedding; ValueError if there is neither one for all nor one for each."""
+    if len(given.pooled) not in (1, len(embeds)):
+        raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
+    return given.rows(len(embeds))
 
 
 def image_output(pipeline: Any, x0: torch.Tensor, output_type: str, return_dict: bool) -> Any:

@@ -13,13 +13,14 @@ from .cascade import (
     Sampling,
     both_states,
     callback_steps,
-    check_noise_level,
     check_prompted,
+    checked_level,
     given_smaller,
     image_output,
     prompt_states,
     prompted_images,
     prompted_larger_images,
+    said,
     stage_call,
 )
 from .inputs import check_output
@@ -35,6 +36,8 @@ class ImagenPipeline(
 
     text_encoder: the language model that both stages were trained with. super_res: takes the small image, enlarged and
     noised by `image_noising_scheduler`, as three more channels, and the level of the noise as ``class_labels``.
+    noise_timesteps: the number of levels that it was trained on; None: any. The other values of the config are the
+    settings of a call that does not say otherwise: those that the stages were validated with.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->super_res"
@@ -50,10 +53,15 @@ class ImagenPipeline(
         scheduler: SchedulerMixin,
         super_res_scheduler: SchedulerMixin,
         image_noising_scheduler: DDPMScheduler,
+        noise_timesteps: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        super_res_num_inference_steps: int = 25,
+        super_res_guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_prompted("unet", unet, text_encoder, tokenizer, 3)
-        check_prompted("super_res", super_res, text_encoder, tokenizer, 6)
+        check_prompted("unet", unet, text_encoder, 3)
+        check_prompted("super_res", super_res, text_encoder, 6)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -62,6 +70,13 @@ class ImagenPipeline(
             scheduler=scheduler,
             super_res_scheduler=super_res_scheduler,
             image_noising_scheduler=image_noising_scheduler,
+        )
+        self.register_to_config(
+            noise_timesteps=noise_timesteps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            super_res_num_inference_steps=super_res_num_inference_steps,
+            super_res_guidance_scale=super_res_guidance_scale,
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
@@ -74,12 +89,12 @@ class ImagenPipeline(
     def __call__(
         self,
         prompt: str | Sequence[str],
-        num_inference_steps: int = 25,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
-        super_res_num_inference_steps: int = 20,
-        super_res_guidance_scale: float = 1.0,
-        noise_level: int = 100,
+        super_res_num_inference_steps: int | None = None,
+        super_res_guidance_scale: float | None = None,
+        noise_level: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -88,25 +103,24 @@ class ImagenPipeline(
         """Return ``.images``, one for each prompt; ``(images,)`` if not `return_dict`.
 
         num_inference_steps, guidance_scale: of the small image; up to 1 there is no guidance. The super-resolution's
-        have their names. negative_prompt: for both, one, or one for each prompt.
+        have their names; None: as in the config. negative_prompt: for both, one, or one for each prompt.
         noise_level: timestep, from 0 on, of the noise that is added to the small image, against its faults; the more,
-        the less of it is kept.
+        the less of it is kept. None: as in `SuperResolutionPipeline`.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         generator: with a list, image i depends on generator i only.
         callback_on_step_end: gets ``latents``, the noisy images of both stages. ValueError for unusable inputs.
         """
         self._interrupt = False
-        stage_call("", self.scheduler, self.unet, num_inference_steps, guidance_scale)
-        larger = super_res_num_inference_steps, super_res_guidance_scale
-        stage_call("super_res_", self.super_res_scheduler, self.super_res, *larger)
-        check_noise_level(self.image_noising_scheduler, noise_level)
+        steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        stage_call("", self.scheduler, self.unet, steps, scale)
+        larger = self._super_res_sampling(super_res_num_inference_steps, super_res_guidance_scale)
+        noised = self.image_noising_scheduler, checked_level(self, noise_level)
         check_output(output_type, return_dict)
         texts = both_states(self, prompt, negative_prompt)
         after_step = callback_steps(self, callback_on_step_end)
-        first = Sampling(num_inference_steps, guidance_scale, self.progress_bar, after_step)
+        first = Sampling(steps, scale, self.progress_bar, after_step)
         small = prompted_images(self.unet, self.scheduler, *texts, first, generator)
         then = Sampling(*larger, self.progress_bar, after_step)
-        noised = self.image_noising_scheduler, noise_level
         x0 = prompted_larger_images(self.super_res, self.super_res_scheduler, small, noised, texts, then, generator)
         return image_output(self, x0, output_type, return_dict)
 
@@ -115,21 +129,20 @@ class ImagenPipeline(
         self,
         prompt: str | Sequence[str],
         image: Any,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
-        noise_level: int = 100,
+        noise_level: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> Any:
         """Return ``.images``, larger ones of small images and prompts; as `SuperResolutionPipeline`."""
         self._interrupt = False
-        stage_call("", self.super_res_scheduler, self.super_res, num_inference_steps, guidance_scale)
-        check_noise_level(self.image_noising_scheduler, noise_level)
+        steps, scale = self._super_res_sampling(num_inference_steps, guidance_scale)
+        noised = self.image_noising_scheduler, checked_level(self, noise_level)
         check_output(output_type, True)
-        small, texts = given_smaller(self, image, prompt, negative_prompt)
-        how = Sampling(num_inference_steps, guidance_scale, self.progress_bar, callback_steps(self, None))
-        noised = self.image_noising_scheduler, noise_level
+        small, texts = given_smaller(self, image, self.unet.config.sample_size, prompt, negative_prompt)
+        how = Sampling(steps, scale, self.progress_bar, callback_steps(self, None))
         x0 = prompted_larger_images(self.super_res, self.super_res_scheduler, small, noised, texts, how, generator)
         return image_output(self, x0, output_type, True)
 
@@ -137,3 +150,9 @@ class ImagenPipeline(
     def encode_prompt(self, prompt: str, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states, (1, L, D), of a prompt and of no prompt."""
         return prompt_states("prompt", [prompt], self), prompt_states("prompt", [""], self)
+
+    def _super_res_sampling(self, steps: int | None, scale: float | None) -> tuple[int, float]:
+        """Return the checked steps and guidance scale of the super-resolution."""
+        steps, scale = said(self, super_res_num_inference_steps=steps, super_res_guidance_scale=scale)
+        stage_call("super_res_", self.super_res_scheduler, self.super_res, steps, scale)
+        return steps, scale

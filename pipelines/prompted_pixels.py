@@ -17,6 +17,7 @@ from .cascade import (
     image_output,
     prompt_states,
     prompted_images,
+    said,
     stage_call,
 )
 from .inputs import check_output
@@ -30,13 +31,15 @@ class PromptedPixelPipeline(
 ):
     """The pipeline of a denoiser of pixels that reads a language model: images like `IFPipeline`'s.
 
-    It has the components of that class, and that class can load a saved folder and makes the same images of the same
-    prompts and generator. text_encoder: its first output, (B, L, D), is read, padding included.
+    It has the components of that class, and that class can load a saved folder; the card says when it makes the same
+    images. text_encoder: its first output, (B, L, D), is read, padding included. num_inference_steps, guidance_scale:
+    of a call that says none.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
     _optional_components: ClassVar[list[str]] = ["safety_checker", "feature_extractor", "watermarker"]
     _stock: ClassVar[str | None] = "IFPipeline"
+    _own_settings: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
     _source: ClassVar[str] = single_file(Path(__file__))
 
     def __init__(
@@ -49,9 +52,11 @@ class PromptedPixelPipeline(
         feature_extractor: Any = None,
         watermarker: Any = None,
         requires_safety_checker: bool = False,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
     ) -> None:
         super().__init__()
-        check_prompted("unet", unet, text_encoder, tokenizer, 3)
+        check_prompted("unet", unet, text_encoder, 3)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -61,15 +66,19 @@ class PromptedPixelPipeline(
             feature_extractor=feature_extractor,
             watermarker=watermarker,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
-        num_inference_steps: int = 25,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -78,17 +87,19 @@ class PromptedPixelPipeline(
     ) -> Any:
         """Return ``.images``, one for each prompt; ``(images,)`` if not `return_dict`.
 
-        guidance_scale: up to 1 there is no guidance. negative_prompt: one, or one for each prompt.
+        guidance_scale: up to 1 there is no guidance. It and the steps are by default those of the config.
+        negative_prompt: one, or one for each prompt.
         output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1]; "latent": "pt" in [-1, 1], not clipped.
         generator: with a list, image i depends on generator i only.
         callback_on_step_end: gets ``latents``, the noisy images. ValueError for unusable inputs.
         """
         self._interrupt = False
-        stage_call("", self.scheduler, self.unet, num_inference_steps, guidance_scale)
+        steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        stage_call("", self.scheduler, self.unet, steps, scale)
         check_output(output_type, return_dict)
         given, null = both_states(self, prompt, negative_prompt)
         after_step = callback_steps(self, callback_on_step_end)
-        how = Sampling(num_inference_steps, guidance_scale, self.progress_bar, after_step)
+        how = Sampling(steps, scale, self.progress_bar, after_step)
         x0 = prompted_images(self.unet, self.scheduler, given, null, how, generator)
         return image_output(self, x0, output_type, return_dict)
 

@@ -169,7 +169,8 @@ def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
     keeps the noise from before, which does not fit it.
     """
     clips = bool(scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"))
-    options = {"generator": generator, "eta": eta, "use_clipped_model_output": clips}
+    # diffusers takes the root of 1 - alpha^2 - std^2, which rounds below 0 at eta 1 where alpha is 0
+    options = {"generator": generator, "eta": min(eta, 1 - 1e-6), "use_clipped_model_output": clips}
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in options.items() if name in known}
 

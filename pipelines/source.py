@@ -54,6 +54,8 @@ class Portable:
 
     _stock: ClassVar[str | None]
     """Name of the stock class; None: no stock class samples such a model, and loading it needs its own source."""
+    _own_settings: ClassVar[tuple[str, ...]] = ()
+    """Values of the config that the stock class does not know: saved with "_" before the name, it passes them over."""
     _source: ClassVar[str]
     """Source of pipeline.py. It is read when the class is defined: diffusers runs a pipeline from a cache file, and the
     next pipeline that it loads overwrites that file."""
@@ -72,5 +74,13 @@ class Portable:
 
     def to_json_string(self) -> str:
         """Return the text of model_index.json, with the name of the stock class, else of pipeline.py and our class."""
-        name = self._stock or ["pipeline", type(self).__name__]
-        return without_path(super().to_json_string(), _class_name=name)  # type: ignore[misc]
+        values = json.loads(super().to_json_string())  # type: ignore[misc]
+        own = {f"_{name}": values.pop(name) for name in self._own_settings}
+        return without_path(json.dumps(values), _class_name=self._stock or ["pipeline", type(self).__name__], **own)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return what diffusers makes of the config in a folder; values of our own lose the "_" before their names."""
+        own = {f"_{name}": name for name in cls._own_settings}
+        named = {own.get(name, name): value for name, value in config_dict.items()}
+        return super().extract_init_dict(named, **kwargs)  # type: ignore[misc]

@@ -35,6 +35,7 @@ from .cascade import (
     small_images,
     stage_call,
     text_embeds,
+    texts_of,
     upsampled_images,
 )
 from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
@@ -165,12 +166,11 @@ class UnCLIPPipeline(
             how = self._prior_sampling(prior_num_inference_steps, prior_guidance_scale, num_candidates)
             image_embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
         embeds = given_embeds(self, image, image_embeds, nothing)
-        if len(given.pooled) not in (1, len(embeds)):
-            raise ValueError(f"prompt: got {len(given.pooled)} for {len(embeds)} image embeddings; expected as many")
+        given = texts_of(given, embeds)
         if decoder_latents is not None:
             shape = len(embeds), self.decoder.config.in_channels, *[self.config.small_size] * 2
             decoder_latents = given_latents(decoder_latents, shape, embeds.device)
-        pair = embeds, given.rows(len(embeds))
+        pair = embeds, given
         how = Sampling(steps, scale, self.progress_bar, after_step, decoder_latents, eta or 0.0)
         small = decoded_images(self.decoder, scheduler, pair, (nothing, null), how, generator)
         x0 = upsampled_images(self.super_res, self.super_res_scheduler, small, larger, generator)
@@ -230,7 +230,7 @@ class UnCLIPPipeline(
         nothing = null_image_embeds(self, self.decoder.config.cross_attention_dim)
         embeds = given_embeds(self, image, None, nothing)
         small = small_images(image, self.config.small_size).to(embeds)
-        pair, how = (embeds, given.rows(len(embeds))), Sampling(steps, scale, self.progress_bar, latents=small)
+        pair, how = (embeds, texts_of(given, embeds)), Sampling(steps, scale, self.progress_bar, latents=small)
         inverse = ddim(self.decoder_scheduler, inverse=True)
         latents = decoded_images(self.decoder, inverse, pair, (nothing, null), how, None)
         self.maybe_free_model_hooks()

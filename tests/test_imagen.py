@@ -3,22 +3,28 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
+from diffusers.utils.logging import disable_propagation, enable_propagation
+from PIL import Image
 
 from benchmarks.unseen_words import PROMPTS, seen_words
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.config import DataConfig, ObjectiveConfig, SamplerConfig, SystemConfig
 from ldm.config.file import load_config
+from ldm.data.pixels import to_uint8
 from ldm.data.sources import build_source
 from ldm.errors import ConfigError
+from ldm.evaluation.conditions import condition_by
 from ldm.export.join import join
 from ldm.export.kinds import build_pipeline, kind_of
-from ldm.models.resolution import shrunk
+from ldm.models.resolution import shrunk, shrunk_image
 from ldm.models.scheduler import build_scheduler
 from ldm.system import check_system, system_stages
 from pipelines import PIPELINES
+from pipelines.cascade import checked_level
 from pipelines.imagen import ImagenPipeline
 from pipelines.prompted_pixels import PromptedPixelPipeline
 from pipelines.sampling import both, denoise, guided_output
@@ -146,11 +152,52 @@ def test_parts_that_do_not_fit_are_refused_by_their_names(imagen):
 
 @table(("name", "stock"), zip(STAGES, (IFPipeline, IFSuperResolutionPipeline), strict=True))
 def test_plain_diffusers_loads_a_stage(name, stock, made, tmp_path, caplog):
-    made[name][2].save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "pipeline.py").unlink()
-    found = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    assert type(found) is stock
-    assert not [one for one in caplog.records if "not expected" in one.message or "Expected types" in one.message]
+    folder, ours = tmp_path / name / "model", made[name][2]
+    ours.save_pretrained(folder)
+    enable_propagation()
+    try:
+        assert type(DiffusionPipeline.from_pretrained(folder)) is stock
+    finally:
+        disable_propagation()
+    assert not caplog.records, "what only our class knows is passed over in silence"
+    again = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(folder), trust_remote_code=True)
+    own = {key: ours.config[key] for key in ours._own_settings}
+    assert {key: again.config[key] for key in own} == own
+    assert own["num_inference_steps"] == ours.config["num_inference_steps"]
+
+
+def test_a_small_image_is_of_the_size_of_training_wherever_it_comes_from(made):
+    """A call takes larger ones, and shrinks them; validation gives small ones, which the stock class takes too."""
+    _, step, pipe = made["imagen upsampler"]
+    assert pipe.config.small_size == PIXELS // 4
+    large = [Image.fromarray(one) for one in to_uint8(batch(range(2)).pixel_values).numpy()]
+    small = [shrunk_image(one, PIXELS // 4) for one in large]
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    one, other = (pipe(["a", "b"], shown, generator=seeded(1, 2), **call).images for shown in (large, small))
+    torch.testing.assert_close(one, other, atol=0.02, rtol=0)
+    assert step.given_sizes == {"prompt": None, "image": PIXELS // 4}
+    values, whole = (
+        torch.stack([torch.from_numpy(np.array(one)) for one in shown]).permute(0, 3, 1, 2) / 127.5 - 1
+        for shown in (small, large)
+    )
+    torch.testing.assert_close(values, shrunk(whole, PIXELS // 4), atol=1e-6, rtol=0)
+
+
+def test_a_level_that_was_not_trained_on_is_refused(made):
+    pipe = made["imagen upsampler"][2]
+    assert checked_level(pipe, None) == 100
+    for levels, usual in ((50, 49), (1000, 100)):
+        pipe.register_to_config(noise_timesteps=levels)
+        assert checked_level(pipe, None) == usual
+        with pytest.raises(
+            ValueError, match=f"noise_level: got {levels}; expected a whole number from 0 to {levels - 1}"
+        ):
+            checked_level(pipe, levels)
+
+
+def test_a_pipeline_that_needs_two_conditions_is_called_from_python(made):
+    with pytest.raises(ValueError, match="SuperResolutionPipeline needs prompt and image for each image; call it from"):
+        condition_by(made["imagen upsampler"][2])
 
 
 def test_finished_stages_are_joined_into_one_folder(made, imagen, tmp_path):
@@ -177,6 +224,10 @@ def test_stages_that_will_not_fit_are_refused_before_they_are_trained():
         (
             {"base": ["--conditioners.text.pretrained", "user/other"]},
             "base and super_resolution do not fit: they use two text encoders, conditioners.text.pretrained is user/ot",
+        ),
+        (
+            {"super_resolution": ["--conditioners.low_res.image_size", "8"]},
+            "base and super_resolution do not fit: the size of the small images is 16 in base and 8 in super_resolution",
         ),
         ({"super_resolution": ["--conditioners.text", "null"]}, "needs a stage that is saved as IFSuperResolutionPipe"),
     ):

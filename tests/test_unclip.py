@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from ldm.objectives.denoising import Objective
 from ldm.system import check_system, system_stages
 from ldm.training.checks import conditional_gain
 from pipelines import PIPELINES
-from pipelines.cascade import Sampling, TextEmbeds, sampled_embeds, slerp
+from pipelines.cascade import Sampling, TextEmbeds, ddim, sampled_embeds, slerp
 from pipelines.sampling import both, denoise, guided_output
 from pipelines.unclip import UnCLIPPipeline
 from pipelines.upsampler import UpsamplerPipeline
@@ -255,7 +256,7 @@ def decoded(invertible, *asked, **call):
 
 @table("guidance_scale", [1.0, 2.0])
 def test_the_noise_of_an_image_gives_it_again(guidance_scale, invertible):
-    """Up to the size of the steps: with more of them, nearer. Without the image's embedding it is another one."""
+    """Up to the size of the steps: with more of them, nearer."""
     shown = images(range(2)) / 2 + 0.5
     call = {"prompt": "red", "guidance_scale": guidance_scale}
     errors = []
@@ -295,8 +296,31 @@ def test_the_three_manipulations(invertible):
     np.testing.assert_allclose(invertible.interpolate(*colours, 3, **call()).images[1:2], expected, atol=1e-3)
     turned = invertible.text_difference(colours[0], "red", "blue", 2, **call()).images
     assert not np.allclose(turned[0], turned[1], atol=1e-3)
-    varied = invertible.variations(colours[0], 2, generator=seeded(1, 2), output_type="np").images
-    assert not np.allclose(varied[0], varied[1], atol=1e-3), "their noise differs"
+
+
+def test_variations_begin_with_the_noise_of_the_image_and_add_a_share(invertible):
+    shown = images([0]) / 2 + 0.5
+    start = {"image": shown, "decoder_latents": invertible.invert(shown)}
+    none, again, half, whole, other = (
+        decoded(invertible, eta=eta, generator=seeded(seed), **start)
+        for eta, seed in ((0.0, 1), (0.0, 2), (0.5, 1), (1.0, 1), (1.0, 2))
+    )
+    assert torch.equal(none, again), "without a share the generator makes no difference"
+    assert 0 < (half - none).abs().mean() < (whole - none).abs().mean()
+    assert not torch.equal(whole, other)
+    varied = invertible.variations(shown, 2, eta=0.5, generator=seeded(1, 2), output_type="pt").images
+    expected = invertible(eta=0.5, generator=seeded(1), output_type="pt", **start).images
+    torch.testing.assert_close(varied[:1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_path_without_the_image_at_its_end_takes_all_of_the_noise():
+    """Diffusers takes the root of 1 - alpha^2 - std^2, which rounds below 0."""
+    config = ObjectiveConfig(path="cosine", prediction_type="v_prediction", zero_terminal_snr=True)
+    scheduler = ddim(build_scheduler(config, clip_sample=True))
+    scheduler.set_timesteps(40)
+    noise = torch.randn(2, 3, 4, 4, generator=seeded(0)[0])
+    drawn = denoise(lambda x_t, t: 0.5 * x_t, scheduler, noise, scheduler.timesteps, seeded(1)[0], eta=1.0)
+    assert drawn.isfinite().all()
 
 
 def test_a_share_of_noise_is_from_0_to_1(invertible):
@@ -304,11 +328,26 @@ def test_a_share_of_noise_is_from_0_to_1(invertible):
         invertible("a", eta=2)
 
 
-def test_a_decoder_of_noise_has_no_inverse_on_the_cosine_path(unclip):
-    with pytest.raises(
-        ValueError, match=re.escape("eta: the decoder predicts the noise, and at the last timestep alp")
-    ):
-        unclip.variations(Image.new("RGB", (8, 8)))
+@table(
+    ("objective", "inverse", "what"),
+    [
+        ({"path": "cosine"}, False, "goes astray with predicted noise where alpha ends at 5e-05"),
+        ({"path": "cosine", "prediction_type": "sample"}, True, "goes astray with predicted images"),
+        ({"path": "flow", "prediction_type": "sample"}, False, "goes astray with the flow path"),
+        ({"path": "linear"}, True, None),
+        ({"path": "cosine", "prediction_type": "sample"}, False, None),
+        ({"path": "cosine", "prediction_type": "v_prediction"}, True, None),
+    ],
+)
+def test_what_ddim_without_clipping_cannot_sample_is_refused(objective, inverse, what):
+    scheduler = build_scheduler(ObjectiveConfig(**objective))
+    with nullcontext() if what is None else pytest.raises(ValueError, match=what):
+        ddim(scheduler, inverse)
+
+
+def test_prompts_of_another_number_than_images_are_refused(invertible):
+    with pytest.raises(ValueError, match="prompt: got 2 for 1 image embeddings; expected as many"):
+        invertible.invert(Image.new("RGB", (8, 8)), prompt=["a", "b"])
 
 
 @table(
@@ -589,6 +628,11 @@ def test_a_system_names_a_pipeline_that_there_is():
             "prior and decoder do not fit: they use two CLIPs, conditioners.text.pretrained is out/tiny/clip/model and "
             "conditioners.image.pretrained is user/clip",
         ),
+        ({"prior": ["--conditioners.text.train", "true"]}, "prior does not fit: it trains a text encoder of its own"),
+        (
+            {"decoder": ["--conditioners.text.max_length", "20"]},
+            "prior and decoder do not fit: conditioners.text.max_length is 24 in prior and 20 in decoder",
+        ),
         (
             {"upsampler": ["--conditioners.low_res", "null"]},
             "pipeline: UnCLIPPipeline needs a stage that is saved as UpsamplerPipeline, and none of prior, decoder",
@@ -606,6 +650,8 @@ def test_a_warning_of_other_lists_of_held_out_captions(caplog):
     config = load_config(SystemConfig, ["--config", str(ROOT / "configs/tiny/dalle2/system.yaml")])
     check_system(config, system_stages(config, SCRIPTS, {}))
     assert not caplog.records
+    same = {"decoder": ["--conditioners.image.pretrained", "./out/tiny/clip/model"]}
+    check_system(config, system_stages(config, SCRIPTS, same))
     words = {"upsampler": ["--data.held_out", "{}"]}
     check_system(config, system_stages(config, SCRIPTS, words))
     assert "decoder and upsampler name other files of held-out captions" in caplog.text

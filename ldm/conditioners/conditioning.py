@@ -113,6 +113,10 @@ class Conditioner(Protocol):
     """The keyword of a pipeline's call that asks for its condition, as a user names it; None if a user does not."""
 
     @property
+    def given_size(self) -> int | None:
+        """Return the pixels, height and width, of the images that a call takes for it; None: any size, or no images."""
+
+    @property
     def keywords(self) -> Collection[str]:
         """Return the denoiser's keyword arguments that it sets."""
 

@@ -19,6 +19,7 @@ class FramesConditioner(nn.Module):
 
     frozen = True
     asks: str | None = None
+    given_size: int | None = None
     reads_pixels = False
     keywords: tuple[str, ...] = ()
     networks: Sequence[nn.Module] = ()

@@ -22,6 +22,7 @@ class ImageConditioner(nn.Module):
 
     frozen = True
     asks: str | None = "image"
+    given_size: int | None = None
     keywords = (KEYWORD,)
 
     def __init__(self, image_encoder: ImageEncoder, null: Literal["zeros", "zero_picture"], dropout: float):

@@ -20,6 +20,7 @@ class LabelConditioner(nn.Module):
 
     frozen = True
     asks: str | None = "class_labels"
+    given_size: int | None = None
     reads_pixels = False
     keywords = ("class_labels",)
     networks: Sequence[nn.Module] = ()

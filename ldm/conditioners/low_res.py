@@ -50,6 +50,11 @@ class LowResConditioner(nn.Module):
         )
 
     @property
+    def given_size(self) -> int:
+        """The size of the images that a call takes."""
+        return self.image_size
+
+    @property
     def noising_scheduler(self) -> DDPMScheduler:
         """The scheduler that adds noise of a level to small images, for pipelines."""
         steps = ObjectiveConfig.num_train_timesteps

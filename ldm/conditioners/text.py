@@ -24,6 +24,7 @@ class TextConditioner(nn.Module):
 
     reads_pixels = False
     asks: str | None = "prompt"
+    given_size: int | None = None
 
     def __init__(
         self,

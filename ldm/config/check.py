@@ -258,7 +258,7 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
     if crop is not None and (space.kind != "pixel" or space.image_size is not None or whole):
         yield (
             f"data.crop_size: got {crop}; expected null, but for a stage in space.kind pixel without space.image_size "
-            "whose conditioners say nothing of whole images, or show the small image of a crop too (low_res)"
+            "whose conditioners say nothing of whole images, or low_res beside captions or classes"
         )
     small = config.conditioners.low_res
     if small is not None and space.image_size is not None:

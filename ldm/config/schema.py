@@ -144,7 +144,7 @@ class SamplerConfig:
     objective.variational_weight it is learned instead."""
     thresholding: float | None = None
     """Dynamic thresholding, of pixels only: at each step the estimate of an image is clipped at this quantile of its
-    absolute values, if that is above 1, and divided by it (Saharia et al. 2022, section 2.3, where it is 0.995). It
+    absolute values, and at 1 at least, and divided by that (Saharia et al. 2022, section 2.3, where it is 0.995). It
     keeps strong guidance from saturated colours. None: as the sampler does without."""
 
 

@@ -175,12 +175,15 @@ def condition_by(pipeline: Any) -> Condition:
     """Return the condition that a pipeline's call takes, ours or stock.
 
     Raises:
-        ValueError: the call takes none of `CONDITIONS`; or the denoiser is conditioned on classes and the call takes no
-            class.
+        ValueError: the call takes none of `CONDITIONS`, or needs two of them; or the denoiser is conditioned on classes
+            and the call takes no class.
 
     """
     name, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     takes = set(parameters)
+    needed = [one for one in CONDITIONS if one in takes and parameters[one].default is inspect.Parameter.empty]
+    if len(needed) > 1:
+        raise ValueError(f"{name} needs {' and '.join(needed)} for each image; call it from Python")
     if "image" in takes and parameters["image"].default is not inspect.Parameter.empty:
         takes.discard("image")  # one to start from
     unet = pipeline.components.get("unet")

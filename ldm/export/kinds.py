@@ -113,6 +113,7 @@ _PRIOR_TEXT = {
 _DECODER_TEXT = {**KEYWORDS, "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
 IF_LENGTH = 77
 _LOWER = ", which reads captions in lower case"
+_IF_NOTE = f"{_LOWER} and hides their padding from the text encoder"
 _CLIPPED = (
     ", whose images are different and worse: DDIM clips its estimate of the image, and `DDPMPipeline` then continues "
     "with noise that does not belong to the clipped image. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes the same "
@@ -217,13 +218,14 @@ KINDS = [
         denoiser="UNet2DConditionModel",
         conditions={"text": KEYWORDS},
         components={"unet": "model.denoiser", **_TEXT},
+        settings={**_STEPS, **_GUIDANCE},
         asks="prompt",
         task="text-to-image",
         stock_samplers=(),
         stock_learned=("dpm_solver", "ddpm"),
         stock_arguments=", clean_caption=False",
         stock_length=IF_LENGTH,
-        stock_note=_LOWER,
+        stock_note=_IF_NOTE,
     ),
     PipelineKind(
         own="SuperResolutionPipeline",
@@ -236,6 +238,12 @@ KINDS = [
             "image_noising_scheduler": "model.conditioners.low_res.noising_scheduler",
             **_TEXT,
         },
+        settings={
+            "small_size": "model.conditioners.low_res.image_size",
+            "noise_timesteps": "model.conditioners.low_res.noise_timesteps",
+            **_STEPS,
+            **_GUIDANCE,
+        },
         asks="prompt",
         task="image-to-image",
         words="super_resolution",
@@ -243,7 +251,7 @@ KINDS = [
         stock_samplers=(),
         stock_learned=("dpm_solver", "ddpm"),
         stock_length=IF_LENGTH,
-        stock_note=_LOWER,
+        stock_note=_IF_NOTE,
     ),
 ]
 """All kinds; the first that fits is used."""

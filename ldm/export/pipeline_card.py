@@ -54,7 +54,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "super_resolution": {
         "title": "Super-resolution",
         "sampled": "from captions and smaller images",
-        "call": '"a cat", Image.open("small.png"), num_inference_steps={steps}, guidance_scale={guidance}',
+        "call": '"a cat", image=Image.open("small.png"), num_inference_steps={steps}, guidance_scale={guidance}',
         "use": f"from PIL import Image\n\n{IMAGE}",
         "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions and images of the validation split, made small and large again",

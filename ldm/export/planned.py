@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
+from os.path import normpath
 from typing import Any
 
 from ldm.config import StageConfig
@@ -31,7 +32,7 @@ class PlannedStage:
         if dot:
             return self.config.denoiser.get(key) if self.kind.components[component] == f"{MODEL}denoiser" else None
         try:
-            return attrgetter(self.kind.settings[path].removeprefix(MODEL))(self.config)
+            return attrgetter(self.kind.settings[path.removeprefix("_")].removeprefix(MODEL))(self.config)
         except AttributeError:
             return None
 
@@ -62,10 +63,24 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
             )
     looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.readers]
     for (one_name, one_path, one_place), (name, path, place) in pairwise(looked):
-        if one_place != place:
+        if normpath(one_place) != normpath(place):
             raise ConfigError(
                 f"{one_name} and {name} do not fit: they use two {system.reader}, {one_path} is {one_place} and {path} "
-                f"is {place}"
+                f"is {place}; name one place in all"
+            )
+    texts = [(stage.name, stage.config.conditioners.text) for stage in stages.values()]
+    reading = [(name, text) for name, text in texts if text is not None]
+    for name, text in reading if len(reading) > 1 else ():
+        if text.train or text.pretrained is None:
+            raise ConfigError(
+                f"{name} does not fit: it trains a text encoder of its own, and all stages must read with one; set "
+                "conditioners.text.pretrained, and conditioners.text.train to false"
+            )
+    for (one_name, one_text), (name, text) in pairwise(reading):
+        if one_text.max_length != text.max_length:
+            raise ConfigError(
+                f"{one_name} and {name} do not fit: conditioners.text.max_length is {one_text.max_length} in "
+                f"{one_name} and {text.max_length} in {name}"
             )
     for before, after in pairwise(stages.values()):
         if before.config.data.held_out != after.config.data.held_out:

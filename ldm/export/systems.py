@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 Value = tuple[str, str]
 """A value in the folder of a stage: the name of our class that the stage is saved as, and ``COMPONENT.KEY`` of a
-component's ``config.json``, or a key of ``model_index.json``."""
+component's ``config.json``, or a key of ``model_index.json``, where those that a stock class does not know begin with
+an underscore."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,20 @@ SYSTEMS = {
         SystemKind(
             own="ImagenPipeline",
             reader="text encoders",
+            settings={
+                "noise_timesteps": ("IFSuperResolutionPipeline", "_noise_timesteps"),
+                "num_inference_steps": ("IFPipeline", "_num_inference_steps"),
+                "guidance_scale": ("IFPipeline", "_guidance_scale"),
+                "super_res_num_inference_steps": ("IFSuperResolutionPipeline", "_num_inference_steps"),
+                "super_res_guidance_scale": ("IFSuperResolutionPipeline", "_guidance_scale"),
+            },
+            equal=(
+                (
+                    "size of the small images",
+                    ("IFPipeline", "unet.sample_size"),
+                    ("IFSuperResolutionPipeline", "_small_size"),
+                ),
+            ),
             components={
                 "IFPipeline": {"unet": "unet", "scheduler": "scheduler", **_READER},
                 "IFSuperResolutionPipeline": {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 
@@ -11,6 +13,13 @@ def shrunk(pixel_values: Tensor, size: int) -> Tensor:
     """Return the images at `size` x `size` pixels, as a file of 8 bits would hold them, in [-1, 1]."""
     small = F.interpolate(pixel_values, size=(size, size), mode="bicubic", antialias=True)
     return ((small.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def shrunk_image(image: Image.Image, size: int) -> Image.Image:
+    """Return an image in RGB at `size` x `size` pixels, as `shrunk`."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    small = ((shrunk(pixels, size)[0] + 1) * 127.5).round().permute(1, 2, 0)
+    return Image.fromarray(small.numpy().astype(np.uint8))
 
 
 def blurred(images: Tensor, deviations: Tensor, radius: int) -> Tensor:

@@ -12,7 +12,7 @@ from ldm.objectives.schedule import BETAS, DiscreteSchedule, FlowSchedule, Sched
 
 DPM_SOLVER = SamplerConfig()
 NO_LIMIT = 100.0
-"""Absolute value above which dynamic thresholding takes no quantile of an image in [-1, 1]."""
+"""Largest value that dynamic thresholding divides by: so large that it never limits."""
 
 
 def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER, clip_sample: bool = False) -> Any:

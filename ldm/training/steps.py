@@ -144,6 +144,13 @@ class DiffusionStep:
         model = self.stage.model
         return conditions_of([model.conditioner(name).asks for name in model.conditioners])
 
+    @cached_property
+    def given_sizes(self) -> dict[str, int | None]:
+        """The size of the images that a call takes for each condition, by keyword; None: any, or no images."""
+        conditioners = [self.stage.model.conditioner(name) for name in self.stage.model.conditioners]
+        asked = {one.asks: one.given_size for one in conditioners if one.asks is not None}
+        return {one.keyword: asked.get(one.keyword) for one in self.conditions}
+
     @property
     def condition(self) -> Condition:
         """The first condition that a user asks for."""

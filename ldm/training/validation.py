@@ -17,9 +17,11 @@ from torch import Tensor
 from ldm.config import StageConfig
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.errors import ConfigError, explained
+from ldm.evaluation.conditions import Condition
 from ldm.evaluation.gain import LEVELS
 from ldm.evaluation.images import comparison_sheet, written
 from ldm.evaluation.samples import Samples
+from ldm.models.resolution import shrunk_image
 from ldm.training.checks import Scale, Truncation, conditional_gain, latent_scale, truncation
 from ldm.training.run import Run
 from ldm.training.steps import DiffusionStep
@@ -150,7 +152,12 @@ class Validation:
 
     def asked(self, rows: Sequence[int]) -> list[Any]:
         """Return the first condition of images: captions, "" where there is none; or classes, None likewise."""
-        return [self.step.condition.of(self.images, row) for row in rows]
+        return [self._given(self.step.condition, row) for row in rows]
+
+    def _given(self, condition: Condition, row: int) -> Any:
+        """Return the condition of an image as a call takes it: of images that are to be small, small ones."""
+        value, size = condition.of(self.images, row), self.step.given_sizes[condition.keyword]
+        return value if size is None else shrunk_image(value, size)
 
     def sheet(self, rows: Sequence[int], sampled: NDArray[Any]) -> Image.Image:
         """Return a sheet of samples over the true images of the rows, with their conditions as a text."""
@@ -167,7 +174,7 @@ class Validation:
         takes, keyword = inspect.signature(pipeline.__call__).parameters, self.step.condition.keyword
         call = {"num_inference_steps": self.config.num_inference_steps, "guidance_scale": self.config.guidance_scale}
         call = {name: value for name, value in (call | more).items() if name in takes}
-        also = {one.keyword: [one.of(self.images, row) for row in rows] for one in self.step.conditions[1:]}
+        also = {one.keyword: [self._given(one, row) for row in rows] for one in self.step.conditions[1:]}
         return self.samples.sample(pipeline, asked, self.seed, keyword, also, **call)
 
     def _by_level(self, name: str, values: Sequence[float]) -> dict[str, float]:
