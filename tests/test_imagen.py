@@ -28,6 +28,7 @@ from pipelines.cascade import checked_level
 from pipelines.imagen import ImagenPipeline
 from pipelines.prompted_pixels import PromptedPixelPipeline
 from pipelines.sampling import both, denoise, guided_output
+from pipelines.super_resolution import SuperResolutionPipeline
 
 from .table import table
 from .test_system import SCRIPTS
@@ -53,9 +54,17 @@ def made(parts, run, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def imagen(made):
-    """The two stages as one pipeline; the super-resolution makes 16 pixels of 16."""
+def fitting(made):
+    """The pipelines of two stages that fit: the super-resolution takes images of the base's size."""
     base, larger = (made[name][2] for name in STAGES)
+    own = {key: larger.config[key] for key in larger._own_settings} | {"small_size": PIXELS}
+    return base, quiet(SuperResolutionPipeline(**larger.components | own))
+
+
+@pytest.fixture(scope="module")
+def imagen(fitting):
+    """The two stages as one pipeline."""
+    base, larger = fitting
     shared = {name: getattr(base, name) for name in ("text_encoder", "tokenizer", "unet", "scheduler")}
     noising = larger.image_noising_scheduler
     own = {"super_res": larger.unet, "super_res_scheduler": larger.scheduler, "image_noising_scheduler": noising}
@@ -101,13 +110,13 @@ def test_a_stages_pipeline_samples_with_the_conditions_and_the_null_of_training(
     torch.testing.assert_close(ours, drawn, rtol=1e-3, atol=1e-3)
 
 
-def test_the_joined_pipeline_is_its_stages_one_after_another(imagen, made):
+def test_the_joined_pipeline_is_its_stages_one_after_another(imagen, fitting):
     prompts, one, other = ["red", "blue"], seeded(1, 2), seeded(1, 2)
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
     ours = imagen(
         prompts, super_res_num_inference_steps=2, super_res_guidance_scale=1.5, noise_level=7, generator=one, **call
     ).images
-    base, larger = (made[name][2] for name in STAGES)
+    base, larger = fitting
     small = base(prompts, generator=other, **call).images
     call |= {"num_inference_steps": 2, "guidance_scale": 1.5}
     expected = larger(prompts, small, noise_level=7, generator=other, **call).images
@@ -200,21 +209,29 @@ def test_a_pipeline_that_needs_two_conditions_is_called_from_python(made):
         condition_by(made["imagen upsampler"][2])
 
 
-def test_finished_stages_are_joined_into_one_folder(made, imagen, tmp_path):
+def test_finished_stages_are_joined_into_one_folder(made, fitting, imagen, tmp_path):
     stages = {}
-    for number, name in enumerate(STAGES):
+    for number, pipe in enumerate(fitting):
         folder = tmp_path / f"stage{number}"
-        made[name][2].save_pretrained(folder)
+        pipe.save_pretrained(folder)
         record_and_card(folder, number, [])
         stages[f"stage{number}"] = str(folder)
     folder = join("ImagenPipeline", stages, tmp_path / "model", PIPELINES)
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "ImagenPipeline"]
+    assert (index["noise_timesteps"], index["super_res_num_inference_steps"]) == (1000, 20)
     own = {"custom_pipeline": str(folder), "trust_remote_code": True}
     loaded = quiet(DiffusionPipeline.from_pretrained(folder, **own))
     call = {"num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
     again, first = (pipe("red", generator=seeded(3), **call).images for pipe in (loaded, imagen))
     torch.testing.assert_close(again, first, rtol=1e-3, atol=1e-3)
+    made["imagen upsampler"][2].save_pretrained(tmp_path / "other")
+    record_and_card(tmp_path / "other", 1, [])
+    message = "stage0 and other do not fit: the size of the small images is 16 in stage0 and 4 in other"
+    with pytest.raises(ConfigError, match=message):
+        join(
+            "ImagenPipeline", {"stage0": stages["stage0"], "other": str(tmp_path / "other")}, tmp_path / "x", PIPELINES
+        )
 
 
 def test_stages_that_will_not_fit_are_refused_before_they_are_trained():
@@ -227,7 +244,7 @@ def test_stages_that_will_not_fit_are_refused_before_they_are_trained():
         ),
         (
             {"super_resolution": ["--conditioners.low_res.image_size", "8"]},
-            "base and super_resolution do not fit: the size of the small images is 16 in base and 8 in super_resolution",
+            "base and super_resolution do not fit: the size of the small images is 16 in base and 8 in super_r",
         ),
         ({"super_resolution": ["--conditioners.text", "null"]}, "needs a stage that is saved as IFSuperResolutionPipe"),
     ):
