@@ -347,7 +347,7 @@ def check_prompted(name: str, unet: Any, text_encoder: Any, channels: int) -> No
         )
     width = None if text_encoder is None else text_encoder.config.hidden_size
     taken = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-    if width not in (None, taken):
+    if width is not None and {width} != ({taken} if isinstance(taken, int) else {*taken}):
         raise ValueError(
             f"{name}: takes states of width {taken}, and those of {type(text_encoder).__name__} have {width}"
         )

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from .table import table
-from .trainers import ROOT
+from .trainers import ROOT, ended, ledger, metrics, run, start_several
 
 TEXT = "conditioners.text.pretrained"
 SYSTEMS = {
@@ -119,3 +119,24 @@ def test_killed_in_a_stage_and_between_two_the_same_command_ends_with_the_same_w
         one, other = load_file(path), load_file(folder / "model" / name)
         assert one.keys() == other.keys()
         assert all(bool((one[key] == other[key]).all()) for key in one), name
+
+
+@table(("name", "stage"), STAGES)
+def test_two_processes_train_its_stages_as_one_does(name, stage, smallest, tmp_path):
+    clip, folder = smallest[name][0] / "clip" / "model", tmp_path / name / stage
+    folder.mkdir(parents=True)
+    words = ["--config", f"configs/tiny/{name}/{stage}.yaml", "--loop.mixed_precision", "no"]
+    words += [f"--{path}={clip}" for path in SYSTEMS[name][stage]]
+    for field, value in {
+        "max_train_steps": 6,
+        "save_every_steps": 6,
+        "validate_every_steps": 6,
+        "log_every_steps": 1,
+    }.items():
+        words += [f"--loop.{field}", value]
+    pair = start_several(2, "train_text2img.py", (*words, "--output_dir", folder / "two"), folder / "log-two")
+    assert [ended(process) for process in pair] == [0, 0]
+    run("train_text2img.py", (*words, "--output_dir", folder / "one"), folder / "log-one")
+    assert ledger(folder / "one") == ledger(folder / "two")
+    for one, two in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)

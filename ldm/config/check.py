@@ -68,6 +68,8 @@ COUNT = Numbers(1, 2**31 - 1)
 COUNT_OR_NONE = Numbers(0, 2**31 - 1)
 PIXELS = Numbers(1, 8192)
 SEED = Numbers(-(2**62), 2**62)
+NOISE_LEVEL = 100
+"""Level of the noise on the small image that a super-resolution is sampled with, where a call names none."""
 RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
@@ -253,6 +255,11 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
             f"pixel at most data.image_size, {size}"
         )
     told = config.conditioners
+    if told.low_res is not None and told.text is not None and 0 < told.low_res.noise_timesteps <= NOISE_LEVEL:
+        yield (
+            f"conditioners.low_res.noise_timesteps: got {told.low_res.noise_timesteps}; expected 0, or more than "
+            f"{NOISE_LEVEL}, the level of a pipeline's call that names none"
+        )
     # beside the small image of the crop, a caption or a class only says what it is of
     whole = told.image or (told.low_res is None and (told.text or told.label))
     if crop is not None and (space.kind != "pixel" or space.image_size is not None or whole):
