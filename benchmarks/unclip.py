@@ -32,8 +32,8 @@ from ldm.models.vision import Images
 
 LISTS = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
 CHUNK = 50
-ETAS = (1.0, 0.6)
-"""Shares of DDPM's noise that variations are made with: all, and what `variations` adds."""
+ETAS = (1.0, 0.6, 0.4)
+"""Shares of DDPM's noise that variations are made with: all, less, and what `variations` adds."""
 VARIED = 50
 """Held-out images that variations are made of; the first of them."""
 SHOWN = 6
