@@ -9,12 +9,14 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .cascade import (
-    Sampling,
+from .cascade import Sampling, decoded_images
+from .inputs import check_output
+from .sampling import StepCallback
+from .source import Portable, single_file
+from .stages import (
     both_texts,
     callback_steps,
     check_decoder,
-    decoded_images,
     given_embeds,
     image_output,
     null_image_embeds,
@@ -22,9 +24,6 @@ from .cascade import (
     stage_call,
     text_embeds,
 )
-from .inputs import check_output
-from .sampling import StepCallback
-from .source import Portable, single_file
 
 
 class DecoderPipeline(

@@ -9,8 +9,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cascade import (
-    Sampling,
+from .cascade import Sampling, prompted_images, prompted_larger_images
+from .inputs import check_output
+from .sampling import StepCallback
+from .source import Portable, single_file
+from .stages import (
     both_states,
     callback_steps,
     check_prompted,
@@ -18,14 +21,9 @@ from .cascade import (
     given_smaller,
     image_output,
     prompt_states,
-    prompted_images,
-    prompted_larger_images,
     said,
     stage_call,
 )
-from .inputs import check_output
-from .sampling import StepCallback
-from .source import Portable, single_file
 
 
 class ImagenPipeline(

@@ -10,19 +10,11 @@ from diffusers import DiffusionPipeline, PriorTransformer, SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .cascade import (
-    Sampling,
-    both_texts,
-    callback_steps,
-    check_prior,
-    said,
-    sampled_embeds,
-    stage_call,
-    text_embeds,
-)
+from .cascade import Sampling, sampled_embeds
 from .inputs import MAX_IMAGES, whole_number
 from .sampling import StepCallback
 from .source import Portable, single_file
+from .stages import both_texts, callback_steps, check_prior, said, stage_call, text_embeds
 
 
 @dataclass

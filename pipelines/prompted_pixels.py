@@ -9,20 +9,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cascade import (
-    Sampling,
-    both_states,
-    callback_steps,
-    check_prompted,
-    image_output,
-    prompt_states,
-    prompted_images,
-    said,
-    stage_call,
-)
+from .cascade import Sampling, prompted_images
 from .inputs import check_output
 from .sampling import StepCallback
 from .source import Portable, single_file
+from .stages import both_states, callback_steps, check_prompted, image_output, prompt_states, said, stage_call
 
 
 class PromptedPixelPipeline(

@@ -9,21 +9,20 @@ from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cascade import (
-    Sampling,
+from .cascade import Sampling, prompted_larger_images
+from .inputs import check_output
+from .sampling import StepCallback
+from .source import Portable, single_file
+from .stages import (
     callback_steps,
     check_prompted,
     checked_level,
     given_smaller,
     image_output,
     prompt_states,
-    prompted_larger_images,
     said,
     stage_call,
 )
-from .inputs import check_output
-from .sampling import StepCallback
-from .source import Portable, single_file
 
 
 class SuperResolutionPipeline(

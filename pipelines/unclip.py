@@ -15,33 +15,28 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .cascade import (
-    Sampling,
+from .cascade import Sampling, ddim, decoded_images, sampled_embeds, slerp, upsampled_images
+from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
+from .sampling import StepCallback
+from .schedulers import check_eta
+from .source import Portable, single_file
+from .stages import (
     as_tensor,
     both_texts,
     callback_steps,
     check_decoder,
     check_prior,
     check_upsampler,
-    ddim,
-    decoded_images,
     given_embeds,
     given_latents,
     image_output,
     null_image_embeds,
     said,
-    sampled_embeds,
-    slerp,
     small_images,
     stage_call,
     text_embeds,
     texts_of,
-    upsampled_images,
 )
-from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
-from .sampling import StepCallback
-from .schedulers import check_eta
-from .source import Portable, single_file
 
 VARIED = 0.4
 """Share of DDPM's noise in variations. With it, those of 80 validation images of OpenMoji are nearest to their source

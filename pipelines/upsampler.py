@@ -8,19 +8,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 
-from .cascade import (
-    Sampling,
-    callback_steps,
-    check_upsampler,
-    image_output,
-    said,
-    small_images,
-    stage_call,
-    upsampled_images,
-)
+from .cascade import Sampling, upsampled_images
 from .inputs import check_output
 from .sampling import StepCallback
 from .source import Portable, single_file
+from .stages import callback_steps, check_upsampler, image_output, said, small_images, stage_call
 
 
 class UpsamplerPipeline(

@@ -24,10 +24,10 @@ from ldm.models.resolution import shrunk, shrunk_image
 from ldm.models.scheduler import build_scheduler
 from ldm.system import check_system, system_stages
 from pipelines import PIPELINES
-from pipelines.cascade import checked_level
 from pipelines.imagen import ImagenPipeline
 from pipelines.prompted_pixels import PromptedPixelPipeline
 from pipelines.sampling import both, denoise, guided_output
+from pipelines.stages import checked_level
 from pipelines.super_resolution import SuperResolutionPipeline
 
 from .table import table

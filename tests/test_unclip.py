@@ -40,8 +40,9 @@ from ldm.objectives.denoising import Objective
 from ldm.system import check_system, system_stages
 from ldm.training.checks import conditional_gain
 from pipelines import PIPELINES
-from pipelines.cascade import Sampling, TextEmbeds, ddim, sampled_embeds, slerp
+from pipelines.cascade import Sampling, ddim, sampled_embeds, slerp
 from pipelines.sampling import both, denoise, guided_output
+from pipelines.stages import TextEmbeds
 from pipelines.unclip import UnCLIPPipeline
 from pipelines.upsampler import UpsamplerPipeline
 
