@@ -193,7 +193,8 @@ def test_pixels_are_reloaded_by_diffusers_own_class_where_it_makes_the_same_imag
 ):
     config = load_config(StageConfig, ["--config", str(ROOT / "configs/tiny/ddpm.yaml"), "--sampler.kind", sampler])
     scheduler = build_scheduler(config.objective, config.sampler, clip_sample=True)
-    step = SimpleNamespace(condition=CONDITIONS["batch_size"], conditions=[CONDITIONS["batch_size"]])
+    asked = {"condition": CONDITIONS["batch_size"], "conditions": [CONDITIONS["batch_size"]]}
+    step = SimpleNamespace(**asked, given_sizes={"batch_size": None})
     validation = Validation.__new__(Validation)
     validation.config, validation.images, validation.seed = config.validation, None, config.seed
     validation.pipeline, validation.step = PixelPipeline(network(), scheduler), step

@@ -223,6 +223,7 @@ def test_finished_stages_are_joined_into_one_folder(made, fitting, imagen, tmp_p
     own = {"custom_pipeline": str(folder), "trust_remote_code": True}
     loaded = quiet(DiffusionPipeline.from_pretrained(folder, **own))
     call = {"num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
+    call |= {"guidance_scale": 2.0, "super_res_guidance_scale": 1.5}
     again, first = (pipe("red", generator=seeded(3), **call).images for pipe in (loaded, imagen))
     torch.testing.assert_close(again, first, rtol=1e-3, atol=1e-3)
     made["imagen upsampler"][2].save_pretrained(tmp_path / "other")

@@ -116,6 +116,7 @@ def test_every_argument_is_in_that_table_or_left_out_with_the_reason():
 OWN = {
     *("clip_skip", "cross_attention_kwargs", "do_classifier_free_guidance", "guidance_rescale", "guidance_scale"),
     *("interrupt", "num_timesteps", "encode_prompt", "save_config", "to_json_string", "model_cpu_offload_seq"),
+    "extract_init_dict",
 }
 """Public names of the stock class that are written anew: its properties, `encode_prompt`, what is saved."""
 

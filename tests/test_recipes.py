@@ -184,12 +184,13 @@ class TextPixelPipeline(DiffusionPipeline):
         return ImagePipelineOutput((x_t.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy())
 
 
+MASKED = {**KEYWORDS, "encoder_attention_mask": "attention_mask"}
 KIND = PipelineKind(
     own="TextPixelPipeline",
     stock="TextPixelPipeline",
     space="pixel",
     denoiser="UNet2DConditionModel",
-    conditions={"text": KEYWORDS},
+    conditions={"text": MASKED},
     components={
         "unet": "model.denoiser",
         "text_encoder": "model.conditioners.text.text_encoder",
@@ -206,6 +207,7 @@ STAGE = {
     "layers_per_block: 1, cross_attention_dim: 16, attention_head_dim: 2, norm_num_groups: 8}",
     "conditioners.text.encoder": "{_class_name: CLIPTextModel, hidden_size: 16, intermediate_size: 16, "
     "num_hidden_layers: 1, num_attention_heads: 2}",
+    "conditioners.text.keywords": "{encoder_hidden_states: prompt_embeds, encoder_attention_mask: attention_mask}",
     "conditioners.text.vocab_size": 600,
     "loop.max_train_steps": 2,
     "validation.num_images": 2,
