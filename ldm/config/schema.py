@@ -145,7 +145,8 @@ class SamplerConfig:
     thresholding: float | None = None
     """Dynamic thresholding, of pixels only: at each step the estimate of an image is clipped at this quantile of its
     absolute values, and at 1 at least, and divided by that (Saharia et al. 2022, section 2.3, where it is 0.995). It
-    keeps strong guidance from saturated colours. None: as the sampler does without."""
+    keeps strong guidance from saturated colours in photographs; white grounds turn grey with it. None: as the sampler
+    does without."""
 
 
 @dataclass(frozen=True)
