@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,6 +33,7 @@ from ldm.export.hub import push
 from ldm.export.join import JOINED, join
 from ldm.export.kinds import KINDS, build_pipeline, kind_of
 from ldm.export.systems import SYSTEMS
+from ldm.models.pipeline import load_pipeline
 from ldm.models.provenance import Provenance, read_provenance, read_trained_images, save_trained_images
 from ldm.models.resolution import blurred, enlarged, shrunk
 from ldm.models.scheduler import build_scheduler
@@ -586,6 +587,42 @@ def test_no_code_of_a_stage_is_joined(finished, tmp_path):
     folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
     assert sorted(path.name for path in folder.rglob("*.py")) == ["pipeline.py"]
     assert "SystemExit" not in (folder / "pipeline.py").read_text()
+
+
+def other_decoder(folder):
+    """Put the decoder of another size in the place of the joined one."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "decoder")
+    UNet2DConditionModel(**{**unet.config, "sample_size": PIXELS // 2}).save_pretrained(folder / "decoder")
+
+
+@table(
+    ("damage", "message"),
+    [
+        (other_decoder, "decoder: samples images of 8 pixels, and super_res was trained on those of 16"),
+        (lambda folder: change(folder / "model_index.json", prior=["evil", "Prior"]), "prior is to be Prior of evil"),
+        (lambda folder: change(folder / "model_index.json", **{"../up": ["diffusers", "VQModel"]}), "'../up'"),
+        (lambda folder: shutil.rmtree(folder / "super_res"), "no file named config.json"),
+    ],
+)
+def test_a_joined_folder_that_was_changed_is_refused_when_it_is_loaded(damage, message, finished, tmp_path):
+    folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "model"
+    join(
+        "UnCLIPPipeline", {name: str(finished / name) for name in ("upsampler", "prior", "decoder")}, folder, PIPELINES
+    )
+    assert type(load_pipeline(str(folder), trust_remote_code=True)).__name__ == "UnCLIPPipeline"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_pipeline(str(folder), trust_remote_code=False)
+    damage(folder)
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        load_pipeline(str(folder), trust_remote_code=True)
+
+
+def test_no_code_of_a_component_is_run(finished, tmp_path):
+    stages = {name: str(finished / name) for name in ("upsampler", "prior", "decoder")}
+    folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
+    (folder / "text_encoder" / "evil.py").write_text("raise SystemExit('ran')")
+    change(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Evil"})
+    load_pipeline(str(folder), trust_remote_code=True)
 
 
 def test_a_joined_folder_is_pushed_whole_and_joined_again_from_the_hub(hub, finished, tmp_path):  # noqa: F811
