@@ -621,9 +621,11 @@ def test_a_joined_folder_that_was_changed_is_refused_when_it_is_loaded(damage, m
 def test_no_code_of_a_component_is_run(finished, tmp_path):
     stages = {name: str(finished / name) for name in ("upsampler", "prior", "decoder")}
     folder = join("UnCLIPPipeline", stages, tmp_path / "model", PIPELINES)
-    (folder / "text_encoder" / "evil.py").write_text("raise SystemExit('ran')")
+    (folder / "text_encoder" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     change(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Evil"})
-    load_pipeline(str(folder), trust_remote_code=True)
+    loaded = load_pipeline(str(folder), trust_remote_code=True)
+    assert type(loaded.text_encoder).__name__ == "CLIPTextModelWithProjection"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_joined_folder_is_pushed_whole_and_joined_again_from_the_hub(hub, finished, tmp_path):  # noqa: F811
