@@ -5,10 +5,7 @@ python -m benchmarks.imagen out/imagen/openmoji/model OUT.json --plot docs/thres
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldm.evaluation.evaluation import Evaluation
+from benchmarks.held_out import Held, measured, parser_of
 from ldm.evaluation.images import pixel_values
 from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.retrieval import retrieval_ranks
 from ldm.evaluation.sampling import sample_images
-from ldm.machine import cores, hardware
 from ldm.models.features import build_perceptual_distance
 from ldm.models.resolution import shrunk
 from ldm.models.vision import Images
 
-LISTS = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
 CHUNK = 50
 AVERAGED = 8
 """Samples of one small image that are averaged for PSNR: their mean is the estimate that it measures."""
@@ -42,18 +37,6 @@ LIMITS: dict[str, dict[str, Any]] = {
     "no limit": {"thresholding": False},
 }
 """Keys of the sampling schedulers. With a largest value of 1, thresholding clips at 1."""
-
-
-class Held:
-    """The pipeline, and the held-out images with their captions."""
-
-    def __init__(self, model: str, validation: bool = False):
-        lists = dict(zip(LISTS, reversed(LISTS.values()), strict=True)) if validation else LISTS
-        self.evaluation = Evaluation(model, "openmoji", {}, lists, "efficientnet_lite0", trust_remote_code=True)
-        self.pipeline, self.captions = self.evaluation.pipeline, self.evaluation.captions
-        self.gallery = self.evaluation.gallery
-        self.own = np.array([self.evaluation.place[row] for row in self.evaluation.rows])
-        self.true: Images = self.gallery[self.own]
 
 
 def super_resolution(held: Held, noise_level: int = 0) -> Iterator[tuple[str, Measure]]:
@@ -127,26 +110,17 @@ def plot(numbers: dict[str, Measure], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+PARTS = {"super_resolution": super_resolution, "limits": limits}
+
+
 def main() -> None:
-    """Measure, and write the numbers after each part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a joined Imagen")
-    parser.add_argument("out", type=Path, help="file for the numbers")
-    parser.add_argument("--parts", default="super_resolution,limits", help="what to measure")
+    """Measure, draw, and write the numbers after each part."""
+    parser = parser_of(__doc__, "a joined Imagen", PARTS)
     parser.add_argument("--plot", type=Path, help="file for the plot of the limits")
-    parser.add_argument("--validation", action="store_true", help="measure on the validation list, to choose by it")
     arguments = parser.parse_args()
     if arguments.plot is not None and "limits" not in arguments.parts:
         parser.error("--plot: draws the limits, and --parts does not measure them")
-    torch.set_num_threads(cores())
-    held, numbers = Held(arguments.model, arguments.validation), dict[str, Measure]()
-    parts = {"super_resolution": super_resolution, "limits": limits}
-    for part in filter(None, arguments.parts.split(",")):
-        for name, measure in parts[part](held):
-            print(f"{name}: {measure}", flush=True)
-            numbers[name] = measure
-            found = {"hardware": hardware(), "numbers": {key: asdict(one) for key, one in numbers.items()}}
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    numbers = measured(Held(arguments.model, arguments.validation), PARTS, arguments)
     if arguments.plot is not None:
         plot(numbers, arguments.plot)
 

@@ -5,10 +5,7 @@ python -m benchmarks.unclip out/dalle2/openmoji/model OUT.json --sheet docs/uncl
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.held_out import Held, measured, parser_of
 from ldm.evaluation.baselines import exchanged_captions
-from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.images import labelled_sheet, pixel_values
 from ldm.evaluation.measure import Measure, mean_of
 from ldm.evaluation.retrieval import feature_distances, ranks_among, retrieval_ranks
 from ldm.evaluation.sampling import sample_images
-from ldm.machine import cores, hardware
 from ldm.models.clip import ImageEncoder
 from ldm.models.resolution import shrunk
 from ldm.models.vision import Images
 
-LISTS = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
 CHUNK = 50
 ETAS = (1.0, 0.6, 0.4)
 """Shares of DDPM's noise that variations are made with: all, less, and what `variations` adds."""
@@ -41,16 +36,11 @@ TURNED, DIFFERENCE = 1, ("woman astronaut medium-dark skin tone", "man cook ligh
 """The held-out image that is turned, and the two texts."""
 
 
-class Held:
-    """The pipeline, and the held-out images with their captions and embeddings."""
+class HeldEmbeds(Held):
+    """The held-out images, and the embeddings of all images."""
 
     def __init__(self, model: str, validation: bool = False):
-        lists = dict(zip(LISTS, reversed(LISTS.values()), strict=True)) if validation else LISTS
-        self.evaluation = Evaluation(model, "openmoji", {}, lists, "efficientnet_lite0", trust_remote_code=True)
-        self.pipeline, self.captions = self.evaluation.pipeline, self.evaluation.captions
-        self.gallery, self.place = self.evaluation.gallery, self.evaluation.place
-        self.own = np.array([self.place[row] for row in self.evaluation.rows])
-        self.true: Images = self.gallery[self.own]
+        super().__init__(model, validation)
         encoder = ImageEncoder(self.pipeline.image_encoder)
         parts = [encoder(pixel_values(part)) for part in np.array_split(self.gallery, 20)]
         self.embeds = torch.cat(parts).cpu()
@@ -63,7 +53,7 @@ class Held:
         return sample_images(self.pipeline, prompts, seed, "prompt", also, **call)
 
 
-def prior(held: Held) -> Iterator[tuple[str, Measure]]:
+def prior(held: HeldEmbeds) -> Iterator[tuple[str, Measure]]:
     """Yield how near the prior's embeddings are to the true ones, and how often they find them among all."""
     found, true = held.pipeline.embed_prompt(held.captions, generator=torch.Generator().manual_seed(0)), held.embeds
     yield "cosine of the prior to the true embedding", mean_of(F.cosine_similarity(found, true[held.own]).numpy())
@@ -74,7 +64,7 @@ def prior(held: Held) -> Iterator[tuple[str, Measure]]:
     yield "R@5 of the prior's embeddings", mean_of(ranks < 5)
 
 
-def embeddings(held: Held) -> Iterator[tuple[str, Measure]]:
+def embeddings(held: HeldEmbeds) -> Iterator[tuple[str, Measure]]:
     """Yield R@1 of every second caption with the true embedding, with none, and with that of another caption."""
     captions, own = held.captions[::2], held.own[::2]
     others = held.pipeline.embed_prompt(exchanged_captions(captions), generator=torch.Generator().manual_seed(0))
@@ -85,7 +75,7 @@ def embeddings(held: Held) -> Iterator[tuple[str, Measure]]:
         yield f"R@1 of every second caption, embedding: {name}", mean_of(retrieval_ranks(images, held.gallery, own) < 1)
 
 
-def upsampling(held: Held) -> Iterator[tuple[str, Measure]]:
+def upsampling(held: HeldEmbeds) -> Iterator[tuple[str, Measure]]:
     """Yield PSNR and the error of the mean colour of true images made small and large again, beside bicubic's."""
     size, small_size = held.pipeline.image_size, held.pipeline.config.small_size
     true = pixel_values(held.true)
@@ -98,7 +88,7 @@ def upsampling(held: Held) -> Iterator[tuple[str, Measure]]:
         yield f"error of the mean colour of {name}, of 255", mean_of(colour.numpy())
 
 
-def _upsampled(held: Held, small: Tensor) -> Tensor:
+def _upsampled(held: HeldEmbeds, small: Tensor) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(small))]
     parts = []
     for start in range(0, len(small), CHUNK):
@@ -108,7 +98,7 @@ def _upsampled(held: Held, small: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def variations(held: Held) -> Iterator[tuple[str, Measure]]:
+def variations(held: HeldEmbeds) -> Iterator[tuple[str, Measure]]:
     """Yield how near variations of held-out images are to their source, for each share of DDPM's noise.
 
     Nearest to it among all images by pixels, by the features of a network that no stage was trained with, and by the
@@ -139,7 +129,7 @@ def difference(images: Images, others: Images) -> NDArray[np.float64]:
     return found
 
 
-def sheet(held: Held) -> Any:
+def sheet(held: HeldEmbeds) -> Any:
     """Return a sheet of the manipulations, of the first held-out images; none chosen."""
     pipe, sources = held.pipeline, to_images(held.true[:SHOWN])
     rows: dict[str, Images] = {"source": held.true[:SHOWN]}
@@ -168,26 +158,18 @@ def to_images(images: Images) -> list[Tensor]:
     return [*(pixel_values(images) / 2 + 0.5)]
 
 
+PARTS = {"prior": prior, "upsampling": upsampling, "variations": variations, "embeddings": embeddings}
+
+
 def main() -> None:
-    """Measure, and write the numbers after each part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a joined unCLIP")
-    parser.add_argument("out", type=Path, help="file for the numbers")
-    parser.add_argument("--parts", default="prior,upsampling,variations,embeddings", help="what to measure")
+    """Draw, measure, and write the numbers after each part."""
+    parser = parser_of(__doc__, "a joined unCLIP", PARTS)
     parser.add_argument("--sheet", type=Path, help="file for a sheet of variations, interpolation and text difference")
-    parser.add_argument("--validation", action="store_true", help="measure on the validation list, to choose by it")
     arguments = parser.parse_args()
-    torch.set_num_threads(cores())
-    held, numbers = Held(arguments.model, arguments.validation), dict[str, Any]()
+    held = HeldEmbeds(arguments.model, arguments.validation)
     if arguments.sheet is not None:
         sheet(held).save(arguments.sheet)
-    parts = {"prior": prior, "upsampling": upsampling, "variations": variations, "embeddings": embeddings}
-    for part in filter(None, arguments.parts.split(",")):
-        for name, measure in parts[part](held):
-            print(f"{name}: {measure}", flush=True)
-            numbers[name] = asdict(measure)
-            result = {"hardware": hardware(), "numbers": numbers}
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measured(held, PARTS, arguments)
 
 
 if __name__ == "__main__":

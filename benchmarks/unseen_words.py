@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.held_out import LISTS
 from ldm.evaluation.baselines import derangement
 from ldm.evaluation.evaluation import Evaluation
 from ldm.evaluation.images import labelled_sheet
@@ -26,7 +27,7 @@ from ldm.machine import cores, hardware
 from ldm.models.vision import Images
 
 PROMPTS = Path("configs/openmoji/unseen_words.json")
-LISTS = {"test": "configs/openmoji/heldout.txt", "validation": "configs/openmoji/validation.txt"}
+
 NEAREST = 5
 SHOWN = 24
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from ldm.config import SpaceConfig
 from ldm.errors import ConfigError, explained
 from ldm.models import autoencoder as ae
+from ldm.models.bottleneck import bottleneck_of
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, network_hash
 from ldm.models.resolution import shrunk
@@ -91,9 +91,9 @@ class LatentSpace:
     grid_step = 0.0
     statistics: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, autoencoder: AutoencoderKL | VQModel):
-        """Fold the latents' mean and std in the autoencoder's config into its weights, in place (`fold_config`)."""
-        ae.fold_config(autoencoder)
+    def __init__(self, autoencoder: ae.Autoencoder):
+        """Fold the scale of the latents in the autoencoder's config into its weights, in place (`fold_config`)."""
+        bottleneck_of(autoencoder).fold_config(autoencoder)
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.networks: tuple[nn.Module, ...] = (self.autoencoder,)
         self.key = f"latent-{network_hash(autoencoder)}"

@@ -2,6 +2,8 @@
 
 from .decoder import DecoderPipeline
 from .imagen import ImagenPipeline
+from .kandinsky import KandinskyPipeline
+from .latent_decoder import LatentDecoderPipeline
 from .pixels import PixelPipeline
 from .prior import PriorPipeline
 from .prompted_pixels import PromptedPixelPipeline
@@ -24,5 +26,7 @@ PIPELINES = {
         PromptedPixelPipeline,
         SuperResolutionPipeline,
         ImagenPipeline,
+        LatentDecoderPipeline,
+        KandinskyPipeline,
     )
 }

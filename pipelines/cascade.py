@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from .inputs import check_generators
+from .inputs import MAX_IMAGES, check_generators, whole_number
 from .sampling import both, denoise, guided_output
 from .schedulers import set_timesteps
-from .stages import TextEmbeds, rows_of
+from .stages import TextEmbeds, both_texts, rows_of, said, stage_call
 
 SMALLEST_ANGLE = 1e-4
 """Sine of an angle below which `slerp` takes the straight line."""
@@ -52,6 +52,55 @@ def sampled_embeds(
     embeds = embeds.view(-1, count, embeds.shape[1])
     likeness = F.cosine_similarity(embeds, given.pooled.float()[:, None], dim=-1)
     return embeds[torch.arange(len(embeds)), likeness.argmax(1).cpu()]
+
+
+def prompt_image_embeds(
+    pipeline: Any,
+    stage: str,
+    networks: tuple[Any, Any],
+    prompts: tuple[Any, Any],
+    settings: tuple[int | None, float | None],
+    count: int,
+    generator: Generators,
+    after_step: Callable[..., Any] | None = None,
+) -> torch.Tensor:
+    """Return the image embeddings (B, D), float32, that a pipeline's prior predicts for the prompts of a call.
+
+    stage: as in `stage_call`. networks: the prior and its scheduler. prompts: and negative ones. settings: steps and
+    guidance scale, None: as in the pipeline's config. count: as in `sampled_embeds`.
+    """
+    names = f"{stage}num_inference_steps", f"{stage}guidance_scale"
+    steps, scale = said(pipeline, **dict(zip(names, settings, strict=True)))
+    prior, scheduler = networks
+    stage_call(stage, scheduler, prior, steps, scale)
+    whole_number("num_candidates", count, 1, MAX_IMAGES)
+    given, null = both_texts(pipeline, *prompts)
+    how = Sampling(steps, scale, pipeline.progress_bar, after_step)
+    return sampled_embeds(prior, scheduler, given, null, how, generator, count)
+
+
+def decoded_latents(
+    unet: Any, scheduler: Any, given: torch.Tensor, null: torch.Tensor, how: Sampling, generator: Generators
+) -> torch.Tensor:
+    """Return latents (B, C, h, w) of image embeddings (B, D), and of nothing else."""
+    size, count = unet.config.sample_size, len(given)
+    noise = _noise((count, unet.config.in_channels, size, size), generator, 1, given.device)
+    kwargs = _guided(how, _of_embeds(given, unet.dtype), _of_embeds(rows_of(null, count), unet.dtype))
+    return _sampled(unet, scheduler, noise, how, generator, (), kwargs)
+
+
+def latents_and_images(
+    pipeline: Any, given: torch.Tensor, null: torch.Tensor, how: Sampling, generator: Generators, output_type: str
+) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings, decoded by a pipeline's MoVQ.
+
+    output_type: "latent": the latents.
+    """
+    latents = decoded_latents(pipeline.unet, pipeline.scheduler, given, null, how, generator)
+    if output_type == "latent":
+        return latents
+    images: torch.Tensor = pipeline.movq.decode(latents.to(pipeline.movq.dtype), force_not_quantize=True).sample
+    return images.float()
 
 
 def decoded_images(
@@ -198,6 +247,11 @@ def _of_prior(text: TextEmbeds, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _of_states(states: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": states.to(dtype)}
+
+
+def _of_embeds(embeds: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    # the U-Net projects the embeddings to the states itself
+    return {"encoder_hidden_states": None, "added_cond_kwargs": {"image_embeds": embeds.to(dtype)}}
 
 
 def _of_decoder(embeds: torch.Tensor, text: TextEmbeds, dtype: torch.dtype) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from diffusers import DiffusionPipeline, PriorTransformer, SchedulerMixin
 from diffusers.utils import BaseOutput
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from .cascade import Sampling, sampled_embeds
-from .inputs import MAX_IMAGES, whole_number
+from .cascade import prompt_image_embeds
 from .sampling import StepCallback
 from .source import Portable, single_file
-from .stages import both_texts, callback_steps, check_prior, said, stage_call, text_embeds
+from .stages import callback_steps, check_prior, text_embeds
 
 
 @dataclass
@@ -74,13 +73,10 @@ class PriorPipeline(
         ValueError for unusable inputs.
         """
         self._interrupt = False
-        steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        stage_call("", self.scheduler, self.prior, steps, scale)
-        whole_number("num_candidates", num_candidates, 1, MAX_IMAGES)
-        given, null = both_texts(self, prompt, negative_prompt)
+        networks, settings = (self.prior, self.scheduler), (num_inference_steps, guidance_scale)
         after_step = callback_steps(self, callback_on_step_end)
-        how = Sampling(steps, scale, self.progress_bar, after_step)
-        embeds = sampled_embeds(self.prior, self.scheduler, given, null, how, generator, num_candidates)
+        prompts = prompt, negative_prompt
+        embeds = prompt_image_embeds(self, "", networks, prompts, settings, num_candidates, generator, after_step)
         self.maybe_free_model_hooks()
         return ImageEmbedsOutput(image_embeds=embeds) if return_dict else (embeds,)
 

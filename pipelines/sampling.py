@@ -64,12 +64,13 @@ def denoise(
     (`step_options`). progress: iterates over the timesteps, with a progress bar. start_image: an image to start from at
     the first timestep. FloatingPointError if a step gives NaN or infinity.
     """
-    options = step_options(scheduler, generator, eta)
     noise = noise.float()
     x_t: torch.Tensor = noise * scheduler.init_noise_sigma
     if start_image is not None:
         x_t = start_image.start(scheduler, noise, timesteps)
     for step, timestep in enumerate(progress(timesteps)):
+        then = timesteps[step + 1] if step + 1 < len(timesteps) else None
+        options = step_options(scheduler, generator, eta, then)
         x_t = scheduler.step(predict(x_t, timestep), timestep, x_t, **options, return_dict=False)[0]
         if not x_t.isfinite().all():
             raise FloatingPointError(

@@ -26,7 +26,7 @@ SCHEDULERS = {
         "LMSDiscreteScheduler",
         "PNDMScheduler",
     ),
-    ("diffusion", "sample"): ANY_PREDICTION,
+    ("diffusion", "sample"): (*ANY_PREDICTION, "UnCLIPScheduler"),
     ("flow", "flow_prediction"): SECOND_ORDER,
     ("flow", "sample"): SECOND_ORDER,
 }
@@ -129,7 +129,7 @@ def set_timesteps(
             f"strength: {type(scheduler).__name__} takes its first steps at the highest noise, also from an image: "
             "pass skip_prk_steps=True to from_config"
         )
-    skipped = (num_inference_steps - taken) * scheduler.order
+    skipped = (num_inference_steps - taken) * getattr(scheduler, "order", 1)  # UnCLIPScheduler has none
     left: torch.Tensor = scheduler.timesteps[skipped:]
     if hasattr(scheduler, "set_begin_index"):  # else it looks the timestep up, and takes the second of two equal ones
         scheduler.set_begin_index(skipped)
@@ -161,9 +161,12 @@ def _checked_times(scheduler: Any, given: dict[str, Sequence[float]]) -> dict[st
     return {name: np.array(values)}
 
 
-def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
+def step_options(
+    scheduler: Any, generator: Any, eta: float, next_timestep: torch.Tensor | None = None
+) -> dict[str, Any]:
     """Return the optional arguments of ``scheduler.step`` that this scheduler has.
 
+    next_timestep: the timestep that the step leads to, None for the last step; only UnCLIPScheduler does not know it.
     eta: share of DDPM's noise that DDIM adds (Song et al. 2021, eq. 16). If x0 is clipped, the predicted noise is
     computed again from x_t and the clipped x0, as in guided-diffusion (`use_clipped_model_output`); diffusers' default
     keeps the noise from before, which does not fit it.
@@ -171,6 +174,7 @@ def step_options(scheduler: Any, generator: Any, eta: float) -> dict[str, Any]:
     clips = bool(scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"))
     # diffusers takes the root of 1 - alpha^2 - std^2, which rounds below 0 at eta 1 where alpha is 0
     options = {"generator": generator, "eta": min(eta, 1 - 1e-6), "use_clipped_model_output": clips}
+    options["prev_timestep"] = next_timestep
     known = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in options.items() if name in known}
 

@@ -60,13 +60,19 @@ def image_embeds(images: torch.Tensor, image_encoder: Any, device: torch.device)
 
 def null_image_embeds(pipeline: Any, width: int) -> torch.Tensor:
     """Return the embedding (1, D) of no image: zeros (Ramesh et al. 2022), or that of a zero image (Kandinsky 2.2)."""
-    null, encoder, device = pipeline.config.null_image_embeds, pipeline.image_encoder, pipeline._execution_device
+    null, encoder = pipeline.config.null_image_embeds, pipeline.image_encoder
     if null == "zeros":
-        return torch.zeros(1, width, device=device)
+        return torch.zeros(1, width, device=pipeline._execution_device)
     if null != "zero_picture" or encoder is None:
         raise ValueError(f"null_image_embeds: got {null!r}; expected 'zeros', or 'zero_picture' with an image encoder")
-    size = encoder.config.image_size
-    found: torch.Tensor = encoder(torch.zeros(1, 3, size, size, device=device, dtype=encoder.dtype)).image_embeds
+    return zero_image_embeds(encoder, pipeline._execution_device)
+
+
+def zero_image_embeds(image_encoder: Any, device: torch.device) -> torch.Tensor:
+    """Return the embedding (1, D), float32, of an image that is zero everywhere once normalised."""
+    size = image_encoder.config.image_size
+    images = torch.zeros(1, 3, size, size, device=device, dtype=image_encoder.dtype)
+    found: torch.Tensor = image_encoder(images).image_embeds
     return found.float()
 
 
@@ -154,6 +160,26 @@ def check_decoder(name: str, unet: Any, image_encoder: Any, text_encoder: Any) -
             )
 
 
+def check_latent_decoder(unet: Any, movq: Any, image_encoder: Any) -> None:
+    """Raise ValueError if a decoder in latent space does not take these embeddings alone, or not these latents."""
+    if unet is None:
+        return
+    config = unet.config
+    if config.encoder_hid_dim_type != "image_proj" or config.addition_embed_type != "image":
+        raise ValueError(
+            "unet: is not conditioned on image embeddings alone; build it with addition_embed_type: image and "
+            "encoder_hid_dim_type: image_proj"
+        )
+    width = config.encoder_hid_dim if image_encoder is None else image_encoder.config.projection_dim
+    if config.encoder_hid_dim != width:
+        raise ValueError(
+            f"unet: takes embeddings of width {config.encoder_hid_dim}, and those of the image encoder have {width}"
+        )
+    channels = config.in_channels if movq is None else movq.config.vq_embed_dim or movq.config.latent_channels
+    if config.in_channels != channels:
+        raise ValueError(f"unet: takes {config.in_channels} channels, and the latents of the movq have {channels}")
+
+
 def check_upsampler(name: str, unet: Any, small_size: int | None) -> None:
     """Raise ValueError if a network, the component `name`, is no upsampler of images of this size."""
     if unet is None:
@@ -172,13 +198,22 @@ def said(pipeline: Any, **given: Any) -> list[Any]:
 
 
 def stage_call(
-    stage: str, scheduler: Any, denoiser: Any, num_inference_steps: int, guidance_scale: float = 1.0
+    stage: str,
+    scheduler: Any,
+    denoiser: Any,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    latents: bool = False,
 ) -> None:
-    """Raise ValueError if a stage's scheduler or settings are unusable; `stage` begins their names in the call."""
+    """Raise ValueError if a stage's scheduler or settings are unusable; `stage` begins their names in the call.
+
+    latents: what is sampled are latents; else images or embeddings.
+    """
     config = denoiser.config
-    embeddings = config.get("embedding_dim")  # a prior's, which no sampler may clip
+    embeddings = config.get("embedding_dim")  # a prior's, which no sampler may clip, as latents
     channels, outputs = (3, config.get("out_channels")) if embeddings is None else (embeddings, embeddings)
-    check_scheduler(scheduler, channels, outputs, may_clip=embeddings is None)
+    channels = config.in_channels if latents else channels
+    check_scheduler(scheduler, channels, outputs, may_clip=embeddings is None and not latents)
     whole_number(f"{stage}num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
     try:
         check_guidance(guidance_scale)

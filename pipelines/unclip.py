@@ -15,7 +15,15 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .cascade import Sampling, ddim, decoded_images, sampled_embeds, slerp, upsampled_images
+from .cascade import (
+    Sampling,
+    ddim,
+    decoded_images,
+    prompt_image_embeds,
+    sampled_embeds,
+    slerp,
+    upsampled_images,
+)
 from .inputs import MAX_IMAGES, check_output, same_noise, texts, whole_number
 from .sampling import StepCallback
 from .schedulers import check_eta
@@ -186,9 +194,9 @@ class UnCLIPPipeline(
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Return the image embeddings (B, D), float32, that the prior predicts for prompts; as `PriorPipeline`."""
-        how = self._prior_sampling(num_inference_steps, guidance_scale, num_candidates)
-        given, null = both_texts(self, prompt, negative_prompt)
-        embeds = sampled_embeds(self.prior, self.prior_scheduler, given, null, how, generator, num_candidates)
+        networks, settings = (self.prior, self.prior_scheduler), (num_inference_steps, guidance_scale)
+        prompts = prompt, negative_prompt
+        embeds = prompt_image_embeds(self, "prior_", networks, prompts, settings, num_candidates, generator)
         self.maybe_free_model_hooks()
         return embeds
 

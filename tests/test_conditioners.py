@@ -23,10 +23,12 @@ from ldm.conditioners.label import LabelConditioner
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import TextConditioner
 from ldm.config import DataConfig
+from ldm.config.check import checked
 from ldm.config.conditioners import UNKNOWN_CLASS, TextConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedCaptions
 from ldm.data.positions import generators
+from ldm.errors import ConfigError
 from ldm.models.clip import ImageEncoder
 from ldm.models.resolution import enlarged, shrunk
 from ldm.models.text_encoder import build_text_encoder
@@ -91,6 +93,33 @@ def test_a_clip_with_projection_tells_the_same_in_training_and_in_both_pipelines
     keywords = {"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
     projected, _ = build_text_encoder(replace(config, keywords=keywords), [])
     assert torch.equal(projected.text_projection.weight, whole.text_projection.weight)
+
+
+def test_a_frozen_language_model_may_be_held_in_bfloat16(tmp_path):
+    t5 = tiny_pipeline.text_encoder("t5")
+    t5.save_pretrained(tmp_path / "t5" / "text_encoder")
+    tiny_pipeline.tokenizer().save_pretrained(tmp_path / "t5" / "tokenizer")
+    config = TextConfig(pretrained=str(tmp_path / "t5"), max_length=tiny_pipeline.LENGTH, train=False)
+    whole, half = (
+        TextConditioner(*build_text_encoder(one, []), train=False, dropout=0.1)
+        for one in (config, replace(config, dtype="bfloat16"))
+    )
+    assert {parameter.dtype for parameter in half.text_encoder.parameters()} == {torch.bfloat16}
+    expected, found = (one.embed(["a cat", ""])["prompt_embeds"] for one in (whole, half))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    assert whole.key(["a cat"]) != half.key(["a cat"]), "the cache tells them apart"
+    made = tiny_pipeline.pipeline(text_encoder=half.text_encoder, tokenizer=half.tokenizer)
+    made.save_pretrained(tmp_path / "model")
+    for one in (made, TextToImagePipeline.from_pretrained(tmp_path / "model")):
+        said = one.encode_prompt(["a cat"], "cpu", 1, True, [""])
+        torch.testing.assert_close(torch.cat(said).float(), found, atol=0.05, rtol=0.05)
+    for wrong in ({"train": True}, {"pretrained": None}):
+        with pytest.raises(
+            ConfigError, match=r"text\.dtype: got bfloat16; expected null, or a pretrained encoder with"
+        ):
+            checked(replace(config, dtype="bfloat16", **wrong), "text")
 
 
 def test_dotted_keywords_gather_in_one_dictionary():

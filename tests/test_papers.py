@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.config import AutoencoderConfig, StageConfig
-from ldm.config.file import load_config
+from ldm.config.file import config_kind, load_config
 
 from .table import table
 
@@ -28,6 +28,9 @@ PUBLISHED = {
     "imagen/paper/base_xl.yaml": 4_304_695_110,
     "imagen/paper/super_resolution_m.yaml": 460_997_382,
     "imagen/paper/super_resolution_l.yaml": 1_243_277_190,
+    "kandinsky/paper/prior.yaml": 1_026_225_920,  # of the released configs, as are the next two
+    "kandinsky/paper/decoder.yaml": 1_253_057_288,
+    "kandinsky/paper/movq.yaml": 67_832_495,
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
 }
@@ -40,8 +43,9 @@ def test_every_paper_is_counted():
 
 @table("name", PUBLISHED)
 def test_the_network_has_the_published_number_of_parameters(name):
-    kind, network = (AutoencoderConfig, "autoencoder") if name.endswith("vae.yaml") else (StageConfig, "denoiser")
-    keys = dict(getattr(load_config(kind, ["--config", str(CONFIGS / name)]), network))
+    kind = config_kind(str(CONFIGS / name), [AutoencoderConfig, StageConfig])
+    config = load_config(kind, ["--config", str(CONFIGS / name)])
+    keys = dict(getattr(config, "autoencoder" if kind is AutoencoderConfig else "denoiser"))
     with torch.device("meta"):
         built = getattr(diffusers, keys.pop("_class_name"))(**keys)
     assert sum(parameter.numel() for parameter in built.parameters()) == PUBLISHED[name]

@@ -25,8 +25,14 @@ STD = 0.5  # of the data
 STARTS = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 STARTS = (STARTS - STARTS.mean()) / STARTS.std()  # the deterministic samplers then have no sampling error
 CASES = [(path, kind, name) for (path, kind), names in SCHEDULERS.items() for name in names]
-RANDOM = {"DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"}
-FIRST_ORDER = {*schedulers.FIRST_ORDER, "EulerAncestralDiscreteScheduler"}
+RANDOM = {
+    "DDPMScheduler",
+    "UnCLIPScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "SASolverScheduler",
+}
+FIRST_ORDER = {*schedulers.FIRST_ORDER, "EulerAncestralDiscreteScheduler", "UnCLIPScheduler"}
 
 
 class GaussianDenoiser(ModelMixin, ConfigMixin):
@@ -107,6 +113,8 @@ def build(name, path="diffusion", kind="epsilon", **changes):
     config = {"prediction_type": kind, "timestep_spacing": "trailing", "clip_sample": False}
     config |= {"use_flow_sigmas": True} if path == "flow" else {"beta_schedule": "scaled_linear", "beta_start": 0.00085}
     config |= {"beta_end": 0.012, **changes}
+    if name == "UnCLIPScheduler":
+        config["beta_schedule"] = "squaredcos_cap_v2"  # it knows no other
     known = inspect.signature(cls.__init__).parameters
     return cls(**{key: value for key, value in config.items() if key in known})
 

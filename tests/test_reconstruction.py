@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ldm.config import ReconstructionConfig
+from ldm.models.bottleneck import kl_to_standard_normal
 from ldm.objectives.reconstruction import (
     MAX_ADAPTIVE_WEIGHT,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    kl_to_standard_normal,
     negative_log_likelihood,
     reconstruction_error,
 )

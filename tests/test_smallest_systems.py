@@ -8,25 +8,35 @@ import sys
 import time
 
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.config.file import config_kind
+from ldm.export.systems import SYSTEMS as SYSTEM_KINDS
+
 from .table import table
+from .test_system import SCRIPTS
 from .trainers import ROOT, ended, ledger, metrics, run, start_several
 
-TEXT = "conditioners.text.pretrained"
+TEXT = {"conditioners.text.pretrained": "clip"}
+IMAGE = {"conditioners.image.pretrained": "clip"}
+PRIOR = {"space.image_encoder": "clip", **TEXT}
 SYSTEMS = {
-    "dalle2": {
-        "prior": ["space.image_encoder", TEXT],
-        "decoder": ["conditioners.image.pretrained", TEXT],
-        "upsampler": [],
-    },
-    "imagen": {"base": [TEXT], "super_resolution": [TEXT]},
+    "dalle2": {"clip": {}, "prior": PRIOR, "decoder": IMAGE | TEXT, "upsampler": {}},
+    "imagen": {"clip": {}, "base": TEXT, "super_resolution": TEXT},
+    "kandinsky": {"clip": {}, "movq": {}, "prior": PRIOR, "decoder": IMAGE | {"space.autoencoder": "movq"}},
 }
-"""The diffusion stages of each system, with the fields that name its CLIP."""
-PIPELINES = {"dalle2": "UnCLIPPipeline", "imagen": "ImagenPipeline"}
-RESUMED = [("dalle2", "prior"), ("dalle2", "decoder"), ("dalle2", "upsampler"), ("imagen", "super_resolution")]
-TWICE = [("dalle2", "decoder"), ("imagen", "super_resolution")]
+"""The stages of each system, with the fields that name the model of another stage."""
+PIPELINES = {"dalle2": "UnCLIPPipeline", "imagen": "ImagenPipeline", "kandinsky": "KandinskyPipeline"}
+STAGES = [(name, stage) for name, stages in SYSTEMS.items() for stage in stages]
+RESUMED = [
+    *(("dalle2", stage) for stage in ("prior", "decoder", "upsampler")),
+    ("imagen", "super_resolution"),
+    ("kandinsky", "movq"),
+    ("kandinsky", "prior"),
+]
+TWICE = [("dalle2", "decoder"), ("imagen", "super_resolution"), ("kandinsky", "movq")]
 pytestmark = pytest.mark.slow
 
 
@@ -57,13 +67,24 @@ def smallest(tmp_path_factory):
     return found
 
 
+def words_of(name, stage, smallest):
+    """Return the script of a stage, and the words that train it with the models of the other stages."""
+    file = yaml.safe_load((ROOT / f"configs/tiny/{name}/system.yaml").read_text())["stages"][stage]
+    models = {path: smallest[name][0] / other / "model" for path, other in SYSTEMS[name][stage].items()}
+    script = SCRIPTS[config_kind(str(ROOT / file), [*SCRIPTS])]
+    return [script, "--config", file, *(f"--{path}={model}" for path, model in models.items())]
+
+
 @table("name", SYSTEMS)
 def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
     folder, _ = smallest[name]
     model = folder / "model"
-    assert json.loads((model / "model_index.json").read_text())["_class_name"] == ["pipeline", PIPELINES[name]]
+    kind = SYSTEM_KINDS[PIPELINES[name]]
+    index = json.loads((model / "model_index.json").read_text())
+    assert index["_class_name"] == (kind.stock or ["pipeline", PIPELINES[name]])
     for stage in SYSTEMS[name]:
-        assert Image.open(sorted((folder / stage / "samples").iterdir())[-1]).width > 100
+        sheets = [*(folder / stage).glob("samples/*.png"), *(folder / stage).glob("reconstructions/*.png")]
+        assert stage == "clip" or Image.open(max(sheets)).width > 100
         assert not (folder / stage / "alarms.jsonl").exists()
     shell = ("-m", "ldm.commands.cli")
     call = ("--model", str(model), "--trust_remote_code", "true", "--out", str(tmp_path / "images" / name))
@@ -79,15 +100,20 @@ def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
 
 @table(("name", "stage"), RESUMED)
 def test_its_stages_resume_exactly(name, stage, smallest, tmp_path):
-    clip = smallest[name][0] / "clip" / "model"
-    words = ("--config", f"configs/tiny/{name}/{stage}.yaml", "--output_dir", str(tmp_path / name / stage))
-    changes = [f"--{path}={clip}" for path in SYSTEMS[name][stage]]
-    assert "to the bit" in command("train_text2img.py", *words, *changes, "--resume_check", "true")
+    script, *words = words_of(name, stage, smallest)
+    words += ["--output_dir", str(tmp_path / name / stage)]
+    assert "to the bit" in command(script, *words, "--resume_check", "true")
+
+
+@table(("name", "stage"), STAGES)
+def test_its_stages_equal_those_trained_alone(name, stage, smallest, tmp_path):
+    command(*words_of(name, stage, smallest), "--output_dir", str(tmp_path / stage))
+    assert assert_same_weights(smallest[name][0] / stage / "model", tmp_path / stage / "model") > 0
 
 
 def test_its_doctor_ends_with_one_table(smallest):
     _, words = smallest["dalle2"]
-    stages = ["clip", *SYSTEMS["dalle2"], "all"]
+    stages = [*SYSTEMS["dalle2"], "all"]
     lines = command(*words, "--doctor").partition("\nstage ")[2].splitlines()[1 : 1 + len(stages)]
     assert [line.split()[0] for line in lines] == stages
 
@@ -105,6 +131,16 @@ def killed_at(place, words):
         process.communicate()
 
 
+def assert_same_weights(whole, again):
+    """Compare every tensor of two model folders to the bit; return the number of files of weights."""
+    ours = {path.relative_to(whole): path for path in whole.rglob("*.safetensors")}
+    for name, path in ours.items():
+        one, other = load_file(path), load_file(again / name)
+        assert one.keys() == other.keys()
+        assert all(bool((one[key] == other[key]).all()) for key in one), name
+    return len(ours)
+
+
 def test_a_joined_system_stays_as_it_is(smallest):
     assert "is joined already and stays as it is" in command(*smallest["imagen"][1])
 
@@ -116,20 +152,15 @@ def test_killed_in_a_stage_and_between_two_the_same_command_ends_with_the_same_w
     killed_at(folder / "prior" / "checkpoints", again)
     killed_at(folder / "decoder" / "model" / "README.md", again)
     command(*again)
-    ours = {path.relative_to(whole / "model"): path for path in (whole / "model").rglob("*.safetensors")}
-    assert len(ours) > 4
-    for name, path in ours.items():
-        one, other = load_file(path), load_file(folder / "model" / name)
-        assert one.keys() == other.keys()
-        assert all(bool((one[key] == other[key]).all()) for key in one), name
+    assert assert_same_weights(whole / "model", folder / "model") > 4
 
 
 @table(("name", "stage"), TWICE)
 def test_two_processes_train_its_stages_as_one_does(name, stage, smallest, tmp_path):
-    clip, folder = smallest[name][0] / "clip" / "model", tmp_path / name / stage
+    folder = tmp_path / name / stage
     folder.mkdir(parents=True)
-    words = ["--config", f"configs/tiny/{name}/{stage}.yaml", "--loop.mixed_precision", "no"]
-    words += [f"--{path}={clip}" for path in SYSTEMS[name][stage]]
+    script, *words = words_of(name, stage, smallest)
+    words += ["--loop.mixed_precision", "no"]
     for field, value in {
         "max_train_steps": 6,
         "save_every_steps": 6,
@@ -137,9 +168,9 @@ def test_two_processes_train_its_stages_as_one_does(name, stage, smallest, tmp_p
         "log_every_steps": 1,
     }.items():
         words += [f"--loop.{field}", value]
-    pair = start_several(2, "train_text2img.py", (*words, "--output_dir", folder / "two"), folder / "log-two")
+    pair = start_several(2, script, (*words, "--output_dir", folder / "two"), folder / "log-two")
     assert [ended(process) for process in pair] == [0, 0]
-    run("train_text2img.py", (*words, "--output_dir", folder / "one"), folder / "log-one")
+    run(script, (*words, "--output_dir", folder / "one"), folder / "log-one")
     assert ledger(folder / "one") == ledger(folder / "two")
     for one, two in zip(metrics(folder / "one"), metrics(folder / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)

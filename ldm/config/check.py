@@ -100,6 +100,8 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "l1_weight": WEIGHT,
         "l2_weight": WEIGHT,
         "kl_weight": WEIGHT,
+        "codebook_weight": WEIGHT,
+        "revive_after_steps": COUNT,
         "perceptual_weight": WEIGHT,
         "adversarial_weight": WEIGHT,
         "discriminator_start_step": COUNT_OR_NONE,
@@ -226,6 +228,11 @@ def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
         yield f"{path}.crop_size: got {config.crop_size}; expected at most image_size, {config.image_size}"
 
 
+def _text_contradictions(config: TextConfig, path: str) -> Iterator[str]:
+    if config.dtype is not None and (config.train or config.pretrained is None):
+        yield f"{path}.dtype: got {config.dtype}; expected null, or a pretrained encoder with train false"
+
+
 def _frames_contradictions(config: FramesConfig, path: str) -> Iterator[str]:
     if config.max_context >= config.num_frames:
         yield f"{path}.max_context: got {config.max_context} of num_frames {config.num_frames}; expected fewer"
@@ -282,8 +289,15 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
         yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
     if config.objective.path == "flow" and config.sampler.kind != "dpm_solver":
         yield f"sampler.kind: got {config.sampler.kind}, which knows no objective.path flow; expected dpm_solver"
-    if steps < 2 and config.sampler.kind == "ddpm":
-        yield f"validation.num_inference_steps: got {steps}; expected 2 or more for sampler.kind ddpm"
+    if steps < 2 and config.sampler.kind in ("ddpm", "unclip"):
+        yield f"validation.num_inference_steps: got {steps}; expected 2 or more for sampler.kind {config.sampler.kind}"
+    objective = config.objective
+    known = (objective.path, objective.prediction_type, objective.zero_terminal_snr) == ("cosine", "sample", False)
+    if config.sampler.kind == "unclip" and not known:
+        yield (
+            "sampler.kind: got unclip, which samples objective.path cosine with prediction_type sample, without "
+            "zero_terminal_snr; expected these, or dpm_solver"
+        )
     learned = config.objective.variational_weight is not None
     if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
         yield (
@@ -330,6 +344,7 @@ def _indivisible(config: RunConfig, name: str, part: int) -> Iterator[str]:
 
 CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
     DataConfig: _data_contradictions,
+    TextConfig: _text_contradictions,
     FramesConfig: _frames_contradictions,
     RunConfig: _run_contradictions,
     StageConfig: _stage_contradictions,

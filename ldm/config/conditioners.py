@@ -24,6 +24,9 @@ class TextConfig:
     """Tokens that a caption is padded or cut to, begin and end tokens included."""
     train: bool = True
     """Train the encoder with the denoiser; False: frozen, and its embeddings are cached."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of a frozen encoder's weights: bfloat16 halves the memory of a large T5, whose numbers float16 cannot hold.
+    None: as they are saved, float32 in place of float16."""
     dropout: float = 0.1
     """Share of captions that are replaced by ""; guidance needs it."""
     keywords: dict[str, TextOutput] = field(default_factory=lambda: {"encoder_hidden_states": "prompt_embeds"})

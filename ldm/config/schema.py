@@ -136,9 +136,9 @@ class ObjectiveConfig:
 class SamplerConfig:
     """The scheduler that samples during validation and is saved with the model; it can be replaced later."""
 
-    kind: Literal["dpm_solver", "ddim", "ddpm"] = "dpm_solver"
+    kind: Literal["dpm_solver", "ddim", "ddpm", "unclip"] = "dpm_solver"
     """dpm_solver: DPM-Solver++, 20 to 50 steps, the only one for the flow path; ddim; ddpm: ancestral sampling,
-    hundreds of steps."""
+    hundreds of steps; unclip: ddpm as diffusers' pipelines of priors need it, on the cosine path, for predicted x0."""
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
     """Variance of ddpm's noise: the posterior's (fixed_small) or beta (fixed_large; Ho et al. 2020, section 3.2). With
     objective.variational_weight it is learned instead."""
@@ -156,7 +156,11 @@ class ReconstructionConfig:
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     kl_weight: float = 1e-6
-    """Weight of the KL to N(0, I), summed over the latent and divided by the number of image elements."""
+    """AutoencoderKL: weight of the KL to N(0, I), summed over the latent and divided by the number of image values."""
+    codebook_weight: float = 1.0
+    """VQModel: weight of the loss that brings codes to latents, and latents by a quarter of it to codes."""
+    revive_after_steps: int | None = 100
+    """VQModel: a code that no latent used for so many steps is moved to a latent of the batch; null: it stays."""
     learned_logvar: bool = False
     """Learn the scale of the error, so that the loss is a likelihood (Dai & Wipf 2019)."""
     perceptual: Literal["none", "efficientnet_lite2", "lpips_vgg"] = "none"
@@ -339,7 +343,7 @@ class AutoencoderConfig(RunConfig):
     """An autoencoder and its losses."""
 
     autoencoder: Network
-    """AutoencoderKL's config keys, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
+    """Config keys of AutoencoderKL or VQModel, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     _: KW_ONLY
     save_dtype: Literal["float32", "float16"] = "float32"
     """Type of the weights in the model folder; checkpoints are always float32."""

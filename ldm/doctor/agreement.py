@@ -70,12 +70,11 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     generator = torch.Generator().manual_seed(0)
-    noisy = "generator" in inspect.signature(scheduler.step).parameters
-    noise_options = {"generator": generator} if noisy else {}
+    known = inspect.signature(scheduler.step).parameters
     alpha, sigma = _alpha_sigma(objective, scheduler.timesteps[0])
     x_t = torch.randn(SAMPLES, 1, dtype=torch.float64, generator=generator)
     x_t *= (alpha**2 * DATA_STD**2 + sigma**2).sqrt() / x_t.std()
-    for timestep in scheduler.timesteps:
+    for timestep, then in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
         alpha, sigma = _alpha_sigma(objective, timestep)
         posterior = x_t / (alpha**2 * DATA_STD**2 + sigma**2)
         x0, noise = alpha * DATA_STD**2 * posterior, sigma * posterior
@@ -83,7 +82,9 @@ def gaussian_std(objective: Objective, scheduler: Any, num_inference_steps: int)
         output = a * x0 + b * noise
         if scheduler.config.get("variance_type") == "learned_range":  # the lower bound of the variance: the posterior's
             output = torch.cat([output, -torch.ones_like(output)], 1)
-        x_t = scheduler.step(output, timestep, x_t, **noise_options, return_dict=False)[0].double()
+        options = {"generator": generator, "prev_timestep": then}
+        options = {name: value for name, value in options.items() if name in known}
+        x_t = scheduler.step(output, timestep, x_t, **options, return_dict=False)[0].double()
     return float(x_t.std() / DATA_STD)
 
 

@@ -97,12 +97,15 @@ def bounded(config: LoopConfig, steps: int) -> LoopConfig:
 
 @contextlib.contextmanager
 def restored(step: Step) -> Iterator[None]:
-    """Restore the weights and averages of a step at the end of this context."""
+    """Restore the weights, averages and memory of a step at the end of this context."""
     pairs = [(module, module) for module in step.modules.values()]
     pairs += [(average.module, average.original) for average in step.averages.values()]
     kept = [{name: value.clone() for name, value in trained_state(*pair).items()} for pair in pairs]
+    memory = {name: tensor.clone() for name, tensor in step.memory.items()}
     try:
         yield
     finally:
+        for name, tensor in memory.items():
+            step.memory[name].copy_(tensor)
         for pair, tensors in zip(pairs, kept, strict=True):
             load_trained(*pair, tensors)

@@ -24,6 +24,7 @@ from ldm.export.card import CARD, MEASURED_HEADING, TEMPLATES, with_name
 from ldm.export.hub import MODEL_FILES
 from ldm.export.systems import SYSTEMS, SystemKind, Value
 from ldm.files import read_object
+from ldm.models.clip import save_preprocessor
 from ldm.models.foreign import LIBRARIES, refuse_strange_components
 from ldm.models.provenance import FILE as RECORD
 from ldm.models.provenance import (
@@ -224,6 +225,12 @@ def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> Non
         (one, first), (other, second) = map(said, pair)
         if first != second:
             raise ConfigError(f"{one} and {other} do not fit: the {noun} is {first} in {one} and {second} in {other}")
+    for kind, own, wanted in system.wanted_classes():
+        if (found := stages[kind].index[own][1]) != wanted:
+            raise ConfigError(
+                f"{stages[kind].name}: its {own} is a {found}; {system.stock} needs a {wanted}, that of sampler.kind "
+                "unclip"
+            )
     owners: dict[str, tuple[StageFolder, str]] = {}
     for kind, names in system.components.items():
         for own, joined in names.items():
@@ -248,7 +255,7 @@ def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> Non
 
 
 def _write(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, name: str, pipeline: Any) -> None:
-    index: dict[str, Any] = {"_class_name": ["pipeline", system.own]}
+    index: dict[str, Any] = {"_class_name": system.stock or ["pipeline", system.own]}
     index["_diffusers_version"] = versions()["diffusers"]
     for kind, names in system.components.items():
         for own, joined in names.items():
@@ -256,7 +263,13 @@ def _write(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, 
             (folder / joined).mkdir(exist_ok=True)
             for file, path in stages[kind].files(own).items():
                 shutil.copyfile(path, folder / joined / file)
-    index |= {key: stages[kind].value(path) for key, (kind, path) in system.settings.items()}
+    for name, encoder in system.image_processors.items():
+        index[name] = ["transformers", "CLIPImageProcessor"]
+        (folder / name).mkdir()
+        size = read_object(folder / encoder / "config.json")["image_size"]
+        save_preprocessor(folder / name, size)
+    prefix = "_" if system.stock else ""
+    index |= {f"{prefix}{key}": stages[kind].value(path) for key, (kind, path) in system.settings.items()}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(pipeline._source, encoding="utf-8")
     _record(stages).save(folder)

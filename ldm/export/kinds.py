@@ -199,6 +199,23 @@ KINDS = [
         stock_samplers=(),
     ),
     PipelineKind(
+        own="LatentDecoderPipeline",
+        stock=None,
+        space="latent",
+        denoiser="UNet2DConditionModel",
+        conditions={"image": (IMAGE_EMBEDS,)},
+        components={
+            "unet": "model.denoiser",
+            "movq": "space.autoencoder",
+            "image_encoder": "model.conditioners.image.image_encoder.network",
+        },
+        settings={"null_image_embeds": "model.conditioners.image.null_name", **_STEPS, **_GUIDANCE},
+        asks="image",
+        task="image-to-image",
+        words="latent_decoder",
+        stock_samplers=(),
+    ),
+    PipelineKind(
         own="UpsamplerPipeline",
         stock=None,
         space="pixel",

@@ -51,6 +51,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions and embeddings of images of the validation split",
     },
+    "latent_decoder": {
+        "title": "Decoder of image embeddings",
+        "sampled": "from CLIP embeddings of images",
+        "call": 'Image.open("cat.png"), num_inference_steps={steps}, guidance_scale={guidance}',
+        "use": f"from PIL import Image\n\n{IMAGE}",
+        "seeds": "guidance {guidance} and seeds",
+        "sheet": "Embeddings of images of the validation split",
+    },
     "super_resolution": {
         "title": "Super-resolution",
         "sampled": "from captions and smaller images",

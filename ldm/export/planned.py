@@ -14,6 +14,7 @@ from ldm.config import StageConfig
 from ldm.errors import ConfigError
 from ldm.export.kinds import KINDS, MODEL, PipelineKind
 from ldm.export.systems import SystemKind
+from ldm.models.scheduler import build_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,14 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
                 f"{first.name} and {second.name} do not fit: the {noun} is {found} in {first.name} and {wanted} in "
                 f"{second.name}"
             )
+    for own, component, wanted in system.wanted_classes():
+        stage = stages[own]
+        found = getattr(type(build_scheduler(stage.config.objective, stage.config.sampler)), "__name__", "")
+        if found != wanted:
+            raise ConfigError(
+                f"{stage.name} does not fit: its {component} would be a {found}, and {system.stock} needs a {wanted}; "
+                "set sampler.kind to unclip"
+            )
     looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.readers]
     for (one_name, one_path, one_place), (name, path, place) in pairwise(looked):
         if normpath(one_place) != normpath(place):
@@ -77,11 +86,12 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
                 "conditioners.text.pretrained, and conditioners.text.train to false"
             )
     for (one_name, one_text), (name, text) in pairwise(reading):
-        if one_text.max_length != text.max_length:
-            raise ConfigError(
-                f"{one_name} and {name} do not fit: conditioners.text.max_length is {one_text.max_length} in "
-                f"{one_name} and {text.max_length} in {name}"
-            )
+        for key in ("max_length", "dtype"):
+            if (found := getattr(one_text, key)) != (wanted := getattr(text, key)):
+                raise ConfigError(
+                    f"{one_name} and {name} do not fit: conditioners.text.{key} is {found} in {one_name} and {wanted} "
+                    f"in {name}"
+                )
     for before, after in pairwise(stages.values()):
         if before.config.data.held_out != after.config.data.held_out:
             log.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Value = tuple[str, str]
@@ -20,12 +20,26 @@ class SystemKind:
     components: Mapping[str, Mapping[str, str]]
     """By the class that a stage is saved as: the name of each of its components in the joined pipeline. Those of one
     name, of several stages, must be equal."""
+    stock: str | None = None
+    """Name of diffusers' class that loads the same folder; None: there is none. The folder is saved as that, and the
+    names of `settings` begin with an underscore in it: they are our own."""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    """The class that components must have for the stock class, by their names in the joined pipeline."""
+    image_processors: Mapping[str, str] = field(default_factory=dict)
+    """The name of each image processor, and that of the image encoder whose images it prepares."""
     settings: Mapping[str, Value] = field(default_factory=dict)
     """The value of each entry of its config."""
     reader: str = "CLIPs"
     """The noun, in the plural, of the pretrained network that all stages are trained with."""
     equal: Sequence[tuple[str, Value, Value]] = ()
     """Values that must be equal, each pair with a noun."""
+
+    def wanted_classes(self) -> Iterator[tuple[str, str, str]]:
+        """Yield, for each of `classes`, the class that the stage is saved as, its component and the wanted class."""
+        for kind, names in self.components.items():
+            for own, joined in names.items():
+                if joined in self.classes:
+                    yield kind, own, self.classes[joined]
 
 
 _READER = {"text_encoder": "text_encoder", "tokenizer": "tokenizer"}
@@ -93,6 +107,39 @@ SYSTEMS = {
                     **_READER,
                 },
             },
+        ),
+        SystemKind(
+            own="KandinskyPipeline",
+            stock="KandinskyV22CombinedPipeline",
+            classes={"prior_scheduler": "UnCLIPScheduler"},
+            components={
+                "PriorPipeline": {
+                    "prior": "prior_prior",
+                    "scheduler": "prior_scheduler",
+                    "text_encoder": "prior_text_encoder",
+                    "tokenizer": "prior_tokenizer",
+                },
+                "LatentDecoderPipeline": {
+                    "unet": "unet",
+                    "scheduler": "scheduler",
+                    "movq": "movq",
+                    "image_encoder": "prior_image_encoder",
+                },
+            },
+            image_processors={"prior_image_processor": "prior_image_encoder"},
+            settings={
+                "num_inference_steps": ("LatentDecoderPipeline", "num_inference_steps"),
+                "guidance_scale": ("LatentDecoderPipeline", "guidance_scale"),
+                "prior_num_inference_steps": ("PriorPipeline", "num_inference_steps"),
+                "prior_guidance_scale": ("PriorPipeline", "guidance_scale"),
+            },
+            equal=(
+                (
+                    "width of the image embeddings",
+                    ("PriorPipeline", "prior.embedding_dim"),
+                    ("LatentDecoderPipeline", "unet.encoder_hid_dim"),
+                ),
+            ),
         ),
     )
 }

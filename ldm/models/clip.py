@@ -182,7 +182,11 @@ def save_clip(clip: CLIPModel, tokenizer: Any, folder: Path, dtype: torch.dtype)
     """Write a CLIP, its tokenizer and the settings of ``CLIPProcessor`` into `folder`; `clip` is changed to `dtype`."""
     clip.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    size = clip.config.vision_config.image_size
+    save_preprocessor(folder, clip.config.vision_config.image_size)
+
+
+def save_preprocessor(folder: Path, size: int) -> None:
+    """Write the settings of ``CLIPImageProcessor`` for images of `size` pixels into `folder`."""
     settings = PREPROCESSOR | {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")

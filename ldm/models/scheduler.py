@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast, get_args
 
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
 
 from ldm.config import ObjectiveConfig, PredictionType, SamplerConfig
 from ldm.errors import ConfigError
@@ -25,6 +25,7 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     ddpm: Algorithm 2 of Ho et al. 2020, with the learned variance if the objective has one. Fewer steps than in
     training are spaced evenly from the last timestep to the first, as in Nichol & Dhariwal 2021: diffusers adds noise
     in every step except at timestep 0, so that a sampling that ends at another timestep ends in noise.
+    unclip: ddpm in the class whose ``step`` the pipelines of Kandinsky's priors call; it knows the cosine path only.
 
     clip_sample: x0 is in [-1, 1]; ddim and ddpm clip their estimate of it to that range. With `sampler.thresholding`
     every one of them limits it by dynamic thresholding instead.
@@ -74,6 +75,10 @@ def _build(config: ObjectiveConfig, sampler: SamplerConfig, clip_sample: bool) -
     if config.path in BETAS:
         first, last = (beta * 1000 / steps for beta in BETAS[config.path])
         common |= {"beta_schedule": config.path, "beta_start": first, "beta_end": last}
+    if sampler.kind == "unclip":
+        return UnCLIPScheduler(
+            num_train_timesteps=steps, prediction_type=config.prediction_type, clip_sample=clip_sample
+        )
     if sampler.kind == "ddim":
         return DDIMScheduler(**common, clip_sample=clip_sample)
     if sampler.kind == "ddpm":

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
@@ -182,7 +183,10 @@ def build_text_encoder(
     `tokenizer` takes the place of the learned or pretrained one.
     """
     if config.pretrained is not None:
-        return load_text_encoder(config.pretrained, config.max_length, tokenizer, config.keywords.values())
+        encoder, tokenizer = load_text_encoder(
+            config.pretrained, config.max_length, tokenizer, config.keywords.values()
+        )
+        return encoder if config.dtype is None else encoder.to(getattr(torch, config.dtype)), tokenizer
     if tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     keys = dict(config.encoder)

@@ -17,11 +17,6 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
-def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return KL(N(mean, exp(logvar)) || N(0, I)) in nats, (B,), summed over the latent (Kingma & Welling 2014, B)."""
-    return 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(1)
-
-
 def reconstruction_error(
     pixel_values: Tensor, reconstruction: Tensor, config: ReconstructionConfig, distance: Distance | None = None
 ) -> dict[str, Tensor]:

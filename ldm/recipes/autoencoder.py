@@ -17,7 +17,7 @@ from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batc
 from ldm.doctor.examination import autoencoder_findings
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.card import CardText
-from ldm.models.network import build_network
+from ldm.models.network import AUTOENCODERS, build_network
 from ldm.recipes.recipe import Recipe
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, rehearse_saving, save_at_unit_scale
 from ldm.training.loop import Event, Loop
@@ -31,17 +31,22 @@ FIELDS = "autoencoder, reconstruction"
 LOADING = """\
 ```python
 import torch
-from diffusers import AutoencoderKL
+from diffusers import {name}
 
 model = "model"
-vae = AutoencoderKL.from_pretrained(model)
+vae = {name}.from_pretrained(model)
 images = torch.zeros(1, 3, {size}, {size})  # in [-1, 1]
-latents = vae.encode(images).latent_dist.mode()
-reconstructions = vae.decode(latents).sample
+latents = {encode}
+reconstructions = {decode}.sample
 ```
 """
+CALLS = {
+    "AutoencoderKL": ("vae.encode(images).latent_dist.mode()", "vae.decode(latents)"),
+    "VQModel": ("vae.encode(images).latents", "vae.decode(latents, force_not_quantize=True)"),
+}
+"""Encoding and decoding without chance, by class."""
 MEASURED = """\
-reconstructions, from the mean of the posterior, of validation images, at most {loss_images}, none of them trained
+reconstructions, from the latents' mean, of validation images, at most {loss_images}, none of them trained
 on."""
 
 
@@ -51,7 +56,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     parts = [] if place is None else [place]
     refuse_leaks(parts, images)
     torch.manual_seed(config.seed)
-    autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
+    autoencoder = build_network(config.autoencoder, "autoencoder", AUTOENCODERS)
     step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
     train = PositionDataset(images, "train", config.seed)
     held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
@@ -85,19 +90,20 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
         alarms=lambda dataset: (),
         findings=partial(autoencoder_findings, config, step, validate),
         save=save,
-        card=autoencoder_card(config),
+        card=autoencoder_card(config, type(autoencoder).__name__),
     )
 
 
-def autoencoder_card(config: AutoencoderConfig) -> CardText:
-    """Return the card texts of an autoencoder."""
+def autoencoder_card(config: AutoencoderConfig, name: str = "AutoencoderKL") -> CardText:
+    """Return the card texts of an autoencoder of the class `name`."""
+    encode, decode = CALLS[name]
     return CardText(
         title="Autoencoder",
         about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "
         "its `scaling_factor` is 1.",
         sheet="![validation images, which were not trained on, over their reconstructions](samples.png)",
         sheets="reconstructions",
-        loading=LOADING.format(size=config.data.image_size),
+        loading=LOADING.format(name=name, size=config.data.image_size, encode=encode, decode=decode),
         measured=MEASURED.format(loss_images=config.validation.loss_images),
         notes={},
         task="image-to-image",

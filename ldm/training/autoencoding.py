@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +15,8 @@ from ldm.data.pixels import to_uint8
 from ldm.errors import explained
 from ldm.evaluation.images import image_grid
 from ldm.evaluation.quality import psnr, ssim
-from ldm.models.autoencoder import CHUNK, fold_statistics, reconstruct
+from ldm.models.autoencoder import CHUNK, Autoencoder, fold_statistics, reconstruct
+from ldm.models.bottleneck import bottleneck_of
 from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,12 @@ def measuring_distance(image_size: int) -> PerceptualDistance | None:
 
 @torch.no_grad()
 def reconstruction_report(
-    autoencoder: AutoencoderKL, held_out: Batch, num_images: int, distance: PerceptualDistance | None = None
+    autoencoder: Autoencoder, held_out: Batch, num_images: int, distance: PerceptualDistance | None = None
 ) -> tuple[dict[str, float], Image.Image]:
-    """Return held-out PSNR (dB), SSIM and perceptual distance, means, and a sheet: originals over reconstructions."""
+    """Return measures of held-out images, and a sheet: originals over reconstructions.
+
+    PSNR (dB), SSIM and perceptual distance, means; and what the bottleneck measures of its use.
+    """
     originals = held_out.pixel_values
     if originals is None:
         raise ValueError("reconstructions are measured on images, got cached latents")
@@ -53,6 +56,10 @@ def reconstruction_report(
         "validation/psnr": float(psnr(rebuilt, originals).mean()),
         "validation/ssim": float(ssim(rebuilt, originals).mean()),
     }
+    device = next(autoencoder.parameters()).device
+    parts = [part.to(device) for part in torch.split(originals, CHUNK)]
+    for name, value in bottleneck_of(autoencoder).measures(autoencoder, parts).items():
+        metrics[f"validation/{name}"] = value
     if distance is not None:
         pairs = zip(torch.split(rebuilt, CHUNK), torch.split(originals, CHUNK), strict=True)
         metrics["validation/perceptual"] = float(torch.cat([distance(*pair) for pair in pairs]).mean())
@@ -60,29 +67,31 @@ def reconstruction_report(
     return metrics, image_grid(rows.numpy(), min(num_images, len(originals)))
 
 
-def rehearse_saving(autoencoder: AutoencoderKL, pixel_values: Tensor, where: str) -> None:
+def rehearse_saving(autoencoder: Autoencoder, pixel_values: Tensor, where: str) -> None:
     """Do with a few images what validation and saving do; raises ConfigError, which names `where`, if that fails."""
     with explained(f"{where} do not fit together"):
         ssim(reconstruct(autoencoder, pixel_values), pixel_values)
-        channels = torch.ones(autoencoder.config.latent_channels, device=next(autoencoder.parameters()).device)
-        fold_statistics(copy.deepcopy(autoencoder), 0 * channels, channels)
+        channels = bottleneck_of(autoencoder).channels(autoencoder)
+        ones = torch.ones(channels, device=next(autoencoder.parameters()).device)
+        fold_statistics(copy.deepcopy(autoencoder), 0 * ones, ones)
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: AutoencoderKL, train: PositionDataset, count: int = 4096) -> tuple[Tensor, Tensor]:
+def latent_statistics(autoencoder: Autoencoder, train: PositionDataset, count: int = 4096) -> tuple[Tensor, Tensor]:
     """Return mean and std, (C,), of latents sampled for up to `count` training images, posterior spread included."""
     device = next(autoencoder.parameters()).device
     pixel_values = fixed_batch(train, count).pixel_values
     if pixel_values is None:
         raise ValueError("latent statistics are measured on images, got cached latents")
-    posteriors = [autoencoder.encode(part.to(device)).latent_dist for part in torch.split(pixel_values, CHUNK)]
-    means = torch.cat([posterior.mean for posterior in posteriors]).double()
-    variances = torch.cat([posterior.var for posterior in posteriors]).double()
+    moments = bottleneck_of(autoencoder).moments
+    parts = [moments(autoencoder, part.to(device)) for part in torch.split(pixel_values, CHUNK)]
+    means = torch.cat([mean for mean, _ in parts]).double()
+    variances = torch.cat([std for _, std in parts]).double().square()
     over = (0, 2, 3)
     return means.mean(over).float(), (means.var(over) + variances.mean(over)).sqrt().float()
 
 
-def save_at_unit_scale(autoencoder: AutoencoderKL, train: PositionDataset, dtype: torch.dtype, folder: Path) -> None:
+def save_at_unit_scale(autoencoder: Autoencoder, train: PositionDataset, dtype: torch.dtype, folder: Path) -> None:
     """Save a copy whose latents of the training images have mean 0 and std 1; `autoencoder` stays as it is."""
     finished = copy.deepcopy(autoencoder)
     fold_statistics(finished, *latent_statistics(finished, train))

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ldm.conditioners.conditioning import Inputs
@@ -16,7 +15,8 @@ from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generator, generators
 from ldm.errors import ConfigError
 from ldm.evaluation.conditions import Condition, conditions_of
-from ldm.models.autoencoder import downsampling_factor
+from ldm.models.autoencoder import Autoencoder, downsampling_factor
+from ldm.models.bottleneck import bottleneck_of
 from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
@@ -27,7 +27,6 @@ from ldm.objectives.reconstruction import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,
-    kl_to_standard_normal,
     negative_log_likelihood,
     reconstruction_error,
 )
@@ -241,26 +240,28 @@ class DiffusionStep:
 class Autoencoding(nn.Module):
     """An autoencoder's whole pass behind one forward, so that every process sees the same graph."""
 
-    def __init__(self, autoencoder: AutoencoderKL, learned_logvar: bool = False):
+    def __init__(self, autoencoder: Autoencoder, learned_logvar: bool = False):
         super().__init__()
         self.autoencoder = autoencoder
+        bottleneck_of(autoencoder).prepare(autoencoder)
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
 
-    def forward(self, pixel_values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return reconstruction (B, 3, H, W), posterior mean and log-variance (B, C, h, w), log-scale of the error."""
-        posterior = self.autoencoder.encode(pixel_values).latent_dist
-        latents = posterior.mean + posterior.std * noise
-        return self.autoencoder.decode(latents, return_dict=False)[0], posterior.mean, posterior.logvar, self.logvar
+    def forward(
+        self, pixel_values: Tensor, noise: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return what `Bottleneck.reconstruct` does, and the log-scale of the error, a scalar."""
+        return *bottleneck_of(self.autoencoder).reconstruct(self.autoencoder, pixel_values, noise), self.logvar
 
 
 class AutoencoderStep:
-    """An autoencoder: encode, sample, decode, compare; with a discriminator if the config has one."""
+    """An autoencoder: encode, narrow, decode, compare; with a discriminator if the config has one."""
 
-    def __init__(self, autoencoder: AutoencoderKL, config: ReconstructionConfig, run: Run, ema_decay: float):
+    def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
         run.switch(autoencoder)
         module = Autoencoding(autoencoder, config.learned_logvar).to(run.device).train()
-        self.latent_channels = int(autoencoder.config.latent_channels)
+        self.bottleneck = bottleneck_of(autoencoder)
+        self.latent_channels = self.bottleneck.channels(autoencoder)
         self.factor = downsampling_factor(autoencoder)
         self.modules: dict[str, nn.Module] = {"autoencoder": module}
         self.averages = {"autoencoder": Average(module, exponential(ema_decay))}
@@ -275,10 +276,11 @@ class AutoencoderStep:
             discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
             self.modules["discriminator"] = discriminator.to(run.device).train()
         self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
-        self.memory: dict[str, Tensor] = {}
+        self.memory = {} if config.revive_after_steps is None else self.bottleneck.memory(autoencoder)
+        self._newest: tuple[int, list[tuple[list[int], dict[str, Tensor]]]] = -1, []
 
     @property
-    def averaged(self) -> AutoencoderKL:
+    def averaged(self) -> Autoencoder:
         """The autoencoder with averaged weights."""
         return cast(Autoencoding, self.averages["autoencoder"].module).autoencoder
 
@@ -314,11 +316,14 @@ class AutoencoderStep:
         size = pixel_values.shape[-1] // self.factor
         draws = generators(self.run.seed, batch.positions, "posterior")
         noise = torch.stack([torch.randn(self.latent_channels, size, size, generator=draw) for draw in draws])
-        reconstruction, mean, logvar, scale = self.forwards["autoencoder"](pixel_values, noise.to(self.run.device))
+        reconstruction, own, seen, scale = self.forwards["autoencoder"](pixel_values, noise.to(self.run.device))
+        before = self._newest[1] if self._newest[0] == global_step else []
+        self._newest = global_step, [*before, (batch.positions, seen)]
         terms = reconstruction_error(pixel_values, reconstruction, config, self.distance)
         likelihood = negative_log_likelihood(torch.stack([*terms.values()]).sum(), scale)
-        terms["kl"] = config.kl_weight * kl_to_standard_normal(mean, logvar).mean() / pixel_values[0].numel()
-        loss = likelihood + terms["kl"]
+        own = {name: getattr(config, f"{name}_weight") * term for name, term in own.items()}
+        loss = likelihood + torch.stack([*own.values()]).sum()
+        terms |= own
         if config.adversarial == "none" or global_step < config.discriminator_start_step:
             return {"autoencoder": loss, **_detached(terms)}
         adversarial = generator_loss(config.adversarial, self._discriminator.frozen(reconstruction))
@@ -336,7 +341,18 @@ class AutoencoderStep:
         }
 
     def after_step(self) -> None:
-        """Keep nothing of a step but its weights."""
+        """Give the bottleneck what all processes have seen in the step just taken, in the order of the positions."""
+        if not self.memory:
+            return
+        most_steps, (_, parts) = self.config.revive_after_steps, self._newest
+        positions = torch.cat([torch.tensor(positions, device=self.run.device) for positions, _ in parts])
+        seen = {name: torch.cat([tensors[name] for _, tensors in parts]) for name in parts[0][1]}
+        positions, seen = self.run.accelerator.gather((positions, seen))
+        order = positions.argsort()
+        seen = {name: tensor[order] for name, tensor in seen.items()}
+        trained = cast(Autoencoding, self.modules["autoencoder"]).autoencoder
+        draw = generator(self.run.seed, int(positions.min()), "revival")
+        self.bottleneck.after_step((trained, self.averaged), self.memory, seen, cast(int, most_steps), draw)
 
     @property
     def _discriminator(self) -> PatchDiscriminator:
