@@ -85,6 +85,17 @@ def test_its_stages_resume_exactly(name, stage, smallest, tmp_path):
     assert "to the bit" in command("train_text2img.py", *words, *changes, "--resume_check", "true")
 
 
+@table(("name", "stage"), [(name, stage) for name, stages in SYSTEMS.items() for stage in ("clip", *stages)])
+def test_its_stages_equal_those_trained_alone(name, stage, smallest, tmp_path):
+    whole = smallest[name][0]
+    script, config = "train_text2img.py", f"configs/tiny/{name}/{stage}.yaml"
+    if stage == "clip":
+        script, config = "train_clip.py", "configs/tiny/clip.yaml"
+    changes = [f"--{path}={whole / 'clip' / 'model'}" for path in SYSTEMS[name].get(stage, ())]
+    command(script, "--config", config, "--output_dir", str(tmp_path / stage), *changes)
+    assert assert_same_weights(whole / stage / "model", tmp_path / stage / "model") > 0
+
+
 def test_its_doctor_ends_with_one_table(smallest):
     _, words = smallest["dalle2"]
     stages = ["clip", *SYSTEMS["dalle2"], "all"]
@@ -105,6 +116,16 @@ def killed_at(place, words):
         process.communicate()
 
 
+def assert_same_weights(whole, again):
+    """Compare every tensor of two model folders to the bit; return the number of files of weights."""
+    ours = {path.relative_to(whole): path for path in whole.rglob("*.safetensors")}
+    for name, path in ours.items():
+        one, other = load_file(path), load_file(again / name)
+        assert one.keys() == other.keys()
+        assert all(bool((one[key] == other[key]).all()) for key in one), name
+    return len(ours)
+
+
 def test_a_joined_system_stays_as_it_is(smallest):
     assert "is joined already and stays as it is" in command(*smallest["imagen"][1])
 
@@ -116,12 +137,7 @@ def test_killed_in_a_stage_and_between_two_the_same_command_ends_with_the_same_w
     killed_at(folder / "prior" / "checkpoints", again)
     killed_at(folder / "decoder" / "model" / "README.md", again)
     command(*again)
-    ours = {path.relative_to(whole / "model"): path for path in (whole / "model").rglob("*.safetensors")}
-    assert len(ours) > 4
-    for name, path in ours.items():
-        one, other = load_file(path), load_file(folder / "model" / name)
-        assert one.keys() == other.keys()
-        assert all(bool((one[key] == other[key]).all()) for key in one), name
+    assert assert_same_weights(whole / "model", folder / "model") > 4
 
 
 @table(("name", "stage"), TWICE)
