@@ -111,6 +111,17 @@ def test_its_stages_equal_those_trained_alone(name, stage, smallest, tmp_path):
     assert assert_same_weights(smallest[name][0] / stage / "model", tmp_path / stage / "model") > 0
 
 
+@table(("name", "stage"), [(name, stage) for name, stages in SYSTEMS.items() for stage in ("clip", *stages)])
+def test_its_stages_equal_those_trained_alone(name, stage, smallest, tmp_path):
+    whole = smallest[name][0]
+    script, config = "train_text2img.py", f"configs/tiny/{name}/{stage}.yaml"
+    if stage == "clip":
+        script, config = "train_clip.py", "configs/tiny/clip.yaml"
+    changes = [f"--{path}={whole / 'clip' / 'model'}" for path in SYSTEMS[name].get(stage, ())]
+    command(script, "--config", config, "--output_dir", str(tmp_path / stage), *changes)
+    assert assert_same_weights(whole / stage / "model", tmp_path / stage / "model") > 0
+
+
 def test_its_doctor_ends_with_one_table(smallest):
     _, words = smallest["dalle2"]
     stages = [*SYSTEMS["dalle2"], "all"]
