@@ -60,12 +60,13 @@ class HeldTwice(Held):
 def movq(held: HeldTwice) -> Iterator[tuple[str, Measure]]:
     """Yield the PSNR of reconstructions, of the latents as they are and of their codes, and the use of the codes."""
     network, true = held.pipeline.movq, pixel_values(held.true)
+    parts = [part.to(network.device) for part in true.split(CHUNK)]
     with torch.no_grad():
-        parts = [network.decode(network.encode(part).latents).sample for part in true.split(CHUNK)]
-    of_codes = torch.cat(parts).clamp(-1, 1)
+        decoded = [network.decode(network.encode(part).latents).sample.cpu() for part in parts]
+    of_codes = torch.cat(decoded).clamp(-1, 1)
     for name, found in (("latents", reconstruct(network, true)), ("codes", of_codes)):
         yield f"PSNR of reconstructions, from {name}, dB", mean_of(psnr(found, true).numpy())
-    for name, value in bottleneck_of(network).measures(network, true.split(CHUNK)).items():
+    for name, value in bottleneck_of(network).measures(network, parts).items():
         yield f"{name} of {network.config.num_vq_embeddings}", mean_of(np.array([value]))
 
 

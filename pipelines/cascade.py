@@ -89,7 +89,7 @@ def decoded_latents(
     return _sampled(unet, scheduler, noise, how, generator, (), kwargs)
 
 
-def latents_and_images(
+def latents_or_images(
     pipeline: Any, given: torch.Tensor, null: torch.Tensor, how: Sampling, generator: Generators, output_type: str
 ) -> torch.Tensor:
     """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings, decoded by a pipeline's MoVQ.

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, PriorTransformer, SchedulerMixin, UNet2DConditionModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .cascade import Sampling, latents_and_images, prompt_image_embeds
-from .inputs import check_output, shown
+from .cascade import Sampling, latents_or_images, prompt_image_embeds
+from .inputs import MAX_IMAGES, check_output, whole_number
 from .sampling import StepCallback
 from .source import Portable, single_file
 from .stages import (
@@ -59,7 +59,7 @@ class KandinskyPipeline(
         prior_text_encoder: CLIPTextModelWithProjection,
         prior_tokenizer: CLIPTokenizer,
         prior_scheduler: SchedulerMixin,
-        prior_image_processor: CLIPImageProcessor,
+        prior_image_processor: Any,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.0,
         prior_num_inference_steps: int = 25,
@@ -67,7 +67,7 @@ class KandinskyPipeline(
     ) -> None:
         super().__init__()
         check_prior(prior_prior, prior_text_encoder, prior_tokenizer)
-        check_latent_decoder(unet, movq, prior_image_encoder)
+        check_latent_decoder(unet, movq, prior_image_encoder, scheduler)
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -140,11 +140,11 @@ class KandinskyPipeline(
         after_step = callback_steps(self, callback_on_step_end)
         if image_embeds is None:
             settings = prior_num_inference_steps, prior_guidance_scale
-            image_embeds = self.embed_prompt(prompt, *settings, negative_prompt, num_candidates, generator)
+            image_embeds = self._prior_embeds((prompt, negative_prompt), settings, num_candidates, generator)
         null = zero_image_embeds(self.image_encoder, self._execution_device)
         embeds = given_embeds(self, None, image_embeds, null)
         how = Sampling(steps, scale, self.progress_bar, after_step)
-        x0 = latents_and_images(self, embeds, null, how, generator, output_type)
+        x0 = latents_or_images(self, embeds, null, how, generator, output_type)
         return image_output(self, x0, output_type, return_dict)
 
     @torch.no_grad()
@@ -158,14 +158,17 @@ class KandinskyPipeline(
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Return the image embeddings (B, D), float32, that the prior predicts for prompts; as `PriorPipeline`."""
-        networks, settings = (self.prior_prior, self.prior_scheduler), (num_inference_steps, guidance_scale)
-        prompts = prompt, negative_prompt
-        return prompt_image_embeds(self, "prior_", networks, prompts, settings, num_candidates, generator)
+        settings = num_inference_steps, guidance_scale
+        embeds = self._prior_embeds((prompt, negative_prompt), settings, num_candidates, generator)
+        self.maybe_free_model_hooks()
+        return embeds
 
     @torch.no_grad()
     def embed_image(self, image: Any) -> torch.Tensor:
         """Return the embeddings (B, D), float32, of images, as `given_images` takes them."""
-        return image_embeds(as_tensor("image", image), self.image_encoder, self._execution_device)
+        embeds = image_embeds(as_tensor("image", image), self.image_encoder, self._execution_device)
+        self.maybe_free_model_hooks()
+        return embeds
 
     @torch.no_grad()
     def interpolate(
@@ -173,26 +176,36 @@ class KandinskyPipeline(
         images_and_prompts: Sequence[Any],
         weights: Sequence[float],
         num_images: int = 1,
+        negative_prompt: str = "",
+        prior_num_inference_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+        num_candidates: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         **call: Any,
     ) -> Any:
         """Return ``.images``, `num_images` of the weighted sum of the embeddings of images and prompts.
 
-        A prompt's embedding is the prior's. weights: one for each; a sum of 1 keeps the length of what is mixed.
-        generator, call: as for a call of the pipeline.
+        A prompt's embedding is the prior's; the first of several generators makes it. weights: one for each; a sum of 1
+        keeps the length of what is mixed. The other arguments are those of a call of the pipeline.
         """
+        whole_number("num_images", num_images, 1, MAX_IMAGES)
         if len(images_and_prompts) != len(weights) or not len(weights):
             raise ValueError(f"weights: got {len(weights)} for {len(images_and_prompts)} images and prompts")
-        settings = {
-            f"prior_{name}": call.pop(f"prior_{name}", None) for name in ("num_inference_steps", "guidance_scale")
-        }
-        embeds = []
-        for number, one in enumerate(images_and_prompts):
-            first = generator[0] if isinstance(generator, list | tuple) else generator
-            found = self.embed_prompt(one, *settings.values(), generator=first) if isinstance(one, str) else None
-            found = self.embed_image(one) if found is None else found
+        first = generator[0] if isinstance(generator, list | tuple) else generator
+        settings, embeds = (prior_num_inference_steps, prior_guidance_scale), []
+        for number, (one, weight) in enumerate(zip(images_and_prompts, weights, strict=True)):
+            if isinstance(one, str):
+                found = self._prior_embeds((one, negative_prompt), settings, num_candidates, first)
+            else:
+                found = image_embeds(as_tensor("image", one), self.image_encoder, self._execution_device)
             if len(found) != 1:
-                raise ValueError(f"images_and_prompts[{number}]: got {shown(one)}; expected one image or one prompt")
-            embeds.append(weights[number] * found)
+                raise ValueError(f"images_and_prompts[{number}]: got {len(found)} images; expected one")
+            embeds.append(weight * found)
         mixed = torch.cat(embeds).sum(0, keepdim=True).expand(num_images, -1)
         return self(image_embeds=mixed, generator=generator, **call)
+
+    def _prior_embeds(
+        self, prompts: tuple[Any, Any], settings: tuple[int | None, float | None], count: int, generator: Any
+    ) -> torch.Tensor:
+        networks = self.prior_prior, self.prior_scheduler
+        return prompt_image_embeds(self, "prior_", networks, prompts, settings, count, generator)

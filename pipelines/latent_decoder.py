@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel, V
 from diffusers.image_processor import VaeImageProcessor
 from transformers import CLIPVisionModelWithProjection
 
-from .cascade import Sampling, latents_and_images
+from .cascade import Sampling, latents_or_images
 from .inputs import check_output
 from .sampling import StepCallback
 from .source import Portable, single_file
@@ -50,7 +50,7 @@ class LatentDecoderPipeline(
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        check_latent_decoder(unet, movq, image_encoder)
+        check_latent_decoder(unet, movq, image_encoder, scheduler)
         if null_image_embeds != "zero_picture":
             raise ValueError(
                 f"null_image_embeds: got {null_image_embeds!r}; expected 'zero_picture' (conditioners.image.null), "
@@ -87,7 +87,7 @@ class LatentDecoderPipeline(
         check_output(output_type, return_dict)
         null = zero_image_embeds(self.image_encoder, self._execution_device)
         pair = (None, image) if torch.is_tensor(image) and image.ndim == 2 else (image, None)
-        embeds = given_embeds(self, *pair, null)
+        embeds = given_embeds(self, *pair, null, "image")
         how = Sampling(steps, scale, self.progress_bar, callback_steps(self, callback_on_step_end))
-        x0 = latents_and_images(self, embeds, null, how, generator, output_type)
+        x0 = latents_or_images(self, embeds, null, how, generator, output_type)
         return image_output(self, x0, output_type, return_dict)

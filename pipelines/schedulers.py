@@ -113,6 +113,8 @@ def set_timesteps(
     steps_offset=1 may start at num_train_timesteps.
     """
     given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    if num_inference_steps < 2 and type(scheduler).__name__ == "UnCLIPScheduler":
+        raise ValueError("num_inference_steps: got 1; UnCLIPScheduler takes 2 or more")
     if not given:
         scheduler.set_timesteps(num_inference_steps, device=device)
     else:

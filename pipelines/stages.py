@@ -70,6 +70,8 @@ def null_image_embeds(pipeline: Any, width: int) -> torch.Tensor:
 
 def zero_image_embeds(image_encoder: Any, device: torch.device) -> torch.Tensor:
     """Return the embedding (1, D), float32, of an image that is zero everywhere once normalised."""
+    if image_encoder is None:
+        raise ValueError("image_encoder: the pipeline has none, and guides with the embedding of a zero image")
     size = image_encoder.config.image_size
     images = torch.zeros(1, 3, size, size, device=device, dtype=image_encoder.dtype)
     found: torch.Tensor = image_encoder(images).image_embeds
@@ -86,8 +88,13 @@ def given_latents(latents: Any, shape: tuple[int, ...], device: torch.device) ->
     return latents.to(device, torch.float32)
 
 
-def given_embeds(pipeline: Any, image: Any, embeds: Any, null: torch.Tensor) -> torch.Tensor:
-    """Return the image embeddings, (B, D), of a call's `image` or `image_embeds`; `null`, (1, D), without either."""
+def given_embeds(
+    pipeline: Any, image: Any, embeds: Any, null: torch.Tensor, name: str = "image_embeds"
+) -> torch.Tensor:
+    """Return the image embeddings, (B, D), of a call's `image` or `image_embeds`; `null`, (1, D), without either.
+
+    name: of the argument that the embeddings came in.
+    """
     if image is not None and embeds is not None:
         raise ValueError("image_embeds: given together with image; give one of them")
     if image is not None:
@@ -98,9 +105,9 @@ def given_embeds(pipeline: Any, image: Any, embeds: Any, null: torch.Tensor) -> 
         return null
     if not torch.is_tensor(embeds) or embeds.ndim != 2 or embeds.shape[1] != null.shape[1] or not len(embeds):
         came = tuple(embeds.shape) if torch.is_tensor(embeds) else type(embeds).__name__
-        raise ValueError(f"image_embeds: got {came}; expected a tensor (B, {null.shape[1]})")
+        raise ValueError(f"{name}: got {came}; expected a tensor (B, {null.shape[1]})")
     if not embeds.isfinite().all():
-        raise ValueError("image_embeds: NaN or infinity; expected finite numbers")
+        raise ValueError(f"{name}: NaN or infinity; expected finite numbers")
     return embeds.to(null)
 
 
@@ -160,11 +167,20 @@ def check_decoder(name: str, unet: Any, image_encoder: Any, text_encoder: Any) -
             )
 
 
-def check_latent_decoder(unet: Any, movq: Any, image_encoder: Any) -> None:
-    """Raise ValueError if a decoder in latent space does not take these embeddings alone, or not these latents."""
+def check_latent_decoder(unet: Any, movq: Any, image_encoder: Any, scheduler: Any) -> None:
+    """Raise ValueError if a decoder in latent space is not one that the pipelines of Kandinsky sample."""
+    if movq is not None and type(movq).__name__ != "VQModel":
+        raise ValueError(f"movq: got {type(movq).__name__}; expected a VQModel (space.autoencoder)")
+    if type(scheduler).__name__ == "UnCLIPScheduler":
+        raise ValueError("scheduler: UnCLIPScheduler samples embeddings; expected another one (sampler.kind)")
     if unet is None:
         return
     config = unet.config
+    if config.out_channels != 2 * config.in_channels:
+        raise ValueError(
+            f"unet: has {config.out_channels} output channels; expected {2 * config.in_channels}, the pipelines of "
+            "Kandinsky split off a learned variance (objective.variational_weight)"
+        )
     if config.encoder_hid_dim_type != "image_proj" or config.addition_embed_type != "image":
         raise ValueError(
             "unet: is not conditioned on image embeddings alone; build it with addition_embed_type: image and "

@@ -51,7 +51,7 @@ from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.samples import SAMPLES
 from ldm.export import kinds
 from ldm.models import network
-from ldm.models.network import build_network, set_attention_and_memory
+from ldm.models.network import AUTOENCODERS, build_network, set_attention_and_memory
 from ldm.models.provenance import Provenance
 from ldm.models.text_encoder import train_tokenizer
 from ldm.recipes import autoencoder as autoencoder_recipe
@@ -405,7 +405,7 @@ def prepare(config, bench, name):
     if isinstance(config, AutoencoderConfig):
         place = pretrained_place(config.autoencoder)
         refuse_leaks([] if place is None else [place], images)
-        autoencoder = build_network(config.autoencoder, "autoencoder", ("AutoencoderKL",))
+        autoencoder = build_network(config.autoencoder, "autoencoder", AUTOENCODERS)
         step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
         batch, start = first_batch(images, 2), config.reconstruction.discriminator_start_step
         where = f"{autoencoder_recipe.FIELDS}, data.image_size {config.data.image_size}"

@@ -263,6 +263,14 @@ def test_a_resume_check_has_steps_for_warm_up_and_for_decay():
     ("words", "path"),
     [
         (("--sampler.kind", "ddim"), "sampler.kind: got ddim, which knows no objective.path flow"),
+        (
+            ("--sampler.kind", "unclip"),
+            "sampler.kind: got unclip, which samples objective.path cosine with prediction_",
+        ),
+        (
+            ("--sampler.kind", "unclip", "--sampler.thresholding", "0.9"),
+            "sampler.thresholding: got a number with sampler.kind unclip",
+        ),
         (("--sampler.variance_type", "fixed_large"), "sampler.variance_type: got fixed_large, which only sampler.kind"),
         (
             ("--sampler.kind", "ddpm", "--validation.num_inference_steps", "1"),

@@ -18,6 +18,7 @@ from ldm.evaluation.conditions import condition_by
 from ldm.export.join import join
 from ldm.export.kinds import build_pipeline, kind_of
 from ldm.models.clip import ImageEncoder
+from ldm.models.pipeline import image_size, plain_call
 from ldm.models.scheduler import build_scheduler
 from ldm.objectives.denoising import Objective
 from ldm.system import check_system, system_stages
@@ -26,6 +27,7 @@ from pipelines.kandinsky import KandinskyPipeline
 from pipelines.latent_decoder import LatentDecoderPipeline
 from pipelines.sampling import both, denoise, guided_output
 
+from . import tiny_pipeline
 from .table import table
 from .test_system import SCRIPTS
 from .test_ten_stages import batch, build, moved, parts, run  # noqa: F401 (parts, run: fixtures)
@@ -45,7 +47,8 @@ def made(parts, run, tmp_path_factory):  # noqa: F811
         kind = kind_of(stage, config.space.kind)
         found[name] = stage, step, quiet(build_pipeline(kind, stage, stage.model, config, PIPELINES))
     prior = found["unclip prior"][2]
-    prior.register_modules(scheduler=UnCLIPScheduler(prediction_type="sample", clip_sample=False))
+    known = ObjectiveConfig(path="cosine", prediction_type="sample")
+    prior.register_modules(scheduler=build_scheduler(known, SamplerConfig("unclip")))
     return found
 
 
@@ -115,8 +118,14 @@ def test_the_decoder_is_asked_by_an_image(made):
     assert condition_by(made["kandinsky decoder"][2]).keyword == "image"
 
 
+LEARNED = ObjectiveConfig(path="linear", variational_weight=1.0)
+
+
 @table("guidance", [(1.0, 1.0), (2.0, 3.0)])
-def test_diffusers_own_pipeline_loads_the_folder_and_samples_the_same_images(guidance, joined, kandinsky, caplog):
+@table("sampler", ["dpm_solver", "ddpm"])
+def test_diffusers_own_pipeline_loads_the_folder_and_samples_the_same_images(
+    guidance, sampler, joined, kandinsky, caplog, monkeypatch
+):
     enable_propagation()
     try:
         stock = quiet(DiffusionPipeline.from_pretrained(joined))
@@ -124,6 +133,10 @@ def test_diffusers_own_pipeline_loads_the_folder_and_samples_the_same_images(gui
         disable_propagation()
     assert not caplog.records
     assert type(stock) is KandinskyV22CombinedPipeline
+    own = build_scheduler(LEARNED, SamplerConfig(sampler))
+    assert (sampler == "ddpm") == (own.config.get("variance_type") == "learned_range")
+    monkeypatch.setattr(stock.decoder_pipe, "scheduler", own)
+    monkeypatch.setattr(kandinsky, "scheduler", own)
     scale, prior_scale = guidance
     call = {"num_inference_steps": 3, "prior_num_inference_steps": 4, "output_type": "np"}
     call |= {"guidance_scale": scale, "prior_guidance_scale": prior_scale}
@@ -176,11 +189,12 @@ def test_images_and_prompts_are_mixed_by_the_weighted_sum_of_their_embeddings(ka
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     for given, weights, message in (
         (["red"], [0.5, 0.5], "weights: got 2 for 1 images and prompts"),
+        (["red"], [1.0], "num_images: got 0"),
         ([], [], "weights: got 0 for 0 images and prompts"),
         ([image.expand(2, -1, -1, -1)], [1.0], r"images_and_prompts\[0\]: got"),
     ):
         with pytest.raises(ValueError, match=message):
-            kandinsky.interpolate(given, weights)
+            kandinsky.interpolate(given, weights, 0 if "num_images" in message else 1)
 
 
 @table(
@@ -188,8 +202,12 @@ def test_images_and_prompts_are_mixed_by_the_weighted_sum_of_their_embeddings(ka
     [
         ({"null_image_embeds": "zeros"}, "null_image_embeds: got 'zeros'; expected 'zero_picture'"),
         ({"encoder_hid_dim_type": "text_image_proj"}, "unet: is not conditioned on image embeddings alone"),
-        ({"encoder_hid_dim": 5}, "unet: takes embeddings of width 5, and those of the image encoder have 32"),
-        ({"in_channels": 3}, "unet: takes 3 channels, and the latents of the movq have 4"),
+        ({"encoder_hid_dim": 5}, "unet: takes embeddings of width 5, and those of the image encoder have 16"),
+        ({"in_channels": 3, "out_channels": 6}, "unet: takes 3 channels, and the latents of the movq have 4"),
+        (
+            {"out_channels": 4},
+            "unet: has 4 output channels; expected 8, the pipelines of Kandinsky split off a learned",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message, made):
@@ -204,6 +222,33 @@ def test_parts_that_do_not_fit_are_refused(changes, message, made):
         pipe.unet.register_to_config(**{name: config[name] for name in changes if name in config})
 
 
+def test_a_decoder_of_another_autoencoder_or_scheduler_is_refused(made):
+    pipe = made["kandinsky decoder"][2]
+    with pytest.raises(ValueError, match=r"movq: got AutoencoderKL; expected a VQModel \(space.autoencoder\)"):
+        LatentDecoderPipeline(**pipe.components | {"movq": tiny_pipeline.vae()})
+    with pytest.raises(ValueError, match="scheduler: UnCLIPScheduler samples embeddings; expected another one"):
+        LatentDecoderPipeline(**pipe.components | {"scheduler": UnCLIPScheduler()})
+
+
+def test_what_a_call_cannot_use_is_refused(made, kandinsky):
+    for call, message in (
+        ({"prior_num_inference_steps": 1}, "num_inference_steps: got 1; UnCLIPScheduler takes 2 or more"),
+        ({"image_embeds": torch.zeros(2, 5)}, r"image_embeds: got \(2, 5\); expected a tensor \(B, 16\)"),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kandinsky("red", **call)
+    with pytest.raises(ValueError, match=r"image: got \(2, 5\); expected a tensor \(B, 16\)"):
+        made["kandinsky decoder"][2](torch.zeros(2, 5))
+
+
+def test_a_stock_pipeline_is_asked_for_images_of_the_size_of_training(joined):
+    stock = quiet(DiffusionPipeline.from_pretrained(joined))
+    size = image_size(stock)
+    assert size == stock.unet.config.sample_size * 2
+    assert plain_call(stock) == {"height": size, "width": size}
+
+
 def test_a_prior_that_the_stock_pipeline_cannot_step_is_refused(made, joined, tmp_path):
     prior = made["unclip prior"][2]
     kept = prior.scheduler
@@ -212,7 +257,7 @@ def test_a_prior_that_the_stock_pipeline_cannot_step_is_refused(made, joined, tm
     prior.register_modules(scheduler=kept)
     record_and_card(tmp_path / "prior", 0, [])
     stages = {"prior": str(tmp_path / "prior"), "decoder": str(joined.parent / "decoder")}
-    message = "prior: its scheduler is a DPMSolverMultistepScheduler; KandinskyV22CombinedPipeline needs a UnCLIPSched"
+    message = "prior: its scheduler is a DPMSolverMultistepScheduler; KandinskyV22CombinedPipeline needs UnCLIPSched"
     with pytest.raises(ConfigError, match=message):
         join("KandinskyPipeline", stages, tmp_path / "model", PIPELINES)
 

@@ -298,6 +298,8 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
             "sampler.kind: got unclip, which samples objective.path cosine with prediction_type sample, without "
             "zero_terminal_snr; expected these, or dpm_solver"
         )
+    if config.sampler.kind == "unclip" and config.sampler.thresholding is not None:
+        yield "sampler.thresholding: got a number with sampler.kind unclip, which knows none; expected null"
     learned = config.objective.variational_weight is not None
     if config.sampler.variance_type != "fixed_small" and (config.sampler.kind != "ddpm" or learned):
         yield (

@@ -174,7 +174,7 @@ class Evaluation:
         return self.images.config.held_out["validation"]
 
     def _say_what_is_cut(self) -> None:
-        tokenizer = self.pipeline.components.get("tokenizer")
+        tokenizer = getattr(self.pipeline, "tokenizer", None)
         if tokenizer is None:
             return
         most = tokenizer.model_max_length
@@ -353,7 +353,7 @@ class Evaluation:
         return bound_section(bits, true, training)
 
     def _rebuilt(self, images: Images) -> Images | None:
-        vae = self.pipeline.components.get("vae")
+        vae = self.pipeline.components.get("vae") or self.pipeline.components.get("movq")
         return None if vae is None else to_uint8(reconstruct(vae, pixel_values(images))).numpy()
 
     def known_captions(self) -> Mapping[str, int]:

@@ -45,6 +45,8 @@ METRICS = {
     "r_at_5": "retrieval R@5",
     "back_r_at_1": "retrieval of captions, R@1",
     "back_r_at_5": "retrieval of captions, R@5",
+    "codes_used": "codes in use",
+    "perplexity": "perplexity of the codes",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "perceptual": "distance in the features of EfficientNet-lite0",

@@ -228,7 +228,7 @@ def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> Non
     for kind, own, wanted in system.wanted_classes():
         if (found := stages[kind].index[own][1]) != wanted:
             raise ConfigError(
-                f"{stages[kind].name}: its {own} is a {found}; {system.stock} needs a {wanted}, that of sampler.kind "
+                f"{stages[kind].name}: its {own} is a {found}; {system.stock} needs {wanted}, that of sampler.kind "
                 "unclip"
             )
     owners: dict[str, tuple[StageFolder, str]] = {}
@@ -281,12 +281,14 @@ def _write(system: SystemKind, stages: Mapping[str, StageFolder], folder: Path, 
 
 
 def _record(stages: Mapping[str, StageFolder]) -> Provenance:
-    """Return the record of all stages as one: their steps and seconds are added."""
+    """Return the record of all stages as one: steps and seconds added, data read as by the first that reads text."""
     records = [stage.record for stage in stages.values()]
+    reading = [stage.record for stage in stages.values() if "tokenizer" in stage.index]
     seconds = sum(one.train_seconds for one in records)
     images = sum(one.images_per_second * one.train_seconds for one in records)
     return replace(
         records[-1],
+        data_options=(reading or records)[0].data_options,
         train_pictures=max(one.train_pictures for one in records),
         global_step=sum(one.global_step for one in records),
         train_seconds=round(seconds, 1),

@@ -67,7 +67,7 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
         found = getattr(type(build_scheduler(stage.config.objective, stage.config.sampler)), "__name__", "")
         if found != wanted:
             raise ConfigError(
-                f"{stage.name} does not fit: its {component} would be a {found}, and {system.stock} needs a {wanted}; "
+                f"{stage.name} does not fit: its {component} would be a {found}, and {system.stock} needs {wanted}; "
                 "set sampler.kind to unclip"
             )
     looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.readers]

@@ -22,9 +22,6 @@ class Bottleneck(Protocol):
     def channels(self, autoencoder: nn.Module) -> int:
         """Return the number of channels of the latents."""
 
-    def moments(self, autoencoder: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the latents of images, (B, C, h, w), as the encoder returns them."""
-
     def reconstruct(
         self, autoencoder: nn.Module, pixel_values: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -54,7 +51,8 @@ class Bottleneck(Protocol):
         """Bring latents to zero mean and unit std, in place, without changing any reconstruction.
 
         `mean` and `std`, (C,) float64, are those of the latents of the training images. After it the config's
-        ``scaling_factor`` is 1 and there is no shift, so that no pipeline can get the scale wrong.
+        ``scaling_factor`` is 1 and there is no shift, so that no pipeline can get the scale wrong. ValueError if they
+        are not finite, or a std is not above 0.
         """
 
     def fold_config(self, autoencoder: nn.Module) -> None:
@@ -70,11 +68,6 @@ class GaussianBottleneck:
     def channels(self, autoencoder: Any) -> int:
         """Return the number of channels of the latents."""
         return int(autoencoder.config.latent_channels)
-
-    def moments(self, autoencoder: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the posterior."""
-        posterior = autoencoder.encode(pixel_values).latent_dist
-        return posterior.mean, posterior.std
 
     def reconstruct(
         self, autoencoder: Any, pixel_values: Tensor, noise: Tensor
@@ -111,6 +104,7 @@ class GaussianBottleneck:
         autoencoder without these two layers gets them: the 3 x 3 convolutions beside them pad with zeros, so that a
         mean cannot be folded into those exactly.
         """
+        _refuse_dead(mean, std)
         channels = len(mean)
         encode, back = _pointwise(autoencoder, "quant_conv"), _pointwise(autoencoder, "post_quant_conv")
         assert encode.bias is not None  # noqa: S101  (AutoencoderKL builds both with bias)
@@ -163,11 +157,6 @@ class CodebookBottleneck:
     def channels(self, autoencoder: Any) -> int:
         """Return the number of channels of a code."""
         return int(autoencoder.quantize.vq_embed_dim)
-
-    def moments(self, autoencoder: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents before the codebook, with std 0."""
-        latents = autoencoder.encode(pixel_values).latents
-        return latents, torch.zeros_like(latents)
 
     def reconstruct(
         self, autoencoder: Any, pixel_values: Tensor, noise: Tensor
@@ -231,6 +220,7 @@ class CodebookBottleneck:
         One std, the root mean square, keeps the order of distances, so that each latent keeps its code. The codes are
         moved with the latents; ``post_quant_conv`` and the spatial norms of the decoder, which see them, undo it.
         """
+        _refuse_dead(mean, std)
         std = std.square().mean().sqrt().expand_as(mean)
         encode, codes = autoencoder.quant_conv, autoencoder.quantize.embedding.weight
         encode.bias.copy_((encode.bias.double() - mean) / std)
@@ -247,7 +237,7 @@ class CodebookBottleneck:
         """Fold ``scaling_factor`` into the weights: LDMPipeline divides by it, the pipelines of Kandinsky do not."""
         if (factor := autoencoder.config.scaling_factor) != 1:
             mean = torch.zeros(self.channels(autoencoder), dtype=torch.float64)
-            self.fold(autoencoder, mean, torch.full_like(mean, 1 / factor))
+            self.fold(autoencoder, mean, 1 / torch.full_like(mean, factor))
 
 
 BOTTLENECKS: dict[str, Bottleneck] = {"AutoencoderKL": GaussianBottleneck(), "VQModel": CodebookBottleneck()}
@@ -262,6 +252,12 @@ def bottleneck_of(autoencoder: nn.Module) -> Bottleneck:
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """Return KL(N(mean, exp(logvar)) || N(0, I)) in nats, (B,), summed over the latent (Kingma & Welling 2014, B)."""
     return 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).sum(1)
+
+
+def _refuse_dead(mean: Tensor, std: Tensor) -> None:
+    """Raise ValueError if latents cannot be brought to unit scale."""
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise ValueError(f"latents of channel {int(std.argmin())} have std {float(std.min())}; expected > 0")
 
 
 def _take_back(layer: nn.Conv2d, mean: Tensor, std: Tensor) -> None:

@@ -185,7 +185,7 @@ def set_attention_and_memory(network: Any, *, gradient_checkpointing: bool, xfor
         # names in diffusers, in transformers, and in older versions of transformers
         names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next((getattr(network, name) for name in names if hasattr(network, name)), None)
-        if enable is None:
+        if enable is None or not getattr(network, "_supports_gradient_checkpointing", True):
             raise ValueError(f"loop.gradient_checkpointing: {type(network).__name__} has none; set it to false")
         enable()
     # networks of transformers have no such switch and need none: their sequences are short

@@ -95,13 +95,17 @@ MAX_TOKENS = 10_000
 def plain_call(pipeline: Any) -> dict[str, Any]:
     """Return the arguments of a call with which captions and sizes are handled as in training.
 
-    By default, PixArt's stock pipeline samples only sizes of its own list, and cuts captions at another length.
+    By default, PixArt's stock pipeline samples only sizes of its own list, and cuts captions at another length, and
+    Kandinsky's has a size of its own.
     """
     takes = inspect.signature(pipeline.__call__).parameters
     plain = {"use_resolution_binning": False, "clean_caption": False}
     length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     if length is not None and length <= MAX_TOKENS and "use_resolution_binning" in takes:
         plain["max_sequence_length"] = length
+    sizes = [name for name in ("height", "width") if name in takes and isinstance(takes[name].default, int)]
+    if sizes:
+        plain |= dict.fromkeys(sizes, image_size(pipeline))
     return {name: value for name, value in plain.items() if name in takes}
 
 
@@ -158,5 +162,5 @@ def image_size(pipeline: Any) -> int:
             "expected a pipeline that does"
         )
     pixels: int = size if isinstance(size, int) else size[0]
-    autoencoder = parts.get("vae") or parts.get("vqvae")
+    autoencoder = parts.get("vae") or parts.get("vqvae") or parts.get("movq")
     return pixels if autoencoder is None else pixels * downsampling_factor(autoencoder)

@@ -39,7 +39,9 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     there is one step too many, at timestep -1, and the samples' standard deviation is about 3 % off.
     """
     scheduler = _build(config, sampler, clip_sample)
-    scheduler.register_to_config(clip_sample=clip_sample, skip_prk_steps=True)
+    scheduler.register_to_config(clip_sample=clip_sample)
+    if scheduler.compatibles:  # the config is for these too; a class without any warns of what it does not know
+        scheduler.register_to_config(skip_prk_steps=True)
     if sampler.thresholding is not None:
         if not clip_sample:
             raise ConfigError("sampler.thresholding: limits pixels; leave it out in this space.kind, or set pixel")

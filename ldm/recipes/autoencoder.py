@@ -66,6 +66,7 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
         batch = first_batch(images, 2)
         where = f"{FIELDS}, data.image_size {config.data.image_size}"
         rehearse(step, batch, where, config.reconstruction.discriminator_start_step)
+        step.forget()
         rehearse_saving(step.averaged, cast(Tensor, batch.pixel_values), where)
 
     def validate(global_step: int) -> None:

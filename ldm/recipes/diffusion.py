@@ -9,6 +9,7 @@ from typing import Any
 from ldm.config import StageConfig
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset
 from ldm.doctor.examination import stage_findings
+from ldm.errors import explained
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.samples import SAMPLES
 from ldm.export.kinds import build_pipeline, kind_of
@@ -47,7 +48,8 @@ def diffusion_recipe(
     sigma_rels = config.snapshot_sigma_rels if config.snapshot_every_steps else ()
     step = DiffusionStep(stage, run, config.optim.ema_decay, sigma_rels)
     kind = kind_of(stage, config.space.kind)
-    pipeline = build_pipeline(kind, stage, step.averaged, config, pipelines)
+    with explained(FIELDS):
+        pipeline = build_pipeline(kind, stage, step.averaged, config, pipelines)
     samples = SAMPLES[kind.samples](images, stage.space, config.sampled_size)
     validation = Validation(config, images, step, pipeline, samples, run)
 

@@ -15,7 +15,7 @@ from ldm.data.pixels import to_uint8
 from ldm.errors import explained
 from ldm.evaluation.images import image_grid
 from ldm.evaluation.quality import psnr, ssim
-from ldm.models.autoencoder import CHUNK, Autoencoder, fold_statistics, reconstruct
+from ldm.models.autoencoder import CHUNK, Autoencoder, fold_statistics, posterior_moments, reconstruct
 from ldm.models.bottleneck import bottleneck_of
 from ldm.models.features import PerceptualDistance, build_perceptual_distance
 
@@ -83,10 +83,10 @@ def latent_statistics(autoencoder: Autoencoder, train: PositionDataset, count: i
     pixel_values = fixed_batch(train, count).pixel_values
     if pixel_values is None:
         raise ValueError("latent statistics are measured on images, got cached latents")
-    moments = bottleneck_of(autoencoder).moments
-    parts = [moments(autoencoder, part.to(device)) for part in torch.split(pixel_values, CHUNK)]
-    means = torch.cat([mean for mean, _ in parts]).double()
-    variances = torch.cat([std for _, std in parts]).double().square()
+    scale = autoencoder.config.scaling_factor  # of a pretrained one, say: the statistics are those without it
+    parts = [posterior_moments(autoencoder, part.to(device)) for part in torch.split(pixel_values, CHUNK)]
+    means = torch.cat([mean for mean, _ in parts]).double() / scale
+    variances = (torch.cat([std for _, std in parts]).double() / scale).square()
     over = (0, 2, 3)
     return means.mean(over).float(), (means.var(over) + variances.mean(over)).sqrt().float()
 

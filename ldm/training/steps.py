@@ -254,7 +254,7 @@ class Autoencoding(nn.Module):
 
 
 class AutoencoderStep:
-    """An autoencoder: encode, narrow, decode, compare; with a discriminator if the config has one."""
+    """An autoencoder: encode, pass the bottleneck, decode, compare; with a discriminator if the config has one."""
 
     def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
@@ -339,6 +339,10 @@ class AutoencoderStep:
             "discriminator": discriminator_loss(config.adversarial, real, reconstructed),
             **_detached(terms),
         }
+
+    def forget(self) -> None:
+        """Forget what was seen last: it was a rehearsal."""
+        self._newest = -1, []
 
     def after_step(self) -> None:
         """Give the bottleneck what all processes have seen in the step just taken, in the order of the positions."""
