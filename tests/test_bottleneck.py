@@ -66,7 +66,7 @@ def test_the_loss_brings_codes_to_latents_and_latents_by_a_quarter_to_codes():
     latents = vq.encode(pixel_values).latents.detach().requires_grad_()
     vq.encode = lambda images: type("Encoded", (), {"latents": latents})
     codes = vq.quantize.embedding.weight
-    _, terms, seen = bottleneck_of(vq).reconstruct(vq, pixel_values, torch.zeros(()))
+    _, terms, seen = bottleneck_of(vq).reconstruct(vq, pixel_values, torch.zeros(4, 4, 4, 4), CONFIG)
     terms["codebook"].backward()
     with torch.no_grad():
         rows = latents.movedim(1, -1).flatten(0, 2)
@@ -85,12 +85,28 @@ def test_codes_are_decoded_and_their_gradient_is_that_of_the_latents():
     pixel_values = batch().pixel_values
     latents = vq.encode(pixel_values).latents.detach().requires_grad_()
     vq.encode = lambda images: type("Encoded", (), {"latents": latents})
-    reconstruction, _, _ = bottleneck_of(vq).reconstruct(vq, pixel_values, torch.zeros(()))
+    reconstruction, _, _ = bottleneck_of(vq).reconstruct(vq, pixel_values, torch.zeros(4, 4, 4, 4), CONFIG)
     reconstruction.square().sum().backward()
     codes = vq.quantize(latents)[0].detach().requires_grad_()
     torch.testing.assert_close(reconstruction, vq.decode(latents).sample)
     vq.decode(codes, force_not_quantize=True).sample.square().sum().backward()
     torch.testing.assert_close(latents.grad, codes.grad)
+
+
+@torch.no_grad()
+def test_a_share_of_the_images_is_decoded_from_the_latents_as_they_are():
+    vq, pixel_values = movq(), batch().pixel_values
+    noise = torch.zeros(4, 4, 4, 4)
+    noise[:, 0, 0, 0] = torch.tensor(
+        [-1.0, -0.1, 0.1, 1.0]
+    )  # of the normal distribution 0.16, 0.46, 0.54, 0.84 are less
+    latents = vq.encode(pixel_values).latents
+    of_codes, of_latents = (vq.decode(latents, force_not_quantize=as_they_are).sample for as_they_are in (False, True))
+    for share, from_codes in ((0.0, 0), (0.5, 2), (0.6, 3), (1.0, 4)):
+        config = replace(CONFIG, codebook_share=share)
+        found, _, _ = bottleneck_of(vq).reconstruct(vq, pixel_values, noise, config)
+        torch.testing.assert_close(found[:from_codes], of_codes[:from_codes])
+        torch.testing.assert_close(found[from_codes:], of_latents[from_codes:])
 
 
 def test_a_code_that_is_not_used_is_moved_to_a_latent_of_the_step_in_the_average_too(run):

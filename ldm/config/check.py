@@ -101,6 +101,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "l2_weight": WEIGHT,
         "kl_weight": WEIGHT,
         "codebook_weight": WEIGHT,
+        "codebook_share": Numbers(0, 1),
         "revive_after_steps": COUNT,
         "perceptual_weight": WEIGHT,
         "adversarial_weight": WEIGHT,

@@ -159,6 +159,9 @@ class ReconstructionConfig:
     """AutoencoderKL: weight of the KL to N(0, I), summed over the latent and divided by the number of image values."""
     codebook_weight: float = 1.0
     """VQModel: weight of the loss that brings codes to latents, and latents by a quarter of it to codes."""
+    codebook_share: float = 1.0
+    """VQModel: share of the images that are decoded from their codes in training, the others from their latents. Below
+    1 the decoder learns both; denoisers give it latents alone (Défossez et al. 2024 quantise half of the time)."""
     revive_after_steps: int | None = 100
     """VQModel: a code that no latent used for so many steps is moved to a latent of the batch; null: it stays."""
     learned_logvar: bool = False

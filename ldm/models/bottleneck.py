@@ -12,6 +12,8 @@ import torch
 from diffusers.models.attention_processor import SpatialNorm
 from torch import Tensor, nn
 
+from ldm.config import ReconstructionConfig
+
 
 class Bottleneck(Protocol):
     """The bottleneck of one class of autoencoders."""
@@ -23,7 +25,7 @@ class Bottleneck(Protocol):
         """Return the number of channels of the latents."""
 
     def reconstruct(
-        self, autoencoder: nn.Module, pixel_values: Tensor, noise: Tensor
+        self, autoencoder: nn.Module, pixel_values: Tensor, noise: Tensor, config: ReconstructionConfig
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return the reconstructions of a training, (B, 3, H, W), the terms of the loss and what is seen.
 
@@ -70,7 +72,7 @@ class GaussianBottleneck:
         return int(autoencoder.config.latent_channels)
 
     def reconstruct(
-        self, autoencoder: Any, pixel_values: Tensor, noise: Tensor
+        self, autoencoder: Any, pixel_values: Tensor, noise: Tensor, config: ReconstructionConfig
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Decode a sample; the term ``kl`` is the KL to N(0, I), divided by the number of values of an image."""
         posterior = autoencoder.encode(pixel_values).latent_dist
@@ -159,15 +161,18 @@ class CodebookBottleneck:
         return int(autoencoder.quantize.vq_embed_dim)
 
     def reconstruct(
-        self, autoencoder: Any, pixel_values: Tensor, noise: Tensor
+        self, autoencoder: Any, pixel_values: Tensor, noise: Tensor, config: ReconstructionConfig
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Decode the nearest codes; the term ``codebook`` brings codes and latents together, a mean over values.
+        """Decode the nearest codes, or for a share of the images the latents as they are: see `codebook_share`.
 
-        The gradient of the codes is that of the latents (straight-through).
+        The term ``codebook`` brings codes and latents together, a mean over values. The gradient of the codes is that
+        of the latents (straight-through).
         """
         latents = autoencoder.encode(pixel_values).latents.float()
         codes, loss, (_, _, indices) = autoencoder.quantize(latents)
-        reconstruction = autoencoder.decode(codes, force_not_quantize=True).sample
+        share = torch.special.ndtr(noise.flatten(1)[:, :1]).view(-1, 1, 1, 1)  # uniform, one number for each image
+        decoded = torch.where(share < config.codebook_share, codes, latents)
+        reconstruction = autoencoder.decode(decoded, force_not_quantize=True).sample
         seen = {"latents": latents.detach(), "indices": indices.view(len(latents), *latents.shape[2:])}
         return reconstruction, {"codebook": loss}, seen
 

@@ -240,17 +240,18 @@ class DiffusionStep:
 class Autoencoding(nn.Module):
     """An autoencoder's whole pass behind one forward, so that every process sees the same graph."""
 
-    def __init__(self, autoencoder: Autoencoder, learned_logvar: bool = False):
+    def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig):
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.config = autoencoder, config
         bottleneck_of(autoencoder).prepare(autoencoder)
-        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learned_logvar)
+        self.logvar = nn.Parameter(torch.zeros(()), requires_grad=config.learned_logvar)
 
     def forward(
         self, pixel_values: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Return what `Bottleneck.reconstruct` does, and the log-scale of the error, a scalar."""
-        return *bottleneck_of(self.autoencoder).reconstruct(self.autoencoder, pixel_values, noise), self.logvar
+        passed = bottleneck_of(self.autoencoder).reconstruct(self.autoencoder, pixel_values, noise, self.config)
+        return *passed, self.logvar
 
 
 class AutoencoderStep:
@@ -259,7 +260,7 @@ class AutoencoderStep:
     def __init__(self, autoencoder: Autoencoder, config: ReconstructionConfig, run: Run, ema_decay: float):
         self.run, self.config = run, config
         run.switch(autoencoder)
-        module = Autoencoding(autoencoder, config.learned_logvar).to(run.device).train()
+        module = Autoencoding(autoencoder, config).to(run.device).train()
         self.bottleneck = bottleneck_of(autoencoder)
         self.latent_channels = self.bottleneck.channels(autoencoder)
         self.factor = downsampling_factor(autoencoder)
