@@ -522,8 +522,9 @@ def test_draws_are_fixed_and_have_other_positions():
 def test_weights_and_averages_are_put_back():
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     averages = {"main": Average(module, 0.5), "main-0.1": Average(module, power_function(0.1))}
-    step = SimpleNamespace(modules={"main": module}, averages=averages)
-    states = [module.state_dict(), *(average.module.state_dict() for average in averages.values())]
+    memory = {"seen": torch.ones(3)}
+    step = SimpleNamespace(modules={"main": module}, averages=averages, memory=memory)
+    states = [memory, module.state_dict(), *(average.module.state_dict() for average in averages.values())]
     before = [{name: value.clone() for name, value in state.items()} for state in states]
     with restored(step):
         for state in states:

@@ -49,6 +49,14 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node; a key that is written null is a name, as any other."""
+        for key, _ in node.value:
+            if key.value == "null":
+                key.tag = "tag:yaml.org,2002:str"
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """A dumper that quotes text which `_Loader` or a YAML 1.1 reader would read as another type."""

@@ -99,7 +99,7 @@ def plain_call(pipeline: Any) -> dict[str, Any]:
     Kandinsky's has a size of its own.
     """
     takes = inspect.signature(pipeline.__call__).parameters
-    plain = {"use_resolution_binning": False, "clean_caption": False}
+    plain: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
     length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     if length is not None and length <= MAX_TOKENS and "use_resolution_binning" in takes:
         plain["max_sequence_length"] = length

@@ -40,7 +40,7 @@ def build_scheduler(config: ObjectiveConfig, sampler: SamplerConfig = DPM_SOLVER
     """
     scheduler = _build(config, sampler, clip_sample)
     scheduler.register_to_config(clip_sample=clip_sample)
-    if scheduler.compatibles:  # the config is for these too; a class without any warns of what it does not know
+    if len(scheduler.compatibles) > 1:  # the config is for these too; a class on its own warns of unknown keys
         scheduler.register_to_config(skip_prk_steps=True)
     if sampler.thresholding is not None:
         if not clip_sample:
