@@ -19,7 +19,6 @@ from ldm.data.sources import build_source
 from ldm.errors import ConfigError
 from ldm.evaluation.conditions import condition_by
 from ldm.export.join import join
-from ldm.export.kinds import build_pipeline, kind_of
 from ldm.models.resolution import shrunk, shrunk_image
 from ldm.models.scheduler import build_scheduler
 from ldm.system import check_system, system_stages
@@ -32,8 +31,8 @@ from pipelines.super_resolution import SuperResolutionPipeline
 
 from .table import table
 from .test_system import SCRIPTS
-from .test_ten_stages import batch, build, moved, parts, run  # noqa: F401 (parts, run: fixtures)
-from .test_unclip import quiet, record_and_card, seeded
+from .test_ten_stages import batch, parts, run  # noqa: F401 (parts, run: fixtures)
+from .test_unclip import made_of, quiet, record_and_card, seeded
 from .tiny_stages import IMAGEN, PIXELS
 from .trainers import ROOT
 
@@ -43,20 +42,14 @@ LEVEL = 300
 
 @pytest.fixture(scope="module")
 def made(parts, run, tmp_path_factory):  # noqa: F811
-    """Stage, step and pipeline of each of `STAGES`."""
-    found = {}
-    for name in STAGES:
-        stage, config = build(name, parts, tmp_path_factory.mktemp("config"))
-        step = moved(stage, run)
-        kind = kind_of(stage, config.space.kind)
-        found[name] = stage, step, quiet(build_pipeline(kind, stage, stage.model, config, PIPELINES))
-    return found
+    """Each of `STAGES`."""
+    return {name: made_of(name, parts, run, tmp_path_factory.mktemp("config")) for name in STAGES}
 
 
 @pytest.fixture(scope="module")
 def fitting(made):
     """The pipelines of two stages that fit: the super-resolution takes images of the base's size."""
-    base, larger = (made[name][2] for name in STAGES)
+    base, larger = (made[name].pipe for name in STAGES)
     own = {key: larger.config[key] for key in larger._own_settings} | {"small_size": PIXELS}
     return base, quiet(SuperResolutionPipeline(**larger.components | own))
 
@@ -75,7 +68,7 @@ def imagen(fitting):
 @table("guidance_scale", [1.0, 3.0])
 def test_a_stages_pipeline_samples_with_the_conditions_and_the_null_of_training(name, guidance_scale, made):
     """The small image of a sample is the one of training, at a fixed level of the noise on it."""
-    stage, step, pipe = made[name]
+    stage, _, step, pipe = made[name]
     some = batch(range(3))
     x0 = step.x0(some)
     given, null = (step.inputs(some, x0, dropped=dropped) for dropped in (False, True))
@@ -161,7 +154,7 @@ def test_parts_that_do_not_fit_are_refused_by_their_names(imagen):
 
 @table(("name", "stock"), zip(STAGES, (IFPipeline, IFSuperResolutionPipeline), strict=True))
 def test_plain_diffusers_loads_a_stage(name, stock, made, tmp_path, caplog):
-    folder, ours = tmp_path / name / "model", made[name][2]
+    folder, ours = tmp_path / name / "model", made[name].pipe
     ours.save_pretrained(folder)
     enable_propagation()
     try:
@@ -177,7 +170,7 @@ def test_plain_diffusers_loads_a_stage(name, stock, made, tmp_path, caplog):
 
 def test_a_small_image_is_of_the_size_of_training_wherever_it_comes_from(made):
     """A call takes larger ones, and shrinks them; validation gives small ones, which the stock class takes too."""
-    _, step, pipe = made["imagen upsampler"]
+    _, _, step, pipe = made["imagen upsampler"]
     assert pipe.config.small_size == PIXELS // 4
     large = [Image.fromarray(one) for one in to_uint8(batch(range(2)).pixel_values).numpy()]
     small = [shrunk_image(one, PIXELS // 4) for one in large]
@@ -193,7 +186,7 @@ def test_a_small_image_is_of_the_size_of_training_wherever_it_comes_from(made):
 
 
 def test_a_level_that_was_not_trained_on_is_refused(made):
-    pipe = made["imagen upsampler"][2]
+    pipe = made["imagen upsampler"].pipe
     assert checked_level(pipe, None) == 100
     for levels, usual in ((50, 49), (1000, 100)):
         pipe.register_to_config(noise_timesteps=levels)
@@ -206,7 +199,7 @@ def test_a_level_that_was_not_trained_on_is_refused(made):
 
 def test_a_pipeline_that_needs_two_conditions_is_called_from_python(made):
     with pytest.raises(ValueError, match="SuperResolutionPipeline needs prompt and image for each image; call it from"):
-        condition_by(made["imagen upsampler"][2])
+        condition_by(made["imagen upsampler"].pipe)
 
 
 def test_finished_stages_are_joined_into_one_folder(made, fitting, imagen, tmp_path):
@@ -226,7 +219,7 @@ def test_finished_stages_are_joined_into_one_folder(made, fitting, imagen, tmp_p
     call |= {"guidance_scale": 2.0, "super_res_guidance_scale": 1.5}
     again, first = (pipe("red", generator=seeded(3), **call).images for pipe in (loaded, imagen))
     torch.testing.assert_close(again, first, rtol=1e-3, atol=1e-3)
-    made["imagen upsampler"][2].save_pretrained(tmp_path / "other")
+    made["imagen upsampler"].pipe.save_pretrained(tmp_path / "other")
     record_and_card(tmp_path / "other", 1, [])
     message = "stage0 and other do not fit: the size of the small images is 16 in stage0 and 4 in other"
     with pytest.raises(ConfigError, match=message):

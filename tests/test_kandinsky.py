@@ -16,7 +16,6 @@ from ldm.doctor.agreement import gaussian_std
 from ldm.errors import ConfigError
 from ldm.evaluation.conditions import condition_by
 from ldm.export.join import join
-from ldm.export.kinds import build_pipeline, kind_of
 from ldm.models.clip import ImageEncoder
 from ldm.models.pipeline import image_size, plain_call
 from ldm.models.scheduler import build_scheduler
@@ -30,8 +29,8 @@ from pipelines.sampling import both, denoise, guided_output
 from . import tiny_pipeline
 from .table import table
 from .test_system import SCRIPTS
-from .test_ten_stages import batch, build, moved, parts, run  # noqa: F401 (parts, run: fixtures)
-from .test_unclip import quiet, record_and_card, seeded
+from .test_ten_stages import batch, parts, run  # noqa: F401 (parts, run: fixtures)
+from .test_unclip import made_of, quiet, record_and_card, seeded
 from .trainers import ROOT
 
 STAGES = ("unclip prior", "kandinsky decoder")
@@ -39,23 +38,17 @@ STAGES = ("unclip prior", "kandinsky decoder")
 
 @pytest.fixture(scope="module")
 def made(parts, run, tmp_path_factory):  # noqa: F811
-    """Stage, step and pipeline of each of `STAGES`; the prior is sampled by UnCLIPScheduler."""
-    found = {}
-    for name in STAGES:
-        stage, config = build(name, parts, tmp_path_factory.mktemp("config"))
-        step = moved(stage, run)
-        kind = kind_of(stage, config.space.kind)
-        found[name] = stage, step, quiet(build_pipeline(kind, stage, stage.model, config, PIPELINES))
-    prior = found["unclip prior"][2]
+    """Each of `STAGES`; the prior is sampled by UnCLIPScheduler."""
+    found = {name: made_of(name, parts, run, tmp_path_factory.mktemp("config")) for name in STAGES}
     known = ObjectiveConfig(path="cosine", prediction_type="sample")
-    prior.register_modules(scheduler=build_scheduler(known, SamplerConfig("unclip")))
+    found["unclip prior"].pipe.register_modules(scheduler=build_scheduler(known, SamplerConfig("unclip")))
     return found
 
 
 @pytest.fixture(scope="module")
 def kandinsky(made):
     """The two stages as one pipeline."""
-    prior, decoder = (made[name][2] for name in STAGES)
+    prior, decoder = (made[name].pipe for name in STAGES)
     size = decoder.image_encoder.config.image_size
     return quiet(
         KandinskyPipeline(
@@ -81,7 +74,7 @@ def joined(made, tmp_path_factory):
     """The folder of the two stages, joined."""
     folder, stages = tmp_path_factory.mktemp("joined"), {}
     for number, name in enumerate(("prior", "decoder")):
-        made[STAGES[number]][2].save_pretrained(folder / name)
+        made[STAGES[number]].pipe.save_pretrained(folder / name)
         record_and_card(folder / name, number, [])
         stages[name] = str(folder / name)
     return join("KandinskyPipeline", stages, folder / "model", PIPELINES)
@@ -89,7 +82,7 @@ def joined(made, tmp_path_factory):
 
 @table("guidance_scale", [1.0, 3.0])
 def test_the_decoder_samples_with_the_conditions_and_the_null_of_training(guidance_scale, made):
-    stage, step, pipe = made["kandinsky decoder"]
+    stage, _, step, pipe = made["kandinsky decoder"]
     some = batch(range(3))
     x0 = step.x0(some)
     null, given = (stage.model.conditions(step.inputs(some, x0, dropped=dropped)).kwargs for dropped in (True, False))
@@ -115,7 +108,7 @@ def test_the_decoder_samples_with_the_conditions_and_the_null_of_training(guidan
 
 
 def test_the_decoder_is_asked_by_an_image(made):
-    assert condition_by(made["kandinsky decoder"][2]).keyword == "image"
+    assert condition_by(made["kandinsky decoder"].pipe).keyword == "image"
 
 
 LEARNED = ObjectiveConfig(path="linear", variational_weight=1.0)
@@ -211,7 +204,7 @@ def test_images_and_prompts_are_mixed_by_the_weighted_sum_of_their_embeddings(ka
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message, made):
-    pipe = made["kandinsky decoder"][2]
+    pipe = made["kandinsky decoder"].pipe
     config = dict(pipe.unet.config)
     own = {name: value for name, value in changes.items() if name == "null_image_embeds"}
     pipe.unet.register_to_config(**{name: value for name, value in changes.items() if name not in own})
@@ -223,7 +216,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message, made):
 
 
 def test_a_decoder_of_another_autoencoder_or_scheduler_is_refused(made):
-    pipe = made["kandinsky decoder"][2]
+    pipe = made["kandinsky decoder"].pipe
     with pytest.raises(ValueError, match=r"movq: got AutoencoderKL; expected a VQModel \(space.autoencoder\)"):
         LatentDecoderPipeline(**pipe.components | {"movq": tiny_pipeline.vae()})
     with pytest.raises(ValueError, match="scheduler: UnCLIPScheduler samples embeddings; expected another one"):
@@ -239,7 +232,7 @@ def test_what_a_call_cannot_use_is_refused(made, kandinsky):
         with pytest.raises(ValueError, match=message):
             kandinsky("red", **call)
     with pytest.raises(ValueError, match=r"image: got \(2, 5\); expected a tensor \(B, 16\)"):
-        made["kandinsky decoder"][2](torch.zeros(2, 5))
+        made["kandinsky decoder"].pipe(torch.zeros(2, 5))
 
 
 def test_a_stock_pipeline_is_asked_for_images_of_the_size_of_training(joined):
@@ -250,7 +243,7 @@ def test_a_stock_pipeline_is_asked_for_images_of_the_size_of_training(joined):
 
 
 def test_a_prior_that_the_stock_pipeline_cannot_step_is_refused(made, joined, tmp_path):
-    prior = made["unclip prior"][2]
+    prior = made["unclip prior"].pipe
     kept = prior.scheduler
     prior.register_modules(scheduler=build_scheduler(ObjectiveConfig(path="cosine", prediction_type="sample")))
     prior.save_pretrained(tmp_path / "prior")

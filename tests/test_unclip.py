@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -69,16 +70,27 @@ def quiet(pipe):
     return pipe
 
 
+class Made(NamedTuple):
+    """A stage of the table in tiny_stages.py, and what it becomes."""
+
+    stage: Any
+    config: Any
+    step: Any
+    pipe: Any
+
+
+def made_of(name, parts, run, folder):  # noqa: F811
+    """Build a stage with random weights, and its pipeline."""
+    stage, config = build(name, parts, folder)
+    step = moved(stage, run)
+    kind = kind_of(stage, config.space.kind)
+    return Made(stage, config, step, quiet(build_pipeline(kind, stage, stage.model, config, PIPELINES)))
+
+
 @pytest.fixture(scope="module")
 def made(parts, run, tmp_path_factory):  # noqa: F811
-    """Stage, config, step and pipeline of each of `STAGES`."""
-    found = {}
-    for name in STAGES:
-        stage, config = build(name, parts, tmp_path_factory.mktemp("config"))
-        step = moved(stage, run)
-        kind = kind_of(stage, config.space.kind)
-        found[name] = stage, config, step, quiet(build_pipeline(kind, stage, stage.model, config, PIPELINES))
-    return found
+    """Each of `STAGES`."""
+    return {name: made_of(name, parts, run, tmp_path_factory.mktemp("config")) for name in STAGES}
 
 
 @pytest.fixture(scope="module")
