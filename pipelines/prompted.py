@@ -1,5 +1,6 @@
 """The base of the text-to-image pipelines: images of prompts in a latent space, with any denoiser."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -325,7 +326,10 @@ class Prompted:
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        pixel_values = self.vae.decode(latents, return_dict=False)[0]
+        # a VQModel decodes latents as they are, as in training, and not their codes
+        takes = inspect.signature(self.vae.decode).parameters
+        options = {"force_not_quantize": True} if "force_not_quantize" in takes else {}
+        pixel_values = self.vae.decode(latents, **options, return_dict=False)[0]
         if not pixel_values.isfinite().all():
             raise FloatingPointError(
                 f"non-finite pixels from the autoencoder, in {self.vae.dtype}; try pipe.vae.to(torch.float32)"

@@ -76,6 +76,13 @@ class Portable:
         """Return the text of model_index.json, with the name of the stock class, else of pipeline.py and our class."""
         values = json.loads(super().to_json_string())  # type: ignore[misc]
         own = {f"_{name}": values.pop(name) for name in self._own_settings}
+        for value in values.values():  # CLIPImageProcessorPil is what CLIPImageProcessor is without torchvision
+            if (
+                isinstance(value, list)
+                and value[:1] == ["transformers"]
+                and str(value[1]).endswith("ImageProcessorPil")
+            ):
+                value[1] = value[1].removesuffix("Pil")
         return without_path(json.dumps(values), _class_name=self._stock or ["pipeline", type(self).__name__], **own)
 
     @classmethod

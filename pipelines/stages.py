@@ -230,7 +230,8 @@ def stage_call(
     channels, outputs = (3, config.get("out_channels")) if embeddings is None else (embeddings, embeddings)
     channels = config.in_channels if latents else channels
     check_scheduler(scheduler, channels, outputs, may_clip=embeddings is None and not latents)
-    whole_number(f"{stage}num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
+    fewest = 2 if type(scheduler).__name__ == "UnCLIPScheduler" else 1  # it divides by one less
+    whole_number(f"{stage}num_inference_steps", num_inference_steps, fewest, scheduler.config.num_train_timesteps)
     try:
         check_guidance(guidance_scale)
     except ValueError as error:

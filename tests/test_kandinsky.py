@@ -148,9 +148,8 @@ def test_the_folder_keeps_the_settings_of_a_call_for_our_own_class(joined, kandi
     assert {f"_{name}" for name in loaded._own_settings} <= index.keys()
     loaded.save_pretrained(tmp_path)
     again = json.loads((tmp_path / "model_index.json").read_text())
-    assert {name: again[name] for name in index if name != "prior_image_processor"} | {
-        "prior_image_processor": index["prior_image_processor"]
-    } == index
+    assert {name: again[name] for name in index} == index
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is KandinskyV22CombinedPipeline
     call = {"generator": seeded(3)[0], "output_type": "pt", "guidance_scale": 2.0, "prior_guidance_scale": 3.0}
     call |= {"num_inference_steps": 3, "prior_num_inference_steps": 4}
     one = loaded("red", **call).images
@@ -225,7 +224,7 @@ def test_a_decoder_of_another_autoencoder_or_scheduler_is_refused(made):
 
 def test_what_a_call_cannot_use_is_refused(made, kandinsky):
     for call, message in (
-        ({"prior_num_inference_steps": 1}, "num_inference_steps: got 1; UnCLIPScheduler takes 2 or more"),
+        ({"prior_num_inference_steps": 1}, "prior_num_inference_steps: got 1; expected a whole number from 2 to 1000"),
         ({"image_embeds": torch.zeros(2, 5)}, r"image_embeds: got \(2, 5\); expected a tensor \(B, 16\)"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
     ):
@@ -259,7 +258,16 @@ def test_stages_that_will_not_fit_are_refused_before_they_are_trained():
     config = load_config(SystemConfig, ["--config", str(ROOT / "configs/tiny/kandinsky/system.yaml")])
     check_system(config, system_stages(config, SCRIPTS, {}))
     for words, message in (
-        ({"prior": ["--sampler.kind", "ddpm"]}, "prior does not fit: its scheduler would be a DDPMScheduler, and Kand"),
+        ({"prior": ["--sampler.kind", "ddpm"]}, "prior does not fit: sampler.kind is ddpm, and KandinskyV22CombinedPi"),
+        ({"decoder": ["--conditioners.image.null", "zeros"]}, "decoder does not fit: conditioners.image.null is zeros"),
+        (
+            {"decoder": ["--objective.variational_weight", "null"]},
+            "decoder does not fit: objective.variational_weight is None, and KandinskyV22CombinedPipeline",
+        ),
+        (
+            {"prior": ["--data.source", "imagefolder", "--data.path", "elsewhere"]},
+            "prior and decoder do not fit: data.source is imagefolder in prior and openmoji in decoder",
+        ),
         (
             {"decoder": ["--denoiser.encoder_hid_dim", "16"]},
             "prior and decoder do not fit: the width of the image embeddings is 32 in prior and 16 in decoder",

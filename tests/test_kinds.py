@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import torch
+from diffusers import VQModel
 from PIL import Image
 
 from ldm.conditioners.low_res import LowResConditioner
 from ldm.conditioners.text import KEYWORDS
 from ldm.config import ObjectiveConfig, SamplerConfig
-from ldm.export.kinds import KINDS
+from ldm.export.kinds import KINDS, kind_of
 from ldm.models.pipeline import plain_call
 from ldm.models.scheduler import build_scheduler
 from pipelines import PIPELINES
@@ -76,7 +77,7 @@ def images(kind, pipe):
 @table("sampler", ["dpm_solver", "ddim", "ddpm"])
 def test_the_stock_class_makes_the_images_that_its_record_says(kind, weight, sampler):
     objective = ObjectiveConfig(path="scaled_linear", prediction_type="epsilon", variational_weight=weight)
-    text = SimpleNamespace(max_length=kind.stock_length or tiny_pipeline.LENGTH)
+    text = SimpleNamespace(max_length=kind.stock_length or tiny_pipeline.LENGTH, dtype=None)
     conditioners = SimpleNamespace(text=text if "text" in kind.conditions else None)
     config = SimpleNamespace(objective=objective, sampler=SamplerConfig(kind=sampler), conditioners=conditioners)
     said = kind.stock_images(config)
@@ -85,6 +86,23 @@ def test_the_stock_class_makes_the_images_that_its_record_says(kind, weight, sam
     with nullcontext() if said != "none" else suppress(Exception):
         difference = np.abs(images(kind, stock) - own).max()
     assert (difference is not None and difference < 1e-4) == (said == "same"), difference
+
+
+def test_a_stock_class_that_cannot_sample_a_stage_is_not_named():
+    """It gives a float32 denoiser the type of the text encoder, and a VQModel arguments that it does not take."""
+    text = SimpleNamespace(max_length=tiny_pipeline.LENGTH, dtype=None)
+    config = SimpleNamespace(
+        objective=ObjectiveConfig(), sampler=SamplerConfig(), conditioners=SimpleNamespace(text=text)
+    )
+    conditioner = SimpleNamespace(keywords=KEYWORDS)
+    model = SimpleNamespace(
+        denoiser=tiny_pipeline.unet(), conditioners={"text": conditioner}, conditioner=lambda name: conditioner
+    )
+    for autoencoder, said in ((tiny_pipeline.vae(), "same"), (VQModel(), "none")):
+        kind = kind_of(SimpleNamespace(model=model, space=SimpleNamespace(autoencoder=autoencoder)), "latent")
+        assert (kind.own, kind.stock_images(config)) == ("TextToImagePipeline", said)
+    text.dtype = "bfloat16"
+    assert TEXT.stock_images(config) == "none"
 
 
 @table(

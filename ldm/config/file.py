@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node; a key that is written null is a name, as any other."""
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.value == "null":
                 key.tag = "tag:yaml.org,2002:str"
         found: dict[Any, Any] = super().construct_mapping(node, deep)

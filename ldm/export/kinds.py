@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class PipelineKind:
     """Tokens that the stock class reads of a prompt, whatever the tokenizer says; None: as the tokenizer says."""
     stock_note: str = ""
     """A note on the stock class, which continues the words "With diffusers alone" on the card."""
+    stock_autoencoders: Collection[str] = ("AutoencoderKL",)
+    """The classes of autoencoders that the stock class decodes with."""
     stock_samplers: Collection[str] = ("dpm_solver", "ddim", "ddpm")
     """Each ``sampler.kind`` with which the stock class makes the same images as ours."""
     stock_learned: Collection[str] = ()
@@ -68,10 +70,11 @@ class PipelineKind:
     def stock_images(self, config: StageConfig) -> Literal["same", "other", "none"]:
         """Return "same" if the stock class makes the same images as ours, "other" if a note says how they differ.
 
-        Else "none": it cannot sample such a stage, reads another number of tokens, or guides its learned variance, too.
+        Else "none": it cannot sample such a stage, reads another number of tokens, guides its learned variance, too, or
+        gives the denoiser embeddings in the type of the text encoder.
         """
         text = config.conditioners.text
-        if text is not None and self.stock_length not in (None, text.max_length):
+        if text is not None and (self.stock_length not in (None, text.max_length) or text.dtype == "bfloat16"):
             return "none"
         sampler, learned = config.sampler.kind, config.objective.variational_weight is not None
         if sampler in (self.stock_learned if learned else self.stock_samplers):
@@ -275,10 +278,16 @@ KINDS = [
 
 
 def kind_of(stage: Stage, space: str) -> PipelineKind:
-    """Return the kind that samples `stage` in ``space.kind: space``; ValueError, which lists all, if none does."""
+    """Return the kind that samples `stage` in ``space.kind: space``; ValueError, which lists all, if none does.
+
+    The stock class makes no images of a stage whose autoencoder it cannot decode with.
+    """
     for kind in KINDS:
         if kind.fits(stage, space):
-            return kind
+            autoencoder = getattr(stage.space, "autoencoder", None)
+            if autoencoder is None or type(autoencoder).__name__ in kind.stock_autoencoders:
+                return kind
+            return replace(kind, stock_samplers=(), stock_learned=(), stock_others={})
     model = stage.model
     conditions = [f"{name} with keywords {model.conditioner(name).keywords}" for name in model.conditioners]
     raise ConfigError(

@@ -13,8 +13,7 @@ from typing import Any
 from ldm.config import StageConfig
 from ldm.errors import ConfigError
 from ldm.export.kinds import KINDS, MODEL, PipelineKind
-from ldm.export.systems import SystemKind
-from ldm.models.scheduler import build_scheduler
+from ldm.export.systems import SET, SystemKind
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +61,14 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
                 f"{first.name} and {second.name} do not fit: the {noun} is {found} in {first.name} and {wanted} in "
                 f"{second.name}"
             )
-    for own, component, wanted in system.wanted_classes():
-        stage = stages[own]
-        found = getattr(type(build_scheduler(stage.config.objective, stage.config.sampler)), "__name__", "")
-        if found != wanted:
-            raise ConfigError(
-                f"{stage.name} does not fit: its {component} would be a {found}, and {system.stock} needs {wanted}; "
-                "set sampler.kind to unclip"
-            )
+    for own, wanted_values in system.fields.items():
+        for path, wanted in wanted_values.items():
+            found = attrgetter(path)(stages[own].config)
+            if (found is None) if wanted is SET else (found != wanted):
+                raise ConfigError(
+                    f"{stages[own].name} does not fit: {path} is {found}, and {system.stock or system.own} needs "
+                    f"{'a value' if wanted is SET else wanted}"
+                )
     looked = [(stage.name, path, place) for stage in stages.values() for path, place in stage.readers]
     for (one_name, one_path, one_place), (name, path, place) in pairwise(looked):
         if normpath(one_place) != normpath(place):
@@ -93,6 +92,13 @@ def refuse_misfits(system: SystemKind, configs: Mapping[str, StageConfig]) -> No
                     f"in {name}"
                 )
     for before, after in pairwise(stages.values()):
+        for key in ("source", "path", "split", "held_out_percent"):
+            one, other = (getattr(stage.config.data, key) for stage in (before, after))
+            if one != other:
+                raise ConfigError(
+                    f"{before.name} and {after.name} do not fit: data.{key} is {one} in {before.name} and {other} in "
+                    f"{after.name}; train all stages on the same images"
+                )
         if before.config.data.held_out != after.config.data.held_out:
             log.warning(
                 "%s and %s name other files of held-out captions: if these do not hold out the same images, the "

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Value = tuple[str, str]
 """A value in the folder of a stage: the name of our class that the stage is saved as, and ``COMPONENT.KEY`` of a
 component's ``config.json``, or a key of ``model_index.json``, where those that a stock class does not know begin with
 an underscore."""
+
+
+SET = object()
+"""Any value but null."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class SystemKind:
     names of `settings` begin with an underscore in it: they are our own."""
     classes: Mapping[str, str] = field(default_factory=dict)
     """The class that components must have for the stock class, by their names in the joined pipeline."""
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the class that a stage is saved as: values that fields of its config must have, `SET`: any but null."""
     image_processors: Mapping[str, str] = field(default_factory=dict)
     """The name of each image processor, and that of the image encoder whose images it prepares."""
     settings: Mapping[str, Value] = field(default_factory=dict)
@@ -112,6 +119,13 @@ SYSTEMS = {
             own="KandinskyPipeline",
             stock="KandinskyV22CombinedPipeline",
             classes={"prior_scheduler": "UnCLIPScheduler"},
+            fields={
+                "PriorPipeline": {"sampler.kind": "unclip"},
+                "LatentDecoderPipeline": {
+                    "conditioners.image.null": "zero_picture",
+                    "objective.variational_weight": SET,
+                },
+            },
             components={
                 "PriorPipeline": {
                     "prior": "prior_prior",

@@ -140,9 +140,10 @@ class GaussianBottleneck:
                 "expected shift_factor alone, or latents_mean and latents_std together"
             )
         channels = config.latent_channels
-        mean = torch.as_tensor(shift if mean is None else mean).double().expand(channels)
-        std = torch.as_tensor(1.0 if std is None else std).double().expand(channels)
-        self.fold(autoencoder, mean, std / config.scaling_factor)
+        # float32, as checkpoints know the folded weights by their hash
+        mean = torch.as_tensor(shift if mean is None else mean).float().expand(channels)
+        std = torch.as_tensor(1.0 if std is None else std).float().expand(channels)
+        self.fold(autoencoder, mean.double(), (std / config.scaling_factor).double())
 
 
 class CodebookBottleneck:
@@ -213,7 +214,8 @@ class CodebookBottleneck:
         The perplexity is the exponential of the entropy: the number of codes that would do, if all were used alike.
         """
         codebook = autoencoder.quantize
-        found = [codebook(autoencoder.encode(part).latents.float())[2][2].flatten().cpu() for part in pixel_values]
+        latents = (autoencoder.encode(part.to(codebook.embedding.weight.device)).latents for part in pixel_values)
+        found = [codebook(part.float())[2][2].flatten().cpu() for part in latents]
         counts = torch.bincount(torch.cat(found), minlength=codebook.n_e).double()
         shares = counts / counts.sum()
         return {"codes_used": float((counts > 0).sum()), "perplexity": float(torch.special.entr(shares).sum().exp())}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 
 from ldm.config.places import PLAIN_NAME, pinned
 from ldm.files import read_object
@@ -50,6 +51,9 @@ def refuse_strange_components(folder: Path) -> None:
     """Raise ValueError if a pipeline in a folder names components of neither library, or files outside the folder."""
     index = read_object(folder / "model_index.json")
     _code(index, folder)
+    if (card := folder / "README.md").is_file() and ModelCard.load(card).data.get("prior"):
+        # some of diffusers' classes load whatever pipeline the card names so
+        raise ValueError(f"{card} names another pipeline as its prior, which would be loaded; take that line out")
     for part in (folder, *(folder / part for part in _components(index))):
         refuse_strange_shards(part)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from ldm.errors import explained
 from ldm.models.autoencoder import downsampling_factor
 from ldm.models.foreign import checked_pipeline
 from ldm.models.quiet import quietly
+
+log = logging.getLogger(__name__)
+SETTINGS = ("num_inference_steps", "guidance_scale")
+"""The last words of the names of a call's settings, in a pipeline's config."""
 
 
 @quietly()
@@ -42,7 +47,22 @@ def load_pipeline(model: str, trust_remote_code: bool) -> Any:
             raise
         raise ValueError(f"{model}: no folder of a pipeline, and the Hub gave none: {error}") from error
     pipeline.set_progress_bar_config(leave=False)
+    if not own and (said := _settings_passed_over(name, revision)):
+        log.warning(
+            "%s was validated with %s, which %s does not read: say so in the call, or load the folder's own pipeline, "
+            "--trust_remote_code true",
+            model,
+            said,
+            type(pipeline).__name__,
+        )
     return pipeline.to(PartialState().device)
+
+
+def _settings_passed_over(name: str, revision: dict[str, Any]) -> str:
+    """Return the settings of a call that a folder holds for its own pipeline alone, as a text."""
+    index = DiffusionPipeline.load_config(name, **revision)
+    found = {key.removeprefix("_"): value for key, value in index.items() if key.startswith("_")}
+    return ", ".join(f"{key} {value}" for key, value in found.items() if key.endswith(SETTINGS))
 
 
 @quietly()
@@ -103,9 +123,8 @@ def plain_call(pipeline: Any) -> dict[str, Any]:
     length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     if length is not None and length <= MAX_TOKENS and "use_resolution_binning" in takes:
         plain["max_sequence_length"] = length
-    sizes = [name for name in ("height", "width") if name in takes and isinstance(takes[name].default, int)]
-    if sizes:
-        plain |= dict.fromkeys(sizes, image_size(pipeline))
+    if "movq" in pipeline.components:
+        plain |= dict.fromkeys(("height", "width"), image_size(pipeline))
     return {name: value for name, value in plain.items() if name in takes}
 
 
@@ -140,8 +159,7 @@ def call_settings(pipeline: Any, num_inference_steps: int, guidance_scale: float
 
 def own_settings(pipeline: Any) -> dict[str, Any]:
     """Return the settings of a call that are in a pipeline's config, for what the call does not say."""
-    names = ("num_inference_steps", "guidance_scale")
-    return {name: value for name, value in pipeline.config.items() if name.endswith(names)}
+    return {name: value for name, value in pipeline.config.items() if name.endswith(SETTINGS)}
 
 
 def image_size(pipeline: Any) -> int:

@@ -183,10 +183,8 @@ def build_text_encoder(
     `tokenizer` takes the place of the learned or pretrained one.
     """
     if config.pretrained is not None:
-        encoder, tokenizer = load_text_encoder(
-            config.pretrained, config.max_length, tokenizer, config.keywords.values()
-        )
-        return encoder if config.dtype is None else encoder.to(getattr(torch, config.dtype)), tokenizer
+        outputs = config.keywords.values()
+        return load_text_encoder(config.pretrained, config.max_length, tokenizer, outputs, config.dtype)
     if tokenizer is None:
         tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
     keys = dict(config.encoder)
@@ -213,7 +211,11 @@ def token_settings(tokenizer: Any, max_length: int) -> dict[str, int]:
 
 @quietly(*HALF_A_CLIP)
 def load_text_encoder(
-    pretrained: str, max_length: int, tokenizer: Any | None = None, outputs: Collection[str] = ("prompt_embeds",)
+    pretrained: str,
+    max_length: int,
+    tokenizer: Any | None = None,
+    outputs: Collection[str] = ("prompt_embeds",),
+    dtype: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """Return ``(text_encoder, tokenizer)`` from a folder, the Hub, or ``package:NAME/FOLDER`` of an installed package.
 
@@ -223,7 +225,7 @@ def load_text_encoder(
     A CLIP is loaded with its projection only if `outputs`, those of `TextConfig.keywords`, contain
     ``pooled_prompt_embeds``. With the projection, these would be the encoder's first output, which pipelines take for
     ``prompt_embeds``. All other encoders get ``use_attention_mask`` in their config: the Stable Diffusion pipeline
-    then passes them the mask that they need.
+    then passes them the mask that they need. dtype: as in `TextConfig`.
     """
     where = "conditioners.text.pretrained"
     with explained(where), own_code_refused(where, pretrained):
@@ -236,7 +238,8 @@ def load_text_encoder(
         projected = "pooled_prompt_embeds" in outputs and with_projection
         clip = CLIPTextModelWithProjection if projected else CLIPTextModel
         kind = clip if found.model_type.startswith("clip") else AutoModelForTextEncoding
-        encoder = kind.from_pretrained(place, use_safetensors=True, **options)
+        weights = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+        encoder = kind.from_pretrained(place, use_safetensors=True, **weights, **options)
         if tokenizer is None:
             tokenizer = load_tokenizer(pretrained)
     longest = getattr(encoder.config, "max_position_embeddings", max_length)

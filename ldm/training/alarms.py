@@ -27,6 +27,8 @@ EXCUSES = {SCALE, CUT, RATE, WARMUP, STILL, NOT_FINITE}
 """Alarms that by themselves explain a text that is not used."""
 MAX_NULL_DIFFERENCE = 1e-3
 """rms over rms: above rounding."""
+MAX_HALF_NULL_DIFFERENCE = 0.03
+"""The same of a text encoder in bfloat16."""
 MAX_CUT_TOKENS = 0.25
 LEAST_RATE = 0.1
 """Share of ``optim.learning_rate`` that a warm-up must reach before the training ends."""
@@ -120,7 +122,9 @@ def faults_before(config: StageConfig, validation: Validation, train: PositionDa
             "autoencoder that train_vae.py has finished, or one with the right scaling_factor in its config.json",
         )
     difference = null_difference(validation.step, validation.batch, validation.pipeline)
-    if difference is not None and difference > MAX_NULL_DIFFERENCE:
+    text = config.conditioners.text
+    most = MAX_NULL_DIFFERENCE if text is None or text.dtype != "bfloat16" else MAX_HALF_NULL_DIFFERENCE
+    if difference is not None and difference > most:
         yield (
             NULL,
             f'what training shows for a dropped caption and what the pipeline makes of "" differ by {difference:.0%} '

@@ -56,9 +56,7 @@ def reconstruction_report(
         "validation/psnr": float(psnr(rebuilt, originals).mean()),
         "validation/ssim": float(ssim(rebuilt, originals).mean()),
     }
-    device = next(autoencoder.parameters()).device
-    parts = [part.to(device) for part in torch.split(originals, CHUNK)]
-    for name, value in bottleneck_of(autoencoder).measures(autoencoder, parts).items():
+    for name, value in bottleneck_of(autoencoder).measures(autoencoder, torch.split(originals, CHUNK)).items():
         metrics[f"validation/{name}"] = value
     if distance is not None:
         pairs = zip(torch.split(rebuilt, CHUNK), torch.split(originals, CHUNK), strict=True)
