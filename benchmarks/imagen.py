@@ -67,7 +67,7 @@ def larger(held: Held, small: Tensor, noise_level: int, seed: int) -> Tensor:
         rows = slice(start, start + CHUNK)
         generators = [torch.Generator().manual_seed(1000 * seed + row) for row in range(len(small))[rows]]
         output = held.pipeline.upsample(
-            held.captions[rows],
+            held.captions[: len(small)][rows],
             small[rows] / 2 + 0.5,
             noise_level=noise_level,
             generator=generators,

@@ -7,8 +7,10 @@ from pathlib import Path
 from ldm.commands import cli
 from ldm.config import AutoencoderConfig, ClipConfig, StageConfig, SystemConfig
 from ldm.config.file import load_config
+from ldm.system import check_system, split_words, system_stages
 
 from .table import table
+from .test_system import SCRIPTS as SYSTEM_SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -16,7 +18,6 @@ SCRIPTS = {
     "train_vae.py": AutoencoderConfig,
     "train_text2img.py": StageConfig,
     "train_clip.py": ClipConfig,
-    "train_system.py": SystemConfig,
 }
 COMMANDS = dict.fromkeys(  # each once, in order
     line.partition("  #")[0].strip()
@@ -37,6 +38,10 @@ def test_every_command_is_understood(command):
     match shlex.split(command):
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["accelerate", "launch", "train_system.py", *words]:
+            own, of_stages = split_words(words)
+            config = load_config(SystemConfig, own)
+            check_system(config, system_stages(config, SYSTEM_SCRIPTS, of_stages))
         case ["accelerate", "launch", script, *words]:
             load_config(SCRIPTS[script], words)
         case ["ldm", name, *words]:

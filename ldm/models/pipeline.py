@@ -123,7 +123,7 @@ def plain_call(pipeline: Any) -> dict[str, Any]:
     length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
     if length is not None and length <= MAX_TOKENS and "use_resolution_binning" in takes:
         plain["max_sequence_length"] = length
-    if "movq" in pipeline.components:
+    if "movq" in getattr(pipeline, "components", ()):
         plain |= dict.fromkeys(("height", "width"), image_size(pipeline))
     return {name: value for name, value in plain.items() if name in takes}
 
