@@ -92,9 +92,9 @@ def decoded_latents(
 def latents_or_images(
     pipeline: Any, given: torch.Tensor, null: torch.Tensor, how: Sampling, generator: Generators, output_type: str
 ) -> torch.Tensor:
-    """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings, decoded by a pipeline's MoVQ.
+    """Return images (B, 3, H, W) in [-1, 1], not clipped, of image embeddings (B, D), decoded by a pipeline's MoVQ.
 
-    output_type: "latent": the latents.
+    given, null: embeddings, and that of no image, (1, D). output_type: "latent": the latents (B, C, h, w) instead.
     """
     latents = decoded_latents(pipeline.unet, pipeline.scheduler, given, null, how, generator)
     if output_type == "latent":

@@ -288,3 +288,15 @@ def test_the_scheduler_of_priors_samples_gaussian_data(steps):
     scheduler = build_scheduler(config, SamplerConfig(kind="unclip"))
     expected = gaussian_std(Objective(config), build_scheduler(config, SamplerConfig(kind="ddpm")), steps)
     assert gaussian_std(Objective(config), scheduler, steps) == pytest.approx(expected, abs=0.02)
+
+
+def test_each_step_leads_to_the_next_of_the_chosen_timesteps():
+    """As the loop of KandinskyV22PriorPipeline, whose scheduler otherwise goes back by one timestep of 1,000."""
+    scheduler = build_scheduler(ObjectiveConfig(path="cosine", prediction_type="sample"), SamplerConfig(kind="unclip"))
+    scheduler.set_timesteps(4)
+    noise = torch.randn(2, 16, generator=seeded(0)[0])
+    found = denoise(lambda x_t, timestep: 0.5 * x_t, scheduler, noise, scheduler.timesteps, seeded(1)[0])
+    x_t, draw = noise, seeded(1)[0]
+    for timestep, then in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        x_t = scheduler.step(0.5 * x_t, timestep, x_t, prev_timestep=then, generator=draw).prev_sample
+    torch.testing.assert_close(found, x_t)

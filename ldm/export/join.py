@@ -228,8 +228,7 @@ def refuse_misfits(system: SystemKind, stages: Mapping[str, StageFolder]) -> Non
     for kind, own, wanted in system.wanted_classes():
         if (found := stages[kind].index[own][1]) != wanted:
             raise ConfigError(
-                f"{stages[kind].name}: its {own} is a {found}; {system.stock} needs {wanted}, that of sampler.kind "
-                "unclip"
+                f"{stages[kind].name}: its {own} is a {found}; {system.stock} needs {wanted} (sampler.kind)"
             )
     owners: dict[str, tuple[StageFolder, str]] = {}
     for kind, names in system.components.items():

@@ -10,8 +10,6 @@ Value = tuple[str, str]
 """A value in the folder of a stage: the name of our class that the stage is saved as, and ``COMPONENT.KEY`` of a
 component's ``config.json``, or a key of ``model_index.json``, where those that a stock class does not know begin with
 an underscore."""
-
-
 SET = object()
 """Any value but null."""
 
