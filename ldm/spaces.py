@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -51,10 +52,29 @@ class Space(Protocol):
     """Networks that encode and decode; `moments` and `decode` compute on their device."""
 
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return the distribution of x0 for images (B, 3, H, W) in [-1, 1]; no gradient."""
+        """Return the distribution of x0 for images (B, 3, H, W) in [-1, 1], or clips (B, F, 3, H, W); no gradient.
+
+        That of clips is (B, C, F, h, w), and each frame is encoded as an image.
+        """
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return x0 decoded: (B, 3, H, W) pixel values, not clipped, or (B, D) embeddings."""
+        """Return x0 decoded: pixel values, not clipped, of images or clips, or (B, D) embeddings."""
+
+
+def frame_by_frame(compute: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Return what `compute` makes of images, (N, C, H, W), for each of (..., C, H, W): (..., C', H', W')."""
+    found = compute(frames.flatten(0, -4))
+    return found.view(*frames.shape[:-3], *found.shape[1:])
+
+
+def time_last(frames: Tensor) -> Tensor:
+    """Return frames (B, F, C, H, W) as the denoisers of clips take them, (B, C, F, H, W); images as they are."""
+    return frames.movedim(-3, 1)
+
+
+def time_first(clips: Tensor) -> Tensor:
+    """Return clips (B, C, F, H, W) frame by frame, (B, F, C, H, W); images as they are."""
+    return clips.movedim(1, -3)
 
 
 class PixelSpace:
@@ -74,12 +94,13 @@ class PixelSpace:
     def moments(self, pixel_values: Tensor) -> Moments:
         """Return the images with std 0."""
         if self.image_size is not None:
-            pixel_values = shrunk(pixel_values, self.image_size)
-        return Moments(pixel_values, torch.zeros_like(pixel_values))
+            pixel_values = frame_by_frame(partial(shrunk, size=self.image_size), pixel_values)
+        x0 = time_last(pixel_values)
+        return Moments(x0, torch.zeros_like(x0))
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Return x0."""
-        return x0
+        """Return x0, of clips frame by frame."""
+        return time_first(x0)
 
 
 class LatentSpace:
@@ -100,7 +121,7 @@ class LatentSpace:
 
     @torch.no_grad()
     def moments(self, pixel_values: Tensor) -> Moments:
-        """Return mean and std of the posterior, (B, C, H/f, W/f)."""
+        """Return mean and std of the posterior, (B, C, H/f, W/f), or of clips (B, C, F, H/f, W/f)."""
         factor, size = ae.downsampling_factor(self.autoencoder), pixel_values.shape[-1]
         if size % factor:
             near = size // factor * factor
@@ -109,14 +130,16 @@ class LatentSpace:
                 f"{near} and {near + factor} are"
             )
         parameter = next(self.autoencoder.parameters())
-        mean, std = ae.posterior_moments(self.autoencoder, pixel_values.to(parameter.device, parameter.dtype))
-        return Moments(mean.float(), std.float())
+        flat = pixel_values.flatten(0, -4).to(parameter.device, parameter.dtype)
+        both = (part.float() for part in ae.posterior_moments(self.autoencoder, flat))
+        return Moments(*(time_last(part.view(*pixel_values.shape[:-3], *part.shape[1:])) for part in both))
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Return the images of latents."""
+        """Return the images of latents, of clips frame by frame."""
         parameter = next(self.autoencoder.parameters())
-        return ae.decode(self.autoencoder, x0.to(parameter.device, parameter.dtype)).float()
+        latents = time_first(x0).to(parameter.device, parameter.dtype)
+        return frame_by_frame(partial(ae.decode, self.autoencoder), latents).float()
 
 
 class EmbeddingSpace:

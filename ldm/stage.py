@@ -21,7 +21,7 @@ from ldm.config.conditioners import ConditionersConfig
 from ldm.config.places import pretrained_place
 from ldm.errors import ConfigError, explained
 from ldm.models.clip import load_image_encoder
-from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser
+from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser, with_temporal_layers
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objectives.denoising import Objective
 from ldm.spaces import Space, build_space
@@ -36,7 +36,7 @@ class ConditionedDenoiser(nn.Module):
         self.denoiser = denoiser
         self.conditioners = nn.ModuleDict(conditioners)
         refuse_collisions([self.conditioner(name).keywords for name in conditioners])
-        wanted = list(inspect.signature(denoiser.forward).parameters.values())[1:]
+        wanted = [p for p in inspect.signature(denoiser.forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
         self._unset = {p.name: None for p in wanted if p.default is p.empty and p.name != "timestep"}
 
     def forward(self, x_t: Tensor, timesteps: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
@@ -101,6 +101,8 @@ def build_stage(
     conditioners = build_conditioners(config.conditioners, captions, tokenizer, config.data.image_size)
     denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
+    if config.temporal is not None:
+        denoiser = with_temporal_layers(denoiser, config.temporal)
     if space.statistics is not None:
         keep_statistics(denoiser, *space.statistics)
     return Stage(space, ConditionedDenoiser(denoiser, conditioners), Objective(config.objective, space.grid_step))
@@ -132,7 +134,7 @@ def build_conditioners(
             low_res.image_size, low_res.noise_timesteps, low_res.blur, image_size
         )
     if (frames := config.frames) is not None:
-        conditioners["frames"] = FramesConditioner(frames.num_frames, frames.max_context, frames.dropout)
+        conditioners["frames"] = FramesConditioner(frames.max_context, frames.dropout)
     return conditioners
 
 

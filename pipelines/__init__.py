@@ -12,6 +12,7 @@ from .text2img import TextToImagePipeline
 from .transformer import TransformerPipeline
 from .unclip import UnCLIPPipeline
 from .upsampler import UpsamplerPipeline
+from .video import VideoPipeline
 
 PIPELINES = {
     kind.__name__: kind
@@ -28,5 +29,6 @@ PIPELINES = {
         ImagenPipeline,
         LatentDecoderPipeline,
         KandinskyPipeline,
+        VideoPipeline,
     )
 }

@@ -58,7 +58,7 @@ def start_image(
     mask_image: Any,
     strength: float,
     size: tuple[int, int],
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     generator: torch.Generator | list[torch.Generator] | None,
     num_images_per_prompt: int = 1,
 ) -> StartImage | None:

@@ -57,8 +57,8 @@ class CallInputs:
     generator: torch.Generator | list[torch.Generator] | None
     """A list has one for each image."""
     latents: torch.Tensor | None
-    latents_shape: tuple[int, int, int, int]
-    """Images, channels, height, width."""
+    latents_shape: tuple[int, ...]
+    """Images, channels, height, width; of clips: clips, channels, frames, height, width."""
     callback_on_step_end_tensor_inputs: Sequence[str]
 
 
@@ -80,8 +80,12 @@ def check_inputs(
     return_dict: bool,
     callback_on_step_end: object,
     callback_on_step_end_tensor_inputs: Sequence[str],
+    num_frames: int | None = None,
 ) -> CallInputs:
-    """Return the call's inputs in one form; ValueError if one is unusable, with the given and the allowed values."""
+    """Return the call's inputs in one form; ValueError if one is unusable, with the given and the allowed values.
+
+    num_frames: of each clip; None: images are sampled.
+    """
     prompts = None if prompt is None else texts("prompt", prompt)
     if (prompts is None) == (prompt_embeds is None):
         raise ValueError("give either prompt or prompt_embeds, and not both")
@@ -107,10 +111,15 @@ def check_inputs(
         whose = "{}, the autoencoder's factor times the denoiser's patch"
     rows, columns = checked_size(height, width, limits.default_size, limits.factor * limits.patch, whose)
     latent_size = rows // limits.factor, columns // limits.factor
-    shape = (count * num_images_per_prompt, limits.latent_channels, *latent_size)
+    frames: tuple[int, ...] = ()
+    axes = "images, channels, height, width"
+    if num_frames is not None:
+        whole_number("num_frames", num_frames, 1, MAX_IMAGES // (count * num_images_per_prompt))
+        axes, frames = "clips, channels, frames, height, width", (num_frames,)
+    shape = (count * num_images_per_prompt, limits.latent_channels, *frames, *latent_size)
     if latents is not None and (not torch.is_tensor(latents) or tuple(latents.shape) != shape):
         came = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
-        raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} (images, channels, height, width)")
+        raise ValueError(f"latents: got {came}; expected a tensor of shape {shape} ({axes})")
     _check_values("latents", latents)
     return CallInputs(
         prompt=prompts,

@@ -40,6 +40,10 @@ def without_path(config: str, **changes: Any) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
+def _module(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
 # diffusers runs the pipeline.py of every folder in one module and expects one pipeline in it: delete earlier ones
 for _earlier in [name for name, value in globals().items() if hasattr(value, "_stock")]:
     del globals()[_earlier]
@@ -63,19 +67,26 @@ class Portable:
     def save_config(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write model_index.json, the last file of `save_pretrained`, and this pipeline's source as pipeline.py.
 
-        `_name_or_path`, the folder that a component was loaded from, is removed from each component's config.json.
+        `_name_or_path`, the folder that a component was loaded from, is removed from each component's config.json. A
+        component of a class of our own, which has a `_source`, gets that source beside its weights.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "pipeline.py").write_text(self._source, encoding="utf-8")
         for file in folder.glob("*/config.json"):
             file.write_text(without_path(file.read_text(encoding="utf-8")), encoding="utf-8")
+        for name, component in self.components.items():  # type: ignore[attr-defined]
+            if (source := getattr(component, "_source", None)) is not None:
+                (folder / name / f"{_module(type(component).__module__)}.py").write_text(source, encoding="utf-8")
         super().save_config(folder, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """Return the text of model_index.json, with the name of the stock class, else of pipeline.py and our class."""
         values = json.loads(super().to_json_string())  # type: ignore[misc]
         own = {f"_{name}": values.pop(name) for name in self._own_settings}
+        for name, value in values.items():
+            if hasattr(getattr(self, name, None), "_source"):  # its module is named as diffusers looks for it
+                values[name] = [_module(value[0]), value[1]]
         for value in values.values():  # CLIPImageProcessorPil is what CLIPImageProcessor is without torchvision
             if (
                 isinstance(value, list)

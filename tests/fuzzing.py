@@ -44,7 +44,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import inspect
 from ldm.data.preflight import caption_fault, checked_source
 from ldm.data.rows import CAPTION_COLUMNS, IMAGE_COLUMNS, texts
-from ldm.data.sources import build_source, source_config
+from ldm.data.sources import OWN, build_source, source_config
 from ldm.errors import ConfigError
 from ldm.evaluation.images import contact_sheet
 from ldm.evaluation.leaks import refuse_leaks
@@ -140,10 +140,12 @@ def names_path(message, path):
 
 
 class Shades:
-    """Captioned images, one of them transparent, that no file holds."""
+    """Captioned images, one of them transparent, or clips, that no file holds."""
 
-    fingerprint = "shades"
-    names = None
+    names = origins = subjects = None
+
+    def __init__(self, num_frames=None):
+        self.num_frames, self.fingerprint = num_frames, f"shades {num_frames}"
 
     def __len__(self):
         return 40
@@ -153,6 +155,9 @@ class Shades:
         if index == 0:
             image.putalpha(128)
         return image
+
+    def item(self, index):
+        return [self.image(index)] * (self.num_frames or 1)
 
     def captions(self, index):
         return (CAPTIONS[index % 3],)
@@ -386,7 +391,7 @@ def _large(config):
         parts = config.conditioners
         sizes += [parts.text.max_length] if parts.text else []
         sizes += [parts.low_res.image_size] if parts.low_res else []
-        sizes += [parts.frames.num_frames] if parts.frames else []
+        sizes += [config.data.num_frames] if config.data.clips else []
         sizes += [parts.label.num_classes // 10**4] if parts.label else []
         sizes += [config.objective.num_train_timesteps // 10**3]
     else:
@@ -396,10 +401,10 @@ def _large(config):
 
 def prepare(config, bench, name):
     """Do what the entry scripts do before the first step, in their order, on images that no file holds."""
-    if config.data.source != "openmoji" or config.data.languages != ("en",):
+    if config.data.source not in OWN or config.data.languages != ("en",) or config.data.groups:
         build_source(config.data)
     refuse_missing_trackers(config.loop.trackers)
-    images = CaptionedImages(Shades(), config.data)
+    images = CaptionedImages(Shades(num_frames=config.data.num_frames if config.data.clips else None), config.data)
     assert images.splits["train"]
     run = OneProcess(config)
     if isinstance(config, AutoencoderConfig):
@@ -413,8 +418,7 @@ def prepare(config, bench, name):
         refuse_leaks(pretrained_parts(config), images)
         stage = build_stage(config, images.captions("train"), lambda: images.first_images("train", 40))
         step = DiffusionStep(stage, run, config.optim.ema_decay)
-        frames = config.conditioners.frames
-        batch, start = first_batch(images, frames.num_frames if frames else 2), 0
+        batch, start = first_batch(images, 2), 0
         where = f"{diffusion_recipe.FIELDS}, data.image_size {config.data.image_size}"
     rehearse(step, batch, where, start)
     if isinstance(config, AutoencoderConfig):

@@ -13,13 +13,15 @@ from .table import table
 
 
 class Shades:
-    """Images of one grey each; some have no caption, one has two."""
+    """Images of one grey each, or clips of them; some have no caption, one has two."""
 
     fingerprint = "shades"
-    names = None
+    names = origins = subjects = None
 
-    def __init__(self, count=12):
-        self.count = count
+    def __init__(self, count=12, num_frames=None):
+        self.count, self.num_frames = count, num_frames
+        if num_frames is not None:
+            self.fingerprint = f"clips of {num_frames} shades"
 
     def __len__(self):
         return self.count
@@ -28,6 +30,9 @@ class Shades:
         image = Image.new("RGB", (8, 8), (index * 10,) * 3)
         image.putpixel((0, 0), (255, 255, 255))  # so that a mirror image differs
         return image
+
+    def item(self, index):
+        return [self.image(index + frame) for frame in range(self.num_frames or 1)]
 
     def captions(self, index):
         return {0: (), 1: ("one", "eins")}.get(index, (f"shade {index}",))

@@ -300,25 +300,26 @@ def test_without_noise_low_res_tells_no_level():
 
 
 def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
-    conditioner = FramesConditioner(4, 2, 0.5)
-    x0 = torch.randn(80, 3, 2, 2)
-    dropped = [False] * 40 + [True] * 40
-    told = tell(conditioner, Some(), 80, dropped, x0)["frames"]
+    conditioner = FramesConditioner(2, 0.5)
+    x0 = torch.randn(20, 3, 4, 2, 2)
+    dropped = [False] * 10 + [True] * 10
+    told = tell(conditioner, Some(), 20, dropped, x0)["frames"]
     mask, frames = told[:, :1], told[:, 1:]
-    assert told.shape == (80, 4, 2, 2)
-    counts = mask[:, 0, 0, 0].view(20, 4)
-    assert set(counts[:10].sum(1).tolist()) == {0, 1, 2}
-    assert (counts.diff(dim=1) <= 0).all(), "ones, then zeros"
-    assert counts[10:].sum() == 0
+    assert told.shape == (20, 4, 4, 2, 2)
+    marks = mask[:, 0, :, 0, 0]
+    assert set(marks[:10].sum(1).tolist()) == {0, 1, 2}
+    assert (marks.diff(dim=1) <= 0).all(), "ones, then zeros"
+    assert marks[10:].sum() == 0
     assert torch.equal(frames, x0 * mask)
-    with pytest.raises(ValueError, match="whole clips of 4"):
-        tell(conditioner, Some(), 6, x0=x0[:6])
+    for wrong in (x0[:, :, 0], x0[:, :, :2]):
+        with pytest.raises(ValueError, match="expected clips of more than max_context 2 frames"):
+            tell(conditioner, Some(), 20, x0=wrong)
 
 
 @table("kind", ["low_res", "frames"])
 def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
-    conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(2, 1, 0.5)
-    x0 = images(40)
+    conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(1, 0.5)
+    x0 = images(40) if kind == "low_res" else torch.randn(40, 4, 3, 2, 2)
     whole = tell(conditioner, Some(pixel_values=x0), 40, x0=x0)
     for first in range(0, 40, 2):
         some = x0[first : first + 2]
@@ -326,7 +327,7 @@ def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
         assert all(torch.equal(whole[name][first : first + 2], part[name]) for name in part)
 
 
-@table("made", [lambda d: LabelConditioner(3, d), lambda d: FramesConditioner(2, 1, d)])
+@table("made", [lambda d: LabelConditioner(3, d), lambda d: FramesConditioner(1, d)])
 def test_a_share_that_leaves_nothing_is_refused(made):
     with pytest.raises(ValueError, match=r"conditioners\.\w+\.dropout: got 1; expected"):
         made(1)

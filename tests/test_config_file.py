@@ -16,7 +16,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldm.config import AutoencoderConfig, ClipConfig, DoctorConfig, OptimConfig, StageConfig, SystemConfig
+from ldm.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    DataConfig,
+    DoctorConfig,
+    OptimConfig,
+    StageConfig,
+    SystemConfig,
+    TemporalConfig,
+)
 from ldm.config.check import FILES, field_hints
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config.file import config_kind, exit_on_config_error, load_config, save_config, tree_differences
@@ -505,7 +514,9 @@ def full(tmp_path_factory) -> Path:
     """A file with every field of a stage."""
     file = tmp_path_factory.mktemp("full") / "full.yaml"
     every = ConditionersConfig(TextConfig(), LabelConfig(3), ImageConfig("clip"), LowResConfig(8), FramesConfig(2))
-    save_config(StageConfig("x", {"a": 1}, conditioners=every, doctor=DoctorConfig()), file)
+    data = DataConfig("openmoji_clips")
+    config = StageConfig("x", {"a": 1}, data=data, conditioners=every, doctor=DoctorConfig(), temporal=TemporalConfig())
+    save_config(config, file)
     return file
 
 

@@ -161,7 +161,9 @@ def stages(parts: Path) -> dict[str, dict[str, Any]]:
             "space": kl,
             "denoiser": CROSS | LATENT | {"in_channels": 4 + 1 + 4},
             "objective": {"path": "scaled_linear", "prediction_type": "v_prediction"},
-            "conditioners": {"text": CLIP_SCRATCH, "frames": {"num_frames": 2, "dropout": 0.5}},
+            "conditioners": {"text": CLIP_SCRATCH, "frames": {"dropout": 0.5}},
+            "temporal": {"head_dim": 8, "freeze_image_layers": False},
+            "data": {"source": "openmoji_clips", "num_frames": 3, "image_size": PIXELS},
         },
         "dit": {
             "space": kl,

@@ -13,8 +13,7 @@ from ldm.conditioners.conditioning import ConditioningBatch, Conditions, Encoded
 class FramesConditioner(nn.Module):
     """Given frames as 1 + C channels: a mask of the given frames, and their x0, zeros elsewhere. The null: none given.
 
-    A batch is whole clips, frame after frame: B = clips * num_frames. The number of given frames is uniform from 0 to
-    `max_context` for each clip.
+    The number of given frames is uniform from 0 to `max_context` for each clip.
     """
 
     frozen = True
@@ -24,31 +23,29 @@ class FramesConditioner(nn.Module):
     keywords: tuple[str, ...] = ()
     networks: Sequence[nn.Module] = ()
 
-    def __init__(self, num_frames: int, max_context: int, dropout: float):
+    def __init__(self, max_context: int, dropout: float):
         super().__init__()
-        if not 0 < max_context < num_frames:
-            raise ValueError(
-                f"conditioners.frames: got max_context {max_context} of num_frames {num_frames}; expected at least 1 "
-                "given frame and one to predict"
-            )
-        self.num_frames, self.max_context = num_frames, max_context
+        if max_context < 1:
+            raise ValueError(f"conditioners.frames: got max_context {max_context}; expected 1 or more")
+        self.max_context = max_context
         self.dropout = checked_share("conditioners.frames", dropout)
 
     def inputs(
         self, batch: ConditioningBatch, x0: Tensor, dropped: Sequence[bool], draws: Sequence[torch.Generator]
     ) -> Inputs:
-        """Return ``frames``, (B, 1 + C, h, w); a clip's draw and drop are those of its first frame."""
-        if len(x0) % self.num_frames:
+        """Return ``frames``, (B, 1 + C, F, h, w), of clips x0, (B, C, F, h, w)."""
+        if x0.ndim != 5 or x0.shape[2] <= self.max_context:
             raise ValueError(
-                f"a batch of {len(x0)} frames is no number of whole clips of {self.num_frames}; set data.batch_size "
-                f"to a multiple of {self.num_frames} for each process and accumulation step"
+                f"conditioners.frames: got x0 of shape {tuple(x0.shape)}; expected clips of more than max_context "
+                f"{self.max_context} frames, (clips, channels, frames, height, width)"
             )
-        given = torch.zeros(len(x0), 1, *[1] * (x0.ndim - 2))
-        for first in range(0, len(x0), self.num_frames):
-            count = int(torch.randint(self.max_context + 1, (), generator=draws[first]))
-            given[first : first + (0 if dropped[first] else count)] = 1
-        given = given.to(x0)
-        return {"frames": torch.cat([given.expand(-1, 1, *x0.shape[2:]), given * x0], 1)}
+        counts = [
+            0 if drop else int(torch.randint(self.max_context + 1, (), generator=draw))
+            for drop, draw in zip(dropped, draws, strict=True)
+        ]
+        given = torch.arange(x0.shape[2]) < torch.tensor(counts)[:, None]
+        given = given[:, None, :, None, None].to(x0)
+        return {"frames": torch.cat([given.expand(-1, -1, -1, *x0.shape[3:]), given * x0], 1)}
 
     def remember(self, data: EncodedData) -> None:
         """Keep nothing: no network computes the inputs."""

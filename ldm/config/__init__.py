@@ -21,6 +21,7 @@ from .schema import (
     SpaceConfig,
     StageConfig,
     SystemConfig,
+    TemporalConfig,
     ValidationConfig,
 )
 
@@ -46,5 +47,6 @@ __all__ = [
     "SpaceConfig",
     "StageConfig",
     "SystemConfig",
+    "TemporalConfig",
     "ValidationConfig",
 ]

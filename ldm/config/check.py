@@ -25,6 +25,7 @@ from ldm.config import (
     SpaceConfig,
     StageConfig,
     SystemConfig,
+    TemporalConfig,
     ValidationConfig,
 )
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
@@ -74,6 +75,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     DataConfig: {
         "image_size": PIXELS,
         "crop_size": PIXELS,
+        "num_frames": Numbers(2, 2**16),
         "limit": COUNT,
         "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
         "batch_size": Numbers(1, 2**20),
@@ -86,7 +88,8 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
     ImageConfig: {"dropout": SHARE},
     LowResConfig: {"image_size": PIXELS, "blur": Numbers(0, 100), "noise_timesteps": Numbers(0, 1000)},
-    FramesConfig: {"num_frames": Numbers(2, 2**20), "max_context": COUNT, "dropout": SHARE},
+    FramesConfig: {"max_context": COUNT, "dropout": SHARE},
+    TemporalConfig: {"head_dim": Numbers(1, 4096)},
     ConditionersConfig: {},
     ObjectiveConfig: {
         "num_train_timesteps": Numbers(1, 10**6),
@@ -227,16 +230,20 @@ def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
         yield f"{path}.background: got {colour}; expected a colour that PIL knows, such as white or #ffffff"
     if config.crop_size is not None and config.crop_size > config.image_size:
         yield f"{path}.crop_size: got {config.crop_size}; expected at most image_size, {config.image_size}"
+    clips = config.source == "openmoji_clips"
+    if config.items == "frames" and not clips:
+        yield f"{path}.items: got frames of data.source {config.source}, whose items are images; expected all"
+    if clips and config.languages != ("en",):
+        yield f"{path}.languages: got {', '.join(config.languages)}; expected en: the words of motions are English"
+    if clips and config.flip:
+        yield f"{path}.flip: got true; expected false: captions of openmoji_clips say left and right"
+    if config.groups and config.source not in ("openmoji", "openmoji_clips"):
+        yield f"{path}.groups: got groups of data.source {config.source}; expected none: they are openmoji's"
 
 
 def _text_contradictions(config: TextConfig, path: str) -> Iterator[str]:
     if config.dtype is not None and (config.train or config.pretrained is None):
         yield f"{path}.dtype: got {config.dtype}; expected null, or a pretrained encoder with train false"
-
-
-def _frames_contradictions(config: FramesConfig, path: str) -> Iterator[str]:
-    if config.max_context >= config.num_frames:
-        yield f"{path}.max_context: got {config.max_context} of num_frames {config.num_frames}; expected fewer"
 
 
 def _run_contradictions(config: RunConfig, path: str) -> Iterator[str]:
@@ -283,8 +290,7 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
             f"data.crop_size: got {crop}, whose share of data.image_size {size} is no whole number of the "
             f"{small.image_size} pixels of conditioners.low_res.image_size"
         )
-    if config.conditioners.frames:
-        yield from _indivisible(config, "conditioners.frames.num_frames", config.conditioners.frames.num_frames)
+    yield from _clip_stage_contradictions(config)
     most, steps = config.objective.num_train_timesteps, config.validation.num_inference_steps
     if steps > most:
         yield f"validation.num_inference_steps: got {steps}; expected at most objective.num_train_timesteps, {most}"
@@ -316,12 +322,34 @@ def _stage_contradictions(config: StageConfig, path: str) -> Iterator[str]:
         yield "snapshot_sigma_rels: got none; expected one or more for snapshot_every_steps, usually [0.05, 0.1]"
 
 
+def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
+    frames, data = config.conditioners.frames, config.data
+    if data.clips and config.temporal is None:
+        yield "temporal: got null for clips; expected settings of temporal layers, {} at least, or data.items: frames"
+    if config.temporal is not None and not data.clips:
+        yield f"temporal: got settings for data.source {data.source} of images; expected null, or data of clips"
+    if frames is not None and not data.clips:
+        yield f"conditioners.frames: got settings for data.source {data.source} of images; expected null"
+    if frames is not None and frames.max_context >= data.num_frames:
+        yield (
+            f"conditioners.frames.max_context: got {frames.max_context} of data.num_frames {data.num_frames}; expected "
+            "fewer"
+        )
+
+
+def _autoencoder_contradictions(config: AutoencoderConfig, path: str) -> Iterator[str]:
+    if config.data.clips:
+        yield "data.items: got all, clips; expected frames: an autoencoder is trained on images"
+
+
 def _clip_contradictions(config: ClipConfig, path: str) -> Iterator[str]:
     if (parts := config.loop.gradient_accumulation_steps) != 1:
         yield (
             f"loop.gradient_accumulation_steps: got {parts}; expected 1: each image is compared with all captions of "
             "its batch, so parts of a batch have another loss; for larger batches use several processes"
         )
+    if config.data.clips:
+        yield "data.items: got all, clips; expected frames: a CLIP is trained on images"
     if config.data.crop_size is not None:
         yield "data.crop_size: got a size; expected null: captions are of whole images; see contrastive.smallest_crop"
     if config.data.batch_size < 2:
@@ -348,9 +376,9 @@ def _indivisible(config: RunConfig, name: str, part: int) -> Iterator[str]:
 CONTRADICTIONS: dict[type[Any], Callable[[Any, str], Iterator[str]]] = {
     DataConfig: _data_contradictions,
     TextConfig: _text_contradictions,
-    FramesConfig: _frames_contradictions,
     RunConfig: _run_contradictions,
     StageConfig: _stage_contradictions,
+    AutoencoderConfig: _autoencoder_contradictions,
     ClipConfig: _clip_contradictions,
     SystemConfig: _system_contradictions,
 }

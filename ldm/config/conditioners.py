@@ -75,8 +75,6 @@ class LowResConfig:
 class FramesConfig:
     """The first frames of each clip, as C more input channels, and one more that marks them."""
 
-    num_frames: int
-    """Frames of a clip; ``data.batch_size`` counts frames."""
     max_context: int = 1
     """Largest number of frames that are given."""
     dropout: float = 0.1

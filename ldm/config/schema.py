@@ -1,7 +1,7 @@
 """The fields of a run's config: one frozen dataclass for each part.
 
-Nothing here computes but `StageConfig.sampled_size`. `ldm.config.file` reads and checks them; each part of a run is
-built from its own dataclass.
+Nothing here computes but a few properties that follow from several fields. `ldm.config.file` reads and checks them;
+each part of a run is built from its own dataclass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ldm.config.conditioners import ConditionersConfig, Network
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
-SourceName = Literal["openmoji", "imagefolder", "parquet", "dataset"]
+SourceName = Literal["openmoji", "openmoji_clips", "imagefolder", "parquet", "dataset"]
 
 
 class DataOptions(TypedDict, total=False):
@@ -33,6 +33,12 @@ class DataOptions(TypedDict, total=False):
     """Colour under transparent pixels."""
     languages: tuple[str, ...]
     """Caption languages of openmoji."""
+    groups: tuple[str, ...]
+    """Unicode's groups of emoji that are taken of openmoji, such as Food & Drink; (): all images."""
+    items: Literal["all", "frames"]
+    """Items of clips: all, the clips; or frames, each frame as an image."""
+    num_frames: int
+    """Frames of a clip."""
     limit: int | None
     """Number of images that are kept; null: all."""
     held_out: dict[str, str]
@@ -47,7 +53,7 @@ class DataConfig:
 
     source: SourceName = "openmoji"
     path: str | None = None
-    """Folder, Parquet file or data set name; not used by openmoji."""
+    """Folder, Parquet file or data set name; not used by openmoji and openmoji_clips."""
     split: str = "train"
     """Split to read, one of those that `datasets` finds; our own train/validation/test split is made from it. If the
     names of folders and files define no splits, all data is train."""
@@ -73,6 +79,13 @@ class DataConfig:
     """Colour under transparent pixels (any PIL colour)."""
     languages: tuple[str, ...] = ("en",)
     """Caption languages of openmoji; several: one is chosen at random each time an image is loaded."""
+    groups: tuple[str, ...] = ()
+    """Unicode's groups of emoji that are taken of openmoji and openmoji_clips, without skin tones, such as Food &
+    Drink; empty: all images."""
+    num_frames: int = 8
+    """Frames of each clip; not used where items are images."""
+    items: Literal["all", "frames"] = "all"
+    """Of clips: all, each clip is a sample; frames, each frame is a sample, an image with the caption of its clip."""
     flip: bool = False
     """Mirror half of the images; only right where captions and images have no left and right."""
     limit: int | None = None
@@ -82,6 +95,9 @@ class DataConfig:
     held_out_percent: float = 2.0
     """Without `held_out`: percent of the images for validation, and as many for test, by pixel hash. Above 0, at least
     one image is for validation; with 0 and no `held_out` nothing can be trained."""
+    balance: Literal["items", "subjects", "classes"] = "items"
+    """An epoch of training has one sample of each item; or one of each subject, for openmoji a person in all skin tones
+    and every thing alike; or one of each class of `class_column`. Items that share one take turns."""
     batch_size: int = 64
     """Images per optimiser step, over all processes and accumulation steps."""
     workers: int = 0
@@ -90,6 +106,11 @@ class DataConfig:
     """The run ends if a loader process takes longer than this for a batch."""
     cache: bool = True
     """Cache the outputs of frozen networks for each image and caption (latents, prompt embeddings)."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether the items are clips, and not images."""
+        return self.source == "openmoji_clips" and self.items == "all"
 
 
 @dataclass(frozen=True)
@@ -280,6 +301,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class TemporalConfig:
+    """Temporal layers, which make a denoiser of clips of one of images (`ldm.models.temporal`)."""
+
+    head_dim: int = 32
+    """Width of an attention head in them."""
+    freeze_image_layers: bool = True
+    """Train the temporal layers alone; false: the layers of the image network with them."""
+
+
+@dataclass(frozen=True)
 class StageConfig(RunConfig):
     """A diffusion stage: space + denoiser + objective + conditioners."""
 
@@ -291,6 +322,9 @@ class StageConfig(RunConfig):
     snapshot_sigma_rels: tuple[float, ...] = (0.05, 0.10)
     """Lengths of these averages, as shares of the training. Each needs one more copy of the trained weights, in memory
     and in every snapshot."""
+    temporal: TemporalConfig | None = None
+    """Temporal layers over `denoiser`, a UNet2DConditionModel of images, or the settings of those that a pretrained one
+    has; null: a model of images."""
     space: SpaceConfig = field(default_factory=SpaceConfig)
     conditioners: ConditionersConfig = field(default_factory=ConditionersConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -19,9 +19,10 @@ from ldm.config import DataConfig
 from ldm.data.cache import CachedCaptions, CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
-from ldm.data.positions import generator, sample_index
+from ldm.data.positions import draw_key, generator, sample_index
 from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_images
+from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
@@ -31,7 +32,10 @@ View = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned image at one position: pixels (3, H, W) in [-1, 1], ``mean`` and ``std`` of x0, or both."""
+    """One captioned item at one position: pixels in [-1, 1], ``mean`` and ``std`` of x0, or both.
+
+    Pixels are (3, H, W), of a clip (F, 3, H, W).
+    """
 
     position: int
     row: int
@@ -91,22 +95,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class CaptionedImages:
-    """The images of a source at one size, and their split."""
+    """The images, or clips, of a source at one size, and their split."""
 
     def __init__(self, source: Source, config: DataConfig):
         self.source, self.config = source, config
 
     def image(self, row: int) -> Image.Image:
-        """Return image `row` of the source in RGB, resized and cropped for training."""
-        return resize_and_crop(self._rgb(row), self.config.image_size)
+        """Return image `row` of the source in RGB, resized and cropped for training; of a clip the middle frame."""
+        return self._sized(self.source.image(row))
 
-    def _rgb(self, row: int) -> Image.Image:
-        return to_rgb(self.source.image(row), self.config.background)
+    def _sized(self, image: Image.Image) -> Image.Image:
+        return resize_and_crop(to_rgb(image, self.config.background), self.config.image_size)
 
     def pixel_values(self, row: int, mirrored: bool = False) -> Tensor:
-        """Return image `row` of the source, (3, H, W) in [-1, 1]."""
-        values = to_pixel_values(self.image(row))
-        return values.flip(2) if mirrored else values
+        """Return item `row` of the source in [-1, 1]: (3, H, W) of an image, (F, 3, H, W) of a clip."""
+        frames = torch.stack([to_pixel_values(self._sized(frame)) for frame in self.source.item(row)])
+        values = frames[0] if self.source.num_frames is None else frames
+        return values.flip(-1) if mirrored else values
 
     @cached_property
     def hashes(self) -> list[str]:
@@ -126,7 +131,7 @@ class CaptionedImages:
     def splits(self) -> Splits:
         """Train, validation and test images; see `split_images`."""
         held_out, percent, limit = self.config.held_out, self.config.held_out_percent, self.config.limit
-        return split_images(self.hashes, self.source.all_captions, held_out, percent, limit)
+        return split_images(self.hashes, self.source.all_captions, held_out, percent, limit, self.source.origins)
 
     def gallery(self) -> tuple[NDArray[np.uint8], list[int]]:
         """Return the distinct images, (M, S, S, 3) uint8, and the index in them of each image of the source."""
@@ -167,7 +172,10 @@ class CaptionedImages:
         return {self.hashes[row] for split in splits for row in self.splits[split]}
 
     def first_images(self, split: str, count: int) -> Tensor:
-        """Return up to `count` images of a split, (N, 3, H, W), in the order of their hashes: a random choice."""
+        """Return up to `count` items of a split, (N, 3, H, W), in the order of their hashes: a random choice.
+
+        Of clips: (N, F, 3, H, W).
+        """
         rows = sorted(self.splits[split], key=lambda row: self.hashes[row])[:count]
         return torch.stack([self.pixel_values(row) for row in rows])
 
@@ -249,17 +257,20 @@ class PositionDataset(Dataset[Sample]):
         self.with_pixels = with_pixels or encoded is None
         self.crop_size = images.config.crop_size if split == "train" else None
         self.rows = images.splits.filled(split)
+        self._alike = _alike(images, self.rows) if split == "train" else [[row] for row in self.rows]
         without = sum(not images.source.captions(row) for row in self.rows)
         if without:
             log.warning("%d of %d images have no caption; they train unconditionally", without, len(self.rows))
 
     def __len__(self) -> int:
-        """Return the number of samples in an epoch."""
-        return len(self.rows)
+        """Return the number of samples in an epoch: one of each item, or with ``data.balance`` of each kind."""
+        return len(self._alike)
 
     def row(self, position: int) -> int:
-        """Return the row of the image at any position >= 0."""
-        return self.rows[sample_index(self.seed, position, len(self.rows))]
+        """Return the row of the item at any position >= 0; those of one kind take turns, one in an epoch."""
+        kind, epoch = sample_index(self.seed, position, len(self)), position // len(self)
+        rows = self._alike[kind]
+        return rows[(epoch + draw_key(self.seed, kind, "turn")) % len(rows)]
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at any position >= 0."""
@@ -280,7 +291,27 @@ class PositionDataset(Dataset[Sample]):
             return whole
         left = whole.shape[-1] - size
         top, side = torch.randint(left + 1, (2,), generator=generator(self.seed, position, "crop")).tolist()
-        return whole[:, top : top + size, side : side + size]
+        return whole[..., top : top + size, side : side + size]
+
+
+def _alike(images: CaptionedImages, rows: Sequence[int]) -> list[list[int]]:
+    """Return the rows by kind, as ``data.balance`` says; ConfigError if the data have no such kinds."""
+    source = images.source
+    match images.config.balance:
+        case "items":
+            return [[row] for row in rows]
+        case "subjects":
+            if source.subjects is None:
+                raise ConfigError("data.balance: got subjects, and the data have none; expected items, or classes")
+            kinds: Sequence[object] = [source.subjects[row] for row in rows]
+        case "classes":
+            kinds = [source.class_label(row) for row in rows]
+            if set(kinds) == {None}:
+                raise ConfigError("data.balance: got classes, and the data have none; name them in data.class_column")
+    members: dict[object, list[int]] = {}
+    for row, kind in zip(rows, kinds, strict=True):
+        members.setdefault(kind, []).append(row)
+    return [*members.values()]
 
 
 def fixed_batch(dataset: PositionDataset, count: int) -> Batch:

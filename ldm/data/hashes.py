@@ -11,6 +11,7 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ldm.data.cache import CachedRows
+from ldm.data.content_hashes import joint_hash
 from ldm.data.headers import ImageError, image_errors
 from ldm.data.pixels import READING, to_rgb
 from ldm.data.sources import Source
@@ -26,18 +27,22 @@ def pixel_digest(image: Image.Image) -> bytes:
 
 
 def pixel_hashes(source: Source, background: str) -> list[str | None]:
-    """Return `pixel_digest` of each image in hex, None for an image that cannot be decoded; cached."""
+    """Return `pixel_digest` of each item in hex, None for one that cannot be decoded; cached.
+
+    That of a clip is a hash of those of its frames.
+    """
 
     def compute(rows: range) -> dict[str, Tensor]:
         return {"hash": torch.stack([torch.tensor(list(digest(row)), dtype=torch.uint8) for row in rows])}
 
     def digest(row: int) -> bytes:
         try:
-            image = source.image(row)
+            frames = source.item(row)
             with image_errors():
-                return pixel_digest(to_rgb(image, background))
+                digests = [pixel_digest(to_rgb(frame, background)) for frame in frames]
         except ImageError:
             return bytes(DIGEST_SIZE)
+        return digests[0] if len(digests) == 1 else joint_hash(digests)
 
     ImageColor.getrgb(background)  # a wrong colour is one error, not one for each image
     cached = CachedRows("pixel-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)

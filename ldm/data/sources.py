@@ -1,4 +1,4 @@
-"""Sources of captioned images: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
+"""Sources of captioned images and clips: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,32 @@ from PIL import Image
 from ldm.config import DataConfig, SourceName
 from ldm.config.places import pinned
 from ldm.data import layout
+from ldm.data.clips import OpenMojiClips
 from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.folder import FolderRows
+from ldm.data.items import Frames
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
 from ldm.errors import ConfigError, explained
 
+OWN: tuple[SourceName, ...] = ("openmoji", "openmoji_clips")
+"""Sources that are made from installed packages, and have no path."""
+
 
 class Source(Protocol):
-    """Captioned images by index."""
+    """Captioned items by index: images, or clips of several frames."""
+
+    @property
+    def num_frames(self) -> int | None:
+        """Return the frames of each item; None: items are images."""
+
+    @property
+    def origins(self) -> Sequence[str] | None:
+        """Return the name of what each item was made of: items of one share a split by hash. None: each has its own."""
+
+    @property
+    def subjects(self) -> Sequence[str] | None:
+        """Return the name of what each item shows, for ``data.balance``; None: it is not known."""
 
     @property
     def fingerprint(self) -> str:
@@ -32,13 +49,16 @@ class Source(Protocol):
         """Return a name of each image that does not depend on the last bits of its pixels; None: there are none."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of items."""
+
+    def item(self, index: int) -> Sequence[Image.Image]:
+        """Return the frames of an item in the order of time, in their own mode: one of an image."""
 
     def image(self, index: int) -> Image.Image:
-        """Return an image in its own mode."""
+        """Return an image in its own mode; of a clip the middle frame, which stands for it in galleries."""
 
     def captions(self, index: int) -> Sequence[str]:
-        """Return the captions that an image is trained with, possibly none."""
+        """Return the captions that an item is trained with, possibly none."""
 
     def all_captions(self, index: int) -> Sequence[str]:
         """Return every caption of an image, also in other languages: lists of held-out captions match any of them."""
@@ -52,13 +72,20 @@ class Subset:
 
     def __init__(self, source: Source, rows: Sequence[int]):
         self._source, self._rows = source, rows
+        self.num_frames = source.num_frames
         self.names = None if source.names is None else [source.names[row] for row in rows]
+        self.origins = None if source.origins is None else [source.origins[row] for row in rows]
+        self.subjects = None if source.subjects is None else [source.subjects[row] for row in rows]
         kept = blake2b(",".join(map(str, rows)).encode(), digest_size=8).hexdigest()
         self.fingerprint = f"{source.fingerprint}-{kept}"
 
     def __len__(self) -> int:
         """Return the number of rows that are left."""
         return len(self._rows)
+
+    def item(self, index: int) -> Sequence[Image.Image]:
+        """Return the frames of an item."""
+        return self._source.item(self._rows[index])
 
     def image(self, index: int) -> Image.Image:
         """Return an image in its own mode."""
@@ -78,9 +105,15 @@ class Subset:
 
 
 def build_source(config: DataConfig) -> Source:
-    """Return the images that `config` names."""
-    if config.source == "openmoji":
-        return OpenMoji(config.image_size, config.languages, config.class_column)
+    """Return the items that `config` names."""
+    source = _named(config)
+    return Frames(source) if config.items == "frames" else source
+
+
+def _named(config: DataConfig) -> Source:
+    if config.source in OWN:
+        images = OpenMoji(config.image_size, config.languages, config.class_column, config.groups)
+        return images if config.source == "openmoji" else OpenMojiClips(images, config.num_frames)
     if config.path is None:
         raise ConfigError(f"data.path: required with data.source {config.source}")
     columns = config.image_column, config.caption_column, config.class_column
@@ -125,11 +158,11 @@ def _table(source: str, path: str, split: str) -> tuple[Any, dict[str, Any]]:
 def source_config(data: str, source: SourceName | None = None, **more: Any) -> DataConfig:
     """Return the config of `data`, with the fields `more`; `source` None: it is recognised.
 
-    `data` is "openmoji", a folder of images with a metadata file, a Parquet file or a folder of them, a folder that
+    `data` is one of `OWN`, a folder of images with a metadata file, a Parquet file or a folder of them, a folder that
     `datasets` saved, or the name of a data set on the Hub.
     """
+    if source is None and data in OWN:
+        source = data
     if source is not None:
-        return DataConfig(source=source, path=None if source == "openmoji" else data, **more)
-    if data == "openmoji":
-        return DataConfig(**more)
+        return DataConfig(source=source, path=None if source in OWN else data, **more)
     return DataConfig(source=layout.source_of(data), path=data, **more)

@@ -43,12 +43,14 @@ def split_images(
     held_out: Mapping[str, str],
     held_out_percent: float,
     limit: int | None = None,
+    origins: Sequence[str] | None = None,
 ) -> Splits:
-    """Return the splits of images with these pixel `hashes`; images of equal pixels always share a split.
+    """Return the splits of items with these pixel `hashes`; items of equal pixels always share a split.
 
     `held_out` maps "validation" and "test" to files of captions, one a line. Every image with such a caption, in any
     language, goes to that split, and every image with equal pixels too. Without it, `held_out_percent` of the images
-    go to each of the two by their hash, so that a growing data set never moves an image.
+    go to each of the two by their hash, so that a growing data set never moves an image. Then items of one of the
+    `origins` (`Source.origins`) share a split too: the hash of the origin's name decides.
 
     If this leaves no image for validation and two or more for training, one training image is moved to validation and
     this is logged: the one nearest to validation by its hash. When the set grows, it may go back to training, and
@@ -63,7 +65,8 @@ def split_images(
     if held_out:
         owner = _by_caption(hashes, all_captions, held_out)
     else:
-        owner = {value: _by_hash(value, held_out_percent) for value in set(hashes)}
+        decides = dict(zip(hashes, hashes if origins is None else origins, strict=True))
+        owner = {value: _by_hash(one, held_out_percent) for value, one in decides.items()}
         if held_out_percent > 0:
             _hold_one_out(owner, {hashes[index] for index in kept}, held_out_percent)
     members: dict[str, list[int]] = {name: [] for name in SPLITS}

@@ -1,4 +1,4 @@
-"""The samples of a stage, images or image embeddings: sampled, shown as images, and looked up among the true ones."""
+"""The samples of a stage, images, clips or embeddings: sampled, shown as images, and looked up among the true ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.pixels import to_uint8
 from ldm.evaluation.images import pixel_values
 from ldm.evaluation.measure import Indices
-from ldm.evaluation.retrieval import Distances, feature_distances, ranks_among, retrieval_ranks
-from ldm.evaluation.sampling import sample_embeds, sample_images
+from ldm.evaluation.retrieval import Distances, feature_distances, pixel_distances, ranks_among, retrieval_ranks
+from ldm.evaluation.sampling import sample_clips, sample_embeds, sample_images
 from ldm.models.resolution import shrunk
 from ldm.models.vision import Images
 
@@ -138,9 +138,60 @@ class EmbedSamples:
         return feature_distances(sampled, self._gallery[1])
 
 
+class ClipSamples:
+    """Clips, shown as strips of their frames; the middle frame is looked up, and a subject counts, not its motion."""
+
+    def __init__(self, images: CaptionedImages, space: Any, image_size: int):
+        self.images, self.image_size, self.sample = images, image_size, sample_clips
+
+    @cached_property
+    def _gallery(self) -> tuple[Images, NDArray[np.intp]]:
+        """The middle frame of each clip, and the place of what it was made of."""
+        origins = self.images.source.origins or self.images.hashes
+        place = {origin: number for number, origin in enumerate(dict.fromkeys(origins))}
+        shown = np.stack([np.asarray(self.images.image(row)) for row in range(len(origins))])
+        return resized(shown, self.image_size), np.array([place[origin] for origin in origins])
+
+    @property
+    def places(self) -> Sequence[int]:
+        """The place of what each clip was made of."""
+        return [int(place) for place in self._gallery[1]]
+
+    def fault(self, sampled: Sampled) -> str | None:
+        """Return what is wrong with the shape of samples."""
+        found, wanted = sampled.shape[1:4], (self.images.config.num_frames, *[self.image_size] * 2)
+        return None if found == wanted else f"denoiser.sample_size: clips of {found} are sampled, expected {wanted}"
+
+    def true(self, rows: Sequence[int]) -> Images:
+        """Return the strips of clips of the data."""
+        return strips(np.stack([to_uint8(self.images.pixel_values(row)).numpy() for row in rows]))
+
+    def shown(self, sampled: Sampled) -> Images:
+        """Return the strips of samples."""
+        return strips(sampled)
+
+    def ranks(self, sampled: Sampled, places: Indices) -> Indices:
+        """Return the rank of what each sample was to show, by `pixel_distances` of the middle frames."""
+        gallery, made_of = self._gallery
+        every = pixel_distances(sampled[:, sampled.shape[1] // 2], gallery)
+        nearest = np.stack([every[:, made_of == place].min(1) for place in range(made_of.max() + 1)], 1)
+        return ranks_among(nearest, places)
+
+    def difference(self, one: Sampled, other: Sampled) -> float:
+        """Return the greatest difference in levels of 255."""
+        return float(abs(one.astype(int) - other.astype(int)).max())
+
+
+def strips(clips: Sampled) -> Images:
+    """Return clips (N, F, H, W, 3) as images (N, H, F * W, 3), the frames side by side."""
+    count, frames, height, width, channels = clips.shape
+    return clips.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)
+
+
 SAMPLES: Mapping[str, Callable[[CaptionedImages, Any, int], Samples]] = {
     "images": ImageSamples,
     "image_embeds": EmbedSamples,
+    "frames": ClipSamples,
 }
 """By `ldm.export.kinds.PipelineKind.samples`; the arguments: the data, the stage's space, the size of its images."""
 

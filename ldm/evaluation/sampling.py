@@ -36,6 +36,14 @@ def sample_images(
     return (images * 255).round().astype(np.uint8)
 
 
+def sample_clips(
+    pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, also: Mapping[str, Sequence[Any]] = {}, **call: Any
+) -> Images:
+    """Return one clip per prompt, (N, F, H, W, 3) uint8, of a pipeline of clips; else as `sample_images`."""
+    clips = _sampled(pipeline, prompts, seed, asked, also, "frames", output_type="np", **call)
+    return (clips * 255).round().astype(np.uint8)
+
+
 def sample_embeds(
     pipeline: Any, prompts: Sequence[Any], seed: int, asked: str, also: Mapping[str, Sequence[Any]] = {}, **call: Any
 ) -> NDArray[np.float32]:

@@ -30,7 +30,11 @@ CARD = "README.md"
 EVALUATION_MARKS = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 """Comments around the part of a card that `ldm evaluate` writes."""
 EVALUATION = re.compile("{0}(?:(?!{0}).)*?{1}".format(*EVALUATION_MARKS), re.DOTALL)
-KNOWN_DATA = {"openmoji": ("[OpenMoji](https://openmoji.org)", "CC BY-SA 4.0")}
+OPENMOJI = "[OpenMoji](https://openmoji.org)"
+KNOWN_DATA = {
+    "openmoji": (OPENMOJI, "CC BY-SA 4.0"),
+    "openmoji_clips": (f"clips of {OPENMOJI} images that move", "CC BY-SA 4.0"),
+}
 """Name and licence of the images of a source whose data are always the same."""
 HUB_LICENCES = {
     *("mit", "apache-2.0", "unlicense", "cc", "cc0-1.0", "pddl", "odc-by", "odbl"),

@@ -34,6 +34,16 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "seeds": "seeds",
         "sheet": "Some images, which are not related to the true ones beneath them",
     },
+    "video": {
+        "title": "Text to video",
+        "about": "A latent diffusion model that samples clips of {size} x {size} pixels from captions.",
+        "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
+        "use": "from diffusers.utils import export_to_gif\n\nframes = pipe({call}).frames[0]\n"
+        'export_to_gif(frames, "clip.gif", fps=8)',
+        "one": "middle frame of the generated clip",
+        "seeds": "guidance {guidance} and seeds",
+        "sheet": "Captions of clips of the validation split, the frames side by side",
+    },
     "prior": {
         "title": "Prior",
         "about": "A prior: it predicts the CLIP embedding of an image from a caption, for the decoder of unCLIP.",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import diffusers
 import torch
-from diffusers import PriorTransformer
+from diffusers import PriorTransformer, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import LabelEmbedding
@@ -22,11 +22,13 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ldm.config import TemporalConfig
 from ldm.config.places import pinned
 from ldm.errors import ConfigError, explained
 from ldm.machine import memory_bytes
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
+from ldm.models.temporal import VideoUNet
 
 N = TypeVar("N", bound=nn.Module)
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
@@ -36,6 +38,7 @@ DENOISERS = (
     "PriorTransformer",
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
+    "VideoUNet",
 )
 COMPONENTS = {
     **dict.fromkeys(("vae", "movq", "vqvae"), AUTOENCODERS),
@@ -68,7 +71,7 @@ def build_network(
             name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
     if name not in classes:
         raise ConfigError(f"{where}._class_name: got {name!r}; choose from {', '.join(classes)}")
-    kind = getattr(diffusers, name)
+    kind = VideoUNet if name == "VideoUNet" else getattr(diffusers, name)
     if folder is not None:
         with explained(where):
             refuse_strange_shards(Path(folder, keys.get("subfolder") or ""))
@@ -132,6 +135,27 @@ def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
                     nn.init.normal_(token, std=TOKEN_STD)
     if fresh:
         zero_tails(denoiser)
+
+
+def with_temporal_layers(denoiser: nn.Module, config: TemporalConfig) -> VideoUNet:
+    """Return a denoiser of clips: `denoiser` with new temporal layers, or as it is if it has them.
+
+    The layers of the image network are frozen if the config says so.
+    """
+    found: VideoUNet
+    if isinstance(denoiser, VideoUNet):
+        found = denoiser
+        if (width := found.config.temporal_head_dim) != config.head_dim:
+            raise ConfigError(f"temporal.head_dim: got {config.head_dim}; expected {width}, as in denoiser")
+    elif isinstance(denoiser, UNet2DConditionModel):
+        with explained("temporal"):
+            found = VideoUNet.over(denoiser, temporal_head_dim=config.head_dim)
+    else:
+        raise ConfigError(f"temporal: a {type(denoiser).__name__} takes none; expected a UNet2DConditionModel")
+    if config.freeze_image_layers:
+        found.requires_grad_(False)
+        found.temporal.requires_grad_(True)
+    return found
 
 
 def keep_statistics(denoiser: Any, mean: Tensor, std: Tensor) -> None:

@@ -54,8 +54,7 @@ def diffusion_recipe(
     validation = Validation(config, images, step, pipeline, samples, run)
 
     def rehearse_all() -> None:
-        frames = config.conditioners.frames
-        batch = first_batch(images, frames.num_frames if frames else 2)
+        batch = first_batch(images, 2)
         rehearse(step, batch, f"{FIELDS}, data.image_size {config.data.image_size}")
         validation.rehearse()
 

@@ -50,7 +50,7 @@ def first_batch(images: CaptionedImages, count: int) -> Batch:
     captions = [next(iter(images.source.captions(row)), "") for row in rows]
     return collate(
         [
-            Sample(position, row, caption, images.source.class_label(row), images.pixel_values(row)[:, :size, :size])
+            Sample(position, row, caption, images.source.class_label(row), images.pixel_values(row)[..., :size, :size])
             for position, (row, caption) in enumerate(zip(rows, captions, strict=True))
         ]
     )

@@ -1,0 +1,233 @@
+"""Temporal layers between the layers of an image network, which stays as it is (Blattmann et al. 2023, section 3.1).
+
+This file is saved beside the weights, and imports nothing but torch and diffusers.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+ALPHA = 0.9
+"""Share of the image layer's output before training. At 1 the temporal layer would get no gradient."""
+
+
+@dataclass
+class Clip:
+    """The clip that a network computes just now; it is no part of the network and is not copied with it."""
+
+    num_frames: int = 1
+    states: Tensor | None = None
+    """The text states, (B, L, D), one row for each clip."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Clip":
+        """Return a new one: tensors of a graph cannot be copied."""
+        return Clip()
+
+
+class TemporalConvolution(nn.Module):
+    """A residual branch of two convolutions over time, 3 x 1 x 1; zero before training."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.GroupNorm(groups, channels) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(2))
+        _zero(self.conv2)
+
+    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
+        """Return the branch of frames, (B * F, C, h, w), each beside the frames of its clip."""
+        x = frames.view(-1, clip.num_frames, *frames.shape[1:]).transpose(1, 2)  # (B, C, F, h, w)
+        x = self.conv1(nn.functional.silu(self.norm1(x)))
+        x = self.conv2(nn.functional.silu(self.norm2(x)))
+        return cast(Tensor, x.transpose(1, 2).flatten(0, 1))
+
+
+class TemporalAttention(nn.Module):
+    """A residual branch: each place attends to itself in the other frames, then to the text; zero before training."""
+
+    def __init__(self, channels: int, groups: int, head_dim: int, states_dim: int):
+        super().__init__()
+        heads = max(1, channels // head_dim)
+        sizes = {"heads": heads, "dim_head": channels // heads}
+        self.norm = nn.GroupNorm(groups, channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.time = Attention(channels, **sizes)
+        self.text = Attention(channels, cross_attention_dim=states_dim, **sizes)
+        self.feed_forward = FeedForward(channels, activation_fn="geglu")
+        self.proj_out = nn.Linear(channels, channels)
+        _zero(self.proj_out)
+
+    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
+        """Return the branch of frames, (B * F, C, h, w), each beside the frames of its clip."""
+        count, channels, height, width = frames.shape
+        batch, num_frames = count // clip.num_frames, clip.num_frames
+        x = self.norm(frames).unflatten(0, (batch, num_frames)).permute(0, 3, 4, 1, 2)  # (B, h, w, F, C)
+        x = x.reshape(-1, num_frames, channels) + frame_positions(num_frames, channels).to(x)
+        x = x + self.time(self.norm1(x))
+        x = x.reshape(batch, -1, channels)  # the text is read once for each clip
+        x = x + self.text(self.norm2(x), encoder_hidden_states=clip.states)
+        x = self.proj_out(x + self.feed_forward(self.norm3(x)))
+        x = x.reshape(batch, height, width, num_frames, channels).permute(0, 3, 4, 1, 2)
+        return cast(Tensor, x.reshape(frames.shape))
+
+
+class Mixed(nn.Module):
+    """An image layer's output z mixed with a temporal layer's: ``alpha z + (1 - alpha) l(z)``, alpha in [0, 1].
+
+    As l(z) is z plus a branch that is zero before training, the sum is then z to the last bit, for any alpha, and the
+    branch has a gradient.
+    """
+
+    def __init__(self, branch: nn.Module):
+        super().__init__()
+        self.branch = branch
+        self.alpha = nn.Parameter(torch.tensor(ALPHA))
+
+    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
+        """Return the mixture for frames, (B * F, C, h, w)."""
+        return cast(Tensor, frames + (1 - self.alpha.clamp(0, 1)) * self.branch(frames, clip))
+
+
+def frame_positions(num_frames: int, channels: int) -> Tensor:
+    """Return sinusoidal positions of the frames, (F, C) (Vaswani et al. 2017, section 3.5)."""
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(0, channels, 2) / channels)
+    angles = torch.arange(num_frames)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :channels]
+
+
+def attach(network: nn.Module, clip: Clip, made: Callable[[nn.Module], nn.Module | None]) -> nn.ModuleDict:
+    """Return the temporal layers that `made` returns for layers of `network`, each called after its layer from now on.
+
+    The keys are the paths of the layers, with "-" for ".". Nothing of the network changes: each layer gets a hook.
+    For single images, ``clip.num_frames`` 1, the hooks do nothing.
+    """
+    layers = nn.ModuleDict()
+    for name, module in [*network.named_modules()]:
+        if (branch := made(module)) is not None:
+            key = name.replace(".", "-")
+            layers[key] = Mixed(branch)
+            module.register_forward_hook(partial(_after, layers, key, clip))
+    return layers
+
+
+def _after(layers: nn.ModuleDict, key: str, clip: Clip, module: nn.Module, given: Any, output: Any) -> Any:
+    """Return a layer's output, a tensor or a tuple of one, as its temporal layer changes it."""
+    if clip.num_frames == 1:
+        return output
+    if isinstance(output, tuple):
+        return layers[key](output[0], clip), *output[1:]
+    return layers[key](output, clip)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def with_arguments_of(kind: type[Any]) -> Callable[[Any], Any]:
+    """Return a decorator for an ``__init__`` with ``**others``: these are the arguments of `kind`'s, by its signature.
+
+    Diffusers reads the names of a config from the signature.
+    """
+
+    def decorate(init: Any) -> Any:
+        own = [one for one in inspect.signature(init).parameters.values() if one.kind != one.VAR_KEYWORD]
+        others = [*inspect.signature(kind.__init__).parameters.values()][1:]
+        keywords = [one.replace(kind=one.KEYWORD_ONLY) for one in (*others, *own[1:])]
+        init.__signature__ = inspect.Signature([own[0], *keywords])
+        return init
+
+    return decorate
+
+
+class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
+    """A U-Net of images with temporal layers: after each residual block a convolution, after each attention one.
+
+    Its weights are those of the image network, under their own names, and ``temporal.*``. Single images, (B, C, h, w),
+    pass the image network alone; clips are (B, C, F, h, w).
+    """
+
+    _source = Path(__file__).read_text(encoding="utf-8")
+    """Source of this module: a pipeline saves it beside the weights."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    @with_arguments_of(UNet2DConditionModel)
+    def __init__(self, temporal_head_dim: int = 32, **others: Any):
+        super().__init__(**others)
+        config = self.config
+        groups, states_dim = config.norm_num_groups, config.encoder_hid_dim or config.cross_attention_dim
+        if not isinstance(states_dim, int):
+            raise ValueError("cross_attention_dim: one for each level; expected a number, or encoder_hid_dim")
+
+        def made(module: nn.Module) -> nn.Module | None:
+            if isinstance(module, ResnetBlock2D) and not (module.up or module.down):
+                return TemporalConvolution(module.out_channels, groups)
+            if isinstance(module, Transformer2DModel):
+                return TemporalAttention(module.in_channels, groups, temporal_head_dim, states_dim)
+            return None
+
+        self.clip = Clip()
+        self.temporal = attach(self, self.clip, made)
+
+    @classmethod
+    def over(cls, network: UNet2DConditionModel, **arguments: Any) -> "VideoUNet":
+        """Return a network with the weights of an image network, and new temporal layers; `arguments` are theirs."""
+        config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        found: VideoUNet = cls(**config, **arguments)
+        missing, unexpected = found.load_state_dict(network.state_dict(), strict=False)
+        if unexpected or any(not name.startswith("temporal.") for name in missing):
+            raise ValueError(f"{type(network).__name__}: its weights do not fit a VideoUNet: {missing} {unexpected}")
+        return found
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Return ``.sample``, shaped like clips (B, C, F, h, w) or images (B, C, h, w), with the output channels.
+
+        All other arguments have one row for each clip, as of images.
+        """
+        if sample.ndim == 4:
+            self.clip.num_frames, self.clip.states = 1, None
+            return super().forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **kwargs)
+        batch, num_frames = len(sample), sample.shape[2]
+        # kept until the next call: gradient checkpointing computes layers again in the backward pass
+        self.clip.num_frames, self.clip.states = num_frames, encoder_hidden_states
+        frames = sample.transpose(1, 2).flatten(0, 1)
+        repeated = partial(_repeated, batch=batch, times=num_frames)
+        output = super().forward(
+            frames,
+            repeated(timestep),
+            repeated(encoder_hidden_states),
+            return_dict=False,
+            **{name: repeated(value) for name, value in kwargs.items()},
+        )[0]
+        output = output.unflatten(0, (batch, num_frames)).transpose(1, 2)
+        return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+
+def _repeated(value: Any, batch: int, times: int) -> Any:
+    """Return tensors of `batch` rows with each row `times` times in a row, also those in mappings."""
+    if isinstance(value, Mapping):
+        return {name: _repeated(one, batch, times) for name, one in value.items()}
+    if torch.is_tensor(value) and value.ndim and len(value) == batch:
+        return value.repeat_interleave(times, 0)
+    return value
