@@ -20,9 +20,19 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.clips import DIRECTIONS, MOTIONS
 from ldm.data.pixels import to_uint8
 from ldm.data.sources import build_source
+from ldm.evaluation.baselines import other_values
 from ldm.evaluation.images import comparison_sheet
 from ldm.evaluation.measure import Measure, mean_of
-from ldm.evaluation.motion import displacements, grown_as_asked, growths, moved_as_asked
+from ldm.evaluation.motion import (
+    asymmetric,
+    changes,
+    displacements,
+    grown_as_asked,
+    growths,
+    moved_as_asked,
+    rotation_errors,
+    turned_as_asked,
+)
 from ldm.evaluation.samples import ClipSamples, strips
 from ldm.evaluation.sampling import sample_clips
 from ldm.machine import cores, hardware
@@ -45,8 +55,8 @@ class Held:
         self.captions = [self.images.source.captions(row)[0] for row in self.rows]
         self.true = np.stack([to_uint8(self.images.pixel_values(row)).numpy() for row in self.rows])
         self.motions = [MOTIONS[row % len(MOTIONS)] for row in self.rows]
-        call = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        self.clips = sample_clips(self.pipeline, self.captions, seed, "prompt", **call)
+        self.seed, self.call = seed, {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        self.clips = sample_clips(self.pipeline, self.captions, seed, "prompt", **self.call)
 
     def of(self, *motions: Any) -> list[int]:
         """Return the places of the clips with one of these motions."""
@@ -66,8 +76,7 @@ def measures(held: Held) -> Iterator[tuple[str, Measure]]:
         "directions, true clips through the autoencoder",
         mean_of(moved_as_asked(displacements(decoded[moving]), towards, lengths)),
     )
-    # the directions are eight in a row of equal length: another one for each clip
-    exchanged = towards[np.random.default_rng(0).permutation(len(towards))]
+    exchanged = np.array(other_values([tuple(one) for one in towards]))
     yield "directions, captions exchanged", mean_of(moved_as_asked(made, exchanged, lengths))
     still = held.clips[moving][:, :1].repeat(held.clips.shape[1], 1)
     yield "directions, the first frame repeated", mean_of(moved_as_asked(displacements(still), towards, lengths))
@@ -79,11 +88,26 @@ def measures(held: Held) -> Iterator[tuple[str, Measure]]:
         "sizes, true clips through the autoencoder",
         mean_of(grown_as_asked(growths(decoded[sized]), growths(held.true[sized]))),
     )
+    turning = np.array(held.of(MOTIONS[10], MOTIONS[11]))
+    angles = np.array([held.motions[place].degrees for place in turning])
+    some = asymmetric(rotation_errors(held.true[turning]), angles)
+    turning, angles = turning[some], angles[some]
+    yield "turns, of asymmetric subjects", mean_of(turned_as_asked(rotation_errors(held.clips[turning]), angles))
+    yield (
+        "turns, true clips through the autoencoder",
+        mean_of(turned_as_asked(rotation_errors(decoded[turning]), angles)),
+    )
+    yield "change from frame to frame, of 255", mean_of(changes(held.clips[moving]))
+    yield "change from frame to frame, true clips", mean_of(changes(held.true[moving]))
+    captions = [held.captions[place] for place in moving for _ in range(held.clips.shape[1])]
+    alone = sample_clips(held.pipeline, captions, held.seed + 1, "prompt", num_frames=1, **held.call)
+    apart = alone.reshape(held.clips[moving].shape)
+    yield "change from frame to frame, frames sampled one by one", mean_of(changes(apart))
     samples = ClipSamples(held.images, None, held.true.shape[2])
     own = np.array([samples.places[row] for row in held.rows])
     yield "subject, R@1 of the middle frame", mean_of(samples.ranks(held.clips, own) < 1)
     middle = held.clips.shape[1] // 2
-    alone = sample_clips(held.pipeline, held.captions, 0, "prompt", num_frames=1)
+    alone = sample_clips(held.pipeline, held.captions, held.seed, "prompt", num_frames=1, **held.call)
     yield "subject, R@1 of the image model", mean_of(samples.ranks(alone, own) < 1)
     yield (
         "subject, R@1 of true middle frames through the autoencoder",
@@ -112,7 +136,8 @@ def main() -> None:
     for name, measure in measures(held):
         print(f"{name}: {measure}", flush=True)
         numbers[name] = measure
-    found = {"hardware": hardware(), "split": split, "numbers": {name: asdict(one) for name, one in numbers.items()}}
+    asked = {"model": Path(arguments.model).name, "split": split, "seed": arguments.seed, **held.call}
+    found = {"hardware": hardware(), **asked, "numbers": {name: asdict(one) for name, one in numbers.items()}}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

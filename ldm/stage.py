@@ -22,6 +22,7 @@ from ldm.config.places import pretrained_place
 from ldm.errors import ConfigError, explained
 from ldm.models.clip import load_image_encoder
 from ldm.models.network import DENOISERS, build_network, keep_statistics, prepare_denoiser, with_temporal_layers
+from ldm.models.temporal import VideoUNet
 from ldm.models.text_encoder import build_text_encoder
 from ldm.objectives.denoising import Objective
 from ldm.spaces import Space, build_space
@@ -103,6 +104,8 @@ def build_stage(
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
     if config.temporal is not None:
         denoiser = with_temporal_layers(denoiser, config.temporal)
+    elif isinstance(denoiser, VideoUNet):
+        raise ConfigError("temporal: got null for a VideoUNet; expected settings, {} at least, and data of clips")
     if space.statistics is not None:
         keep_statistics(denoiser, *space.statistics)
     return Stage(space, ConditionedDenoiser(denoiser, conditioners), Objective(config.objective, space.grid_step))

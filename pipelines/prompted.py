@@ -325,13 +325,17 @@ class Prompted:
         return device
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        return self.image_processor.postprocess(self._pixels(latents), output_type=output_type)
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the images of latents, (B, C, h, w), in [-1, 1], not clipped."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         # a VQModel decodes latents as they are, as in training, and not their codes
         takes = inspect.signature(self.vae.decode).parameters
         options = {"force_not_quantize": True} if "force_not_quantize" in takes else {}
-        pixel_values = self.vae.decode(latents, **options, return_dict=False)[0]
+        pixel_values: torch.Tensor = self.vae.decode(latents, **options, return_dict=False)[0]
         if not pixel_values.isfinite().all():
             raise FloatingPointError(
                 f"non-finite pixels from the autoencoder, in {self.vae.dtype}; try pipe.vae.to(torch.float32)"
             )
-        return self.image_processor.postprocess(pixel_values, output_type=output_type)
+        return pixel_values

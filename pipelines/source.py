@@ -84,9 +84,9 @@ class Portable:
         """Return the text of model_index.json, with the name of the stock class, else of pipeline.py and our class."""
         values = json.loads(super().to_json_string())  # type: ignore[misc]
         own = {f"_{name}": values.pop(name) for name in self._own_settings}
-        for name, value in values.items():
-            if hasattr(getattr(self, name, None), "_source"):  # its module is named as diffusers looks for it
-                values[name] = [_module(value[0]), value[1]]
+        for name, component in self.components.items():  # type: ignore[attr-defined]
+            if hasattr(component, "_source"):  # its module is named as diffusers looks for it
+                values[name] = [_module(values[name][0]), values[name][1]]
         for value in values.values():  # CLIPImageProcessorPil is what CLIPImageProcessor is without torchvision
             if (
                 isinstance(value, list)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.video_processor import VideoProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .inputs import check_inputs, check_options
+from .inputs import MAX_IMAGES, check_inputs, check_options, whole_number
 from .prompted import Prompted
 from .sampling import StepCallback
 from .schedulers import check_eta, check_scheduler, set_timesteps
@@ -96,6 +96,7 @@ class VideoPipeline(
         check_scheduler(self.scheduler, self.denoiser.config.in_channels, self.denoiser.config.out_channels)
         check_eta(self.scheduler, eta)
         check_options(guidance_rescale)
+        whole_number("num_videos_per_prompt", num_videos_per_prompt, 1, MAX_IMAGES)
         steps, scale = said(self, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         inputs = check_inputs(
             self._limits(None),
@@ -113,7 +114,9 @@ class VideoPipeline(
             output_type=output_type,
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=getattr(
+                callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs
+            ),
             num_frames=self.config.num_frames if num_frames is None else num_frames,
         )
         self._guidance_scale, self._guidance_rescale, self._interrupt = scale, guidance_rescale, False
@@ -127,12 +130,7 @@ class VideoPipeline(
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Return clips of latents (B, C, F, h, w), frame by frame, in the form of `output_type`."""
-        batch, num_frames = len(latents), latents.shape[2]
-        flat = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).transpose(1, 2).flatten(0, 1)
-        frames = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in flat.split(CHUNK)])
-        if not frames.isfinite().all():
-            raise FloatingPointError(
-                f"non-finite pixels from the autoencoder, in {self.vae.dtype}; try pipe.vae.to(torch.float32)"
-            )
-        clips = frames.view(batch, num_frames, *frames.shape[1:]).transpose(1, 2)
+        parts = torch.split(latents.transpose(1, 2).flatten(0, 1), CHUNK)
+        frames = torch.cat([self._pixels(part) for part in parts])
+        clips = frames.view(len(latents), latents.shape[2], *frames.shape[1:]).transpose(1, 2)
         return self.image_processor.postprocess_video(clips, output_type)

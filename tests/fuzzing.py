@@ -142,7 +142,7 @@ def names_path(message, path):
 class Shades:
     """Captioned images, one of them transparent, or clips, that no file holds."""
 
-    names = origins = subjects = None
+    names = origins = subjects = wholes = None
 
     def __init__(self, num_frames=None):
         self.num_frames, self.fingerprint = num_frames, f"shades {num_frames}"
@@ -202,7 +202,7 @@ class Bench:
         for name, tree in stages(self.parts).items():
             common = {
                 "output_dir": "out",
-                "data": {"image_size": PIXELS, "batch_size": 4, "held_out_percent": 20.0},
+                "data": tree.get("data", {}) | {"image_size": PIXELS, "batch_size": 4, "held_out_percent": 20.0},
                 "loop": {"max_train_steps": 50},
             }
             self.small[name] = _whole({**copy.deepcopy(tree), **common, "validation": {"num_inference_steps": 3}})

@@ -16,7 +16,7 @@ class Shades:
     """Images of one grey each, or clips of them; some have no caption, one has two."""
 
     fingerprint = "shades"
-    names = origins = subjects = None
+    names = origins = subjects = wholes = None
 
     def __init__(self, count=12, num_frames=None):
         self.count, self.num_frames = count, num_frames

@@ -66,10 +66,14 @@ def losses(parts, folder):
         file.write_text(yaml.safe_dump({"output_dir": "out", **stages(parts)[name]}))
         stage = build_stage(load_config(StageConfig, ["--config", str(file)]), CAPTIONS, lambda: images(range(40)))
         step = DiffusionStep(stage, run, 0.99)
-        loss = step.losses(batch(), 0)["denoiser"]
+        loss = step.losses(batch(name=name), 0)["denoiser"]
         loss.backward()
         gradient = sum(float(p.grad.square().sum()) for p in stage.model.parameters() if p.grad is not None)
-        found[name] = [float(loss.detach()), gradient, *step.held_out_losses(batch(), (0.3, 0.8)).flatten().tolist()]
+        found[name] = [
+            float(loss.detach()),
+            gradient,
+            *step.held_out_losses(batch(name=name), (0.3, 0.8)).flatten().tolist(),
+        ]
     return run.device.type, found
 
 

@@ -45,7 +45,7 @@ def images(positions, frames=()):
     return torch.stack([torch.rand(*frames, 3, PIXELS, PIXELS, generator=draw) * 2 - 1 for draw in draws])
 
 
-def batch(name, positions=range(4)):
+def batch(positions=range(4), name=None):
     positions = list(positions)
     labels = torch.tensor([position % CLASSES for position in positions])
     captions = [CAPTIONS[position % 3] for position in positions]
@@ -96,8 +96,8 @@ def test_the_table_is_whole(parts):
 def test_it_starts_as_the_zero_function(name, parts, run, tmp_path):
     made, config = build(name, parts, tmp_path)
     step = DiffusionStep(made, run, 0.9)
-    x0 = step.x0(batch(name))
-    output = made.model(torch.randn_like(x0), torch.full((4,), 500), step.inputs(batch(name), x0))
+    x0 = step.x0(batch(name=name))
+    output = made.model(torch.randn_like(x0), torch.full((4,), 500), step.inputs(batch(name=name), x0))
     width = x0.shape[1] * (1 if config.objective.variational_weight is None else 2)
     assert output.shape == (4, width, *x0.shape[2:])
     assert output.abs().max() == 0
@@ -108,11 +108,11 @@ def test_it_leaves_the_zero_function_with_every_weight(name, parts, run, tmp_pat
     made, _ = build(name, parts, tmp_path)
     step = DiffusionStep(made, run, 0.9)
     trained = {one: p for one, p in made.model.named_parameters() if p.requires_grad}
-    idle = set(unreached(made.model, [step.losses(batch(name), 0)["denoiser"]]))
+    idle = set(unreached(made.model, [step.losses(batch(name=name), 0)["denoiser"]]))
     optimizer = torch.optim.AdamW(trained.values(), lr=3e-3)
     before = {one: parameter.detach().clone() for one, parameter in trained.items()}
     for global_step in range(4):
-        step.losses(batch(name, range(4 * global_step, 4 * global_step + 4)), global_step)["denoiser"].backward()
+        step.losses(batch(range(4 * global_step, 4 * global_step + 4), name), global_step)["denoiser"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert [one for one, parameter in trained.items() if one not in idle and torch.equal(parameter, before[one])] == []
@@ -139,7 +139,7 @@ def test_every_trained_parameter_gets_a_gradient(name, parts, run, tmp_path):
     """In every step: otherwise several processes could not train it."""
     made, _ = build(name, parts, tmp_path)
     step = moved(made, run)
-    loss = step.losses(batch(name, range(2)), 0)["denoiser"]
+    loss = step.losses(batch(range(2), name), 0)["denoiser"]
     assert unreached(made.model, [loss]) == []
     assert loss.isfinite()
     loss.backward()
@@ -151,7 +151,7 @@ def test_a_loss_does_not_depend_on_how_the_batch_is_cut(name, parts, run, tmp_pa
     made, _ = build(name, parts, tmp_path)
     step = moved(made, run)
     with torch.no_grad():
-        whole, *halves = (step.losses(batch(name, part), 0)["denoiser"] for part in (range(4), range(2), range(2, 4)))
+        whole, *halves = (step.losses(batch(part, name), 0)["denoiser"] for part in (range(4), range(2), range(2, 4)))
     assert float(whole) == pytest.approx(float(sum(halves)) / 2, rel=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_remembered_encodings_change_no_loss_and_spare_the_pixels(name, parts, r
 def test_a_guided_step_is_guidance_of_two_separate_passes(name, parts, run, tmp_path):
     made, config = build(name, parts, tmp_path)
     step = moved(made, run)
-    some = batch(name)
+    some = batch(name=name)
     x0 = step.x0(some)
     told = [made.model.conditions(step.inputs(some, x0, dropped=dropped)) for dropped in (True, False)]
     scheduler = build_scheduler(config.objective)
@@ -202,7 +202,7 @@ def test_a_guided_step_is_guidance_of_two_separate_passes(name, parts, run, tmp_
 def test_it_samples_and_decodes(name, parts, run, tmp_path):
     made, config = build(name, parts, tmp_path)
     step = moved(made, run)
-    some = batch(name)
+    some = batch(name=name)
     x0 = step.x0(some)
     told = made.model.conditions(step.inputs(some, x0, dropped=False))
     scheduler = build_scheduler(config.objective)
@@ -225,7 +225,7 @@ def test_what_is_saved_is_a_pretrained_denoiser_that_computes_the_same(name, par
     step = moved(made, run)
     made.model.denoiser.save_pretrained(tmp_path / "denoiser")
     again = build_network({"pretrained": str(tmp_path / "denoiser")}, "denoiser")
-    some = batch(name)
+    some = batch(name=name)
     x0 = step.x0(some)
     told = made.model.conditions(step.inputs(some, x0, dropped=False))
     call = {"timestep": torch.full((4,), 500), **told.kwargs, "return_dict": False}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.commands.clip_files import strip, write_gif, write_mp4
 from ldm.config.places import made_folder
 from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
@@ -40,6 +41,9 @@ def sample(
     trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write one PNG per prompt and return their paths; prompt, seed and settings are in its text chunk.
+
+    Of a pipeline of clips the PNG is a strip of the frames, and beside it are a GIF and, where PyAV is installed
+    (``pip install -e .[video]``), an MP4, with the same texts in their comments.
 
     Args:
         prompts: Prompts, one image each: texts; or numbers of classes; or "" for an unconditional model.
@@ -82,12 +86,30 @@ def sample(
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         generator = torch.Generator().manual_seed(seed + number)
         call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
-        sampled = pipeline(**call, **images, generator=generator, **settings).images[0]
+        output = pipeline(**call, **images, generator=generator, **settings)
         described: dict[str, Any] = {"prompt": condition_by(pipeline).shown(prompt), "negative_prompt": negative_prompt}
         described |= {"seed": seed + number, **settings}
-        written.append(write_image(sampled, path, described, overwrite))
-        print(written[-1])
+        for file in write_output(output, path, described, overwrite):
+            print(file)
+            written.append(file)
     return written
+
+
+def write_output(output: Any, path: Path, described: Mapping[str, object], overwrite: bool) -> list[Path]:
+    """Write the first image, or clip, of a pipeline's output, and return the paths of its files."""
+    if not hasattr(output, "frames"):
+        return [write_image(output.images[0], path, described, overwrite)]
+    frames, beside = output.frames[0], [".gif", ".mp4"]
+    if not overwrite:  # a name that is free for all of its files
+        path = next(
+            one for one in _names(path) if not any(one.with_suffix(kind).exists() for kind in (".png", *beside))
+        )
+    for kind in beside:  # an old film beside a new strip would be another clip
+        path.with_suffix(kind).unlink(missing_ok=True)
+    shown = write_image(strip(frames), path, described, overwrite)
+    gif = write_gif(frames, shown.with_suffix(".gif"), described)
+    mp4 = write_mp4(frames, shown.with_suffix(".mp4"), described)
+    return [shown, gif] if mp4 is None else [shown, gif, mp4]
 
 
 def _is_unicode(text: str) -> bool:

@@ -328,6 +328,12 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
         yield "temporal: got null for clips; expected settings of temporal layers, {} at least, or data.items: frames"
     if config.temporal is not None and not data.clips:
         yield f"temporal: got settings for data.source {data.source} of images; expected null, or data of clips"
+    told = config.conditioners
+    if data.clips and (config.space.kind != "latent" or told.label or told.image or told.low_res):
+        yield (
+            f"data.items: got clips for space.kind {config.space.kind}; expected space.kind latent, and no "
+            "conditioners but text and frames: nothing else knows of clips"
+        )
     if frames is not None and not data.clips:
         yield f"conditioners.frames: got settings for data.source {data.source} of images; expected null"
     if frames is not None and frames.max_context >= data.num_frames:

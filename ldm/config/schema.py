@@ -83,7 +83,7 @@ class DataConfig:
     """Unicode's groups of emoji that are taken of openmoji and openmoji_clips, without skin tones, such as Food &
     Drink; empty: all images."""
     num_frames: int = 8
-    """Frames of each clip; not used where items are images."""
+    """Frames of each clip; not used where the source has images."""
     items: Literal["all", "frames"] = "all"
     """Of clips: all, each clip is a sample; frames, each frame is a sample, an image with the caption of its clip."""
     flip: bool = False

@@ -168,8 +168,9 @@ class CaptionedImages:
         return [caption for row in self.splits[split] for caption in self.source.captions(row)]
 
     def names(self, *splits: str) -> set[str]:
-        """Return the entries of `hashes` for the images of some splits."""
-        return {self.hashes[row] for split in splits for row in self.splits[split]}
+        """Return the names, for the record, of what the items of some splits are or are a part of."""
+        known = self.source.wholes or self.hashes
+        return {known[row] for split in splits for row in self.splits[split]}
 
     def first_images(self, split: str, count: int) -> Tensor:
         """Return up to `count` items of a split, (N, 3, H, W), in the order of their hashes: a random choice.

@@ -26,11 +26,14 @@ def pixel_digest(image: Image.Image) -> bytes:
     return blake2b(np.asarray(image).tobytes(), digest_size=DIGEST_SIZE, salt=size[:16]).digest()
 
 
-def pixel_hashes(source: Source, background: str) -> list[str | None]:
-    """Return `pixel_digest` of each item in hex, None for one that cannot be decoded; cached.
+def item_digest(frames: Sequence[Image.Image]) -> bytes:
+    """Return `pixel_digest` of an image, or a hash of those of the frames of a clip."""
+    digests = [pixel_digest(frame) for frame in frames]
+    return digests[0] if len(digests) == 1 else joint_hash(digests)
 
-    That of a clip is a hash of those of its frames.
-    """
+
+def pixel_hashes(source: Source, background: str) -> list[str | None]:
+    """Return `item_digest` of each item in hex, None for one that cannot be decoded; cached."""
 
     def compute(rows: range) -> dict[str, Tensor]:
         return {"hash": torch.stack([torch.tensor(list(digest(row)), dtype=torch.uint8) for row in rows])}
@@ -39,10 +42,9 @@ def pixel_hashes(source: Source, background: str) -> list[str | None]:
         try:
             frames = source.item(row)
             with image_errors():
-                digests = [pixel_digest(to_rgb(frame, background)) for frame in frames]
+                return item_digest([to_rgb(frame, background) for frame in frames])
         except ImageError:
             return bytes(DIGEST_SIZE)
-        return digests[0] if len(digests) == 1 else joint_hash(digests)
 
     ImageColor.getrgb(background)  # a wrong colour is one error, not one for each image
     cached = CachedRows("pixel-hashes", f"{source.fingerprint}/{background}/{READING}", len(source), compute)

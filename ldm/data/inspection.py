@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
-from ldm.data.hashes import lasting_names, pixel_digest
+from ldm.data.hashes import item_digest, lasting_names
 from ldm.data.headers import ImageError, decode_pixels, image_errors
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, quick_problems
@@ -101,7 +101,7 @@ def inspect(
         else:
             problems.append(seen)
     owner, unsplit = _splits(source, config, facts, problems)
-    alike = _look_alikes(facts, owner)
+    alike = [group for group in _look_alikes(facts, owner) if not _of_one_origin(source, group)]
     problems += [*unsplit, *_exact_duplicates(source, facts), *(_near_duplicate(source, group) for group in alike)]
     bad = {problem.row for problem in problems if problem.stops}
     good = [fact for fact in facts if fact.row not in bad]
@@ -148,11 +148,13 @@ class _Decoding(Dataset[Facts | Problem]):
         where = place(source, row)
         try:
             with image_errors():
-                image = source.header(row) if isinstance(source, RowSource) else source.image(row)
+                frames = [source.header(row)] if isinstance(source, RowSource) else source.item(row)
+                image = frames[len(frames) // 2]
                 mode, kind = image.mode, image.format or "none"
                 profile = profile_name(image.info.get("icc_profile"), mode)
-                rgb = to_rgb(decode_pixels(image), self.background)
-                return Facts(row, rgb.size, mode, kind, profile, pixel_digest(rgb), look(rgb))
+                rgb = [to_rgb(decode_pixels(frame), self.background) for frame in frames]
+                middle = rgb[len(rgb) // 2]
+                return Facts(row, middle.size, mode, kind, profile, item_digest(rgb), look(middle))
         except ImageError as error:
             return Problem(where, error.kind, str(error), row)
         except OSError as error:
@@ -181,7 +183,8 @@ def _splits(
     captions, percent = (lambda index: source.all_captions(rows[index])), config.held_out_percent
     owner: dict[int, str] = {}
     try:
-        splits = split_images(hashes, captions, config.held_out, percent, config.limit)
+        origins = None if source.origins is None else [source.origins[row] for row in rows]
+        splits = split_images(hashes, captions, config.held_out, percent, config.limit, origins)
         owner = {rows[index]: name for name, members in splits.indices.items() for index in members}
         splits.filled("validation")
     except (ValueError, OSError) as error:
@@ -212,6 +215,11 @@ def _look_alikes(facts: Sequence[Facts], owner: dict[int, str]) -> list[dict[str
             by_split[owner.get(distinct[index].row, "no split")].append(distinct[index].row)
         found.append({split: by_split[split] for split in (*SPLITS, "no split") if split in by_split})
     return found
+
+
+def _of_one_origin(source: Source, group: dict[str, list[int]]) -> bool:
+    """Return whether all of a group were made of one image: that clips of it look alike is known."""
+    return source.origins is not None and len({source.origins[row] for rows in group.values() for row in rows}) == 1
 
 
 def _near_duplicate(source: Source, group: dict[str, list[int]]) -> Problem:

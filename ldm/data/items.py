@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -18,6 +19,7 @@ class Stills(ABC):
     num_frames: int | None = None
     origins: Sequence[str] | None = None
     subjects: Sequence[str] | None = None
+    wholes: Sequence[str] | None = None
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
@@ -36,10 +38,12 @@ class Frames(Stills):
         if clips.num_frames is None:
             raise ValueError("data.items: got frames of a source of images; expected items, the default")
         self._clips, self._frames = clips, clips.num_frames
+        self._item = lru_cache(maxsize=1)(clips.item)  # the frames of a clip follow one another
         self.fingerprint = f"{clips.fingerprint}-frames"
-        self.names = None
+        self.names = self.wholes = None
         if clips.names is not None:
             self.names = [f"{name}/{frame}" for name in clips.names for frame in range(self._frames)]
+            self.wholes = _repeated(clips.names, self._frames)
         self.origins = _repeated(clips.origins or [*map(str, range(len(clips)))], self._frames)
         self.subjects = None if clips.subjects is None else _repeated(clips.subjects, self._frames)
 
@@ -50,7 +54,7 @@ class Frames(Stills):
     def image(self, index: int) -> Image.Image:
         """Return a frame in its own mode."""
         clip, frame = divmod(index, self._frames)
-        return self._clips.item(clip)[frame]
+        return self._item(clip)[frame]
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of the frame's clip."""

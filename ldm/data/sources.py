@@ -48,6 +48,13 @@ class Source(Protocol):
     def names(self) -> Sequence[str] | None:
         """Return a name of each image that does not depend on the last bits of its pixels; None: there are none."""
 
+    @property
+    def wholes(self) -> Sequence[str] | None:
+        """Return the name of the item that each is a part of, as a frame of a clip; None: each is whole.
+
+        A model that was trained on a part has seen the whole.
+        """
+
     def __len__(self) -> int:
         """Return the number of items."""
 
@@ -76,6 +83,7 @@ class Subset:
         self.names = None if source.names is None else [source.names[row] for row in rows]
         self.origins = None if source.origins is None else [source.origins[row] for row in rows]
         self.subjects = None if source.subjects is None else [source.subjects[row] for row in rows]
+        self.wholes = None if source.wholes is None else [source.wholes[row] for row in rows]
         kept = blake2b(",".join(map(str, rows)).encode(), digest_size=8).hexdigest()
         self.fingerprint = f"{source.fingerprint}-{kept}"
 

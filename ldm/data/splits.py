@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -68,7 +68,7 @@ def split_images(
         decides = dict(zip(hashes, hashes if origins is None else origins, strict=True))
         owner = {value: _by_hash(one, held_out_percent) for value, one in decides.items()}
         if held_out_percent > 0:
-            _hold_one_out(owner, {hashes[index] for index in kept}, held_out_percent)
+            _hold_one_out(owner, {hashes[index]: decides[hashes[index]] for index in kept}, held_out_percent)
     members: dict[str, list[int]] = {name: [] for name in SPLITS}
     for index in kept:
         members[owner.get(hashes[index], "train")].append(index)
@@ -86,12 +86,16 @@ def _kept(hashes: Sequence[str], limit: int | None) -> Sequence[int]:
     return sorted(sorted(range(len(hashes)), key=lambda index: _place(hashes[index], b"limit"))[:limit])
 
 
-def _hold_one_out(owner: dict[str, str], kept: Collection[str], percent: float) -> None:
-    """Move one of the `kept` images to validation if it has none and training has two or more, in place."""
-    train = [value for value in kept if owner[value] == "train"]
+def _hold_one_out(owner: dict[str, str], kept: Mapping[str, str], percent: float) -> None:
+    """Move one of the `kept` images to validation if it has none and training has two or more, in place.
+
+    kept: the origin of each image, or the image itself; those of one origin move together.
+    """
+    train = {kept[value] for value in kept if owner[value] == "train"}
     if len(train) < 2 or any(owner[value] == "validation" for value in kept):
         return
-    owner[min(train, key=_place)] = "validation"
+    moved = min(train, key=_place)
+    owner |= {value: "validation" for value in kept if kept[value] == moved}
     log.warning(
         "data.held_out_percent %g of %d images leaves none for validation: one is taken from training, and may go back "
         "when the set grows; to hold images out for good, raise it, or name captions in data.held_out",

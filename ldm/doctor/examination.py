@@ -202,12 +202,14 @@ def same_sample(
     # PixArt's stock pipeline turns captions into lower case
     asked = [one.lower().strip() if isinstance(one, str) else one for one in validation.asked(rows)]
 
+    # a network of our own is loaded from the source that was saved with it just now
+    own_code = any(hasattr(component, "_source") for component in pipeline.components.values())
     name = "saved and reloaded"
     with tempfile.TemporaryDirectory(dir=folder) as place, quietly():
         pipeline.save_pretrained(place)
         (Path(place) / "pipeline.py").unlink(missing_ok=True)  # the class is here: no saved code is run
         try:
-            loaded = loader.from_pretrained(place, use_safetensors=True).to(pipeline.device)
+            loaded = loader.from_pretrained(place, use_safetensors=True, trust_remote_code=own_code).to(pipeline.device)
         except Exception as error:  # libraries raise every kind
             return Finding(name, False, f"{loader.__name__} cannot load what was saved: {error}")
     loaded.set_progress_bar_config(disable=True)

@@ -35,9 +35,13 @@ def unit_scale(step: DiffusionStep, batch: Batch) -> Finding:
 
 
 def round_trip(space: Space, pixel_values: Tensor, folder: Path) -> Finding:
-    """Return the finding on reconstructions of images, (N, 3, H, W) in [-1, 1]; write some as round_trip.png."""
+    """Return the finding on reconstructions of images, (N, 3, H, W) in [-1, 1]; write some as round_trip.png.
+
+    Of clips, (N, F, 3, H, W), it is on their frames.
+    """
     parts = torch.split(pixel_values, 32)
     rebuilt = torch.cat([space.decode(space.moments(part).mean).cpu() for part in parts]).clamp(-1, 1)
+    rebuilt, pixel_values = rebuilt.flatten(0, -4), pixel_values.flatten(0, -4)
     decibel, similar = float(psnr(rebuilt, pixel_values).mean()), float(ssim(rebuilt, pixel_values).mean())
     rows = torch.cat([to_uint8(pixel_values[:SHOWN]), to_uint8(rebuilt[:SHOWN])])
     image_grid(rows.numpy(), min(SHOWN, len(pixel_values))).save(folder / "round_trip.png")

@@ -23,7 +23,7 @@ from ldm.data.batches import CaptionedImages
 from ldm.data.cache import CachedRows
 from ldm.data.pixels import to_uint8
 from ldm.data.preflight import checked_source
-from ldm.data.sources import source_config
+from ldm.data.sources import OWN, source_config
 from ldm.evaluation import sections
 from ldm.evaluation.baselines import derangement, nearest_training_captions
 from ldm.evaluation.classes import ClassJudge, class_section
@@ -67,8 +67,10 @@ def read_as_trained(
     """
     trained = {} if record is None else dict(record.data_options)
     source = trained.pop("source", None)
-    if data is None and source != "openmoji":
+    if data is None and source not in OWN:
         raise ValueError("data: name the images to measure on, --data")
+    if data not in (None, source):  # they say which of openmoji's images are taken
+        trained = {name: value for name, value in trained.items() if name not in ("groups", "items", "num_frames")}
     recorded: dict[str, str] = portable(trained.pop("held_out", {}))
     if {"held_out", "held_out_percent"} & options.keys():
         recorded = {}
@@ -85,7 +87,7 @@ def read_as_trained(
         trained.pop("held_out_percent", None)
     taken = {"held_out": listed} | {name: value for name, value in trained.items() if name not in options}
     values: dict[str, Any] = {**more, **taken, **options, "held_out": files}
-    config = source_config(data or "openmoji", **values)
+    config = source_config(data or str(source), **values)
     usual = DataConfig()
     if read := [f"{name} {value}" for name, value in taken.items() if value != getattr(usual, name)]:
         _say(f"read as the model's training read its data, where no option says otherwise: {', '.join(read)}")
@@ -151,6 +153,8 @@ class Evaluation:
         Raises ValueError if the model or a part of it was trained on these images, or with the network that measures.
         """
         self.model, self.pipeline = model, load_pipeline(model, trust_remote_code)
+        if "num_frames" in inspect.signature(self.pipeline.__call__).parameters:
+            raise ValueError(f"{model}: samples clips; only pipelines of images are measured here")
         self.pipeline.set_progress_bar_config(disable=True)  # `sample_images` has one over all its calls
         self.condition, self.record = condition_by(self.pipeline), read_provenance(model)
         if self.condition is not CONDITIONS["class_labels"]:

@@ -92,7 +92,7 @@ def labelled_sheet(captions: Sequence[str], rows: Mapping[str, Images], columns:
     shape = next(iter(rows.values())).shape
     factor = -(-CELL_WIDTH // shape[2])
     height, width = shape[1] * factor, shape[2] * factor
-    columns = max(1, columns * height // max(width, height))  # fewer of wide images, such as the strips of clips
+    columns = max(1, columns * 4 * height // max(width, 4 * height))  # fewer of strips, such as those of clips
     wrapped = [wrap(_plain(caption), width, font) for caption in captions]
     bands = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
     caption_heights = [LINE_HEIGHT * max(len(wrapped[index]) for index in band) for band in bands]

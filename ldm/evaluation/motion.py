@@ -1,4 +1,4 @@
-"""Motion in clips of a subject on a white ground: the path of its middle, and the ratio of its areas."""
+"""Motion in clips of a subject on a white ground: its way, the ratio of its areas, its turn, and what else changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Clips = NDArray[np.uint8]
 """Clips, (N, F, H, W, 3)."""
@@ -15,6 +16,8 @@ GROUND = 32
 """Largest distance from white, of 255, of the ground; what lies above it is the subject."""
 TOLERANCE_DEGREES = 22.5
 """Half of the angle between two of eight directions: nearer to the one asked for than to any other."""
+ANGLES = tuple(range(-180, 180, 15))
+"""Rotations that are tried, in degrees anticlockwise: three of the 24 count as the one asked for."""
 LEAST_SHARE = 0.5
 """Smallest share of the true motion that counts."""
 
@@ -63,3 +66,58 @@ def growths(clips: Clips) -> Numbers:
 def grown_as_asked(found: Numbers, true: Numbers) -> NDArray[np.bool_]:
     """Return whether each area changes in the true direction, by `LEAST_SHARE` of the true logarithm or more, (N,)."""
     return np.asarray((np.sign(found) == np.sign(true)) & (abs(found) >= LEAST_SHARE * abs(true)) & (true != 0))
+
+
+def steadied(clips: Clips) -> Clips:
+    """Return the clips with the middle of the subject in the middle of each frame, by whole pixels, on white."""
+    count, num_frames, height, width, _ = clips.shape
+    offsets = np.nan_to_num(middles(clips) - ((width - 1) / 2, (height - 1) / 2)).round().astype(int)
+    found = np.full_like(clips, 255)
+    for clip in range(count):
+        for frame in range(num_frames):
+            right, down = offsets[clip, frame]
+            there = slice(max(0, -down), height + min(0, -down)), slice(max(0, -right), width + min(0, -right))
+            here = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
+            found[clip, frame][there] = clips[clip, frame][here]
+    return found
+
+
+def changes(clips: Clips) -> Numbers:
+    """Return how much the subject changes from frame to frame once its way is taken out, of 255, (N,).
+
+    It is the mean absolute difference of successive `steadied` frames over the pixels where either has the subject.
+    """
+    steady = steadied(clips)
+    either = subjects(steady)[:, 1:] | subjects(steady)[:, :-1]
+    differences = abs(steady[:, 1:].astype(int) - steady[:, :-1]).mean(-1)
+    return np.asarray((differences * either).sum((1, 2, 3)) / np.maximum(either.sum((1, 2, 3)), 1))
+
+
+def rotation_errors(clips: Clips) -> Numbers:
+    """Return the error of the last frame against the first one turned by each of `ANGLES`, (N, 24), of 255."""
+    steady = steadied(clips[:, [0, -1]])
+    errors = np.zeros((len(clips), len(ANGLES)))
+    for number, (first, last) in enumerate(steady):
+        for place, angle in enumerate(ANGLES):
+            turned = Image.fromarray(first).rotate(angle, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
+            errors[number, place] = abs(np.asarray(turned).astype(int) - last).mean()
+    return errors
+
+
+def asymmetric(errors: Numbers, true_angle: Numbers) -> NDArray[np.bool_]:
+    """Return for which true clips the best rotation is the true one, and no other one nearly as good, (N,).
+
+    The error at angles farther than `TOLERANCE_DEGREES` from the true one must be half as large again, at least.
+    """
+    far = ~_near(true_angle[:, None])
+    others = np.where(far, errors, np.inf).min(1)
+    return np.asarray(others >= 1.5 * np.where(far, np.inf, errors).min(1))
+
+
+def turned_as_asked(errors: Numbers, true_angle: Numbers) -> NDArray[np.bool_]:
+    """Return whether the best rotation lies within `TOLERANCE_DEGREES` of the one asked for, (N,)."""
+    return np.asarray(_near(true_angle[:, None])[np.arange(len(errors)), errors.argmin(1)])
+
+
+def _near(degrees: Numbers) -> NDArray[np.bool_]:
+    return np.asarray(abs((np.array(ANGLES) - degrees + 180) % 360 - 180) <= TOLERANCE_DEGREES)

@@ -36,6 +36,7 @@ MODEL_FILES = (
     "merges.txt",
     "spiece.model",
     "pipeline.py",
+    "temporal.py",
     "samples.png",
     RECORD,
     TRAINED_IMAGES,

@@ -40,6 +40,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
         "use": "from diffusers.utils import export_to_gif\n\nframes = pipe({call}).frames[0]\n"
         'export_to_gif(frames, "clip.gif", fps=8)',
+        "own": "subject's own clip, whatever its motion,",
         "one": "middle frame of the generated clip",
         "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions of clips of the validation split, the frames side by side",
@@ -105,7 +106,7 @@ MEASURED = """\
 the loss on validation images, at most {loss_images}, none of them trained on, with the same noise each time, at several
 noise levels (0: image, 1: noise) and as their mean."""
 RETRIEVAL = """\
-Retrieval: the share of {count} validation captions, sampled in the same way, whose own image is the nearest to the
+Retrieval: the share of {count} validation captions, sampled in the same way, whose {own} is the nearest to the
 {sampled} (R@1) or among the five nearest (R@5), of all distinct images of the data."""
 
 
@@ -128,7 +129,11 @@ def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardT
         sheets="samples",
         loading=_loading(kind, config, words.get("use", IMAGE), words["call"].format(**values)),
         measured=MEASURED.format(loss_images=looked.loss_images),
-        notes={"r_at_1": RETRIEVAL.format(count=ranked, sampled=words.get("one", "generated one"))},
+        notes={
+            "r_at_1": RETRIEVAL.format(
+                count=ranked, own=words.get("own", "own image"), sampled=words.get("one", "generated one")
+            )
+        },
         task=kind.task,
         pipeline_tag=kind.task,
         tags=(kind.task, f"{kind.space}-diffusion"),

@@ -85,20 +85,25 @@ class TemporalAttention(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An image layer's output z mixed with a temporal layer's: ``alpha z + (1 - alpha) l(z)``, alpha in [0, 1].
+    """An image layer's output z mixed with a temporal layer's: ``alpha z + (1 - alpha) l(z)``, alpha in (0, 1).
 
     As l(z) is z plus a branch that is zero before training, the sum is then z to the last bit, for any alpha, and the
-    branch has a gradient.
+    branch has a gradient. Alpha is a sigmoid: clipped, it would have no gradient once it passed 1.
     """
 
     def __init__(self, branch: nn.Module):
         super().__init__()
         self.branch = branch
-        self.alpha = nn.Parameter(torch.tensor(ALPHA))
+        self.logit = nn.Parameter(torch.logit(torch.tensor([ALPHA])))
+
+    @property
+    def alpha(self) -> Tensor:
+        """The share of the image layer's output, (1,)."""
+        return self.logit.sigmoid()
 
     def forward(self, frames: Tensor, clip: Clip) -> Tensor:
         """Return the mixture for frames, (B * F, C, h, w)."""
-        return cast(Tensor, frames + (1 - self.alpha.clamp(0, 1)) * self.branch(frames, clip))
+        return cast(Tensor, frames + (1 - self.alpha) * self.branch(frames, clip))
 
 
 def frame_positions(num_frames: int, channels: int) -> Tensor:
@@ -154,7 +159,7 @@ def with_arguments_of(kind: type[Any]) -> Callable[[Any], Any]:
 
 
 class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A U-Net of images with temporal layers: after each residual block a convolution, after each attention one.
+    """A U-Net of images with temporal layers: after each residual block a convolution, after each transformer one.
 
     Its weights are those of the image network, under their own names, and ``temporal.*``. Single images, (B, C, h, w),
     pass the image network alone; clips are (B, C, F, h, w).
@@ -185,7 +190,8 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
     @classmethod
     def over(cls, network: UNet2DConditionModel, **arguments: Any) -> "VideoUNet":
         """Return a network with the weights of an image network, and new temporal layers; `arguments` are theirs."""
-        config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        known = inspect.signature(UNet2DConditionModel.__init__).parameters  # a config of others may have more keys
+        config = {name: value for name, value in network.config.items() if name in known}
         found: VideoUNet = cls(**config, **arguments)
         missing, unexpected = found.load_state_dict(network.state_dict(), strict=False)
         if unexpected or any(not name.startswith("temporal.") for name in missing):
@@ -208,6 +214,8 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
         if sample.ndim == 4:
             self.clip.num_frames, self.clip.states = 1, None
             return super().forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **kwargs)
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states: got None; expected text states: the temporal layers read them")
         batch, num_frames = len(sample), sample.shape[2]
         # kept until the next call: gradient checkpointing computes layers again in the backward pass
         self.clip.num_frames, self.clip.states = num_frames, encoder_hidden_states

@@ -186,7 +186,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], descr
     for index, parameter, group in _parameters(optimizer):
         if index in entries:
             optimizer.state[parameter] = {
-                key: _placed(value, parameter, group) if isinstance(value, Tensor) else value
+                key: _placed(key, value, parameter, group) if isinstance(value, Tensor) else value
                 for key, value in entries[index].items()
             }
 
@@ -273,9 +273,9 @@ def _check_fit(optimizer: Optimizer, tensors: Mapping[str, Tensor], description:
         )
 
 
-def _placed(value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Return a copy of `value` where and how torch.optim would have made it."""
-    if value.ndim == 0 and not (group.get("fused") or group.get("capturable")):
+def _placed(key: str, value: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return a copy of the state `key` of a parameter where and how torch.optim would have made it."""
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
         return value.to("cpu", copy=True)
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
