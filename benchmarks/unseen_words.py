@@ -26,7 +26,11 @@ from ldm.evaluation.sampling import sample_images
 from ldm.machine import cores, hardware
 from ldm.models.vision import Images
 
-PROMPTS = Path("configs/openmoji/unseen_words.json")
+PROMPTS = {
+    "test": Path("configs/openmoji/unseen_words.json"),
+    "validation": Path("configs/openmoji/unseen_words_validation.json"),
+}
+"""Prompts with the caption of the image that each should find; settings are chosen on the second list."""
 
 NEAREST = 5
 SHOWN = 24
@@ -40,8 +44,8 @@ def seen_words(captions: Sequence[str]) -> set[str]:
 class Prompts:
     """The prompts, and the places of the images that they should find among all distinct ones."""
 
-    def __init__(self, evaluation: Evaluation):
-        targets: dict[str, str] = json.loads(PROMPTS.read_text(encoding="utf-8"))
+    def __init__(self, evaluation: Evaluation, split: str):
+        targets: dict[str, str] = json.loads(PROMPTS[split].read_text(encoding="utf-8"))
         self.prompts = [*targets]
         rows = evaluation.images.rows_of([*targets.values()])
         self.own: Indices = np.array([evaluation.place[row] for row in rows])
@@ -69,12 +73,13 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the model")
     parser.add_argument("--other_guidance_scale", type=float, default=1.25, help="of the other one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validation", action="store_true", help="other words, to choose by them")
     parser.add_argument("--sheet", type=Path, help="file for a sheet of the first images, none chosen")
     arguments = parser.parse_args()
     torch.set_num_threads(cores())
     numbers: dict[str, Measure] = {}
     evaluation = Evaluation(arguments.model, "openmoji", {}, LISTS, "efficientnet_lite0", trust_remote_code=True)
-    asked = Prompts(evaluation)
+    asked = Prompts(evaluation, "validation" if arguments.validation else "test")
     images, ranks, shuffled = asked.ranks(evaluation.pipeline, arguments.seed, guidance_scale=arguments.guidance_scale)
     numbers["R@1"], numbers["R@5"] = mean_of(ranks < 1, RECALL_DRAWS), mean_of(ranks < NEAREST, RECALL_DRAWS)
     numbers["R@5, shuffled prompts"] = mean_of(shuffled < NEAREST, RECALL_DRAWS)

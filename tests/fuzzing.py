@@ -159,6 +159,9 @@ class Shades:
     def item(self, index):
         return [self.image(index)] * (self.num_frames or 1)
 
+    def frame(self, index, number):
+        return self.item(index)[number]
+
     def captions(self, index):
         return (CAPTIONS[index % 3],)
 

@@ -34,6 +34,9 @@ class Shades:
     def item(self, index):
         return [self.image(index + frame) for frame in range(self.num_frames or 1)]
 
+    def frame(self, index, number):
+        return self.item(index)[number]
+
     def captions(self, index):
         return {0: (), 1: ("one", "eins")}.get(index, (f"shade {index}",))
 

@@ -289,7 +289,9 @@ def test_small_images_get_the_noise_of_the_path_that_the_level_is_of():
 def test_the_prompts_have_words_of_no_caption_and_mean_images_that_there_are():
     source = build_source(DataConfig(source="openmoji"))
     captions = [caption for row in range(len(source)) for caption in source.captions(row)]
-    seen, targets = seen_words(captions), json.loads((ROOT / PROMPTS).read_text())
-    assert len(targets) >= 60
-    assert not [prompt for prompt in targets if seen_words([prompt]) <= seen]
-    assert not set(targets.values()) - set(captions)
+    seen, lists = seen_words(captions), {name: json.loads((ROOT / file).read_text()) for name, file in PROMPTS.items()}
+    assert len(lists["test"]) >= 60
+    assert not lists["test"].keys() & lists["validation"].keys()
+    for targets in lists.values():
+        assert not [prompt for prompt in targets if seen_words([prompt]) <= seen]
+        assert not set(targets.values()) - set(captions)

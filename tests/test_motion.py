@@ -82,4 +82,4 @@ def test_a_steady_clip_changes_by_nothing_but_its_way_and_flicker_is_seen():
     assert (steadied(exact)[0] == steadied(exact)[0, :1]).all()
     exact[0, 1::2][exact[0, 1::2] == 0] = 51
     assert changes(exact)[0] == pytest.approx(51)
-    assert changes(whole).max() < 12, "frames between whole pixels are smoothed otherwise"
+    assert changes(whole).max() < 15, "frames between whole pixels are smoothed otherwise"

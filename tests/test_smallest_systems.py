@@ -28,8 +28,18 @@ SYSTEMS = {
     "dalle2": {"clip": {}, "prior": PRIOR, "decoder": IMAGE | TEXT, "upsampler": {}},
     "imagen": {"clip": {}, "base": TEXT, "super_resolution": TEXT},
     "kandinsky": {"clip": {}, "movq": {}, "prior": PRIOR, "decoder": IMAGE | {"space.autoencoder": "movq"}},
+    "video_ldm": {
+        "vae": {},
+        "image": {"space.autoencoder": "vae"},
+        "video": {
+            "space.autoencoder": "vae",
+            "conditioners.text.pretrained": "image",
+            "denoiser.pretrained": "image",
+        },
+    },
 }
 """The stages of each system, with the fields that name the model of another stage."""
+# of VideoLDM the last stage is the whole pipeline
 PIPELINES = {"dalle2": "UnCLIPPipeline", "imagen": "ImagenPipeline", "kandinsky": "KandinskyPipeline"}
 STAGES = [(name, stage) for name, stages in SYSTEMS.items() for stage in stages]
 RESUMED = [
@@ -37,8 +47,14 @@ RESUMED = [
     ("imagen", "super_resolution"),
     ("kandinsky", "movq"),
     ("kandinsky", "prior"),
+    ("video_ldm", "video"),
 ]
-TWICE = [("dalle2", "decoder", 6), ("imagen", "super_resolution", 6), ("kandinsky", "movq", 3)]
+TWICE = [
+    ("dalle2", "decoder", 6),
+    ("imagen", "super_resolution", 6),
+    ("kandinsky", "movq", 3),
+    ("video_ldm", "video", 6),
+]
 """Stages, and the steps that they are trained for: of two codes that are almost as near, rounding chooses."""
 pytestmark = pytest.mark.slow
 
@@ -78,7 +94,7 @@ def words_of(name, stage, smallest):
     return [script, "--config", file, *(f"--{path}={model}" for path, model in models.items())]
 
 
-@table("name", SYSTEMS)
+@table("name", PIPELINES)
 def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
     folder, _ = smallest[name]
     model = folder / "model"
@@ -99,6 +115,23 @@ def test_it_is_trained_joined_sampled_and_measured(name, smallest, tmp_path):
     places = [str(folder / stage / "model") for stage in SYSTEMS[name]]
     command(*shell, "join", PIPELINES[name], *places, "--to", str(tmp_path / name))
     assert (tmp_path / name / "pipeline.py").read_text() == (model / "pipeline.py").read_text()
+
+
+def test_the_smallest_video_model_is_trained_and_sampled(smallest, tmp_path):
+    folder, _ = smallest["video_ldm"]
+    with Image.open(max((folder / "video").glob("samples/*.png"))) as sheet:
+        assert sheet.width > 4 * 32
+    assert not (folder / "video" / "alarms.jsonl").exists()
+    image, video = (load_file(find_weights(folder / stage / "model" / "unet")) for stage in ("image", "video"))
+    assert all(torch.equal(image[name], video[name]) for name in image), "the image model is frozen"
+    call = ("--model", str(folder / "video" / "model"), "--trust_remote_code", "true", "--out", str(tmp_path / "clips"))
+    command("-m", "ldm.commands.cli", "sample", "soccer ball moving left", *call, "--num_inference_steps", "2")
+    assert {path.suffix for path in (tmp_path / "clips").iterdir()} >= {".png", ".gif"}
+
+
+def find_weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
 
 
 @table(("name", "stage"), RESUMED)

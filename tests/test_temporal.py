@@ -172,7 +172,7 @@ def test_the_first_gradient_reaches_the_last_layer_of_every_branch_and_no_image_
     assert all(one.requires_grad for one in joint.parameters())
     assert with_temporal_layers(joint, TemporalConfig(head_dim=4)) is joint
     assert {name.split(".")[0] for name, one in joint.named_parameters() if one.requires_grad} == {"temporal"}
-    with pytest.raises(ConfigError, match="temporal.head_dim: got 8; expected 4"):
+    with pytest.raises(ConfigError, match=r"temporal\.head_dim: got 8; expected 4"):
         with_temporal_layers(video, TemporalConfig(head_dim=8))
     with pytest.raises(ConfigError, match="temporal: a Linear takes none; expected a UNet2DConditionModel"):
         with_temporal_layers(torch.nn.Linear(1, 1), TemporalConfig())

@@ -76,14 +76,17 @@ class OpenMojiClips:
 
     def item(self, index: int) -> Sequence[Image.Image]:
         """Return the frames of a clip in the order of time, RGBA, (image_size, image_size)."""
+        return [self.frame(index, number) for number in range(self.num_frames)]
+
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of a clip, as `item` does."""
         image, motion = divmod(index, len(MOTIONS))
-        canvas, size = self._canvas(image), self._images.image_size
-        return [moved(canvas, MOTIONS[motion], self._share(frame), size) for frame in range(self.num_frames)]
+        share = number / (self.num_frames - 1)
+        return moved(self._canvas(image), MOTIONS[motion], share, self._images.image_size)
 
     def image(self, index: int) -> Image.Image:
-        """Return the middle frame of a clip, as `item` does."""
-        image, motion = divmod(index, len(MOTIONS))
-        return moved(self._canvas(image), MOTIONS[motion], self._share(self.num_frames // 2), self._images.image_size)
+        """Return the middle frame of a clip."""
+        return self.frame(index, self.num_frames // 2)
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of a clip: its image's, with the words of its motion."""
@@ -98,9 +101,6 @@ class OpenMojiClips:
     def class_label(self, index: int) -> int | None:
         """Return the class of a clip's image."""
         return self._images.class_label(index // len(MOTIONS))
-
-    def _share(self, frame: int) -> float:
-        return frame / (self.num_frames - 1)
 
     def _on_canvas(self, image: int) -> Image.Image:
         return on_canvas(self._images.image(image))

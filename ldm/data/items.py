@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -29,6 +28,10 @@ class Stills(ABC):
         """Return the image alone."""
         return (self.image(index),)
 
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return the image; it has no other frame than number 0."""
+        return self.item(index)[number]
+
 
 class Frames(Stills):
     """Every frame of every clip of a source, as images: frame f of clip i is image ``i * num_frames + f``."""
@@ -38,7 +41,6 @@ class Frames(Stills):
         if clips.num_frames is None:
             raise ValueError("data.items: got frames of a source of images; expected items, the default")
         self._clips, self._frames = clips, clips.num_frames
-        self._item = lru_cache(maxsize=1)(clips.item)  # the frames of a clip follow one another
         self.fingerprint = f"{clips.fingerprint}-frames"
         self.names = self.wholes = None
         if clips.names is not None:
@@ -53,8 +55,7 @@ class Frames(Stills):
 
     def image(self, index: int) -> Image.Image:
         """Return a frame in its own mode."""
-        clip, frame = divmod(index, self._frames)
-        return self._item(clip)[frame]
+        return self._clips.frame(*divmod(index, self._frames))
 
     def captions(self, index: int) -> Sequence[str]:
         """Return the captions of the frame's clip."""

@@ -61,6 +61,9 @@ class Source(Protocol):
     def item(self, index: int) -> Sequence[Image.Image]:
         """Return the frames of an item in the order of time, in their own mode: one of an image."""
 
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of an item, by its number from 0 on."""
+
     def image(self, index: int) -> Image.Image:
         """Return an image in its own mode; of a clip the middle frame, which stands for it in galleries."""
 
@@ -94,6 +97,10 @@ class Subset:
     def item(self, index: int) -> Sequence[Image.Image]:
         """Return the frames of an item."""
         return self._source.item(self._rows[index])
+
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of an item."""
+        return self._source.frame(self._rows[index], number)
 
     def image(self, index: int) -> Image.Image:
         """Return an image in its own mode."""
