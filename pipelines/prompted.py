@@ -155,10 +155,10 @@ class Prompted:
 
     @torch.no_grad()
     def interpolate(self, first: str, second: str, num_images: int = 8, **call: Any) -> Any:
-        """Return ``.images``, `num_images` of them, from an image of the prompt `first` to one of `second`.
+        """Return what a call does, `num_images` images (or clips), from one of the prompt `first` to one of `second`.
 
         The prompt embeddings are evenly spaced on the line between those of the two prompts; all images have the same
-        noise. call: other arguments of a call, with one generator and `latents` of shape (1, C, h, w) at most. For a
+        noise. call: other arguments of a call, with one generator and `latents` of one image at most. For a
         transformer, tokens that only the longer prompt has count as padding only in the shorter prompt's image.
         ValueError for fewer than two images, and as in a call.
         """
@@ -167,8 +167,8 @@ class Prompted:
         share = torch.linspace(0, 1, num_images, device=start.device, dtype=start.dtype)[:, None, None]
         prompt_embeds = torch.lerp(start.expand(num_images, -1, -1), end.expand(num_images, -1, -1), share)
         latents = call.get("latents")
-        if torch.is_tensor(latents) and latents.ndim == 4 and len(latents) == 1:  # else the call raises the error
-            call["latents"] = latents.expand(num_images, -1, -1, -1)
+        if torch.is_tensor(latents) and latents.ndim > 3 and len(latents) == 1:  # else the call raises the error
+            call["latents"] = latents.expand(num_images, *latents.shape[1:])
         # one generator for each image, all of one state: scheduler noise and posterior samples are equal for all too
         with same_noise(call.pop("generator", None), num_images) as generators:
             return self(prompt_embeds=prompt_embeds, generator=generators, **call)

@@ -135,6 +135,21 @@ def test_a_model_of_frames_has_seen_their_clips():
     assert single.names("train", "validation", "test") == whole.names("train", "validation", "test")
 
 
+def test_a_clip_with_a_frame_like_that_of_a_held_out_one_is_not_held_out_itself(tmp_path):
+    lists = {name: tmp_path / f"{name}.txt" for name in ("validation", "test")}
+    lists["test"].write_text("red apple turning right\n")  # its first frame is also that of the turn to the left
+    lists["validation"].write_text("grapes moving up\n")
+    whole, single = (
+        clips(num_frames=3, items=items, held_out={name: str(path) for name, path in lists.items()})
+        for items in ("all", "frames")
+    )
+    assert single.names("validation", "test") == whole.names("validation", "test")
+    assert not single.names("train") & whole.names("validation", "test")
+    trained = {single.source.captions(row)[0] for row in single.splits["train"]}
+    assert "red apple turning left" in trained
+    assert "red apple turning right" not in trained
+
+
 def test_the_middle_frame_is_looked_up_among_subjects_whatever_their_motion():
     data = clips(num_frames=3)
     samples = ClipSamples(data, None, 16)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from ldm.config import TemporalConfig
 from ldm.errors import ConfigError
-from ldm.models.network import build_network, set_attention_and_memory, with_temporal_layers
+from ldm.models.network import build_network, image_layers_hash, set_attention_and_memory, with_temporal_layers
 from ldm.models.temporal import Clip, Mixed, TemporalAttention, TemporalConvolution, VideoUNet, frame_positions
 
 from .table import table
@@ -176,6 +176,23 @@ def test_the_first_gradient_reaches_the_last_layer_of_every_branch_and_no_image_
         with_temporal_layers(video, TemporalConfig(head_dim=8))
     with pytest.raises(ConfigError, match="temporal: a Linear takes none; expected a UNet2DConditionModel"):
         with_temporal_layers(torch.nn.Linear(1, 1), TemporalConfig())
+
+
+def test_a_network_without_a_transformer_is_refused():
+    simple = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": None}
+    plain = UNet2DConditionModel(**SIZES, cross_attention_dim=12, attention_head_dim=2, **simple)
+    with pytest.raises(ValueError, match="none of its blocks has a transformer"):
+        VideoUNet.over(plain)
+
+
+def test_the_hash_of_frozen_image_layers_is_theirs_alone():
+    frozen = with_temporal_layers(image_network(), TemporalConfig(head_dim=4))
+    before = image_layers_hash(frozen)
+    assert image_layers_hash(trained(frozen)) == before
+    frozen.conv_in.bias.data += 1
+    assert image_layers_hash(frozen) != before
+    assert image_layers_hash(with_temporal_layers(frozen, TemporalConfig(4)).requires_grad_(True)) is None
+    assert image_layers_hash(image_network().requires_grad_(False)) is None
 
 
 def test_gradient_checkpointing_changes_no_gradient():

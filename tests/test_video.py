@@ -96,6 +96,13 @@ def test_what_cannot_be_sampled_is_refused(changes, message):
         frames(video(), **changes)
 
 
+def test_clips_between_two_prompts_begin_with_the_first_and_end_with_the_second():
+    pipe, latents = video(), torch.randn(1, 4, 3, 8, 8, generator=seeds(5)[0])
+    between = pipe.interpolate("a cat", "a dog", num_images=3, latents=latents, output_type="np").frames
+    ends = [frames(pipe, prompt, latents=latents)[0] for prompt in ("a cat", "a dog")]
+    np.testing.assert_allclose(between[[0, 2]], ends, atol=1e-4)
+
+
 def test_a_callback_sees_the_latents_of_the_clip_and_may_stop():
     seen = []
 

@@ -37,7 +37,7 @@ COMMANDS = {
         "ldm.commands.validate",
         "Check every image and caption of a data set; exit code 1 if a training would stop.",
         "ldm validate my_images --out out/my/validation",
-        {"data": "a folder of images, Parquet, a data set, or openmoji"},
+        {"data": "a folder of images, Parquet, a data set, openmoji or openmoji_clips"},
         lambda report: sys.exit(1) if report.stops else None,
     ),
     "sample": Command(

@@ -86,7 +86,7 @@ def sample(
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         generator = torch.Generator().manual_seed(seed + number)
         call = asked(pipeline, prompt, negative_prompt) | plain_call(pipeline)
-        output = pipeline(**call, **images, generator=generator, **settings)
+        output = pipeline(**call, **images, generator=generator, output_type="pil", **settings)
         described: dict[str, Any] = {"prompt": condition_by(pipeline).shown(prompt), "negative_prompt": negative_prompt}
         described |= {"seed": seed + number, **settings}
         for file in write_output(output, path, described, overwrite):

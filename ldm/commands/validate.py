@@ -42,7 +42,7 @@ def validate(
     """Check every image and caption; print the problems, write ``validation.json`` and ``contact_sheet.png``.
 
     Args:
-        data: A folder of images with a metadata file, Parquet, a saved or named data set, or "openmoji".
+        data: A folder of images with a metadata file, Parquet, a saved or named data set, openmoji or openmoji_clips.
         out: Folder for the results.
         image_size: Images of fewer pixels on a side are counted.
         tokenizer: Folder of a tokenizer or of a model with one; none: one is learned from the captions.

@@ -170,7 +170,9 @@ class CaptionedImages:
     def names(self, *splits: str) -> set[str]:
         """Return the names, for the record, of what the items of some splits are or are a part of."""
         known = self.source.wholes or self.hashes
-        return {known[row] for split in splits for row in self.splits[split]}
+        found = {known[row] for split in splits for row in self.splits[split]}
+        # a clip of which one frame equals that of a held-out clip is trained on, and not held out with it
+        return found if "train" in splits else found.difference(known[row] for row in self.splits["train"])
 
     def first_images(self, split: str, count: int) -> Tensor:
         """Return up to `count` items of a split, (N, 3, H, W), in the order of their hashes: a random choice.

@@ -67,7 +67,8 @@ class OpenMojiClips:
         self.names = [f"{name}/{motion.words.replace(' ', '-')}" for name in images.names for motion in MOTIONS]
         self.fingerprint = f"{images.fingerprint}-clips-{VERSION}-{num_frames}"
         self.origins = [name for name in images.names for _ in MOTIONS]
-        self.subjects, self.wholes = self.origins, None
+        self.subjects = [subject for subject in images.subjects or images.names for _ in MOTIONS]
+        self.wholes = None
         self._canvas = lru_cache(maxsize=8)(self._on_canvas)  # the clips of an image follow one another
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ class Frames(Stills):
     def __init__(self, clips: Source):
         """Take a source whose items are clips; ValueError for one of images."""
         if clips.num_frames is None:
-            raise ValueError("data.items: got frames of a source of images; expected items, the default")
+            raise ValueError("data.items: got frames of a source of images; expected all, the default")
         self._clips, self._frames = clips, clips.num_frames
         self.fingerprint = f"{clips.fingerprint}-frames"
         self.names = self.wholes = None

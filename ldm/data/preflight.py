@@ -31,7 +31,7 @@ def checked_source(config: DataConfig) -> Source:
     """Return the images that `config` names, without those that cannot be trained on.
 
     Metadata, paths, headers and captions are checked. Then every image is decoded: the split needs its hash anyway,
-    and the hash is cached. Images that we render ourselves (openmoji) are not checked.
+    and the hash is cached. Images that we render ourselves (openmoji, openmoji_clips) are not checked.
 
     Raises:
         ValueError: a row cannot be trained on and `data.on_bad_data` is "error", or no row can be.

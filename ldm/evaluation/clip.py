@@ -14,7 +14,7 @@ from ldm.config.places import portable
 from ldm.data.batches import CaptionedImages
 from ldm.data.preflight import checked_source
 from ldm.evaluation.baselines import derangement, nearest_training_captions
-from ldm.evaluation.evaluation import held_out_captions, read_as_trained, training_in_short
+from ldm.evaluation.evaluation import held_out_captions, read_as_trained, refuse_clips, training_in_short
 from ldm.evaluation.images import nearest_sheet, pixel_values
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.evaluation.measure import Indices, mean_of
@@ -43,6 +43,7 @@ class ClipEvaluation:
         size = self.clip.config.vision_config.image_size
         config = read_as_trained(self.record, data, options, captions, image_size=size, on_bad_data="skip")
         self.images = CaptionedImages(checked_source(config), config)
+        refuse_clips(self.images)
         refuse_leaks([model], self.images)
         self.captions, rows = held_out_captions(self.images, worded=True)
         self.gallery, place = self.images.gallery()

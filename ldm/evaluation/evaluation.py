@@ -136,6 +136,12 @@ def training_in_short(record: Provenance | None) -> dict[str, Any] | None:
     }
 
 
+def refuse_clips(images: CaptionedImages) -> None:
+    """Raise ValueError for clips and their frames: a caption belongs to all frames of a clip, and to no one image."""
+    if images.source.num_frames is not None or images.source.wholes is not None:
+        raise ValueError("data: clips, or frames of clips; only images with captions of their own are measured here")
+
+
 class Evaluation:
     """A pipeline, the held-out images that it is measured on, and the network that the features are of."""
 
@@ -164,6 +170,7 @@ class Evaluation:
         more = {"image_size": image_size(self.pipeline), "on_bad_data": "skip"}
         config = read_as_trained(self.record, data, options, captions, **more)
         self.images = CaptionedImages(checked_source(config), config)
+        refuse_clips(self.images)
         refuse_leaks([model], self.images)
         self.network: FeatureNetwork = build_feature_network(network)
         refuse_teacher(model, self.network.name, self.network.sha256)

@@ -17,7 +17,7 @@ from ldm.models.vision import Images
 from ldm.terminal import progress_bar
 
 CHUNK = 50
-"""Images that one call of the pipeline samples."""
+"""Images, or frames of clips, that one call of the pipeline samples."""
 
 
 def sample_images(
@@ -62,7 +62,8 @@ def _sampled(
     **call: Any,
 ) -> NDArray[Any]:
     """Return what is in the field `returned` of the pipeline's outputs, one row for each prompt."""
-    chunks = [(start, list(prompts[start : start + CHUNK])) for start in range(0, len(prompts), CHUNK)]
+    at_once = max(1, CHUNK // getattr(pipeline, "config", {}).get("num_frames", 1))
+    chunks = [(start, list(prompts[start : start + at_once])) for start in range(0, len(prompts), at_once)]
     state, plain = PartialState(), plain_call(pipeline)
     mine = chunks[state.process_index :: state.num_processes]
     sampled: list[tuple[int, NDArray[Any]]] = []

@@ -40,7 +40,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "call": '"a cat", num_inference_steps={steps}, guidance_scale={guidance}',
         "use": "from diffusers.utils import export_to_gif\n\nframes = pipe({call}).frames[0]\n"
         'export_to_gif(frames, "clip.gif", fps=8)',
-        "own": "subject's own clip, whatever its motion,",
+        "own": "subject, by the middle frames of its clips,",
+        "among": "subjects",
         "one": "middle frame of the generated clip",
         "seeds": "guidance {guidance} and seeds",
         "sheet": "Captions of clips of the validation split, the frames side by side",
@@ -107,7 +108,7 @@ the loss on validation images, at most {loss_images}, none of them trained on, w
 noise levels (0: image, 1: noise) and as their mean."""
 RETRIEVAL = """\
 Retrieval: the share of {count} validation captions, sampled in the same way, whose {own} is the nearest to the
-{sampled} (R@1) or among the five nearest (R@5), of all distinct images of the data."""
+{sampled} (R@1) or among the five nearest (R@5), of all {among} of the data."""
 
 
 def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardText:
@@ -131,7 +132,10 @@ def pipeline_card(kind: PipelineKind, config: StageConfig, ranked: int) -> CardT
         measured=MEASURED.format(loss_images=looked.loss_images),
         notes={
             "r_at_1": RETRIEVAL.format(
-                count=ranked, own=words.get("own", "own image"), sampled=words.get("one", "generated one")
+                count=ranked,
+                own=words.get("own", "own image"),
+                sampled=words.get("one", "generated one"),
+                among=words.get("among", "distinct images"),
             )
         },
         task=kind.task,

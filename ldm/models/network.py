@@ -262,10 +262,21 @@ def without_float16(network: N) -> N:
     return network.float() if next(network.parameters()).dtype == torch.float16 else network
 
 
-def weights_hash(module: nn.Module) -> str:
-    """Return a hash of the weights, 32 hexadecimal digits, by their names, shapes, types and values."""
+def image_layers_hash(denoiser: nn.Module) -> str | None:
+    """Return a hash of the image layers of a denoiser of clips that are frozen; None if none are."""
+    frozen = isinstance(denoiser, VideoUNet) and not denoiser.conv_in.weight.requires_grad
+    return weights_hash(denoiser, "temporal.") if frozen else None
+
+
+def weights_hash(module: nn.Module, without: str | None = None) -> str:
+    """Return a hash of the weights, 32 hexadecimal digits, by their names, shapes, types and values.
+
+    without: prefix of the names that do not count.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
+        if without is not None and name.startswith(without):
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -159,7 +159,7 @@ def with_arguments_of(kind: type[Any]) -> Callable[[Any], Any]:
 
 
 class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
-    """A U-Net of images with temporal layers: after each residual block a convolution, after each transformer one.
+    """A U-Net of images with temporal layers: convolutions after residual blocks, attentions after transformers.
 
     Its weights are those of the image network, under their own names, and ``temporal.*``. Single images, (B, C, h, w),
     pass the image network alone; clips are (B, C, F, h, w).
@@ -186,6 +186,8 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
 
         self.clip = Clip()
         self.temporal = attach(self, self.clip, made)
+        if not any(isinstance(layer.branch, TemporalAttention) for layer in self.temporal.values()):
+            raise ValueError("none of its blocks has a transformer (CrossAttn...); expected one, which reads the text")
 
     @classmethod
     def over(cls, network: UNet2DConditionModel, **arguments: Any) -> "VideoUNet":

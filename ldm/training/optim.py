@@ -164,7 +164,7 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], descr
     Parameters that were saved without a state, because they never had a gradient, may be missing now: what the loss
     does not depend on is frozen since 0.2.0.
 
-    Data types are kept (`Optimizer.load_state_dict` casts to the parameter's). Step counts (0-dimensional) go
+    Data types are kept (`Optimizer.load_state_dict` casts to the parameter's). Step counts go
     to the CPU unless the group is fused or capturable, everything else goes where its parameter is, in its
     memory format: as torch.optim makes them. How a step is computed (fused, foreach, ...) stays as built.
 

@@ -20,7 +20,7 @@ from ldm.models.bottleneck import bottleneck_of
 from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
-from ldm.models.network import network_hash, weights_sha256
+from ldm.models.network import image_layers_hash, network_hash, weights_sha256
 from ldm.models.provenance import trained_through
 from ldm.models.vision import tower
 from ldm.objectives.reconstruction import (
@@ -100,9 +100,11 @@ class DiffusionStep:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Hashes of the space, its networks included, and of the conditioners' networks that are not trained."""
+        """Hashes of the space, its networks included, and of the networks and layers of the model that are frozen."""
         model = self.stage.model
         found = {"space": self.stage.space.key}
+        if (image_layers := image_layers_hash(model.denoiser)) is not None:
+            found["denoiser"] = image_layers
         for name in model.conditioners:
             conditioner = model.conditioner(name)
             if conditioner.frozen and conditioner.networks:
