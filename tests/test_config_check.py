@@ -106,7 +106,6 @@ def test_every_number_of_a_config_has_a_range(kind):
         ("temporal={}", "temporal: got settings for data.source openmoji of images; expected null, or data of clips"),
         ("data.source=openmoji_clips", "temporal: got null for clips; expected settings of temporal layers"),
         ("data.items=frames", "data.items: got frames of data.source openmoji, whose items are images; expected all"),
-        ("temporal={}", "temporal.freeze_image_layers: got true for a denoiser from scratch, whose last layer would"),
         ("data.num_frames=1", "data.num_frames: got 1; expected a number from 2 to 65536"),
         ("denoiser.norm_eps=.nan", "denoiser.norm_eps: not a finite number"),
         ("denoiser.layers_per_block=1000000000", "denoiser.layers_per_block: more than 1000 layers"),
@@ -120,6 +119,11 @@ def test_impossible_values_are_refused_when_the_config_is_read(word, message):
     assert message in refused
     assert "\n" not in refused
     assert SECRET not in refused
+
+
+def test_frozen_image_layers_must_be_of_a_trained_model():
+    refused = refusal("--data.source=openmoji_clips", "--temporal={}")
+    assert refused.startswith("temporal.freeze_image_layers: got true for a denoiser from scratch, whose last layer")
 
 
 def test_a_seed_that_no_generator_takes_is_refused():

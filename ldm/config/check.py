@@ -328,7 +328,7 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
         yield "temporal: got null for clips; expected settings of temporal layers, {} at least, or data.items: frames"
     if config.temporal is not None and not data.clips:
         yield f"temporal: got settings for data.source {data.source} of images; expected null, or data of clips"
-    if config.temporal is not None and config.temporal.freeze_image_layers and "pretrained" not in config.denoiser:
+    elif config.temporal is not None and config.temporal.freeze_image_layers and "pretrained" not in config.denoiser:
         yield (
             "temporal.freeze_image_layers: got true for a denoiser from scratch, whose last layer would stay zero; "
             "expected false, or an image model as denoiser.pretrained"
