@@ -8,7 +8,7 @@ from ldm.config import DataConfig, LoopConfig, StageConfig
 from ldm.config.file import load_config
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.data.positions import generators
-from ldm.models.network import build_network, unreached
+from ldm.models.network import build_network, image_layers_hash, unreached
 from ldm.models.scheduler import build_scheduler
 from ldm.stage import build_stage
 from ldm.training.run import Run
@@ -116,6 +116,14 @@ def test_it_leaves_the_zero_function_with_every_weight(name, parts, run, tmp_pat
         optimizer.step()
         optimizer.zero_grad()
     assert [one for one, parameter in trained.items() if one not in idle and torch.equal(parameter, before[one])] == []
+
+
+def test_frozen_image_layers_are_recorded_with_what_is_frozen(parts, run, tmp_path):
+    made, _ = build("videoldm", parts, tmp_path)
+    step, denoiser = DiffusionStep(made, run, 0.9), made.model.denoiser
+    assert "denoiser" not in step.frozen
+    denoiser.requires_grad_(False).temporal.requires_grad_(True)
+    assert step.frozen["denoiser"] == image_layers_hash(denoiser)
 
 
 @every_system
