@@ -1,4 +1,4 @@
-"""Clips as files: an animation, and where PyAV is installed a film, beside a strip of the frames."""
+"""Clips as files: an animation, and where PyAV is installed a film, beside the strip that `ldm sample` writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,6 @@ import numpy as np
 from PIL import Image
 
 FRAMES_PER_SECOND = 8
-
-
-def strip(frames: Sequence[Image.Image]) -> Image.Image:
-    """Return the frames side by side."""
-    width, height = frames[0].size
-    found = Image.new("RGB", (width * len(frames), height))
-    for number, frame in enumerate(frames):
-        found.paste(frame, (width * number, 0))
-    return found
 
 
 def write_gif(frames: Sequence[Image.Image], path: Path, described: Mapping[str, object]) -> Path:

@@ -11,15 +11,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.commands.clip_files import strip, write_gif, write_mp4
+from ldm.commands.clip_files import write_gif, write_mp4
 from ldm.config.places import made_folder
 from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
 from ldm.evaluation.conditions import condition_by
+from ldm.evaluation.samples import strips
 from ldm.models.pipeline import call_settings, load_pipeline, plain_call, size_arguments, starting_from
 
 NAME_LETTERS, NAME_BYTES = 80, 200
@@ -106,7 +108,8 @@ def write_output(output: Any, path: Path, described: Mapping[str, object], overw
         )
     for kind in beside:  # an old film beside a new strip would be another clip
         path.with_suffix(kind).unlink(missing_ok=True)
-    shown = write_image(strip(frames), path, described, overwrite)
+    side_by_side = strips(np.stack([np.asarray(frame.convert("RGB")) for frame in frames])[None])[0]
+    shown = write_image(Image.fromarray(side_by_side), path, described, overwrite)
     gif = write_gif(frames, shown.with_suffix(".gif"), described)
     mp4 = write_mp4(frames, shown.with_suffix(".mp4"), described)
     return [shown, gif] if mp4 is None else [shown, gif, mp4]

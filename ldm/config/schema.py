@@ -109,7 +109,7 @@ class DataConfig:
 
     @property
     def clips(self) -> bool:
-        """Whether the items are clips, and not images."""
+        """True if the items are clips, and not images."""
         return self.source == "openmoji_clips" and self.items == "all"
 
 
