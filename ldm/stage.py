@@ -103,7 +103,7 @@ def build_stage(
     denoiser = build_network(config.denoiser, "denoiser", DENOISERS)
     prepare_denoiser(denoiser, fresh="pretrained" not in config.denoiser)
     if config.temporal is not None:
-        denoiser = with_temporal_layers(denoiser, config.temporal)
+        denoiser = with_temporal_layers(denoiser, config.temporal, "frames" in conditioners)
     elif isinstance(denoiser, VideoUNet):
         raise ConfigError("temporal: got null for a VideoUNet; expected settings, {} at least, and data of clips")
     if space.statistics is not None:
@@ -137,7 +137,7 @@ def build_conditioners(
             low_res.image_size, low_res.noise_timesteps, low_res.blur, image_size
         )
     if (frames := config.frames) is not None:
-        conditioners["frames"] = FramesConditioner(frames.max_context, frames.dropout)
+        conditioners["frames"] = FramesConditioner(frames.max_context, frames.dropout, frames.between)
     return conditioners
 
 

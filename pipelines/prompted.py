@@ -277,8 +277,9 @@ class Prompted:
         start: StartImage | None,
         callback: StepCallback | None,
         eta: float,
+        denoiser: Any = None,
     ) -> torch.Tensor:
-        """Return the latents after the last step, float32."""
+        """Return the latents after the last step, float32; `denoiser` takes the place of the component."""
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             inputs.prompt,
             None,
@@ -295,14 +296,14 @@ class Prompted:
         noise, embeds = inputs.latents, [prompt_embeds]  # a callback may replace them
         if noise is None:
             noise = randn_tensor(inputs.latents_shape, inputs.generator, self._device, torch.float32)
-        noise = noise.to(self._device)
+        noise, called = noise.to(self._device), self.denoiser if denoiser is None else denoiser
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             kwargs: dict[str, Any] = {**self.conditions(embeds[0])}
             if self.cross_attention_kwargs is not None:
                 kwargs["cross_attention_kwargs"] = self.cross_attention_kwargs
             scale, rescale = self.guidance_scale, self.guidance_rescale
-            return guided_output(self.denoiser, self.scheduler, latents, timestep, scale, (), kwargs, rescale)
+            return guided_output(called, self.scheduler, latents, timestep, scale, (), kwargs, rescale)
 
         def after_step(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, bool]:
             if callback is not None:

@@ -312,7 +312,7 @@ def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
     assert marks[10:].sum() == 0
     assert torch.equal(frames, x0 * mask)
     for wrong in (x0[:, :, 0], x0[:, :, :2]):
-        with pytest.raises(ValueError, match="expected clips of more than max_context 2 frames"):
+        with pytest.raises(ValueError, match="expected clips of more than the 2 frames that are given"):
             tell(conditioner, Some(), 20, x0=wrong)
 
 

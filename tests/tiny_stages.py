@@ -159,7 +159,7 @@ def stages(parts: Path) -> dict[str, dict[str, Any]]:
         },
         "videoldm": {
             "space": kl,
-            "denoiser": CROSS | LATENT | {"in_channels": 4 + 1 + 4},
+            "denoiser": CROSS | LATENT,
             "objective": {"path": "scaled_linear", "prediction_type": "v_prediction"},
             "conditioners": {"text": CLIP_SCRATCH, "frames": {"dropout": 0.5}},
             "temporal": {"head_dim": 8, "freeze_image_layers": False},

@@ -76,6 +76,8 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "image_size": PIXELS,
         "crop_size": PIXELS,
         "num_frames": Numbers(2, 2**16),
+        "video_frames": Numbers(2, 2**16),
+        "stride": Numbers(1, 2**16),
         "limit": COUNT,
         "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
         "batch_size": Numbers(1, 2**20),
@@ -88,7 +90,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     LabelConfig: {"num_classes": COUNT, "dropout": SHARE},
     ImageConfig: {"dropout": SHARE},
     LowResConfig: {"image_size": PIXELS, "blur": Numbers(0, 100), "noise_timesteps": Numbers(0, 1000)},
-    FramesConfig: {"max_context": COUNT, "dropout": SHARE},
+    FramesConfig: {"max_context": COUNT_OR_NONE, "between": Numbers(0, 1), "dropout": SHARE},
     TemporalConfig: {"head_dim": Numbers(1, 4096)},
     ConditionersConfig: {},
     ObjectiveConfig: {
@@ -346,6 +348,10 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
         )
     if frames is not None and not data.clips:
         yield f"conditioners.frames: got settings for data.source {data.source} of images; expected null"
+    if frames is not None and not frames.max_context and not frames.between:
+        yield "conditioners.frames: got max_context 0 and between 0, so that no frame is given; expected one of the two"
+    if data.video_frames is not None and data.video_frames < data.num_frames:
+        yield f"data.video_frames: got {data.video_frames}; expected data.num_frames {data.num_frames} or more"
     if frames is not None and frames.max_context >= data.num_frames:
         yield (
             f"conditioners.frames.max_context: got {frames.max_context} of data.num_frames {data.num_frames}; expected "

@@ -73,10 +73,12 @@ class LowResConfig:
 
 @dataclass(frozen=True)
 class FramesConfig:
-    """The first frames of each clip, as C more input channels, and one more that marks them."""
+    """Frames of each clip that are given, as C more input channels, and one more that marks them."""
 
     max_context: int = 1
-    """Largest number of frames that are given."""
+    """Largest number of first frames that are given, to go on from them; 0: none."""
+    between: float = 0.0
+    """Share of the clips of which the first and the last frame are given in their place, to fill in what is between."""
     dropout: float = 0.1
 
 

@@ -39,6 +39,10 @@ class DataOptions(TypedDict, total=False):
     """Items of clips: all, the clips; or frames, each frame as an image."""
     num_frames: int
     """Frames of a clip."""
+    video_frames: int | None
+    """Frames of a whole motion of openmoji_clips, of which clips are cut; null: a clip is a whole motion."""
+    stride: int | None
+    """Frames between the beginnings of two clips of one video; null: num_frames."""
     limit: int | None
     """Number of images that are kept; null: all."""
     held_out: dict[str, str]
@@ -84,6 +88,11 @@ class DataConfig:
     Drink; empty: all images."""
     num_frames: int = 8
     """Frames of each clip; not used where the source has images."""
+    video_frames: int | None = None
+    """Frames of a whole motion of openmoji_clips, of which clips are cut; null: a clip is a whole motion."""
+    stride: int | None = None
+    """Frames from the beginning of a clip to that of the next one cut from the same video; null: num_frames, so that no
+    frame is in two."""
     items: Literal["all", "frames"] = "all"
     """Of clips: all, each clip is a sample; frames, each frame is a sample, an image with the caption of its clip."""
     flip: bool = False
@@ -106,6 +115,11 @@ class DataConfig:
     """The run ends if a loader process takes longer than this for a batch."""
     cache: bool = True
     """Cache the outputs of frozen networks for each image and caption (latents, prompt embeddings)."""
+
+    @property
+    def clip_stride(self) -> int:
+        """Frames from the beginning of a clip to that of the next one."""
+        return self.num_frames if self.stride is None else self.stride
 
     @property
     def clips(self) -> bool:

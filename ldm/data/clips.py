@@ -75,9 +75,18 @@ class OpenMojiClips:
         """Return the number of clips."""
         return len(self._images) * len(MOTIONS)
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The number of frames of each clip."""
+        return [self.num_frames] * len(self)
+
     def item(self, index: int) -> Sequence[Image.Image]:
         """Return the frames of a clip in the order of time, RGBA, (image_size, image_size)."""
-        return [self.frame(index, number) for number in range(self.num_frames)]
+        return self.frames(index, 0, self.num_frames)
+
+    def frames(self, index: int, start: int, count: int) -> Sequence[Image.Image]:
+        """Return successive frames of a clip, as `item` does."""
+        return [self.frame(index, start + number) for number in range(count)]
 
     def frame(self, index: int, number: int) -> Image.Image:
         """Return one frame of a clip, as `item` does."""

@@ -1,10 +1,10 @@
-"""Items of data: an image, or a clip of several frames with one caption."""
+"""Items of data: an image, or a clip of several frames with one caption; frames and clips cut from longer ones."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
@@ -45,7 +45,7 @@ class Frames(Stills):
         self.names = self.wholes = None
         if clips.names is not None:
             self.names = [f"{name}/{frame}" for name in clips.names for frame in range(self._frames)]
-            self.wholes = _repeated(clips.names, self._frames)
+            self.wholes = _repeated(clips.wholes or clips.names, self._frames)
         self.origins = _repeated(clips.origins or [*map(str, range(len(clips)))], self._frames)
         self.subjects = None if clips.subjects is None else _repeated(clips.subjects, self._frames)
 
@@ -68,6 +68,93 @@ class Frames(Stills):
     def class_label(self, index: int) -> int | None:
         """Return the class of the frame's clip."""
         return self._clips.class_label(index // self._frames)
+
+
+class Videos(Protocol):
+    """Captioned videos by index, which clips are cut from; each may have a length of its own."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of the frames: equal fingerprints, equal frames in this order."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Return the number of frames of each video."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return a name of each video."""
+
+    @property
+    def origins(self) -> Sequence[str]:
+        """Return the name of what each video was made of: videos of one share a split."""
+
+    @property
+    def subjects(self) -> Sequence[str] | None:
+        """Return the name of what each video shows, for ``data.balance``; None: it is not known."""
+
+    def frames(self, index: int, start: int, count: int) -> Sequence[Image.Image]:
+        """Return successive frames of a video."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of a video."""
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption of a video."""
+
+    def class_label(self, index: int) -> int | None:
+        """Return the class of a video."""
+
+
+class Cuts:
+    """Clips of `num_frames` frames, one cut at every `stride` frames of each video; shorter videos give none.
+
+    All clips of a video share its split, and a model that was trained on one of them has seen the video.
+    """
+
+    def __init__(self, videos: Videos, num_frames: int, stride: int):
+        self._videos, self.num_frames = videos, num_frames
+        self._cuts = [
+            (video, start)
+            for video, length in enumerate(videos.lengths)
+            for start in range(0, length - num_frames + 1, stride)
+        ]
+        self.fingerprint = f"{videos.fingerprint}-cut-{num_frames}-{stride}"
+        self.names = [f"{videos.names[video]}/{start}" for video, start in self._cuts]
+        self.wholes = [videos.names[video] for video, _ in self._cuts]
+        self.origins = [videos.origins[video] for video, _ in self._cuts]
+        self.subjects = None
+        if (subjects := videos.subjects) is not None:
+            self.subjects = [subjects[video] for video, _ in self._cuts]
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self._cuts)
+
+    def item(self, index: int) -> Sequence[Image.Image]:
+        """Return the frames of a clip in the order of time."""
+        return self._videos.frames(*self._cuts[index], self.num_frames)
+
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of a clip."""
+        video, start = self._cuts[index]
+        return self._videos.frames(video, start + number, 1)[0]
+
+    def image(self, index: int) -> Image.Image:
+        """Return the middle frame of a clip."""
+        return self.frame(index, self.num_frames // 2)
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions of the clip's video."""
+        return self._videos.captions(self._cuts[index][0])
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption of the clip's video."""
+        return self._videos.all_captions(self._cuts[index][0])
+
+    def class_label(self, index: int) -> int | None:
+        """Return the class of the clip's video."""
+        return self._videos.class_label(self._cuts[index][0])
 
 
 def _repeated(names: Sequence[str], times: int) -> list[str]:

@@ -16,7 +16,7 @@ from ldm.data import layout
 from ldm.data.clips import OpenMojiClips
 from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.folder import FolderRows
-from ldm.data.items import Frames
+from ldm.data.items import Cuts, Frames
 from ldm.data.openmoji import OpenMoji
 from ldm.data.rows import RowSource, TableRows
 from ldm.errors import ConfigError, explained
@@ -128,7 +128,10 @@ def build_source(config: DataConfig) -> Source:
 def _named(config: DataConfig) -> Source:
     if config.source in OWN:
         images = OpenMoji(config.image_size, config.languages, config.class_column, config.groups)
-        return images if config.source == "openmoji" else OpenMojiClips(images, config.num_frames)
+        if config.source == "openmoji":
+            return images
+        videos = OpenMojiClips(images, config.video_frames or config.num_frames)
+        return videos if config.video_frames is None else Cuts(videos, config.num_frames, config.clip_stride)
     if config.path is None:
         raise ConfigError(f"data.path: required with data.source {config.source}")
     columns = config.image_column, config.caption_column, config.class_column

@@ -137,21 +137,23 @@ def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
         zero_tails(denoiser)
 
 
-def with_temporal_layers(denoiser: nn.Module, config: TemporalConfig) -> VideoUNet:
-    """Return a denoiser of clips: `denoiser` with new temporal layers, or as it is if it has them.
+def with_temporal_layers(denoiser: nn.Module, config: TemporalConfig, given_frames: bool = False) -> VideoUNet:
+    """Return a denoiser of clips: `denoiser` with the temporal layers that it lacks.
 
-    The layers of the image network are frozen if the config says so.
+    given_frames: it is told what frames are known, by a mask and their latents (`FramesConditioner`). The layers of the
+    image network are frozen if the config says so.
     """
-    found: VideoUNet
-    if isinstance(denoiser, VideoUNet):
-        found = denoiser
-        if (width := found.config.temporal_head_dim) != config.head_dim:
-            raise ConfigError(f"temporal.head_dim: got {config.head_dim}; expected {width}, as in denoiser")
-    elif isinstance(denoiser, UNet2DConditionModel):
-        with explained("temporal"):
-            found = VideoUNet.over(denoiser, temporal_head_dim=config.head_dim)
-    else:
+    if not isinstance(denoiser, UNet2DConditionModel):
         raise ConfigError(f"temporal: a {type(denoiser).__name__} takes none; expected a UNet2DConditionModel")
+    if isinstance(denoiser, VideoUNet) and (width := denoiser.config.temporal_head_dim) != config.head_dim:
+        raise ConfigError(f"temporal.head_dim: got {config.head_dim}; expected {width}, as in denoiser")
+    found: VideoUNet
+    context_channels = 1 + denoiser.config.in_channels if given_frames else 0
+    if isinstance(denoiser, VideoUNet) and context_channels <= denoiser.config.context_channels:
+        found = denoiser
+    else:
+        with explained("temporal"):
+            found = VideoUNet.over(denoiser, temporal_head_dim=config.head_dim, context_channels=context_channels)
     if config.freeze_image_layers:
         found.requires_grad_(False)
         found.temporal.requires_grad_(True)

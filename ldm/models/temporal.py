@@ -21,6 +21,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+CONTEXT = "context"
+"""Key of the `Context` among the temporal layers; no layer of a network has this path."""
 ALPHA = 0.9
 """Share of the image layer's output before training. At 1 the temporal layer would get no gradient."""
 
@@ -32,6 +34,8 @@ class Clip:
     num_frames: int = 1
     states: Tensor | None = None
     """The text states, (B, L, D), one row for each clip."""
+    context: Tensor | None = None
+    """What is known of the frames, (B, C, F, h, w); see `Context`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Clip":
         """Return a new one: tensors of a graph cannot be copied."""
@@ -82,6 +86,24 @@ class TemporalAttention(nn.Module):
         x = self.proj_out(x + self.feed_forward(self.norm3(x)))
         x = x.reshape(batch, height, width, num_frames, channels).permute(0, 3, 4, 1, 2)
         return cast(Tensor, x.reshape(frames.shape))
+
+
+class Context(nn.Module):
+    """What is known of the frames, added to what the image network's first layer makes of them; zero before training.
+
+    It is the same as more input channels of that layer, whose own weights stay as they are, and it sees the frames
+    before and after too (Blattmann et al. 2023, section 3.2: a mask, and the masked latents).
+    """
+
+    def __init__(self, context_channels: int, channels: int):
+        super().__init__()
+        self.conv = nn.Conv3d(context_channels, channels, 3, padding=1)
+        _zero(self.conv)
+
+    def forward(self, frames: Tensor, clip: Clip) -> Tensor:
+        """Return the frames, (B * F, C, h, w), with the context of their clips."""
+        context = cast(Tensor, clip.context).to(self.conv.weight.dtype)
+        return frames + cast(Tensor, self.conv(context)).transpose(1, 2).flatten(0, 1)
 
 
 class Mixed(nn.Module):
@@ -162,7 +184,8 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
     """A U-Net of images with temporal layers: convolutions after residual blocks, attentions after transformers.
 
     Its weights are those of the image network, under their own names, and ``temporal.*``. Single images, (B, C, h, w),
-    pass the image network alone; clips are (B, C, F, h, w).
+    pass the image network alone; clips are (B, C, F, h, w). With `context_channels`, clips may have so many channels
+    more: what is known of their frames, as `Context` takes it; without them nothing is known.
     """
 
     _source = Path(__file__).read_text(encoding="utf-8")
@@ -170,7 +193,7 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     @with_arguments_of(UNet2DConditionModel)
-    def __init__(self, temporal_head_dim: int = 32, **others: Any):
+    def __init__(self, temporal_head_dim: int = 32, context_channels: int = 0, **others: Any):
         super().__init__(**others)
         config = self.config
         groups, states_dim = config.norm_num_groups, config.encoder_hid_dim or config.cross_attention_dim
@@ -188,6 +211,9 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
         self.temporal = attach(self, self.clip, made)
         if not any(isinstance(layer.branch, TemporalAttention) for layer in self.temporal.values()):
             raise ValueError("none of its blocks has a transformer (CrossAttn...); expected one, which reads the text")
+        if context_channels:
+            self.temporal[CONTEXT] = Context(context_channels, config.block_out_channels[0])
+            self.conv_in.register_forward_hook(partial(_after, self.temporal, CONTEXT, self.clip))
 
     @classmethod
     def over(cls, network: UNet2DConditionModel, **arguments: Any) -> "VideoUNet":
@@ -214,13 +240,14 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
         All other arguments have one row for each clip, as of images.
         """
         if sample.ndim == 4:
-            self.clip.num_frames, self.clip.states = 1, None
+            self.clip.num_frames, self.clip.states, self.clip.context = 1, None, None
             return super().forward(sample, timestep, encoder_hidden_states, return_dict=return_dict, **kwargs)
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: got None; expected text states: the temporal layers read them")
         batch, num_frames = len(sample), sample.shape[2]
         # kept until the next call: gradient checkpointing computes layers again in the backward pass
         self.clip.num_frames, self.clip.states = num_frames, encoder_hidden_states
+        sample, self.clip.context = self._apart(sample)
         frames = sample.transpose(1, 2).flatten(0, 1)
         repeated = partial(_repeated, batch=batch, times=num_frames)
         output = super().forward(
@@ -232,6 +259,17 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
         )[0]
         output = output.unflatten(0, (batch, num_frames)).transpose(1, 2)
         return UNet2DConditionOutput(sample=output) if return_dict else (output,)
+
+    def _apart(self, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the channels of the image network and those of the context, zeros if they are left out."""
+        own, more = self.config.in_channels, self.config.context_channels
+        if sample.shape[1] not in (own, own + more):
+            raise ValueError(f"sample: got {sample.shape[1]} channels; expected {own}, or {own + more} with a context")
+        if not more:
+            return sample, None
+        left_out = sample.shape[1] == own
+        context = sample.new_zeros(len(sample), more, *sample.shape[2:]) if left_out else sample[:, own:]
+        return sample[:, :own], context
 
 
 def _repeated(value: Any, batch: int, times: int) -> Any:
