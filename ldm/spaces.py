@@ -17,6 +17,7 @@ from ldm.models.bottleneck import bottleneck_of
 from ldm.models.clip import ImageEncoder, load_image_encoder
 from ldm.models.network import AUTOENCODERS, build_network, network_hash
 from ldm.models.resolution import shrunk
+from ldm.models.temporal import VideoAutoencoder
 from ldm.objectives.variational import GREY_STEP
 
 
@@ -136,10 +137,12 @@ class LatentSpace:
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Return the images of latents, of clips frame by frame."""
+        """Return the images of latents, of clips frame by frame unless the decoder has temporal layers."""
         parameter = next(self.autoencoder.parameters())
-        latents = time_first(x0).to(parameter.device, parameter.dtype)
-        return frame_by_frame(partial(ae.decode, self.autoencoder), latents).float()
+        x0 = x0.to(parameter.device, parameter.dtype)
+        if isinstance(self.autoencoder, VideoAutoencoder):
+            return time_first(ae.decode(self.autoencoder, x0)).float()
+        return frame_by_frame(partial(ae.decode, self.autoencoder), time_first(x0)).float()
 
 
 class EmbeddingSpace:

@@ -37,9 +37,10 @@ class VideoPipeline(
 ):
     """The pipeline of a latent image model with temporal layers: clips of prompts, or with one frame images.
 
-    unet: a `VideoUNet`, whose source is saved beside its weights. num_frames, num_inference_steps, guidance_scale: of a
-    call that says none. max_context: largest number of first frames that it learned to go on from; interpolates: True
-    if it learned to fill in between a first and a last frame.
+    unet: a `VideoUNet`; vae: an AutoencoderKL, or a `VideoAutoencoder`, which decodes clips as such. The source of both
+    is saved beside their weights. num_frames, num_inference_steps, guidance_scale: of a call that says none.
+    max_context: largest number of first frames that it learned to go on from; interpolates: True if it learned to fill
+    in between a first and a last frame.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -215,7 +216,13 @@ class VideoPipeline(
         return known.latents
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        """Return clips of latents (B, C, F, h, w), frame by frame, in the form of `output_type`."""
+        """Return clips of latents (B, C, F, h, w) in the form of `output_type`.
+
+        They are decoded frame by frame, unless the decoder has temporal layers.
+        """
+        if hasattr(self.vae, "temporal"):
+            clips = torch.cat([self._pixels(latents[number : number + 1]) for number in range(len(latents))])
+            return self.image_processor.postprocess_video(clips, output_type)
         parts = torch.split(latents.transpose(1, 2).flatten(0, 1), CHUNK)
         frames = torch.cat([self._pixels(part) for part in parts])
         clips = frames.view(len(latents), latents.shape[2], *frames.shape[1:]).transpose(1, 2)

@@ -78,6 +78,23 @@ def test_an_item_is_a_clip_with_one_caption_and_its_middle_frame_stands_for_it()
     assert sample.pixel_values.shape == (3, 3, 16, 16)
 
 
+def test_clips_cut_from_a_longer_motion_are_successive_frames_of_it():
+    whole, cut = clips(num_frames=8), clips(num_frames=3, video_frames=8, stride=2)
+    assert len(cut.source) == 3 * len(whole.source), "from frames 0, 2 and 4"
+    for row, start in ((7, 0), (30, 4)):
+        clip = 3 * row + start // 2
+        assert torch.equal(cut.pixel_values(clip), whole.pixel_values(row)[start : start + 3])
+        assert cut.source.captions(clip) == whole.source.captions(row)
+        assert cut.source.names[clip] == f"{whole.source.names[row]}/{start}"
+        assert cut.source.origins[clip] == whole.source.origins[row]
+    middle = torch.from_numpy(np.array(cut.image(3 * 30 + 2))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(whole.pixel_values(30)[5], middle)
+    assert cut.names("train", "validation", "test") == whole.names("train", "validation", "test"), "seen as a whole"
+    single = clips(num_frames=3, video_frames=8, items="frames")
+    assert single.names("train", "validation", "test") == whole.names("train", "validation", "test")
+    assert len(clips(num_frames=3, video_frames=8).source) == 2 * len(whole.source), "null: no frame is in two"
+
+
 def test_frames_as_items_are_those_of_the_clips_with_their_captions_and_names():
     whole, single = clips(num_frames=3), clips(num_frames=3, items="frames")
     assert len(single.source) == 3 * len(whole.source)

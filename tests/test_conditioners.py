@@ -316,6 +316,20 @@ def test_frames_given_are_the_first_of_their_clip_and_the_null_is_none():
             tell(conditioner, Some(), 20, x0=wrong)
 
 
+def test_of_a_share_of_the_clips_the_first_and_the_last_frame_are_given():
+    conditioner = FramesConditioner(2, 0.0, between=0.5)
+    marks = tell(conditioner, Some(), 40, x0=torch.randn(40, 3, 4, 2, 2))["frames"][:, 0, :, 0, 0]
+    between = marks[:, 3] == 1
+    assert torch.equal(marks[between], torch.tensor([1.0, 0, 0, 1]).expand(int(between.sum()), 4))
+    assert 10 < between.sum() < 30
+    assert set(marks[~between].sum(1).tolist()) == {0, 1, 2}
+    alone = tell(FramesConditioner(0, 0.0, between=1.0), Some(), 8, x0=torch.randn(8, 3, 3, 2, 2))["frames"]
+    assert torch.equal(alone[:, 0, :, 0, 0], torch.tensor([1.0, 0, 1]).expand(8, 3))
+    for wrong in ({"max_context": 0}, {"max_context": 1, "between": 1.5}):
+        with pytest.raises(ValueError, match=r"conditioners\.frames"):
+            FramesConditioner(dropout=0.0, **wrong)
+
+
 @table("kind", ["low_res", "frames"])
 def test_what_is_told_of_a_sample_does_not_depend_on_its_batch(kind):
     conditioner = LowResConditioner(4, 1000) if kind == "low_res" else FramesConditioner(1, 0.5)

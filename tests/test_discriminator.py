@@ -24,6 +24,21 @@ def test_an_images_logits_do_not_depend_on_its_batch():
     assert torch.allclose(discriminator(images)[:1], discriminator(images[:1]), atol=1e-6)
 
 
+def test_of_clips_its_patches_see_the_frames_beside_them_too():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(8, 1, clips=True)
+    clips = torch.rand(2, 3, 12, 16, 16)
+    before = discriminator(clips)
+    assert before.shape[:3] == (2, 1, 12), "a logit for each frame"
+    for module in discriminator.modules():  # the norm sees the whole clip
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda hidden: hidden
+    before, moved = discriminator(clips), clips.clone()
+    moved[:, :, 6] += 1
+    changed = (discriminator(moved) - before).abs().amax((0, 1, 3, 4)).nonzero().flatten().tolist()
+    assert changed == [3, 4, 5, 6, 7, 8, 9], "three convolutions of three frames"
+
+
 def test_frozen_gives_the_same_logits_and_no_gradient_to_itself():
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2)

@@ -207,6 +207,7 @@ def test_s06_nothing_outside_of_the_folder_is_pushed(hub, model, what):
 # ---- what fails ----
 
 
+@pytest.mark.slow
 @table(
     ("what", "how"),
     [*(("commit", how) for how in (500, DROP, 401, 403, 409)), ("create", 500), ("create", DROP), ("lfs", 401)],

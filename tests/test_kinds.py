@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from diffusers import VQModel
 from PIL import Image
@@ -72,6 +73,7 @@ def images(kind, pipe):
     return pipe(**ASKED[kind.asks], **plain_call(pipe), **guided, **call).images
 
 
+@pytest.mark.slow
 @table("kind", [kind for kind in KINDS if kind.stock], lambda value: getattr(value, "own", value))
 @table("weight", [None, 1.0])
 @table("sampler", ["dpm_solver", "ddim", "ddpm"])

@@ -133,6 +133,7 @@ def test_training_leaves_the_encoder_as_it_came_and_out_of_the_checkpoints(folde
     assert all(np.isfinite(list(row.values())).all() for row in losses)
 
 
+@pytest.mark.slow
 def test_the_folder_is_sampled_alike_by_plain_diffusers_and_by_us(folder, tmp_path):
     model = folder / "model"
     command = [sys.executable, "-c", SAMPLE, model, tmp_path / "stock.npy"]

@@ -9,6 +9,7 @@ import torch
 
 from ldm.config import AutoencoderConfig, StageConfig
 from ldm.config.file import config_kind, load_config
+from ldm.models.network import with_temporal_decoder, with_temporal_layers
 
 from .table import table
 
@@ -33,6 +34,10 @@ PUBLISHED = {
     "kandinsky/paper/movq.yaml": 67_832_495,
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
+    # Stable Diffusion's and the temporal layers, whose number is that of ours: none is published
+    "video_ldm/paper/decoder.yaml": 83_653_863 + 0,
+    "video_ldm/paper/video.yaml": 859_520_964 + 0,
+    "video_ldm/paper/prediction.yaml": 859_520_964 + 0,
 }
 """Parameters of the denoiser or the autoencoder."""
 
@@ -41,14 +46,38 @@ def test_every_paper_is_counted():
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/paper/*.yaml")} == PUBLISHED.keys()
 
 
+def config_at(path):
+    return load_config(config_kind(str(path), [AutoencoderConfig, StageConfig]), ["--config", str(path)])
+
+
+def config_of_clips(config):
+    return config.temporal is not None
+
+
+def network_of(config):
+    """Build the network of a config; a pretrained one is that of the paper's config with this output folder."""
+    keys = dict(config.autoencoder if isinstance(config, AutoencoderConfig) else config.denoiser)
+    if "pretrained" in keys:
+        others = map(config_at, CONFIGS.glob("*/paper/*.yaml"))
+        built = network_of(next(one for one in others if f"{one.output_dir}/model" == keys["pretrained"]))
+    else:
+        built = getattr(diffusers, keys.pop("_class_name"))(**keys)
+    if not config_of_clips(config):
+        return built
+    if isinstance(config, AutoencoderConfig):
+        return with_temporal_decoder(built, config.temporal)
+    return with_temporal_layers(built, config.temporal, config.conditioners.frames is not None)
+
+
 @table("name", PUBLISHED)
 def test_the_network_has_the_published_number_of_parameters(name):
-    kind = config_kind(str(CONFIGS / name), [AutoencoderConfig, StageConfig])
-    config = load_config(kind, ["--config", str(CONFIGS / name)])
-    keys = dict(getattr(config, "autoencoder" if kind is AutoencoderConfig else "denoiser"))
+    config = config_at(CONFIGS / name)
     with torch.device("meta"):
-        built = getattr(diffusers, keys.pop("_class_name"))(**keys)
+        built = network_of(config)
     assert sum(parameter.numel() for parameter in built.parameters()) == PUBLISHED[name]
+    if config_of_clips(config):
+        trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+        assert trained == sum(parameter.numel() for parameter in built.temporal.parameters())
 
 
 def test_the_decoder_is_karlos_but_for_the_way_in_of_the_embedding():

@@ -72,6 +72,7 @@ def both_draw(stock, scheduler, **call):
     return [arrays(pipe, steps=7, **call) for pipe in pipes]
 
 
+@pytest.mark.slow
 @table("scheduler", [*SCHEDULERS, *NOISY, PNDMScheduler(skip_prk_steps=True)], ids=name)
 @table("strength", [0.3, 0.8, 1.0])
 def test_image_to_image_is_the_stock_pipelines(scheduler, strength):

@@ -98,6 +98,7 @@ def stock_finds_the_layer_norm(monkeypatch):
     monkeypatch.setattr(type(text_encoder()), "text_model", property(lambda encoder: encoder), raising=False)
 
 
+@pytest.mark.slow
 @table(("name", "case"), CASES)
 def test_every_argument_of_a_call_draws_what_the_stock_pipeline_draws(name, case):
     call, scheduler = case if isinstance(case, tuple) else (case, DDIM)

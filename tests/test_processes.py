@@ -118,6 +118,7 @@ def test_processes_that_measure_time_plan_the_same_number_of_steps(tmp_path):
     assert saved_step(tmp_path / "run") > 2  # if they had planned others, one would wait for the other in vain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["raises", "is killed", "exits", "is stopped"])
 def test_r19_one_process_that_fails_ends_the_training_and_leaves_it_resumable(what, tmp_path):
     do = {

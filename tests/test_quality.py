@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.evaluation.quality import psnr, ssim
+from ldm.evaluation.quality import flicker, psnr, ssim
 
 
 def test_psnr_of_a_constant_error_is_its_closed_form():
@@ -20,3 +20,13 @@ def test_ssim_is_1_for_equal_images_and_falls_with_noise():
     values = [float(ssim(image + level * torch.randn_like(image), image).mean()) for level in (0, 0.1, 0.5)]
     assert values[0] == pytest.approx(1, abs=1e-5)
     assert values[0] > values[1] > values[2]
+
+
+def test_flicker_is_the_error_of_the_change_and_not_of_the_frames():
+    clips = torch.rand(2, 3, 4, 8, 8) - 0.5
+    assert flicker(clips + 0.2, clips).tolist() == pytest.approx([0, 0], abs=1e-4)
+    one_frame = clips.clone()
+    one_frame[0, :, 2] += 0.2  # two of three changes
+    assert flicker(one_frame, clips).tolist() == pytest.approx([127.5 * 0.2 * 2 / 3, 0], abs=1e-3)
+    still = clips[:, :, :1].repeat(1, 1, 4, 1, 1)
+    assert flicker(0 * still, still).tolist() == [0, 0]

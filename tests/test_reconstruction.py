@@ -33,6 +33,20 @@ def test_each_error_has_its_weight():
     assert "perceptual" not in reconstruction_error(image, rebuilt, config)
 
 
+def test_the_change_of_a_clip_is_wrong_only_where_frames_have_other_errors():
+    clip = torch.rand(2, 3, 4, 8, 8)
+    config = ReconstructionConfig(l1_weight=0, change_weight=2)
+    assert float(reconstruction_error(clip, clip + 0.3, config)["change"]) == pytest.approx(0, abs=1e-6)
+    flickers = clip.clone()
+    flickers[:, :, 1::2] += 0.1  # three changes, each wrong by 0.1
+    assert float(reconstruction_error(clip, flickers, config)["change"]) == pytest.approx(0.2, abs=1e-6)
+    assert "change" not in reconstruction_error(clip[:, :, 0], clip[:, :, 0], config)
+    seen = []
+    config = ReconstructionConfig(change_weight=0)
+    reconstruction_error(clip, clip, config, lambda one, two: seen.append(one) or torch.zeros(len(one)))
+    assert torch.equal(seen[0], torch.cat([clip[0].transpose(0, 1), clip[1].transpose(0, 1)])), "frame by frame"
+
+
 def test_elbo_is_below_the_exact_likelihood_of_a_linear_gaussian_autoencoder():
     """x = w z + s n with z, n standard normal: log p(x) is known, and the bound is tight at the true posterior."""
     w, s, x = 1.3, 0.6, torch.linspace(-2, 2, 9, dtype=torch.float64)

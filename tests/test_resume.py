@@ -114,6 +114,7 @@ def test_r06_what_is_exported_is_the_average_and_validating_changes_nothing(part
     assert not torch.equal(tensor, one.tensors["denoiser-weights"][f"denoiser.{name}"])
 
 
+@pytest.mark.slow
 def test_r18_a_training_whose_loader_process_dies_ends_and_is_resumed_exactly(tmp_path):
     arguments = (*VAE, "--data.workers", 2)
     dying = [Fault(loaders_killed, 4)]

@@ -33,6 +33,7 @@ def sample(config, x_T, num_inference_steps):  # noqa: N803
     return x_t, *start
 
 
+@pytest.mark.slow
 @table(("path", "prediction_type", "rescaled"), SOUND)
 def test_a_perfect_network_samples_the_data(path, prediction_type, rescaled):
     """Everything is affine, so two starting points give the mean and the standard deviation exactly."""

@@ -24,18 +24,17 @@ from .trainers import ROOT, ended, ledger, metrics, run, start_several
 TEXT = {"conditioners.text.pretrained": "clip"}
 IMAGE = {"conditioners.image.pretrained": "clip"}
 PRIOR = {"space.image_encoder": "clip", **TEXT}
+VIDEO = {"space.autoencoder": "decoder", "conditioners.text.pretrained": "image"}
 SYSTEMS = {
     "dalle2": {"clip": {}, "prior": PRIOR, "decoder": IMAGE | TEXT, "upsampler": {}},
     "imagen": {"clip": {}, "base": TEXT, "super_resolution": TEXT},
     "kandinsky": {"clip": {}, "movq": {}, "prior": PRIOR, "decoder": IMAGE | {"space.autoencoder": "movq"}},
     "video_ldm": {
         "vae": {},
+        "decoder": {"autoencoder.pretrained": "vae"},
         "image": {"space.autoencoder": "vae"},
-        "video": {
-            "space.autoencoder": "vae",
-            "conditioners.text.pretrained": "image",
-            "denoiser.pretrained": "image",
-        },
+        "video": VIDEO | {"denoiser.pretrained": "image"},
+        "prediction": VIDEO | {"denoiser.pretrained": "video"},
     },
 }
 """The stages of each system, with the fields that name the model of another stage."""
@@ -47,13 +46,15 @@ RESUMED = [
     ("imagen", "super_resolution"),
     ("kandinsky", "movq"),
     ("kandinsky", "prior"),
-    ("video_ldm", "video"),
+    ("video_ldm", "decoder"),
+    ("video_ldm", "prediction"),
 ]
 TWICE = [
     ("dalle2", "decoder", 6),
     ("imagen", "super_resolution", 6),
     ("kandinsky", "movq", 3),
-    ("video_ldm", "video", 6),
+    ("video_ldm", "decoder", 6),
+    ("video_ldm", "prediction", 6),
 ]
 """Stages, and the steps that they are trained for: of two codes that are almost as near, rounding chooses."""
 pytestmark = pytest.mark.slow

@@ -68,6 +68,7 @@ def rows(section):
     return {row.name: row for row in section.rows}
 
 
+@pytest.mark.slow
 def test_retrieval_tells_the_three_apart():
     found = {
         name: rows(sections.retrieval(of, "colours"))

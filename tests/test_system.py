@@ -146,6 +146,7 @@ time.sleep(60)
     assert (tmp_path / "got").read_text() == f"{int(number)} "
 
 
+@pytest.mark.slow
 def test_a_stage_does_not_outlive_a_system_that_is_killed(tmp_path):
     stage = script(tmp_path, "slow", "(folder / 'pid').write_text(str(os.getpid()))\ntime.sleep(60)\n")
     code = f"from ldm.system import *; run_stage(SystemStage('slow', {stage.script!r}, [], Path('x')), 1)"

@@ -5,12 +5,27 @@ import math
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ldm.config import TemporalConfig
+from ldm.config import TemporalConfig, TemporalDecoderConfig
 from ldm.errors import ConfigError
-from ldm.models.network import build_network, image_layers_hash, set_attention_and_memory, with_temporal_layers
-from ldm.models.temporal import Clip, Mixed, TemporalAttention, TemporalConvolution, VideoUNet, frame_positions
+from ldm.models.network import (
+    build_network,
+    image_layers_hash,
+    set_attention_and_memory,
+    with_temporal_decoder,
+    with_temporal_layers,
+)
+from ldm.models.temporal import (
+    Clip,
+    Context,
+    Mixed,
+    TemporalAttention,
+    TemporalConvolution,
+    VideoAutoencoder,
+    VideoUNet,
+    frame_positions,
+)
 
 from .table import table
 
@@ -52,7 +67,8 @@ def trained(network):
     for parameter in network.temporal.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for layer in network.temporal.values():
-        layer.logit.data.zero_()
+        if isinstance(layer, Mixed):
+            layer.logit.data.zero_()
     return network
 
 
@@ -219,3 +235,81 @@ def test_a_copy_is_its_own_network_and_a_saved_one_the_same(tmp_path):
     video.save_pretrained(tmp_path)
     again = build_network({"pretrained": str(tmp_path)}, "denoiser").eval()
     assert torch.equal(called(again, x), before)
+
+
+def test_a_context_is_more_channels_of_the_first_layer_and_changes_nothing_before_training():
+    plain, images = VideoUNet.over(image_network()).eval(), image_network()
+    told = VideoUNet.over(plain, context_channels=5).eval()
+    x, context = clips(), torch.randn(2, 5, 4, 8, 8)
+    known = torch.cat([x, context], 1)
+    assert torch.equal(called(told, known), called(plain, x))
+    after = trained(told)
+    assert not torch.allclose(called(after, known), called(after, x), atol=1e-3)
+    assert torch.equal(called(after, torch.cat([x, 0 * context], 1)), called(after, x)), "left out: nothing is known"
+    assert torch.equal(called(after, x[:, :, 0]), called(images, x[:, :, 0])), "images know of no context"
+    with pytest.raises(ValueError, match="got 6 channels; expected 4, or 9 with a context"):
+        called(told, known[:, :6])
+
+
+def test_a_context_is_a_convolution_over_places_and_frames_beside_the_first_layer():
+    layer = Context(5, 8)
+    torch.nn.init.normal_(layer.conv.weight)
+    clip = Clip(3, context=torch.randn(2, 5, 3, 4, 4))
+    frames = torch.randn(6, 8, 4, 4)
+    wide = layer.conv(clip.context)
+    expected = frames + torch.stack([wide[one, :, frame] for one in range(2) for frame in range(3)])
+    torch.testing.assert_close(layer(frames, clip), expected)
+
+
+def test_a_model_of_clips_goes_on_as_one_that_is_given_frames():
+    video = with_temporal_layers(image_network(), TemporalConfig(head_dim=4))
+    told = with_temporal_layers(video, TemporalConfig(head_dim=4), given_frames=True)
+    assert (video.config.context_channels, told.config.context_channels) == (0, 5)
+    assert {name for name in told.state_dict() if name not in video.state_dict()} == {
+        "temporal.context.conv.weight",
+        "temporal.context.conv.bias",
+    }
+    assert {name.split(".")[0] for name, one in told.named_parameters() if one.requires_grad} == {"temporal"}
+    assert with_temporal_layers(told, TemporalConfig(head_dim=4), given_frames=True) is told
+
+
+def image_autoencoder():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, **blocks).eval()
+
+
+@torch.no_grad()
+def test_an_untrained_temporal_decoder_decodes_each_frame_as_the_image_decoder_does():
+    images, video = image_autoencoder(), VideoAutoencoder.over(image_autoencoder()).eval()
+    z = clips()
+    alone = torch.stack([images.decode(z[:, :, frame]).sample for frame in range(4)], 2)
+    torch.testing.assert_close(video.decode(z).sample, alone, atol=1e-5, rtol=0)
+    for network, others_move in ((video, False), (trained(video), True)):
+        before, moved = network.decode(z).sample, z.clone()
+        moved[:, :, 1] += 1
+        after = network.decode(moved).sample
+        assert torch.equal(before[:, :, [0, 2, 3]], after[:, :, [0, 2, 3]]) != others_move
+        torch.testing.assert_close(network.decode(z[:, :, 0]).sample, alone[:, :, 0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_clip_is_encoded_frame_by_frame():
+    images, video = image_autoencoder(), trained(VideoAutoencoder.over(image_autoencoder())).eval()
+    x = torch.randn(2, 3, 4, 8, 8)
+    found = video.encode(x).latent_dist
+    for frame in range(4):
+        alone = images.encode(x[:, :, frame]).latent_dist
+        torch.testing.assert_close(found.mean[:, :, frame], alone.mean, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.std[:, :, frame], alone.std, atol=1e-5, rtol=0)
+    assert torch.equal(video.encode(x[:, :, 0]).latent_dist.mean, images.encode(x[:, :, 0]).latent_dist.mean)
+
+
+@table(("freeze", "trained_parts"), [(True, {"temporal"}), (False, {"temporal", "decoder"})])
+def test_the_encoder_of_a_temporal_decoder_is_frozen(freeze, trained_parts):
+    found = with_temporal_decoder(image_autoencoder(), TemporalDecoderConfig(freeze_image_layers=freeze))
+    assert {name.split(".")[0] for name, one in found.named_parameters() if one.requires_grad} == trained_parts
+    assert (image_layers_hash(found) is None) != freeze
+    assert with_temporal_decoder(found, TemporalDecoderConfig()) is found
+    with pytest.raises(ConfigError, match="temporal: a UNet2DConditionModel takes none; expected an AutoencoderKL"):
+        with_temporal_decoder(image_network(), TemporalDecoderConfig())

@@ -15,6 +15,7 @@ from ldm.commands.sample import sample
 from ldm.export.hub import model_files
 from ldm.models.pipeline import load_pipeline
 from ldm.models.temporal import VideoUNet
+from pipelines import given_frames
 from pipelines.video import VideoPipeline
 
 from . import tiny_pipeline
@@ -23,15 +24,16 @@ from .test_pipeline_folder import be_without_this_project
 from .tiny_pipeline import LENGTH, PIXELS, WIDTH, seeds
 
 
-def video(trained=True):
-    network = VideoUNet.over(tiny_pipeline.unet(), temporal_head_dim=8).eval()
+def video(trained=True, **told):
+    context_channels = 5 if told else 0
+    network = VideoUNet.over(tiny_pipeline.unet(), temporal_head_dim=8, context_channels=context_channels).eval()
     if trained:
         torch.manual_seed(7)
         for parameter in network.temporal.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     parts = {name: part for name, part in tiny_pipeline.parts(unet=network).items() if part is not None}
     parts.pop("requires_safety_checker")
-    pipe = VideoPipeline(**parts, num_frames=3, num_inference_steps=3, guidance_scale=2.0)
+    pipe = VideoPipeline(**parts, num_frames=3, num_inference_steps=3, guidance_scale=2.0, **told)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,6 +96,102 @@ def test_output_types_are_those_of_diffusers():
 def test_what_cannot_be_sampled_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         frames(video(), **changes)
+
+
+def picture(seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8))
+
+
+def through(pipe, image):
+    """Return an image through the autoencoder."""
+    values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipe.vae.decode(pipe.vae.encode(values).latent_dist.mode()).sample
+    return (decoded / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+
+
+def test_a_given_image_is_the_first_frame_and_decides_the_others():
+    pipe, image = video(max_context=2), picture()
+    made = frames(pipe, image=image)
+    np.testing.assert_allclose(made[0, 0], through(pipe, image), atol=1e-5)
+    assert not np.allclose(made[0, 1:], frames(pipe, image=picture(1))[0, 1:], atol=1e-3)
+    assert not np.allclose(made[0, 1:], frames(pipe)[0, 1:], atol=1e-3)
+    two = frames(pipe, ["a cat", "a dog"], image=[image, picture(1)], generator=seeds(0, 0))
+    np.testing.assert_allclose(two[0], made[0], atol=1e-5)
+    np.testing.assert_allclose(two[1, 0], through(pipe, picture(1)), atol=1e-5)
+
+
+def test_between_a_first_and_a_last_frame_the_others_are_filled_in():
+    pipe = video(max_context=1, interpolates=True)
+    made = frames(pipe, image=picture(), last_image=picture(1))
+    np.testing.assert_allclose(made[0, [0, 2]], [through(pipe, picture()), through(pipe, picture(1))], atol=1e-5)
+    assert not np.allclose(made[0, 1], frames(pipe, image=picture())[0, 1], atol=1e-3)
+
+
+def test_a_long_clip_is_made_in_passes_each_from_the_last_frames_of_the_one_before():
+    pipe, clip = video(max_context=2), [picture(seed) for seed in range(3)]
+    made = frames(pipe, video=clip, num_frames=6, generator=seeds(0))
+    assert made.shape[1] == 6
+    np.testing.assert_allclose(made[0, :3], [through(pipe, frame) for frame in clip], atol=1e-5)
+    one = frames(pipe, video=clip[1:], num_frames=3, output_type="latent")
+    two = frames(pipe, video=clip[1:], num_frames=3, generator=seeds(0))
+    np.testing.assert_allclose(made[0, 3], two[0, 2], atol=1e-5)
+    known = given_frames.KnownFrames(one, torch.tensor([True] * 3)).context(1, 4)
+    assert known.shape[2] == 3
+    assert known[0, 0, :, 0, 0].tolist() == [1, 1, 0]
+    assert frames(pipe, num_frames=7).shape[1] == 7, "of a prompt alone, too"
+    assert frames(video(), num_frames=7).shape[1] == 7, "in one pass, without given frames"
+    assert not np.allclose(made[0, 4], made[0, 3], atol=1e-3)
+
+
+@table(
+    ("num_frames", "known", "window", "most", "expected"),
+    [
+        (8, 0, 8, 3, [(0, 8)]),
+        (8, 1, 8, 3, [(0, 8)]),
+        (5, 0, 8, 3, [(0, 5)]),
+        (24, 0, 8, 0, [(0, 24)]),
+        (24, 8, 8, 3, [(5, 13), (10, 18), (15, 23), (20, 28)]),
+        (12, 0, 8, 3, [(0, 8), (5, 13)]),
+        (6, 5, 8, 3, [(2, 10)]),
+    ],
+)
+def test_passes_go_on_from_what_is_known_to_the_end(num_frames, known, window, most, expected):
+    assert [*given_frames.passes(num_frames, known, window, most)] == expected
+
+
+def test_guidance_by_given_frames_goes_from_the_output_without_them_towards_that_with_them():
+    context = torch.ones(1, 5, 2, 3, 3)
+
+    def network(model_input, **kwargs):
+        return (model_input[:, :4] + (10 * model_input[:, 4:].sum() if model_input.shape[1] == 9 else 0),)
+
+    x = torch.randn(2, 4, 2, 3, 3)
+    without, told = network(x)[0], network(torch.cat([x, context.repeat(2, 1, 1, 1, 1)], 1))[0]
+    for scale in (1.0, 3.0):
+        found = given_frames.InContext(network, context, scale)(x)[0]
+        torch.testing.assert_close(found, without + scale * (told - without))
+
+
+@table(
+    ("told", "changes", "message"),
+    [
+        ({}, {"image": picture()}, "image, video: this model goes on from no frames"),
+        ({"max_context": 1}, {"last_image": picture()}, "last_image: expected image too"),
+        ({"max_context": 1}, {"image": picture(), "last_image": picture()}, "conditioners.frames.between"),
+        ({"max_context": 1}, {"image": picture(), "video": [picture()]}, "image, video: got both"),
+        ({"max_context": 1}, {"video": [picture()] * 3}, "num_frames: got 3; expected more than the 3 frames"),
+        ({"max_context": 1}, {"image": picture(), "num_frames": 1}, "num_frames: got 1, and all of them are given"),
+        ({"max_context": 1}, {"image": [picture()] * 2}, "image: got 2 for 1 prompts; expected 1, or one a prompt"),
+        ({"max_context": 1}, {"video": [[picture()], [picture()] * 2]}, "video: got clips of .* expected clips of one"),
+        ({"max_context": 1}, {"video": "film.mp4"}, "video: got str; expected an image of PIL"),
+        ({"max_context": 1}, {"context_guidance_scale": 0.5}, "context_guidance_scale: got 0.5; expected a number fr"),
+        ({"max_context": 1}, {"num_frames": 5, "latents": torch.zeros(1, 4, 5, 8, 8)}, "latents: got noise for a clip"),
+    ],
+)
+def test_frames_that_cannot_be_gone_on_from_are_refused(told, changes, message):
+    with pytest.raises(ValueError, match=message):
+        frames(video(**told), **changes)
 
 
 def test_clips_between_two_prompts_begin_with_the_first_and_end_with_the_second():

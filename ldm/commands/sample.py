@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.commands.clip_files import write_gif, write_mp4
 from ldm.config.places import made_folder
+from ldm.data.films import film_at
 from ldm.data.headers import ImageError, decode_pixels, open_image
 from ldm.data.pixels import to_rgb
 from ldm.evaluation.conditions import condition_by
@@ -39,6 +40,9 @@ def sample(
     image: str | None = None,
     mask_image: str | None = None,
     strength: float | None = None,
+    last_image: str | None = None,
+    video: str | None = None,
+    num_frames: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> list[Path]:
@@ -55,9 +59,12 @@ def sample(
         seed: Seed of the first image; the next ones count up.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance scale; 1 turns guidance off. Default: the pipeline's own, else 3, if it has guidance.
-        image: Image to start from, whose size is kept; transparent parts become white.
+        image: Image to start from, whose size is kept; transparent parts become white. Of a clip, its first frame.
         mask_image: Mask, white where the image is sampled anew; transparent parts become black.
         strength: Share of the steps that are run on the start image. Default: 0.8, and 1 with a mask.
+        last_image: Last frame of a clip.
+        video: GIF, animated WEBP or MP4 whose frames are the first ones of a clip, which goes on from them.
+        num_frames: Frames of a clip, given ones included. Default: the pipeline's own.
         overwrite: Replace files of the same name; otherwise the next free name is used (a-cat-0-2.png).
         trust_remote_code: Run the pipeline code that came with the model.
 
@@ -68,21 +75,31 @@ def sample(
         if not _is_unicode(text):
             raise ValueError(f"{name}: got {text!r:.80}, which is not valid Unicode; leave out what is not text")
     paths = [Path(out) / f"{slug(prompt)}-{seed + number}.png" for number, prompt in enumerate(prompts)]
-    started_at: dict[str, Any] = {}
-    if image is not None:
-        started_at["strength"] = image_strength(strength, num_inference_steps, mask_image is not None)
-        if overwrite:
-            refuse_overwriting(paths, image, mask_image)
-    elif mask_image is not None or strength is not None:
+    if image is None and (mask_image is not None or strength is not None):
         raise ValueError("mask_image, strength: need an image to start from; name --image")
+    if overwrite:
+        refuse_overwriting(paths, image, mask_image, last_image, video)
+    given_strength = strength
+    if image is not None:  # before the model is loaded: a wrong strength is known at once
+        strength = image_strength(strength, num_inference_steps, mask_image is not None)
     pipeline, images = load_pipeline(model, trust_remote_code), {}
-    if "output_type" not in inspect.signature(pipeline.__call__).parameters:
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "output_type" not in takes:
         raise ValueError(f"{type(pipeline).__name__} samples no images; name a pipeline that does")
-    settings = call_settings(pipeline, num_inference_steps, guidance_scale) | started_at
-    if image is not None:
+    settings = call_settings(pipeline, num_inference_steps, guidance_scale)
+    if "num_frames" in takes:
+        if mask_image is not None or given_strength is not None:
+            raise ValueError("mask_image, strength: a clip goes on from its first frames as they are; leave them out")
+        images = started(image=image, last_image=last_image)
+        if video is not None:
+            images["video"] = film_frames(video)
+        settings |= {} if num_frames is None else {"num_frames": num_frames}
+    elif last_image is not None or video is not None or num_frames is not None:
+        raise ValueError(f"last_image, video, num_frames: {type(pipeline).__name__} samples no clips; leave them out")
+    elif image is not None:
         images = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
-        settings |= size_arguments(pipeline, *images["image"].size)
+        settings |= {"strength": strength} | size_arguments(pipeline, *images["image"].size)
     made_folder(out)
     written = []
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
@@ -140,9 +157,18 @@ def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
             raise ValueError(f"{path} is an input and would be overwritten; name another --out, or another --seed")
 
 
-def started(**files: str | None) -> dict[str, Image.Image]:
+def film_frames(file: str) -> list[Image.Image]:
+    """Return all frames of a film in RGB; ValueError for a file that is not one."""
+    try:
+        film = film_at(file)
+        return [to_rgb(frame, "white") for frame in film.frames(range(len(film.times())))]
+    except (OSError, ImageError) as error:
+        raise ValueError(f"video: {file}: {error}") from error
+
+
+def started(**files: str | None) -> dict[str, Any]:
     """Return the images of the given `files`, by argument; ValueError for a file that is not an image."""
-    images = {}
+    images: dict[str, Any] = {}
     for name, file in files.items():
         if file is not None:
             try:

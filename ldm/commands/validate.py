@@ -16,7 +16,8 @@ from ldm.config.check import checked
 from ldm.config.conditioners import TextConfig
 from ldm.config.places import made_folder
 from ldm.data.batches import CaptionedImages
-from ldm.data.inspection import CountTokens, Inspection, inspect, place
+from ldm.data.inspection import CountTokens, Inspection, inspect
+from ldm.data.preflight import place
 from ldm.data.sources import Source, build_source, source_config
 from ldm.errors import explained
 from ldm.evaluation.images import CELL_WIDTH, contact_sheet

@@ -22,6 +22,7 @@ from .schema import (
     StageConfig,
     SystemConfig,
     TemporalConfig,
+    TemporalDecoderConfig,
     ValidationConfig,
 )
 
@@ -48,5 +49,6 @@ __all__ = [
     "StageConfig",
     "SystemConfig",
     "TemporalConfig",
+    "TemporalDecoderConfig",
     "ValidationConfig",
 ]

@@ -26,10 +26,12 @@ from ldm.config import (
     StageConfig,
     SystemConfig,
     TemporalConfig,
+    TemporalDecoderConfig,
     ValidationConfig,
 )
 from ldm.config.conditioners import ConditionersConfig, FramesConfig, ImageConfig, LabelConfig, LowResConfig, TextConfig
 from ldm.config.places import PLAIN_NAME
+from ldm.config.schema import CLIPS
 from ldm.errors import ConfigError
 
 C = TypeVar("C")
@@ -77,6 +79,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "crop_size": PIXELS,
         "num_frames": Numbers(2, 2**16),
         "video_frames": Numbers(2, 2**16),
+        "frame_rate": Numbers(0, 1000, above=True),
         "stride": Numbers(1, 2**16),
         "limit": COUNT,
         "held_out_percent": Numbers(0, 50, below=True),  # the same percentage is for test
@@ -92,6 +95,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
     LowResConfig: {"image_size": PIXELS, "blur": Numbers(0, 100), "noise_timesteps": Numbers(0, 1000)},
     FramesConfig: {"max_context": COUNT_OR_NONE, "between": Numbers(0, 1), "dropout": SHARE},
     TemporalConfig: {"head_dim": Numbers(1, 4096)},
+    TemporalDecoderConfig: {},
     ConditionersConfig: {},
     ObjectiveConfig: {
         "num_train_timesteps": Numbers(1, 10**6),
@@ -110,6 +114,7 @@ RANGES: dict[type[Any], dict[str, Numbers]] = {
         "revive_after_steps": COUNT,
         "perceptual_weight": WEIGHT,
         "adversarial_weight": WEIGHT,
+        "change_weight": WEIGHT,
         "discriminator_start_step": COUNT_OR_NONE,
         "discriminator_channels": Numbers(4, 1024),
         "discriminator_layers": Numbers(1, 10),
@@ -233,12 +238,21 @@ def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
     if config.crop_size is not None and config.crop_size > config.image_size:
         yield f"{path}.crop_size: got {config.crop_size}; expected at most image_size, {config.image_size}"
     clips = config.source == "openmoji_clips"
-    if config.items == "frames" and not clips:
+    if config.items == "frames" and config.source not in CLIPS:
         yield f"{path}.items: got frames of data.source {config.source}, whose items are images; expected all"
     if clips and config.languages != ("en",):
         yield f"{path}.languages: got {', '.join(config.languages)}; expected en: the words of motions are English"
     if clips and config.flip:
         yield f"{path}.flip: got true; expected false: captions of openmoji_clips say left and right"
+    if config.video_frames is not None and not clips:
+        yield f"{path}.video_frames: got {config.video_frames} of data.source {config.source}; expected null"
+    if config.video_frames is not None and config.video_frames < config.num_frames:
+        yield f"{path}.video_frames: got {config.video_frames}; expected num_frames, {config.num_frames}, or more"
+    films = config.source == "videofolder"
+    if not films and (config.frame_rate is not None or config.short_films != "error"):
+        yield f"{path}.frame_rate, short_films: got settings for data.source {config.source}; they are of videofolder"
+    if films and config.class_column is not None:
+        yield f"{path}.class_column: got {config.class_column} of data.source videofolder; expected null"
     if config.groups and config.source not in ("openmoji", "openmoji_clips"):
         yield f"{path}.groups: got groups of data.source {config.source}; expected none: they are openmoji's"
 
@@ -350,8 +364,6 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
         yield f"conditioners.frames: got settings for data.source {data.source} of images; expected null"
     if frames is not None and not frames.max_context and not frames.between:
         yield "conditioners.frames: got max_context 0 and between 0, so that no frame is given; expected one of the two"
-    if data.video_frames is not None and data.video_frames < data.num_frames:
-        yield f"data.video_frames: got {data.video_frames}; expected data.num_frames {data.num_frames} or more"
     if frames is not None and frames.max_context >= data.num_frames:
         yield (
             f"conditioners.frames.max_context: got {frames.max_context} of data.num_frames {data.num_frames}; expected "
@@ -360,8 +372,17 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
 
 
 def _autoencoder_contradictions(config: AutoencoderConfig, path: str) -> Iterator[str]:
-    if config.data.clips:
-        yield "data.items: got all, clips; expected frames: an autoencoder is trained on images"
+    if config.temporal is None and config.data.clips:
+        yield "data.items: got all, clips; expected frames, or temporal: an autoencoder of images is trained on images"
+    if config.temporal is not None and not config.data.clips:
+        yield f"temporal: got settings for data.source {config.data.source} of images; expected null, or data of clips"
+    if config.temporal is not None and "pretrained" not in config.autoencoder:
+        yield "temporal: got settings for an autoencoder from scratch; expected autoencoder.pretrained, one of images"
+    if config.reconstruction.change_weight and config.temporal is None:
+        yield (
+            f"reconstruction.change_weight: got {config.reconstruction.change_weight:g} without temporal; expected 0: "
+            "images do not change"
+        )
 
 
 def _clip_contradictions(config: ClipConfig, path: str) -> Iterator[str]:

@@ -13,7 +13,9 @@ from ldm.config.conditioners import ConditionersConfig, Network
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 PathName = Literal["linear", "scaled_linear", "cosine", "flow"]
-SourceName = Literal["openmoji", "openmoji_clips", "imagefolder", "parquet", "dataset"]
+SourceName = Literal["openmoji", "openmoji_clips", "imagefolder", "videofolder", "parquet", "dataset"]
+CLIPS = ("openmoji_clips", "videofolder")
+"""Sources whose items are clips."""
 
 
 class DataOptions(TypedDict, total=False):
@@ -43,6 +45,10 @@ class DataOptions(TypedDict, total=False):
     """Frames of a whole motion of openmoji_clips, of which clips are cut; null: a clip is a whole motion."""
     stride: int | None
     """Frames between the beginnings of two clips of one video; null: num_frames."""
+    frame_rate: float | None
+    """Frames a second of the films of a videofolder; null: all frames."""
+    short_films: Literal["error", "loop"]
+    """Films that are too short: bad data, or begun again at their end."""
     limit: int | None
     """Number of images that are kept; null: all."""
     held_out: dict[str, str]
@@ -57,7 +63,7 @@ class DataConfig:
 
     source: SourceName = "openmoji"
     path: str | None = None
-    """Folder, Parquet file or data set name; not used by openmoji and openmoji_clips."""
+    """Folder of images or films, Parquet file or data set name; not used by openmoji and openmoji_clips."""
     split: str = "train"
     """Split to read, one of those that `datasets` finds; our own train/validation/test split is made from it. If the
     names of folders and files define no splits, all data is train."""
@@ -90,6 +96,10 @@ class DataConfig:
     """Frames of each clip; not used where the source has images."""
     video_frames: int | None = None
     """Frames of a whole motion of openmoji_clips, of which clips are cut; null: a clip is a whole motion."""
+    frame_rate: float | None = None
+    """Frames a second that are taken of the films of a videofolder, each the one that is shown then; null: all."""
+    short_films: Literal["error", "loop"] = "error"
+    """Films of fewer than num_frames: bad data; or they begin again at their end, until they are long enough."""
     stride: int | None = None
     """Frames from the beginning of a clip to that of the next one cut from the same video; null: num_frames, so that no
     frame is in two."""
@@ -124,7 +134,7 @@ class DataConfig:
     @property
     def clips(self) -> bool:
         """True if the items are clips, and not images."""
-        return self.source == "openmoji_clips" and self.items == "all"
+        return self.source in CLIPS and self.items == "all"
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,8 @@ class ReconstructionConfig:
     adaptive: bool = True
     """Scale the adversarial loss: its gradient at the decoder's last layer is made as large as the reconstruction
     error's (Esser et al. 2021, eq. 7)."""
+    change_weight: float = 0.0
+    """Of clips: weight of the absolute error of the change from frame to frame, which is seen as flicker."""
     discriminator_start_step: int = 0
     """First step at which the discriminator is used and trained."""
     discriminator_channels: int = 64
@@ -390,12 +402,23 @@ class ClipConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class TemporalDecoderConfig:
+    """Temporal layers in the decoder of an autoencoder (`ldm.models.temporal`)."""
+
+    freeze_image_layers: bool = True
+    """Train the temporal layers alone, so that single images are decoded as before; false: the decoder with them."""
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig(RunConfig):
     """An autoencoder and its losses."""
 
     autoencoder: Network
     """Config keys of AutoencoderKL or VQModel, or ``pretrained: FOLDER`` to go on from one, alone or in a pipeline."""
     _: KW_ONLY
+    temporal: TemporalDecoderConfig | None = None
+    """Temporal layers in the decoder of `autoencoder`, a pretrained AutoencoderKL whose encoder stays as it is, trained
+    on clips; null: an autoencoder of images."""
     save_dtype: Literal["float32", "float16"] = "float32"
     """Type of the weights in the model folder; checkpoints are always float32."""
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from PIL import Image
 
 from ldm.data.openmoji import OpenMoji
+from ldm.data.rows import Problem
 
 SUBJECT = 0.6
 """Width of the subject, as a share of the frame's."""
@@ -69,11 +70,16 @@ class OpenMojiClips:
         self.origins = [name for name in images.names for _ in MOTIONS]
         self.subjects = [subject for subject in images.subjects or images.names for _ in MOTIONS]
         self.wholes = None
+        self.problems: Sequence[Problem] = ()
         self._canvas = lru_cache(maxsize=8)(self._on_canvas)  # the clips of an image follow one another
 
     def __len__(self) -> int:
         """Return the number of clips."""
         return len(self._images) * len(MOTIONS)
+
+    def where(self, index: int) -> str:
+        """Return a clip's name."""
+        return self.names[index]
 
     @property
     def lengths(self) -> Sequence[int]:

@@ -32,24 +32,28 @@ class FolderRows:
         image_column: str | None = None,
         caption_column: str | None = None,
         class_column: str | None = None,
+        suffixes: tuple[str, ...] = SUFFIXES,
     ):
-        """Read the rows of `split`, one of the splits that `image_files` finds; without splits all rows are "train"."""
-        self._root = os.path.realpath(folder)
-        files = list(files_below(self._root))
+        """Read the rows of `split`, one of the splits that `image_files` finds; without splits all rows are "train".
+
+        suffixes: ends of the names of the files that rows are of.
+        """
+        self.root = os.path.realpath(folder)
+        files = list(files_below(self.root))
         metadata = [file for file in files if os.path.basename(file) in METADATA]
-        images = [file for file in files if file.lower().endswith(SUFFIXES)]
+        images = [file for file in files if file.lower().endswith(suffixes)]
         rows, bad = self._read(metadata)
         columns = list(dict.fromkeys(key for _, _, row in rows for key in row))
         if not rows:
             why = f", such as {bad[0][1]}" if bad else ""
-            raise ValueError(f"data.path: the metadata in {self._root} has no rows{why}")
+            raise ValueError(f"data.path: the metadata in {self.root} has no rows{why}")
         self.image_column = image_key(image_column, columns)
         self.caption_column = find_captions(caption_column, columns, self.image_column)
         if class_column:
             choose_column("data.class_column", class_column, columns)
         named = [self._path(file, row.get(self.image_column)) for file, _, row in rows]
         within = (path for path in named if path and not _leads_out(path))  # the others are not of this folder
-        splits = image_files(self._root, list(dict.fromkeys([*metadata, *images, *within])))
+        splits = image_files(self.root, list(dict.fromkeys([*metadata, *images, *within])))
         if split not in splits:
             raise ValueError(f"data.split: no split {split!r}; there are: {', '.join(splits)}")
         members = set(splits[split])
@@ -71,7 +75,7 @@ class FolderRows:
                 self._captions.append(row.get(self.caption_column) if self.caption_column is not None else None)
                 self._labels.append(row.get(class_column) if class_column else None)
         if not self._paths and not any(problem.stops for problem in self.problems):
-            raise ValueError(f"data.split: no row of the metadata in {self._root} is of an image in {split!r}")
+            raise ValueError(f"data.split: no row of the metadata in {self.root} is of an image in {split!r}")
         unlisted = members.difference(named)
         for path in images:
             if path in unlisted:
@@ -80,11 +84,11 @@ class FolderRows:
     def _read(self, metadata: list[str]) -> tuple[list[tuple[str, int, MetadataRow]], list[tuple[str, Problem]]]:
         """Return each row with its file and line, and each problem with its file."""
         if not metadata:
-            raise ValueError(f"data.path: no metadata.jsonl and no metadata.csv in {self._root}; see the README")
+            raise ValueError(f"data.path: no metadata.jsonl and no metadata.csv in {self.root}; see the README")
         rows, bad = [], []
         for file in metadata:
             try:
-                path = inside(self._root, file)
+                path = inside(self.root, file)
             except ImageError as error:
                 bad.append((file, Problem(file, error.kind, str(error))))
                 continue
@@ -106,14 +110,14 @@ class FolderRows:
         name = str(name).replace("\\", "/")
         if os.path.isabs(name):
             name = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
-            below = name.startswith(os.path.join(self._root, ""))
-            return os.path.relpath(name, self._root) if below else name
+            below = name.startswith(os.path.join(self.root, ""))
+            return os.path.relpath(name, self.root) if below else name
         return os.path.normpath(os.path.join(os.path.dirname(metadata), name))
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the images' bytes in the order of the rows; only files that have changed are read."""
-        return images_fingerprint(content_hashes(self._root, [self._readable(row) for row in range(len(self))]))
+        return images_fingerprint(content_hashes(self.root, [self._readable(row) for row in range(len(self))]))
 
     def _readable(self, index: int) -> str | None:
         try:
@@ -131,7 +135,7 @@ class FolderRows:
 
     def file(self, index: int) -> str:
         """Return the image's real path; ImageError if it is missing or outside the folder."""
-        return inside(self._root, self._paths[index])
+        return inside(self.root, self._paths[index])
 
     def caption_values(self) -> Iterator[object]:
         """Yield the caption, or the captions, of each row."""

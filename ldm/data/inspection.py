@@ -16,7 +16,7 @@ from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import item_digest, lasting_names
 from ldm.data.headers import ImageError, decode_pixels, image_errors
 from ldm.data.pixels import to_rgb
-from ldm.data.preflight import listing, quick_problems
+from ldm.data.preflight import listing, place, quick_problems
 from ldm.data.profiles import profile_name
 from ldm.data.rows import Problem, RowSource
 from ldm.data.sources import Source
@@ -90,9 +90,9 @@ def inspect(
         ValueError: there are no rows, and no problem that explains it.
 
     """
-    if not len(source) and not (isinstance(source, RowSource) and source.problems):
+    if not len(source) and not source.problems:
         raise ValueError("the data has no rows")
-    problems = list(quick_problems(source, config)) if isinstance(source, RowSource) else []
+    problems = list(quick_problems(source, config))
     unread = {problem.row for problem in problems if problem.stops and problem.kind != "bad caption"}
     facts: list[Facts] = []
     for seen in _decoded(source, config, [row for row in range(len(source)) if row not in unread], workers):
@@ -119,13 +119,6 @@ def inspect(
         {split: [place(source, row) for row in rows] for split, rows in group.items()} for group in alike
     ]
     return Inspection(problems, statistics, examples, near_duplicates)
-
-
-def place(source: Source, row: int) -> str:
-    """Return a row's name for people: the path of its image in the folder, the image's name, or the row's number."""
-    if isinstance(source, RowSource):
-        return source.where(row)
-    return f"row {row}" if source.names is None else source.names[row]
 
 
 def _shown(value: object) -> str:

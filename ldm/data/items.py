@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image
 
 if TYPE_CHECKING:
+    from ldm.data.rows import Problem
     from ldm.data.sources import Source
 
 
@@ -19,6 +20,7 @@ class Stills(ABC):
     origins: Sequence[str] | None = None
     subjects: Sequence[str] | None = None
     wholes: Sequence[str] | None = None
+    problems: Sequence[Problem] = ()
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
@@ -40,7 +42,7 @@ class Frames(Stills):
         """Take a source whose items are clips; ValueError for one of images."""
         if clips.num_frames is None:
             raise ValueError("data.items: got frames of a source of images; expected all, the default")
-        self._clips, self._frames = clips, clips.num_frames
+        self._clips, self._frames, self.problems = clips, clips.num_frames, clips.problems
         self.fingerprint = f"{clips.fingerprint}-frames"
         self.names = self.wholes = None
         if clips.names is not None:
@@ -93,6 +95,13 @@ class Videos(Protocol):
     def subjects(self) -> Sequence[str] | None:
         """Return the name of what each video shows, for ``data.balance``; None: it is not known."""
 
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Return what is wrong with videos, or worth knowing."""
+
+    def where(self, index: int) -> str:
+        """Return a video's name for people, such as a path."""
+
     def frames(self, index: int, start: int, count: int) -> Sequence[Image.Image]:
         """Return successive frames of a video."""
 
@@ -113,7 +122,7 @@ class Cuts:
     """
 
     def __init__(self, videos: Videos, num_frames: int, stride: int):
-        self._videos, self.num_frames = videos, num_frames
+        self._videos, self.num_frames, self.problems = videos, num_frames, videos.problems
         self._cuts = [
             (video, start)
             for video, length in enumerate(videos.lengths)
@@ -130,6 +139,11 @@ class Cuts:
     def __len__(self) -> int:
         """Return the number of clips."""
         return len(self._cuts)
+
+    def where(self, index: int) -> str:
+        """Return the clip's video and its first frame, for people."""
+        video, start = self._cuts[index]
+        return f"{self._videos.where(video)} from frame {start}"
 
     def item(self, index: int) -> Sequence[Image.Image]:
         """Return the frames of a clip in the order of time."""

@@ -12,6 +12,8 @@ from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import DatasetCard
 
 log = logging.getLogger(__name__)
+FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+"""Ends of the names of films that PyAV reads."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
@@ -31,24 +33,27 @@ def files_below(folder: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(parent, name), folder)
 
 
-def source_of(path: str) -> Literal["imagefolder", "parquet", "dataset"]:
+def source_of(path: str) -> Literal["imagefolder", "videofolder", "parquet", "dataset"]:
     """Return the kind of data at `path`; "dataset" if there is no such path: the name of a data set.
 
-    In a folder with both tables and metadata files, the file nearest to the root decides.
+    In a folder with both tables and metadata files, the file nearest to the root decides. With metadata, a folder with
+    a film, but for GIF and WEBP, which may be images, is one of videos.
     """
     if path.endswith(".parquet"):
         return "parquet"
     if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
         return "dataset"
     depths: dict[bool, int] = {}
+    films = False
     for file in files_below(path):
+        films = films or file.lower().endswith(FILMS)
         is_metadata = os.path.basename(file) in METADATA
         if is_metadata or file.endswith(".parquet"):
             depth = file.count(os.sep)
             depths[is_metadata] = min(depth, depths.get(is_metadata, depth))
     if False in depths and depths[False] < depths.get(True, depths[False] + 1):
         return "parquet"
-    return "imagefolder"
+    return "videofolder" if films else "imagefolder"
 
 
 def tables(path: str) -> SplitFiles:

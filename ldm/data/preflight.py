@@ -11,8 +11,8 @@ from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
 from ldm.data.headers import ImageError, decode_pixels, image_errors, metadata_fault
 from ldm.data.pixels import to_rgb
-from ldm.data.rows import Problem, RowSource, label_fault, texts
-from ldm.data.sources import Source, Subset, build_source
+from ldm.data.rows import Problem, RowSource, caption_fault, label_fault, texts
+from ldm.data.sources import OWN, Source, Subset, build_source
 from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -31,16 +31,17 @@ def checked_source(config: DataConfig) -> Source:
     """Return the images that `config` names, without those that cannot be trained on.
 
     Metadata, paths, headers and captions are checked. Then every image is decoded: the split needs its hash anyway,
-    and the hash is cached. Images that we render ourselves (openmoji, openmoji_clips) are not checked.
+    and the hash is cached. Images that we render ourselves (openmoji, openmoji_clips) are not checked. Of films, those
+    with a problem have no clips, and the clips of the others are decoded.
 
     Raises:
         ValueError: a row cannot be trained on and `data.on_bad_data` is "error", or no row can be.
 
     """
-    source = build_source(config)
-    if not isinstance(source, RowSource):
-        return source
     began = time.perf_counter()
+    source = build_source(config)
+    if config.source in OWN:
+        return source
     found = list(quick_problems(source, config))
     log.info("looked at %d images and captions in %.1f s", len(source), time.perf_counter() - began)
     for kind, words in WARNINGS.items():
@@ -64,9 +65,11 @@ def checked_source(config: DataConfig) -> Source:
     return Subset(source, good) if len(good) < len(source) else source
 
 
-def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
+def quick_problems(source: Source, config: DataConfig) -> Iterator[Problem]:
     """Yield the problems of metadata, paths, headers, captions and classes; no image is decoded."""
     yield from source.problems
+    if not isinstance(source, RowSource):
+        return
     for row, caption in enumerate(source.rows.caption_values()):
         where = source.where(row)
         try:
@@ -85,32 +88,23 @@ def quick_problems(source: RowSource, config: DataConfig) -> Iterator[Problem]:
             yield Problem(where, "bad class", reason, row)
 
 
-def caption_fault(value: object) -> str | None:
-    """Return the fault of a caption column's value, None if it has none.
-
-    Allowed are null, a text in valid Unicode, and a list of such texts.
-    """
-    for caption in value if isinstance(value, list | tuple) else [value]:
-        if caption is None:
-            continue
-        if not isinstance(caption, str):
-            return f"the caption is a {type(caption).__name__}; expected text or a list of texts"
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            return f"the caption is not valid Unicode at character {error.start}"
-    return None
-
-
-def undecodable_problem(source: RowSource, row: int, background: str) -> Problem:
-    """Return the problem of a row whose image cannot be decoded."""
+def undecodable_problem(source: Source, row: int, background: str) -> Problem:
+    """Return the problem of a row whose image, or clip, cannot be decoded."""
     try:
         with image_errors():
-            to_rgb(decode_pixels(source.header(row)), background)
+            for frame in [source.header(row)] if isinstance(source, RowSource) else source.item(row):
+                to_rgb(decode_pixels(frame), background)
         reason = "it cannot be decoded"
     except (ImageError, OSError) as error:
         reason = str(error)
-    return Problem(source.where(row), "unreadable", reason, row)
+    return Problem(place(source, row), "unreadable", reason, row)
+
+
+def place(source: Source, row: int) -> str:
+    """Return a row's name for people: the path of its image in the folder, the image's name, or the row's number."""
+    if (where := getattr(source, "where", None)) is not None:
+        return str(where(row))
+    return f"row {row}" if source.names is None else source.names[row]
 
 
 def listing(problems: Sequence[Problem]) -> str:
@@ -123,7 +117,7 @@ def listing(problems: Sequence[Problem]) -> str:
     return "\n".join(lines)
 
 
-def _good_rows(source: RowSource, stopping: Sequence[Problem], config: DataConfig) -> list[int]:
+def _good_rows(source: Source, stopping: Sequence[Problem], config: DataConfig) -> list[int]:
     """Return the rows without a problem; ConfigError if there is none, or if problems are errors by the config."""
     if stopping and config.on_bad_data == "error":
         raise ConfigError(

@@ -27,7 +27,7 @@ PATHS = ("string", "large_string", "string_view")
 """Types of a column that holds the paths of image files."""
 
 STOPPING = frozenset(
-    {"missing", "outside", "too large", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
+    {"missing", "outside", "too large", "too short", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
 )
 """Kinds of problems that stop a training before it begins; the others are only reported."""
 
@@ -281,6 +281,23 @@ def _with_images(table: Any, column: str, feature: Any) -> Any:
     if kind.endswith("_view"):  # written by polars; it can be cast to this type only
         table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())
+
+
+def caption_fault(value: object) -> str | None:
+    """Return the fault of a caption column's value, None if it has none.
+
+    Allowed are null, a text in valid Unicode, and a list of such texts.
+    """
+    for caption in value if isinstance(value, list | tuple) else [value]:
+        if caption is None:
+            continue
+        if not isinstance(caption, str):
+            return f"the caption is a {type(caption).__name__}; expected text or a list of texts"
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            return f"the caption is not valid Unicode at character {error.start}"
+    return None
 
 
 def label_fault(value: object) -> str | None:

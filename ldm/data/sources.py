@@ -1,4 +1,4 @@
-"""Sources of captioned images and clips: OpenMoji, a folder, Parquet files, any data set of `datasets`."""
+"""Sources of captioned images and clips: OpenMoji, a folder of images or films, Parquet, data sets of `datasets`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from ldm.config.places import pinned
 from ldm.data import layout
 from ldm.data.clips import OpenMojiClips
 from ldm.data.content_hashes import content_hashes, joint_hash
+from ldm.data.film_folder import SUFFIXES as FILM_SUFFIXES
+from ldm.data.film_folder import FilmFolder
 from ldm.data.folder import FolderRows
 from ldm.data.items import Cuts, Frames
 from ldm.data.openmoji import OpenMoji
-from ldm.data.rows import RowSource, TableRows
+from ldm.data.rows import Problem, RowSource, TableRows
 from ldm.errors import ConfigError, explained
 
 OWN: tuple[SourceName, ...] = ("openmoji", "openmoji_clips")
@@ -39,6 +41,10 @@ class Source(Protocol):
     @property
     def subjects(self) -> Sequence[str] | None:
         """Return the name of what each item shows, for ``data.balance``; None: it is not known."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Return the problems that were found while the rows were read."""
 
     @property
     def fingerprint(self) -> str:
@@ -82,7 +88,7 @@ class Subset:
 
     def __init__(self, source: Source, rows: Sequence[int]):
         self._source, self._rows = source, rows
-        self.num_frames = source.num_frames
+        self.num_frames, self.problems = source.num_frames, source.problems
         self.names = None if source.names is None else [source.names[row] for row in rows]
         self.origins = None if source.origins is None else [source.origins[row] for row in rows]
         self.subjects = None if source.subjects is None else [source.subjects[row] for row in rows]
@@ -135,9 +141,13 @@ def _named(config: DataConfig) -> Source:
     if config.path is None:
         raise ConfigError(f"data.path: required with data.source {config.source}")
     columns = config.image_column, config.caption_column, config.class_column
+    if config.source in ("imagefolder", "videofolder") and not Path(config.path).is_dir():
+        raise ConfigError(f"data.path: no folder at {config.path}")
+    if config.source == "videofolder":
+        rows = FolderRows(config.path, config.split, *columns, suffixes=FILM_SUFFIXES)
+        films = FilmFolder(rows, config.num_frames, config.frame_rate, config.short_films)
+        return Cuts(films, config.num_frames, config.clip_stride)
     if config.source == "imagefolder":
-        if not Path(config.path).is_dir():
-            raise ConfigError(f"data.path: no folder at {config.path}")
         return RowSource(FolderRows(config.path, config.split, *columns))
     with explained("data.path, data.split"):
         table, places = _table(config.source, config.path, config.split)

@@ -19,7 +19,6 @@ from diffusers import DiffusionPipeline
 
 from ldm.config import AutoencoderConfig, ClipConfig, RunConfig, StageConfig
 from ldm.data.batches import PositionDataset, fixed_batch
-from ldm.data.pixels import to_uint8
 from ldm.doctor.agreement import agreement
 from ldm.doctor.cost import Cost, measure_cost
 from ldm.doctor.findings import Finding
@@ -27,11 +26,12 @@ from ldm.doctor.forecast import forecast
 from ldm.doctor.latents import round_trip, unit_scale
 from ldm.doctor.overfit import Overfit, fixed_draws, mean_loss, overfit, restored
 from ldm.doctor.plan import Plan
-from ldm.evaluation.images import image_grid
 from ldm.export.kinds import PipelineKind
 from ldm.models.autoencoder import reconstruct
 from ldm.models.quiet import quietly
+from ldm.spaces import time_last
 from ldm.training.alarms import SCALE, cut_captions, faults_before
+from ldm.training.autoencoding import reconstruction_sheet
 from ldm.training.contrastive import ContrastiveStep, ContrastiveValidation
 from ldm.training.progress import planned_steps
 from ldm.training.steps import AutoencoderStep, DiffusionStep
@@ -160,16 +160,17 @@ def stage_overfit(config: StageConfig, step: DiffusionStep, train: PositionDatas
 def autoencoder_overfit(config: AutoencoderConfig, step: AutoencoderStep, train: PositionDataset) -> Finding:
     """Return the finding on whether the autoencoder learns a few images; write reconstructions as overfit.png."""
     batch = fixed_batch(train, BATCH)
-    pixel_values, module = batch.pixel_values, step.modules["autoencoder"]
-    if pixel_values is None:
+    module = step.modules["autoencoder"]
+    if batch.pixel_values is None:
         raise ValueError("got cached latents; an autoencoder is examined on images")
+    pixel_values = time_last(batch.pixel_values)
 
     def squared_error() -> float:
         return float((reconstruct(module.autoencoder, pixel_values) - pixel_values).square().mean())
 
     found = overfit(step, batch, config.optim, step.run, squared_error)
-    rows = torch.cat([to_uint8(pixel_values), to_uint8(reconstruct(module.autoencoder, pixel_values).nan_to_num())])
-    image_grid(rows.numpy(), len(batch)).save(step.run.folder / "overfit.png")
+    rebuilt = reconstruct(module.autoencoder, pixel_values).nan_to_num()
+    reconstruction_sheet(pixel_values, rebuilt).save(step.run.folder / "overfit.png")
     what = f"squared error of {len(batch)} images"
     return overfit_finding(config, found, what, "pretrained" in config.autoencoder)
 

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of reconstructed images."""
+"""PSNR and SSIM of reconstructed images, and the flicker of reconstructed clips."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def psnr(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
     error = reconstruction.float().clamp(-1, 1) - pixel_values.float()
     squared = error.square().flatten(1).mean(1)
     return (10 * torch.log10(4 / squared)).clamp(max=100)
+
+
+def flicker(reconstruction: Tensor, clips: Tensor) -> Tensor:
+    """Return the flicker of each clip, (B,), of 255 levels; both (B, 3, F, H, W) in [-1, 1], clipped.
+
+    It is the mean absolute error of the change from each frame to the next: 0 also where every frame has one error.
+    """
+    error = reconstruction.float().clamp(-1, 1) - clips.float()
+    return 127.5 * error.diff(dim=2).abs().flatten(1).mean(1)
 
 
 def ssim(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from ldm.models.bottleneck import bottleneck_of
+from ldm.models.temporal import VideoAutoencoder
 
 CHUNK = 32
 """Images that an autoencoder encodes or decodes at once."""
@@ -35,7 +36,8 @@ def posterior_moments(autoencoder: Autoencoder, pixel_values: Tensor) -> tuple[T
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     """Return ``pixel_values`` (B, 3, H, W) of `latents` in the units that the denoiser sees; not clipped.
 
-    A VQModel decodes them without quantising them first, as in Kandinsky's pipelines.
+    A VQModel decodes them without quantising them first, as in Kandinsky's pipelines. A `VideoAutoencoder` decodes
+    clips, (B, C, F, h, w), too.
     """
     options = {"force_not_quantize": True} if isinstance(autoencoder, VQModel) else {}
     latents = latents / autoencoder.config.scaling_factor
@@ -45,13 +47,23 @@ def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, pixel_values: Tensor) -> Tensor:
-    """Return the images encoded to the latents' mean and decoded, (B, 3, H, W) in [-1, 1], on the CPU."""
+    """Return the images encoded to the latents' mean and decoded, (B, 3, H, W) in [-1, 1], on the CPU.
+
+    Clips, (B, 3, F, H, W), are for a `VideoAutoencoder` alone.
+    """
     device = next(autoencoder.parameters()).device
     parts = [
         decode(autoencoder, posterior_moments(autoencoder, part.to(device))[0]).cpu()
         for part in torch.split(pixel_values, CHUNK)
     ]
     return torch.cat(parts).float().clamp(-1, 1)
+
+
+def last_weight(autoencoder: Autoencoder) -> Tensor:
+    """Return the weight of the decoder's last layer that is trained."""
+    if isinstance(autoencoder, VideoAutoencoder) and not autoencoder.decoder.conv_out.weight.requires_grad:
+        return cast(Tensor, [*autoencoder.temporal.parameters()][-2])
+    return cast(Tensor, autoencoder.decoder.conv_out.weight)
 
 
 def fold_statistics(autoencoder: Autoencoder, mean: Tensor, std: Tensor) -> None:

@@ -247,7 +247,10 @@ class CodebookBottleneck:
             self.fold(autoencoder, mean, 1 / torch.full_like(mean, factor))
 
 
-BOTTLENECKS: dict[str, Bottleneck] = {"AutoencoderKL": GaussianBottleneck(), "VQModel": CodebookBottleneck()}
+BOTTLENECKS: dict[str, Bottleneck] = {
+    **dict.fromkeys(("AutoencoderKL", "VideoAutoencoder"), GaussianBottleneck()),
+    "VQModel": CodebookBottleneck(),
+}
 """The bottleneck of each class of autoencoders."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import diffusers
 import torch
-from diffusers import PriorTransformer, UNet2DConditionModel
+from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import LabelEmbedding
@@ -22,16 +22,18 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ldm.config import TemporalConfig
+from ldm.config import TemporalConfig, TemporalDecoderConfig
 from ldm.config.places import pinned
 from ldm.errors import ConfigError, explained
 from ldm.machine import memory_bytes
 from ldm.models.component import find_component
 from ldm.models.foreign import refuse_strange_shards
-from ldm.models.temporal import VideoUNet
+from ldm.models.temporal import VideoAutoencoder, VideoUNet
 
 N = TypeVar("N", bound=nn.Module)
-AUTOENCODERS = ("AutoencoderKL", "VQModel")
+OWN: dict[str, type[nn.Module]] = {"VideoUNet": VideoUNet, "VideoAutoencoder": VideoAutoencoder}
+"""Networks of our own, by the names of their classes; all others are diffusers'."""
+AUTOENCODERS = ("AutoencoderKL", "VQModel", "VideoAutoencoder")
 DENOISERS = (
     "UNet2DModel",
     "UNet2DConditionModel",
@@ -71,7 +73,7 @@ def build_network(
             name = diffusers.UNet2DModel.load_config(folder, **keys).get("_class_name")
     if name not in classes:
         raise ConfigError(f"{where}._class_name: got {name!r}; choose from {', '.join(classes)}")
-    kind = VideoUNet if name == "VideoUNet" else getattr(diffusers, name)
+    kind: Any = OWN.get(name) or getattr(diffusers, name)
     if folder is not None:
         with explained(where):
             refuse_strange_shards(Path(folder, keys.get("subfolder") or ""))
@@ -157,6 +159,25 @@ def with_temporal_layers(denoiser: nn.Module, config: TemporalConfig, given_fram
     if config.freeze_image_layers:
         found.requires_grad_(False)
         found.temporal.requires_grad_(True)
+    return found
+
+
+def with_temporal_decoder(autoencoder: nn.Module, config: TemporalDecoderConfig) -> VideoAutoencoder:
+    """Return an autoencoder whose decoder has temporal layers: new ones if it has none.
+
+    Its encoder is frozen, so that the latents stay what they are, and so is the image network of its decoder if the
+    config says so.
+    """
+    found: VideoAutoencoder
+    if isinstance(autoencoder, VideoAutoencoder):
+        found = autoencoder
+    elif isinstance(autoencoder, AutoencoderKL):
+        found = VideoAutoencoder.over(autoencoder)
+    else:
+        raise ConfigError(f"temporal: a {type(autoencoder).__name__} takes none; expected an AutoencoderKL")
+    found.requires_grad_(False)
+    found.temporal.requires_grad_(True)
+    found.decoder.requires_grad_(not config.freeze_image_layers)
     return found
 
 
@@ -264,10 +285,11 @@ def without_float16(network: N) -> N:
     return network.float() if next(network.parameters()).dtype == torch.float16 else network
 
 
-def image_layers_hash(denoiser: nn.Module) -> str | None:
-    """Return a hash of the image layers of a denoiser of clips that are frozen; None if none are."""
-    frozen = isinstance(denoiser, VideoUNet) and not denoiser.conv_in.weight.requires_grad
-    return weights_hash(denoiser, "temporal.") if frozen else None
+def image_layers_hash(network: nn.Module) -> str | None:
+    """Return a hash of the image layers of a network of clips if all of them are frozen, else None."""
+    own = (one for name, one in network.named_parameters() if not name.startswith("temporal."))
+    frozen = isinstance(network, VideoUNet | VideoAutoencoder) and not any(one.requires_grad for one in own)
+    return weights_hash(network, "temporal.") if frozen else None
 
 
 def weights_hash(module: nn.Module, without: str | None = None) -> str:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -218,13 +220,7 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
     @classmethod
     def over(cls, network: UNet2DConditionModel, **arguments: Any) -> "VideoUNet":
         """Return a network with the weights of an image network, and new temporal layers; `arguments` are theirs."""
-        known = inspect.signature(UNet2DConditionModel.__init__).parameters  # a config of others may have more keys
-        config = {name: value for name, value in network.config.items() if name in known}
-        found: VideoUNet = cls(**config, **arguments)
-        missing, unexpected = found.load_state_dict(network.state_dict(), strict=False)
-        if unexpected or any(not name.startswith("temporal.") for name in missing):
-            raise ValueError(f"{type(network).__name__}: its weights do not fit a VideoUNet: {missing} {unexpected}")
-        return found
+        return cast("VideoUNet", _over(cls, UNet2DConditionModel, network, **arguments))
 
     def forward(
         self,
@@ -270,6 +266,62 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
         left_out = sample.shape[1] == own
         context = sample.new_zeros(len(sample), more, *sample.shape[2:]) if left_out else sample[:, own:]
         return sample[:, :own], context
+
+
+class VideoAutoencoder(AutoencoderKL):  # type: ignore[misc]
+    """An autoencoder of images whose decoder has temporal layers: convolutions over time after its residual blocks.
+
+    Its weights are those of the image autoencoder, under their own names, and ``temporal.*``. Clips, (B, 3, F, H, W),
+    are encoded frame by frame, to (B, C, F, h, w), and decoded as clips; single images pass the image network alone.
+    """
+
+    _source = Path(__file__).read_text(encoding="utf-8")
+    """Source of this module: a pipeline saves it beside the weights."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    @with_arguments_of(AutoencoderKL)
+    def __init__(self, **others: Any):
+        super().__init__(**others)
+        groups = self.config.norm_num_groups
+
+        def made(module: nn.Module) -> nn.Module | None:
+            return TemporalConvolution(module.out_channels, groups) if isinstance(module, ResnetBlock2D) else None
+
+        self.clip = Clip()
+        self.temporal = attach(self.decoder, self.clip, made)
+
+    @classmethod
+    def over(cls, network: AutoencoderKL) -> "VideoAutoencoder":
+        """Return an autoencoder with the weights of one of images, and new temporal layers in the decoder."""
+        return cast("VideoAutoencoder", _over(cls, AutoencoderKL, network))
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Return ``.latent_dist`` of images (B, 3, H, W), or of clips (B, 3, F, H, W), each frame as an image."""
+        if x.ndim == 4:
+            return super().encode(x, return_dict=return_dict)
+        found = super().encode(x.transpose(1, 2).flatten(0, 1), return_dict=False)[0].parameters
+        posterior = DiagonalGaussianDistribution(found.unflatten(0, (len(x), x.shape[2])).transpose(1, 2))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """Return ``.sample``, images (B, 3, H, W) of (B, C, h, w), or clips (B, 3, F, H, W) of (B, C, F, h, w)."""
+        self.clip.num_frames = 1 if z.ndim == 4 else z.shape[2]
+        if z.ndim == 4:
+            return super().decode(z, return_dict=return_dict, generator=generator)
+        frames = super().decode(z.transpose(1, 2).flatten(0, 1), return_dict=False)[0]
+        clips = frames.unflatten(0, (len(z), z.shape[2])).transpose(1, 2)
+        return DecoderOutput(sample=clips) if return_dict else (clips,)
+
+
+def _over(kind: type[Any], image_kind: type[Any], network: nn.Module, **arguments: Any) -> nn.Module:
+    """Return a `kind` with the weights of an image network; `arguments` are those that `image_kind` does not have."""
+    known = inspect.signature(image_kind.__init__).parameters  # a config of others may have more keys
+    config = {name: value for name, value in cast(Any, network).config.items() if name in known}
+    found = cast(nn.Module, kind(**config, **arguments))
+    missing, unexpected = found.load_state_dict(network.state_dict(), strict=False)
+    if unexpected or any(not name.startswith("temporal.") for name in missing):
+        raise ValueError(f"{type(network).__name__}: its weights do not fit a {kind.__name__}: {missing} {unexpected}")
+    return found
 
 
 def _repeated(value: Any, batch: int, times: int) -> Any:

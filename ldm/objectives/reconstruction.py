@@ -20,11 +20,18 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 def reconstruction_error(
     pixel_values: Tensor, reconstruction: Tensor, config: ReconstructionConfig, distance: Distance | None = None
 ) -> dict[str, Tensor]:
-    """Return the weighted terms of the error, scalars by name: l1, l2 and, with a `distance`, perceptual."""
+    """Return the weighted terms of the error, scalars by name: l1, l2 and, with a `distance`, perceptual.
+
+    Of images (B, 3, H, W), or clips (B, 3, F, H, W), which have the term change too, if it has a weight: the absolute
+    error of the change from frame to frame.
+    """
     error = reconstruction.float() - pixel_values
     terms = {"l1": config.l1_weight * error.abs().mean(), "l2": config.l2_weight * error.square().mean()}
+    if config.change_weight and error.ndim == 5:
+        terms["change"] = config.change_weight * error.diff(dim=2).abs().mean()
     if distance is not None:
-        terms["perceptual"] = config.perceptual_weight * distance(reconstruction.float(), pixel_values).mean()
+        pair = (clips.movedim(1, -3).flatten(0, -4) for clips in (reconstruction.float(), pixel_values))
+        terms["perceptual"] = config.perceptual_weight * distance(*pair).mean()
     return terms
 
 

@@ -15,9 +15,11 @@ from ldm.config import AutoencoderConfig
 from ldm.config.places import pretrained_place
 from ldm.data.batches import Batch, CaptionedImages, PositionDataset, fixed_batch
 from ldm.doctor.examination import autoencoder_findings
+from ldm.errors import ConfigError
 from ldm.evaluation.leaks import refuse_leaks
 from ldm.export.card import CardText
-from ldm.models.network import AUTOENCODERS, build_network
+from ldm.models.network import AUTOENCODERS, OWN, build_network, with_temporal_decoder
+from ldm.models.temporal import VideoAutoencoder
 from ldm.recipes.recipe import Recipe
 from ldm.training.autoencoding import measuring_distance, reconstruction_report, rehearse_saving, save_at_unit_scale
 from ldm.training.loop import Event, Loop
@@ -31,7 +33,7 @@ FIELDS = "autoencoder, reconstruction"
 LOADING = """\
 ```python
 import torch
-from diffusers import {name}
+from {module} import {name}
 
 model = "model"
 vae = {name}.from_pretrained(model)
@@ -43,6 +45,7 @@ reconstructions = {decode}.sample
 CALLS = {
     "AutoencoderKL": ("vae.encode(images).latent_dist.mode()", "vae.decode(latents)"),
     "VQModel": ("vae.encode(images).latents", "vae.decode(latents, force_not_quantize=True)"),
+    "VideoAutoencoder": ("vae.encode(images).latent_dist.mode()", "vae.decode(latents)"),
 }
 """Encoding and decoding without chance, by class."""
 MEASURED = """\
@@ -57,6 +60,10 @@ def autoencoder_recipe(config: AutoencoderConfig, run: Run, images: CaptionedIma
     refuse_leaks(parts, images)
     torch.manual_seed(config.seed)
     autoencoder = build_network(config.autoencoder, "autoencoder", AUTOENCODERS)
+    if config.temporal is not None:
+        autoencoder = with_temporal_decoder(autoencoder, config.temporal)
+    elif isinstance(autoencoder, VideoAutoencoder):
+        raise ConfigError("temporal: got null for a VideoAutoencoder; expected settings, {} at least")
     step = AutoencoderStep(autoencoder, config.reconstruction, run, config.optim.ema_decay)
     train = PositionDataset(images, "train", config.seed)
     held_out = fixed_batch(PositionDataset(images, "validation", config.seed), config.validation.loss_images)
@@ -104,7 +111,13 @@ def autoencoder_card(config: AutoencoderConfig, name: str = "AutoencoderKL") -> 
         "its `scaling_factor` is 1.",
         sheet="![validation images, which were not trained on, over their reconstructions](samples.png)",
         sheets="reconstructions",
-        loading=LOADING.format(name=name, size=config.data.image_size, encode=encode, decode=decode),
+        loading=LOADING.format(
+            module=OWN[name].__module__ if name in OWN else "diffusers",
+            name=name,
+            size=config.data.image_size,
+            encode=encode,
+            decode=decode,
+        ),
         measured=MEASURED.format(loss_images=config.validation.loss_images),
         notes={},
         task="image-to-image",

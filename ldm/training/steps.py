@@ -15,13 +15,14 @@ from ldm.data.batches import Batch, CaptionedImages
 from ldm.data.positions import generator, generators
 from ldm.errors import ConfigError
 from ldm.evaluation.conditions import Condition, conditions_of
-from ldm.models.autoencoder import Autoencoder, downsampling_factor
+from ldm.models.autoencoder import Autoencoder, downsampling_factor, last_weight
 from ldm.models.bottleneck import bottleneck_of
 from ldm.models.clip import ImageEncoder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.features import EFFICIENTNETS, build_perceptual_distance
 from ldm.models.network import image_layers_hash, network_hash, weights_sha256
 from ldm.models.provenance import trained_through
+from ldm.models.temporal import VideoAutoencoder
 from ldm.models.vision import tower
 from ldm.objectives.reconstruction import (
     adaptive_weight,
@@ -30,7 +31,7 @@ from ldm.objectives.reconstruction import (
     negative_log_likelihood,
     reconstruction_error,
 )
-from ldm.spaces import Moments
+from ldm.spaces import Moments, time_last
 from ldm.stage import ConditionedDenoiser, Stage
 from ldm.training.averages import Average, exponential, power_function
 from ldm.training.loop import TrainingStep
@@ -276,7 +277,8 @@ class AutoencoderStep:
                 raise ConfigError(
                     "loop.mixed_precision: fp16 scales one loss, reconstruction.adversarial needs two; use bf16 or no"
                 )
-            discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+            clips = isinstance(autoencoder, VideoAutoencoder)
+            discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers, clips)
             self.modules["discriminator"] = discriminator.to(run.device).train()
         self.forwards = {name: run.prepare(module) for name, module in self.modules.items()}
         self.memory = {} if config.revive_after_steps is None else self.bottleneck.memory(autoencoder)
@@ -298,8 +300,12 @@ class AutoencoderStep:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """The perceptual network, if there is one, with its hash."""
-        return {f"reconstruction.{self.config.perceptual}": name for name in self.networks}
+        """Hashes of the perceptual network, if there is one, and of the layers of images that are frozen."""
+        found = {f"reconstruction.{self.config.perceptual}": name for name in self.networks}
+        autoencoder = cast(Autoencoding, self.modules["autoencoder"]).autoencoder
+        if (image_layers := image_layers_hash(autoencoder)) is not None:
+            found["autoencoder"] = image_layers
+        return found
 
     @property
     def frozen_networks(self) -> tuple[nn.Module, ...]:
@@ -315,10 +321,11 @@ class AutoencoderStep:
     def losses(self, batch: Batch, global_step: int) -> dict[str, Tensor]:
         """Return the autoencoder's loss, the discriminator's once it has started, and the terms of the first."""
         config = self.config
-        pixel_values = cast(Tensor, batch.pixel_values).to(self.run.device)
+        pixel_values = time_last(cast(Tensor, batch.pixel_values).to(self.run.device))
         size = pixel_values.shape[-1] // self.factor
         draws = generators(self.run.seed, batch.positions, "posterior")
-        noise = torch.stack([torch.randn(self.latent_channels, size, size, generator=draw) for draw in draws])
+        shape = self.latent_channels, *pixel_values.shape[2:-2], size, size
+        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         reconstruction, own, seen, scale = self.forwards["autoencoder"](pixel_values, noise.to(self.run.device))
         before = self._newest[1] if self._newest[0] == global_step else []
         self._newest = global_step, [*before, (batch.positions, seen)]
@@ -332,7 +339,7 @@ class AutoencoderStep:
         adversarial = generator_loss(config.adversarial, self._discriminator.frozen(reconstruction))
         weight: float | Tensor = config.adversarial_weight
         if config.adaptive:
-            last_layer = cast(Autoencoding, self.modules["autoencoder"]).autoencoder.decoder.conv_out.weight
+            last_layer = last_weight(cast(Autoencoding, self.modules["autoencoder"]).autoencoder)
             weight = weight * adaptive_weight(likelihood, adversarial, last_layer, self._mean_over_processes)
         terms["adversarial"] = weight * adversarial
         images = torch.cat([pixel_values, reconstruction.detach().float()])

@@ -1,0 +1,141 @@
+"""Films of others: GIF and animated WEBP by Pillow, MP4 and its like by PyAV; frames by their times, one at a time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from PIL import Image, ImageSequence
+
+from ldm.data.headers import ImageError, image_errors, open_image
+from ldm.data.layout import FILMS
+from ldm.data.pixels import MAX_PIXELS
+
+ANIMATIONS = (".gif", ".webp")
+DEFAULT_SECONDS = 0.1
+"""How long browsers show a frame of a GIF that says no time, or none at all."""
+
+
+class Film(Protocol):
+    """A file of successive frames."""
+
+    def times(self) -> Sequence[float]:
+        """Return the time, in seconds from the first one, at which each frame is shown; ascending.
+
+        ImageError if the file cannot be read, has no picture or is cut short.
+        """
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Yield frames by their ascending numbers; the memory is that of one frame, however long the film is."""
+
+
+class Animation:
+    """A GIF or an animated WEBP; a still image is a film of one frame."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def times(self) -> Sequence[float]:
+        """Return the times by the durations in the file."""
+        durations = []
+        with open_image(self.path) as image, image_errors():
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+                durations.append(frame.info.get("duration", 0) / 1000 or DEFAULT_SECONDS)
+        return list(itertools.accumulate(durations[:-1], initial=0.0))
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Yield frames, RGBA; those before them are decoded too, since each builds on the one before."""
+        with open_image(self.path) as image, image_errors():
+            for number in numbers:
+                image.seek(number)
+                yield image.convert("RGBA")
+
+
+class Movie:
+    """A file that PyAV reads; the first stream of pictures in it."""
+
+    def __init__(self, path: str):
+        if importlib.util.find_spec("av") is None:
+            raise ImageError("it needs PyAV to be read: pip install av")
+        self.path = path
+        self._av: Any = importlib.import_module("av")
+        self._stamps: list[int] | None = None
+
+    def times(self) -> Sequence[float]:
+        """Return the times of the file's own clock, whose rate may vary; nothing is decoded but the first frame."""
+        with self._opened() as (film, stream):
+            stamps, base = self._sorted_stamps(film, stream), stream.time_base
+            if stream.frames > len(stamps):
+                raise ImageError(f"it is cut short: {len(stamps)} of its {stream.frames} frames are there")
+        next(iter(self.frames([0])))
+        return [float((stamp - stamps[0]) * base) for stamp in stamps]
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """Yield frames, RGB and upright; decoding begins at the key frame before the first one."""
+        with self._opened() as (film, stream):
+            if self._stamps is None:
+                self._stamps = self._sorted_stamps(film, stream)
+            wanted = [self._stamps[number] for number in numbers]
+            film.seek(wanted[0], stream=stream, backward=True)
+            decoded = (frame for frame in film.decode(stream) if frame.pts is not None)
+            frame = next(decoded, None)
+            for stamp in wanted:
+                while frame is not None and frame.pts < stamp:
+                    frame = next(decoded, None)
+                if frame is None:
+                    raise ImageError("it is cut short")
+                yield _upright(frame)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        try:
+            with self._av.open(self.path) as film:
+                if not film.streams.video:
+                    raise ImageError("it has no picture, only sound")
+                stream = film.streams.video[0]
+                if stream.width * stream.height > MAX_PIXELS:
+                    size = f"{stream.width}x{stream.height}"
+                    raise ImageError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
+                yield film, stream
+        except self._av.FFmpegError as error:
+            raise ImageError(f"{type(error).__name__}: {error.strerror or error}") from error
+
+    def _sorted_stamps(self, film: Any, stream: Any) -> list[int]:
+        stamps = sorted(packet.pts for packet in film.demux(stream) if packet.pts is not None)
+        if not stamps:
+            raise ImageError("it has no frames")
+        return stamps
+
+
+def film_at(path: str) -> Film:
+    """Return the film at a path, by the end of its name; ImageError for any other file."""
+    lower = path.lower()
+    if lower.endswith(ANIMATIONS):
+        return Animation(path)
+    if lower.endswith(FILMS):
+        return Movie(path)
+    raise ImageError(f"not a film: expected the name to end in {', '.join((*ANIMATIONS, *FILMS))}")
+
+
+def at_rate(times: Sequence[float], frame_rate: float | None) -> list[int]:
+    """Return the number of the frame that is shown at each of the moments ``k / frame_rate`` of a film; None: all.
+
+    The last frame is shown as long as the one before it.
+    """
+    if frame_rate is None or len(times) < 2:
+        return list(range(len(times)))
+    end = 2 * times[-1] - times[-2]
+    moments = (moment / frame_rate for moment in range(max(1, round(end * frame_rate))))
+    return [max(0, bisect_right(times, moment + 1e-6) - 1) for moment in moments]
+
+
+def _upright(frame: Any) -> Image.Image:
+    image: Image.Image = frame.to_image()
+    turned = getattr(frame, "rotation", 0) or 0
+    return image.rotate(turned, expand=True) if turned else image
