@@ -47,7 +47,6 @@ from ldm.machine import cores, hardware
 from ldm.models.autoencoder import reconstruct
 from ldm.models.pipeline import load_pipeline
 from ldm.models.resolution import shrunk
-from ldm.models.temporal import VideoAutoencoder
 from ldm.spaces import frame_by_frame, time_first
 
 LISTS = {"test": "configs/openmoji/clips_heldout.txt", "validation": "configs/openmoji/clips_validation.txt"}
@@ -110,7 +109,7 @@ def pixels(clips: Clips) -> Tensor:
 
 def through(vae: Any, clips: Clips) -> Clips:
     """Return clips through an autoencoder, as clips if its decoder has temporal layers."""
-    if isinstance(vae, VideoAutoencoder):
+    if hasattr(vae, "temporal"):
         return to_uint8(time_first(reconstruct(vae, pixels(clips)))).numpy()
     return to_uint8(frame_by_frame(lambda frames: reconstruct(vae, frames), time_first(pixels(clips)))).numpy()
 
@@ -172,8 +171,10 @@ def copies(held: Held) -> Iterator[tuple[str, Measure]]:
 
 
 def decoder(held: Held) -> Iterator[tuple[str, Measure]]:
-    """Yield the flicker of the decoder on true latents, with its temporal layers and without."""
+    """Yield the flicker of a temporal decoder on true latents, with its temporal layers and without."""
     vae, clips = held.pipeline.vae, pixels(held.true)
+    if not hasattr(vae, "temporal"):
+        raise SystemExit("--parts decoder: the autoencoder of this pipeline has no temporal layers")
     alone = frame_by_frame(lambda frames: reconstruct(vae, frames), time_first(clips)).movedim(-3, 1)
     for name, made in (("temporal decoder", reconstruct(vae, clips)), ("frame by frame", alone)):
         yield f"flicker, {name}, of 255", mean_of(flicker(made, clips).numpy())

@@ -140,8 +140,9 @@ class LatentSpace:
         """Return the images of latents, of clips frame by frame unless the decoder has temporal layers."""
         parameter = next(self.autoencoder.parameters())
         x0 = x0.to(parameter.device, parameter.dtype)
-        if isinstance(self.autoencoder, VideoAutoencoder):
-            return time_first(ae.decode(self.autoencoder, x0)).float()
+        if isinstance(self.autoencoder, VideoAutoencoder) and x0.ndim == 5:
+            parts = torch.split(x0, max(1, ae.CHUNK // x0.shape[2]))
+            return time_first(torch.cat([ae.decode(self.autoencoder, part) for part in parts])).float()
         return frame_by_frame(partial(ae.decode, self.autoencoder), time_first(x0)).float()
 
 

@@ -88,20 +88,20 @@ def given_clips(name: str, given: Any) -> list[GivenImages]:
     """Return the clips in an argument of a call, the frames of each as `given_images` returns them.
 
     given: the frames of one clip, as images of PIL in a list, an array (F, height, width, 3) or a tensor (F, 3, height,
-    width); or a list of such clips, or one more axis. ValueError if there are none, or of different lengths or sizes.
+    width); or a list of such clips, or one more axis. ValueError if there are none, or of different lengths.
     """
     several = isinstance(given, np.ndarray | torch.Tensor) and given.ndim == 5
     if isinstance(given, list | tuple) and given:
         several = isinstance(given[0], list | tuple) or getattr(given[0], "ndim", 0) == 4
-    clips = [given_images(name, one, RGB, "white") for one in (given if several else [given])]
-    if len(kinds := {(len(clip), first_size(clip)) for clip in clips}) > 1:
-        raise ValueError(f"{name}: got clips of {sorted(kinds)} frames and pixels; expected clips of one kind")
-    return clips
-
-
-def first_size(images: GivenImages) -> tuple[int, ...]:
-    """Return height and width of the first of given images."""
-    return tuple(images.shape[2:]) if isinstance(images, torch.Tensor) else images[0].size[::-1]
+    clips = [*given] if several else [given]
+    if not all(isinstance(clip, list | tuple | np.ndarray | torch.Tensor) for clip in clips):
+        return [given_images(name, given, RGB, "white")]  # raises the error
+    lengths = [len(clip) for clip in clips]
+    if len({*lengths}) > 1:
+        raise ValueError(f"{name}: got clips of {lengths} frames; expected clips of one length")
+    # together, so that all of them are read in one range of values
+    images = given_images(name, [frame for clip in clips for frame in clip], RGB, "white")
+    return [images[start : start + lengths[0]] for start in range(0, len(images), max(1, lengths[0]))]
 
 
 def check_context_guidance(context_guidance_scale: float) -> None:

@@ -110,7 +110,8 @@ class VideoPipeline(
         one too. video: the first frames, as `given_clips` takes them. They are made as large as the clip, are part of
         it, and come back through the autoencoder.
         With given frames, or more than the config's num_frames, a model that learned to go on from frames makes the
-        clip in several passes, each from the last frames of the one before. context_guidance_scale: as in `InContext`.
+        clip in several passes, each from the last frames of the one before; the steps that a callback sees begin anew
+        in each, and a clip that is interrupted ends there. context_guidance_scale: as in `InContext`.
         The others are as in `Prompted`.
         ValueError for unusable inputs, FloatingPointError if the denoiser or decoder gives NaN or infinity.
         """
@@ -156,12 +157,12 @@ class VideoPipeline(
         latents = torch.zeros(inputs.latents_shape, device=self._device)
         if image is not None and video is not None:
             raise ValueError("image, video: got both; expected one of them, the first frame or the first frames")
-        if last_image is not None and (image is None or not self.config.interpolates or num_frames < 3):
-            raise ValueError(
-                "last_image: expected image too, 3 frames or more, and a model trained with conditioners.frames.between"
-            )
+        if last_image is not None and (image is None or not self.config.interpolates):
+            raise ValueError("last_image: expected image too, and a model trained with conditioners.frames.between")
+        if last_image is not None and not 3 <= num_frames <= self.config.num_frames:
+            raise ValueError(f"num_frames: got {num_frames}; expected 3 to {self.config.num_frames} with last_image")
         if (image is not None or video is not None) and last_image is None and not most:
-            raise ValueError("image, video: this model goes on from no frames: train one with conditioners.frames")
+            raise ValueError("image, video: this model goes on from no frames: see conditioners.frames.max_context")
         places = {"image": 0, "last_image": num_frames - 1}
         for name, one in (("image", image), ("last_image", last_image)):
             if one is not None:
@@ -202,7 +203,9 @@ class VideoPipeline(
         several = [*passes(num_frames, known.first, self.config.num_frames, most)]
         if inputs.latents is not None and several != [(0, num_frames)]:
             raise ValueError(f"latents: got noise for a clip of {len(several)} passes; expected None, or a generator")
+        scale = self._guidance_scale
         for start, stop in several:
+            self._guidance_scale = scale  # a callback may have changed it in the pass before
             shape = (*inputs.latents_shape[:2], stop - start, *inputs.latents_shape[3:])
             denoiser = None
             if most or self.config.interpolates:
@@ -212,7 +215,7 @@ class VideoPipeline(
             made = self._denoise(replace(inputs, latents_shape=shape), times, None, callback, eta, denoiser)
             known = known.with_frames(start, made)
             if self.interrupt:
-                break
+                return known.latents[:, :, : known.first]
         return known.latents
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
@@ -221,8 +224,11 @@ class VideoPipeline(
         They are decoded frame by frame, unless the decoder has temporal layers.
         """
         if hasattr(self.vae, "temporal"):
-            clips = torch.cat([self._pixels(latents[number : number + 1]) for number in range(len(latents))])
-            return self.image_processor.postprocess_video(clips, output_type)
+            whole = [
+                torch.cat([self._pixels(part) for part in torch.split(clip, CHUNK, 2)], 2)
+                for clip in torch.split(latents, 1)
+            ]
+            return self.image_processor.postprocess_video(torch.cat(whole), output_type)
         parts = torch.split(latents.transpose(1, 2).flatten(0, 1), CHUNK)
         frames = torch.cat([self._pixels(part) for part in parts])
         clips = frames.view(len(latents), latents.shape[2], *frames.shape[1:]).transpose(1, 2)

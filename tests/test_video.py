@@ -277,3 +277,31 @@ def test_sample_writes_a_strip_and_an_animation_with_prompt_and_seed_inside(tmp_
         gif.seek(2)
         last = np.asarray(gif.convert("RGB")).astype(int)
         assert abs(last - np.asarray(strip).astype(int)[:, 2 * PIXELS :]).mean() < 12, "256 colours"
+
+
+def test_sample_goes_on_from_a_picture_or_a_film_of_files(tmp_path):
+    video(max_context=2, interpolates=True).save_pretrained(tmp_path / "model")
+    frame, film = tmp_path / "frame.png", tmp_path / "film.gif"
+    picture().save(frame)
+    shades = [Image.new("RGB", (PIXELS, PIXELS), (shade,) * 3) for shade in (40, 90)]
+    shades[0].save(film, save_all=True, append_images=shades[1:], duration=100)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "trust_remote_code": True, "overwrite": True}
+
+    def drawn(**given):
+        strip, *_ = sample(["a cat"], str(tmp_path / "model"), str(tmp_path / "out"), **given, **options)
+        with Image.open(strip) as image:
+            return np.asarray(image).astype(int)
+
+    alone, from_frame = drawn(), drawn(image=str(frame))
+    assert abs(alone[:, :PIXELS] - from_frame[:, :PIXELS]).mean() > 1, "the first frame is given"
+    ended = drawn(image=str(frame), last_image=str(frame))
+    np.testing.assert_array_equal(ended[:, :PIXELS], from_frame[:, :PIXELS])
+    np.testing.assert_array_equal(ended[:, :PIXELS], ended[:, -PIXELS:])
+    assert drawn(video=str(film), num_frames=4).shape[1] == 4 * PIXELS
+    with pytest.raises(ValueError, match="mask_image, strength: a clip goes on from its first frames as they are"):
+        drawn(image=str(frame), strength=0.5)
+    with pytest.raises(ValueError, match=r"video: .*frame\.txt: not a film"):
+        drawn(video=str(tmp_path / "frame.txt"), num_frames=4)
+    tiny_pipeline.pipeline().save_pretrained(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"num_frames: \w+ samples no clips"):
+        sample(["a cat"], str(tmp_path / "images"), str(tmp_path / "out"), num_frames=4, **options)

@@ -25,6 +25,8 @@ from ldm.evaluation.conditions import condition_by
 from ldm.evaluation.samples import strips
 from ldm.models.pipeline import call_settings, load_pipeline, plain_call, size_arguments, starting_from
 
+BESIDE = (".gif", ".mp4")
+"""Ends of the names of what is written of a clip, beside the strip."""
 NAME_LETTERS, NAME_BYTES = 80, 200
 """Limits of the prompt in a file name. File systems take 255 bytes, and seed, number and suffix follow."""
 
@@ -79,27 +81,30 @@ def sample(
         raise ValueError("mask_image, strength: need an image to start from; name --image")
     if overwrite:
         refuse_overwriting(paths, image, mask_image, last_image, video)
-    given_strength = strength
-    if image is not None:  # before the model is loaded: a wrong strength is known at once
-        strength = image_strength(strength, num_inference_steps, mask_image is not None)
+    if strength is not None:  # before the model is loaded: a wrong one is known at once
+        image_strength(strength, num_inference_steps, mask_image is not None)
     pipeline, images = load_pipeline(model, trust_remote_code), {}
     takes = inspect.signature(pipeline.__call__).parameters
     if "output_type" not in takes:
         raise ValueError(f"{type(pipeline).__name__} samples no images; name a pipeline that does")
     settings = call_settings(pipeline, num_inference_steps, guidance_scale)
-    if "num_frames" in takes:
-        if mask_image is not None or given_strength is not None:
+    if {"num_frames", "image", "video"} <= takes.keys():
+        if mask_image is not None or strength is not None:
             raise ValueError("mask_image, strength: a clip goes on from its first frames as they are; leave them out")
+        if overwrite:
+            beside = [path.with_suffix(kind) for path in paths for kind in BESIDE]
+            refuse_overwriting(beside, image, last_image, video)
         images = started(image=image, last_image=last_image)
         if video is not None:
-            images["video"] = film_frames(video)
+            images["video"] = film_frames(video, num_frames or pipeline.config.num_frames)
         settings |= {} if num_frames is None else {"num_frames": num_frames}
     elif last_image is not None or video is not None or num_frames is not None:
         raise ValueError(f"last_image, video, num_frames: {type(pipeline).__name__} samples no clips; leave them out")
     elif image is not None:
         images = started(image=image, mask_image=mask_image)
         pipeline = starting_from(pipeline, masked=mask_image is not None)
-        settings |= {"strength": strength} | size_arguments(pipeline, *images["image"].size)
+        settings["strength"] = image_strength(strength, num_inference_steps, mask_image is not None)
+        settings |= size_arguments(pipeline, *images["image"].size)
     made_folder(out)
     written = []
     for number, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
@@ -118,7 +123,7 @@ def write_output(output: Any, path: Path, described: Mapping[str, object], overw
     """Write the first image, or clip, of a pipeline's output, and return the paths of its files."""
     if not hasattr(output, "frames"):
         return [write_image(output.images[0], path, described, overwrite)]
-    frames, beside = output.frames[0], [".gif", ".mp4"]
+    frames, beside = output.frames[0], BESIDE
     if not overwrite:  # a name that is free for all of its files
         path = next(
             one for one in _names(path) if not any(one.with_suffix(kind).exists() for kind in (".png", *beside))
@@ -157,11 +162,13 @@ def refuse_overwriting(paths: Sequence[Path], *read: str | None) -> None:
             raise ValueError(f"{path} is an input and would be overwritten; name another --out, or another --seed")
 
 
-def film_frames(file: str) -> list[Image.Image]:
-    """Return all frames of a film in RGB; ValueError for a file that is not one."""
+def film_frames(file: str, num_frames: int) -> list[Image.Image]:
+    """Return all frames of a film in RGB; ValueError for a file that is not one, or has `num_frames` or more."""
     try:
         film = film_at(file)
-        return [to_rgb(frame, "white") for frame in film.frames(range(len(film.times())))]
+        if (count := len(film.times())) >= num_frames:
+            raise ValueError(f"num_frames: got {num_frames}; expected more than the {count} frames of {file}")
+        return [to_rgb(frame, "white") for frame in film.frames(range(count))]
     except (OSError, ImageError) as error:
         raise ValueError(f"video: {file}: {error}") from error
 

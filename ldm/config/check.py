@@ -244,11 +244,13 @@ def _data_contradictions(config: DataConfig, path: str) -> Iterator[str]:
         yield f"{path}.languages: got {', '.join(config.languages)}; expected en: the words of motions are English"
     if clips and config.flip:
         yield f"{path}.flip: got true; expected false: captions of openmoji_clips say left and right"
+    films = config.source == "videofolder"
+    if config.stride is not None and not films and config.video_frames is None:
+        yield f"{path}.stride: got {config.stride} and no videos to cut; expected null, or {path}.video_frames"
     if config.video_frames is not None and not clips:
         yield f"{path}.video_frames: got {config.video_frames} of data.source {config.source}; expected null"
     if config.video_frames is not None and config.video_frames < config.num_frames:
         yield f"{path}.video_frames: got {config.video_frames}; expected num_frames, {config.num_frames}, or more"
-    films = config.source == "videofolder"
     if not films and (config.frame_rate is not None or config.short_films != "error"):
         yield f"{path}.frame_rate, short_films: got settings for data.source {config.source}; they are of videofolder"
     if films and config.class_column is not None:
@@ -362,6 +364,10 @@ def _clip_stage_contradictions(config: StageConfig) -> Iterator[str]:
         )
     if frames is not None and not data.clips:
         yield f"conditioners.frames: got settings for data.source {data.source} of images; expected null"
+    if frames is not None and frames.max_context and frames.between == 1:
+        yield "conditioners.frames: got between 1, so that no first frames are given; expected max_context 0"
+    if frames is not None and frames.between and data.num_frames < 3:
+        yield f"conditioners.frames.between: got {frames.between:g} of 2 frames; expected 0, or data.num_frames above 2"
     if frames is not None and not frames.max_context and not frames.between:
         yield "conditioners.frames: got max_context 0 and between 0, so that no frame is given; expected one of the two"
     if frames is not None and frames.max_context >= data.num_frames:

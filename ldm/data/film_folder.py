@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 from PIL import Image
 
-from ldm.data.content_hashes import content_hashes
+from ldm.data.content_hashes import content_hashes, joint_hash
 from ldm.data.films import ANIMATIONS, Film, at_rate, film_at
 from ldm.data.folder import FolderRows
 from ldm.data.headers import ImageError
@@ -42,19 +42,21 @@ class FilmFolder:
         """
         self._rows, self._num_frames = rows, num_frames
         self.problems = [*rows.problems]
-        self._numbers: list[list[int]] = []
+        self._films: list[Film | None] = []
+        self._numbers: list[array[int]] = []
         files: list[str | None] = []
         with progress_bar(len(rows), "looking at films", "film") as bar:
             for row in range(len(rows)):
-                found = self._looked_at(row, frame_rate, short)
-                files.append(rows.file(row) if found else None)
-                self._numbers.append(found)
+                film, numbers = self._looked_at(row, frame_rate, short)
+                files.append(None if film is None else film.path)
+                self._films.append(film)
+                self._numbers.append(array("l", numbers))
                 bar.update()
         hashes = content_hashes(rows.root, files)
         self.names = [f"film-{row}" if value is None else value.hex() for row, value in enumerate(hashes)]
         self.origins = self.names
-        self.fingerprint = f"{rows.fingerprint}-{num_frames}-{frame_rate}-{short}"
-        self._film = lru_cache(maxsize=8)(self._opened)  # the clips of a film follow one another
+        lengths = joint_hash([len(numbers).to_bytes(8, "big") for numbers in self._numbers]).hex()
+        self.fingerprint = f"{rows.fingerprint}-{num_frames}-{frame_rate}-{short}-{lengths}"
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -71,10 +73,12 @@ class FilmFolder:
 
     def frames(self, index: int, start: int, count: int) -> Sequence[Image.Image]:
         """Return successive frames of a film; ImageError, which names it, if they cannot be read."""
-        wanted = self._numbers[index][start : start + count]
+        wanted, film = self._numbers[index][start : start + count], self._films[index]
+        if film is None:
+            raise ValueError(f"{self.where(index)}: no clip can be cut from it; see the problems")
         try:
             # a film that begins again: its frames are read in their order, and shown in that of the clip
-            frames = dict(zip(sorted({*wanted}), self._film(index).frames(sorted({*wanted})), strict=True))
+            frames = dict(zip(sorted({*wanted}), film.frames(sorted({*wanted})), strict=True))
         except ImageError as error:
             raise ImageError(f"{self.where(index)}: {error}", error.kind) from error
         return [frames[number] for number in wanted]
@@ -91,21 +95,19 @@ class FilmFolder:
         """Return None: films have no classes here."""
         return None
 
-    def _opened(self, index: int) -> Film:
-        return film_at(self._rows.file(index))
+    def _looked_at(self, row: int, frame_rate: float | None, short: str) -> tuple[Film | None, Sequence[int]]:
+        """Return a film and the numbers of its frames at the frame rate, none if it has a problem, which is added."""
 
-    def _looked_at(self, row: int, frame_rate: float | None, short: str) -> list[int]:
-        """Return the numbers of a film's frames at the frame rate, none if it has a problem, which is added."""
-
-        def problem(kind: str, reason: str) -> list[int]:
+        def problem(kind: str, reason: str) -> tuple[None, Sequence[int]]:
             self.problems.append(Problem(self.where(row), kind, reason, None))
-            return []
+            return None, ()
 
         caption = self._rows.caption_value(row)
         if reason := caption_fault(caption):
             return problem("bad caption", reason)
         try:
-            numbers = at_rate(film_at(self._rows.file(row)).times(), frame_rate)
+            film = film_at(self._rows.file(row))
+            numbers = at_rate(film.times(), frame_rate)
         except ImageError as error:
             return problem(error.kind, str(error))
         except OSError as error:
@@ -115,4 +117,4 @@ class FilmFolder:
         if len(numbers) < self._num_frames and short == "error":
             frames = f"{len(numbers)} frames at the frame rate; expected {self._num_frames} or more"
             return problem("too short", f"{frames}, or data.short_films: loop")
-        return [numbers[number % len(numbers)] for number in range(max(len(numbers), self._num_frames))]
+        return film, [numbers[number % len(numbers)] for number in range(max(len(numbers), self._num_frames))]

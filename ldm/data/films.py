@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,16 @@ from ldm.data.layout import FILMS
 from ldm.data.pixels import MAX_PIXELS
 
 ANIMATIONS = (".gif", ".webp")
+MAX_FRAMES = 2**20
+"""Most frames of a film at a frame rate: one wrong time in a file must not ask for billions."""
 DEFAULT_SECONDS = 0.1
 """How long browsers show a frame of a GIF that says no time, or none at all."""
 
 
 class Film(Protocol):
     """A file of successive frames."""
+
+    path: str
 
     def times(self) -> Sequence[float]:
         """Return the time, in seconds from the first one, at which each frame is shown; ascending.
@@ -65,40 +70,40 @@ class Movie:
             raise ImageError("it needs PyAV to be read: pip install av")
         self.path = path
         self._av: Any = importlib.import_module("av")
-        self._stamps: list[int] | None = None
+        self._stamps: array[int] | None = None
 
     def times(self) -> Sequence[float]:
         """Return the times of the file's own clock, whose rate may vary; nothing is decoded but the first frame."""
         with self._opened() as (film, stream):
             stamps, base = self._sorted_stamps(film, stream), stream.time_base
-            if stream.frames > len(stamps):
-                raise ImageError(f"it is cut short: {len(stamps)} of its {stream.frames} frames are there")
         next(iter(self.frames([0])))
         return [float((stamp - stamps[0]) * base) for stamp in stamps]
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         """Yield frames, RGB and upright; decoding begins at the key frame before the first one."""
         with self._opened() as (film, stream):
-            if self._stamps is None:
-                self._stamps = self._sorted_stamps(film, stream)
-            wanted = [self._stamps[number] for number in numbers]
+            stamps = self._sorted_stamps(film, stream)
+            wanted = [stamps[number] for number in numbers]
             film.seek(wanted[0], stream=stream, backward=True)
-            decoded = (frame for frame in film.decode(stream) if frame.pts is not None)
-            frame = next(decoded, None)
-            for stamp in wanted:
-                while frame is not None and frame.pts < stamp:
-                    frame = next(decoded, None)
-                if frame is None:
-                    raise ImageError("it is cut short")
+            decoded = ((_stamp(frame), frame) for frame in film.decode(stream))
+            stamp, frame = next(decoded, (None, None))
+            for asked in wanted:
+                while stamp is None or stamp < asked:
+                    stamp, frame = next(decoded, (asked, None))
+                if frame is None or stamp != asked:
+                    seconds = float((asked - stamps[0]) * stream.time_base)
+                    raise ImageError(f"it is cut short or damaged: no frame can be decoded at {seconds:.3g} s")
                 yield _upright(frame)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         try:
-            with self._av.open(self.path) as film:
+            with image_errors(), self._av.open(self.path) as film:
                 if not film.streams.video:
                     raise ImageError("it has no picture, only sound")
                 stream = film.streams.video[0]
+                if stream.codec_context is None:
+                    raise ImageError("nothing here decodes its pictures")
                 if stream.width * stream.height > MAX_PIXELS:
                     size = f"{stream.width}x{stream.height}"
                     raise ImageError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
@@ -106,11 +111,19 @@ class Movie:
         except self._av.FFmpegError as error:
             raise ImageError(f"{type(error).__name__}: {error.strerror or error}") from error
 
-    def _sorted_stamps(self, film: Any, stream: Any) -> list[int]:
-        stamps = sorted(packet.pts for packet in film.demux(stream) if packet.pts is not None)
-        if not stamps:
-            raise ImageError("it has no frames")
-        return stamps
+    def _sorted_stamps(self, film: Any, stream: Any) -> array[int]:
+        """Return the time stamp of each frame, ascending, read once; ImageError if frames are missing."""
+        if self._stamps is None:
+            packets = [packet for packet in film.demux(stream) if packet.size]
+            # an edited film keeps frames before its beginning, which are decoded and never shown
+            shown = [packet for packet in packets if not packet.is_discard]
+            stamps = sorted({stamp for packet in shown if (stamp := _stamp(packet)) is not None})
+            if not stamps:
+                raise ImageError("it has no frames")
+            if stream.frames > len(packets):
+                raise ImageError(f"it is cut short: {len(packets)} of its {stream.frames} frames are there")
+            self._stamps = array("q", stamps)
+        return self._stamps
 
 
 def film_at(path: str) -> Film:
@@ -126,13 +139,22 @@ def film_at(path: str) -> Film:
 def at_rate(times: Sequence[float], frame_rate: float | None) -> list[int]:
     """Return the number of the frame that is shown at each of the moments ``k / frame_rate`` of a film; None: all.
 
-    The last frame is shown as long as the one before it.
+    The last frame is shown as long as the one before it. ImageError for more than `MAX_FRAMES`.
     """
     if frame_rate is None or len(times) < 2:
         return list(range(len(times)))
     end = 2 * times[-1] - times[-2]
-    moments = (moment / frame_rate for moment in range(max(1, round(end * frame_rate))))
+    count = max(1, round(end * frame_rate))
+    if count > MAX_FRAMES:
+        raise ImageError(f"{end:.3g} s long, {count:,} frames at the frame rate; at most {MAX_FRAMES:,} are read")
+    moments = (moment / frame_rate for moment in range(count))
     return [max(0, bisect_right(times, moment + 1e-6) - 1) for moment in moments]
+
+
+def _stamp(of: Any) -> int | None:
+    """Return the time stamp of a packet or frame: when it is shown, or where a file does not say, decoded."""
+    found: int | None = of.dts if of.pts is None else of.pts
+    return found
 
 
 def _upright(frame: Any) -> Image.Image:

@@ -14,6 +14,7 @@ from huggingface_hub import DatasetCard
 log = logging.getLogger(__name__)
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 """Ends of the names of films that PyAV reads."""
+STILLS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
@@ -37,23 +38,23 @@ def source_of(path: str) -> Literal["imagefolder", "videofolder", "parquet", "da
     """Return the kind of data at `path`; "dataset" if there is no such path: the name of a data set.
 
     In a folder with both tables and metadata files, the file nearest to the root decides. With metadata, a folder with
-    a film, but for GIF and WEBP, which may be images, is one of videos.
+    films (but for GIF and WEBP, which may be images) and without still images is one of videos.
     """
     if path.endswith(".parquet"):
         return "parquet"
     if not os.path.isdir(path) or any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
         return "dataset"
     depths: dict[bool, int] = {}
-    films = False
+    films = stills = False
     for file in files_below(path):
-        films = films or file.lower().endswith(FILMS)
+        films, stills = films or file.lower().endswith(FILMS), stills or file.lower().endswith(STILLS)
         is_metadata = os.path.basename(file) in METADATA
         if is_metadata or file.endswith(".parquet"):
             depth = file.count(os.sep)
             depths[is_metadata] = min(depth, depths.get(is_metadata, depth))
     if False in depths and depths[False] < depths.get(True, depths[False] + 1):
         return "parquet"
-    return "videofolder" if films else "imagefolder"
+    return "videofolder" if films and not stills else "imagefolder"
 
 
 def tables(path: str) -> SplitFiles:

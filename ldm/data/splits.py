@@ -65,7 +65,7 @@ def split_images(
     if held_out:
         owner = _by_caption(hashes, all_captions, held_out)
     else:
-        decides = dict(zip(hashes, hashes if origins is None else origins, strict=True))
+        decides = dict(zip(hashes, hashes, strict=True)) if origins is None else _joined(hashes, origins)
         owner = {value: _by_hash(one, held_out_percent) for value, one in decides.items()}
         if held_out_percent > 0:
             _hold_one_out(owner, {hashes[index]: decides[hashes[index]] for index in kept}, held_out_percent)
@@ -77,6 +77,23 @@ def split_images(
     held = sorted(value for value in set(hashes) if owner.get(value, "train") != "train")
     digest = blake2b("\n".join(held).encode(), digest_size=16).hexdigest()
     return Splits({name: tuple(rows) for name, rows in members.items()}, digest)
+
+
+def _joined(hashes: Sequence[str], origins: Sequence[str]) -> dict[str, str]:
+    """Return the origin that decides for each hash; origins with equal items are one, named by the smallest of them."""
+    leads = {origin: origin for origin in origins}
+
+    def lead(origin: str) -> str:
+        while leads[origin] != origin:
+            leads[origin] = leads[leads[origin]]
+            origin = leads[origin]
+        return origin
+
+    first: dict[str, str] = {}
+    for value, origin in zip(hashes, origins, strict=True):
+        smaller, larger = sorted((lead(origin), lead(first.setdefault(value, origin))))
+        leads[larger] = smaller
+    return {value: lead(origin) for value, origin in first.items()}
 
 
 def _kept(hashes: Sequence[str], limit: int | None) -> Sequence[int]:

@@ -47,8 +47,8 @@ from ldm.models.provenance import Provenance, read_provenance, versions
 from ldm.models.vision import ClipScore, FeatureNetwork, Images, build_feature_network
 
 log = logging.getLogger(__name__)
-OF_OPENMOJI = ("groups", "items", "num_frames", "video_frames", "stride")
-"""Fields that say which of openmoji's images are taken, and how they move."""
+OF_ITEMS = ("groups", "items", "num_frames", "video_frames", "stride", "frame_rate", "short_films")
+"""Fields that say which items are taken of one source, and mean nothing of another."""
 FEWEST = 4
 """Held-out images that an evaluation needs: some distances compare one half of them with the other, of two each."""
 
@@ -72,7 +72,7 @@ def read_as_trained(
     if data is None and source not in OWN:
         raise ValueError("data: name the images to measure on, --data")
     if data not in (None, source):
-        trained = {name: value for name, value in trained.items() if name not in OF_OPENMOJI}
+        trained = {name: value for name, value in trained.items() if name not in OF_ITEMS}
     recorded: dict[str, str] = portable(trained.pop("held_out", {}))
     if {"held_out", "held_out_percent"} & options.keys():
         recorded = {}

@@ -76,9 +76,10 @@ def steadied(clips: Clips) -> Clips:
     for place in np.ndindex(*clips.shape[:2]):
         right, down = offsets[place]
         moved = (1, 0, right, 0, 1, down)
-        found[place] = Image.fromarray(clips[place]).transform(
+        frame = Image.fromarray(clips[place]).transform(
             (width, height), Image.Transform.AFFINE, moved, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255)
         )
+        found[place] = np.asarray(frame)
     return found
 
 
@@ -86,7 +87,7 @@ def halved(clips: Clips) -> Clips:
     """Return the clips at half their size: each pixel is the mean of four."""
     count, num_frames, height, width, channels = clips.shape
     quarters = clips.reshape(count, num_frames, height // 2, 2, width // 2, 2, channels)
-    return quarters.mean((3, 5)).round().astype(np.uint8)
+    return np.asarray(quarters.mean((3, 5)).round(), np.uint8)
 
 
 def changes(clips: Clips) -> Numbers:

@@ -12,7 +12,7 @@ from ldm.models.bottleneck import bottleneck_of
 from ldm.models.temporal import VideoAutoencoder
 
 CHUNK = 32
-"""Images that an autoencoder encodes or decodes at once."""
+"""Images, or frames of clips, that an autoencoder encodes or decodes at once."""
 Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 
@@ -52,9 +52,10 @@ def reconstruct(autoencoder: Autoencoder, pixel_values: Tensor) -> Tensor:
     Clips, (B, 3, F, H, W), are for a `VideoAutoencoder` alone.
     """
     device = next(autoencoder.parameters()).device
+    at_once = CHUNK if pixel_values.ndim == 4 else max(1, CHUNK // pixel_values.shape[2])
     parts = [
         decode(autoencoder, posterior_moments(autoencoder, part.to(device))[0]).cpu()
-        for part in torch.split(pixel_values, CHUNK)
+        for part in torch.split(pixel_values, at_once)
     ]
     return torch.cat(parts).float().clamp(-1, 1)
 
@@ -62,7 +63,9 @@ def reconstruct(autoencoder: Autoencoder, pixel_values: Tensor) -> Tensor:
 def last_weight(autoencoder: Autoencoder) -> Tensor:
     """Return the weight of the decoder's last layer that is trained."""
     if isinstance(autoencoder, VideoAutoencoder) and not autoencoder.decoder.conv_out.weight.requires_grad:
-        return cast(Tensor, [*autoencoder.temporal.parameters()][-2])
+        blocks = autoencoder.decoder.up_blocks  # the decoder registers its mid block after them
+        last = f"up_blocks-{len(blocks) - 1}-resnets-{len(blocks[-1].resnets) - 1}"
+        return cast(Tensor, autoencoder.temporal[last].branch.conv2.weight)
     return cast(Tensor, autoencoder.decoder.conv_out.weight)
 
 

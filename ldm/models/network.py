@@ -286,20 +286,19 @@ def without_float16(network: N) -> N:
 
 
 def image_layers_hash(network: nn.Module) -> str | None:
-    """Return a hash of the image layers of a network of clips if all of them are frozen, else None."""
-    own = (one for name, one in network.named_parameters() if not name.startswith("temporal."))
-    frozen = isinstance(network, VideoUNet | VideoAutoencoder) and not any(one.requires_grad for one in own)
-    return weights_hash(network, "temporal.") if frozen else None
+    """Return a hash of the frozen layers of a network of clips, which are those of images; None if it has none."""
+    frozen = {name for name, one in network.named_parameters() if not one.requires_grad}
+    return weights_hash(network, frozen) if frozen and isinstance(network, VideoUNet | VideoAutoencoder) else None
 
 
-def weights_hash(module: nn.Module, without: str | None = None) -> str:
+def weights_hash(module: nn.Module, some: Collection[str] | None = None) -> str:
     """Return a hash of the weights, 32 hexadecimal digits, by their names, shapes, types and values.
 
-    without: prefix of the names that do not count.
+    some: names of those that count; None: all.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
-        if without is not None and name.startswith(without):
+        if some is not None and name not in some:
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -308,8 +308,10 @@ class VideoAutoencoder(AutoencoderKL):  # type: ignore[misc]
         self.clip.num_frames = 1 if z.ndim == 4 else z.shape[2]
         if z.ndim == 4:
             return super().decode(z, return_dict=return_dict, generator=generator)
-        frames = super().decode(z.transpose(1, 2).flatten(0, 1), return_dict=False)[0]
-        clips = frames.unflatten(0, (len(z), z.shape[2])).transpose(1, 2)
+        # sliced by clips: the frames of one are decoded together
+        parts = torch.split(z, 1 if self.use_slicing else len(z))
+        frames = torch.cat([self._decode(part.transpose(1, 2).flatten(0, 1)).sample for part in parts])
+        clips = frames.view(len(z), -1, *frames.shape[1:]).transpose(1, 2)
         return DecoderOutput(sample=clips) if return_dict else (clips,)
 
 

@@ -48,6 +48,13 @@ CALLS = {
     "VideoAutoencoder": ("vae.encode(images).latent_dist.mode()", "vae.decode(latents)"),
 }
 """Encoding and decoding without chance, by class."""
+ABOUT = """\
+An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and its \
+`scaling_factor` is 1."""
+ABOUT_CLIPS = """\
+An autoencoder for latent diffusion, whose decoder has temporal layers: it decodes clips, (B, C, F, h, w), without the \
+flicker of frames that are decoded one by one. Its encoder, and so its latents, are those of the autoencoder of images \
+that it was made of."""
 MEASURED = """\
 reconstructions, from the latents' mean, of validation images, at most {loss_images}, none of them trained
 on."""
@@ -107,8 +114,7 @@ def autoencoder_card(config: AutoencoderConfig, name: str = "AutoencoderKL") -> 
     encode, decode = CALLS[name]
     return CardText(
         title="Autoencoder",
-        about="An autoencoder of images, for latent diffusion. Its latents have mean 0 and standard deviation 1, and "
-        "its `scaling_factor` is 1.",
+        about=ABOUT_CLIPS if config.temporal is not None else ABOUT,
         sheet="![validation images, which were not trained on, over their reconstructions](samples.png)",
         sheets="reconstructions",
         loading=LOADING.format(
