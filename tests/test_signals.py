@@ -161,6 +161,30 @@ def test_r21_r27_a_second_signal_ends_the_run_at_once_and_harms_nothing(number, 
     assert saved_step(tmp_path) == 3
 
 
+class Asks:
+    """A part of a class that stops this process while the class is made, as members of an enum run code then."""
+
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("when", ["before the loop", "between steps"])
+def test_r21_r27_a_signal_while_a_class_is_made_is_no_other_error(when, tmp_path, monkeypatch):
+    """Before Python 3.12 it becomes a RuntimeError, whose cause it is: an import of a module with an enum is enough."""
+
+    def made(*arguments):
+        type("Made", (), {"part": Asks()})
+
+    if when == "before the loop":
+        monkeypatch.setattr(Loop, "resume", made)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, 9, events=[(3, made)])
+    assert stopped.value.code == 130
+    if when == "between steps":
+        assert saved_step(tmp_path) == 3
+
+
 @pytest.mark.parametrize("sent", ["to the launcher", "to its process group"])
 def test_r21_r27_the_end_of_the_launcher_cuts_no_save_short(sent, tmp_path, monkeypatch):
     """Ctrl-C ends the launcher at once and asks the trainer to stop; the launcher's end does not ask again."""
@@ -218,12 +242,19 @@ def test_r27_ctrl_c_outside_of_a_run_is_one_line_and_130(module, monkeypatch, ca
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
+    def wrapped(*given, **more):
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
     monkeypatch.setattr(sys, "argv", ["ldm", "--help"])
     monkeypatch.setattr(module, "overview" if module is cli else "load_config", interrupted)
     with pytest.raises(SystemExit) as stopped:
         module.main()
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"
+    monkeypatch.setattr(module, "overview" if module is cli else "load_config", wrapped)
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 130
 
 
 def test_a_signal_before_the_first_step_ends_the_run_without_a_checkpoint(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ class Movie:
                 if frame is None or stamp != asked:
                     seconds = float((asked - stamps[0]) * stream.time_base)
                     raise ImageError(f"it is cut short or damaged: no frame can be decoded at {seconds:.3g} s")
-                yield _upright(frame)
+                yield upright(frame)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -157,7 +157,8 @@ def _stamp(of: Any) -> int | None:
     return found
 
 
-def _upright(frame: Any) -> Image.Image:
+def upright(frame: Any) -> Image.Image:
+    """Return a frame of PyAV as an image, turned as its film says."""
     image: Image.Image = frame.to_image()
     turned = getattr(frame, "rotation", 0) or 0
     return image.rotate(turned, expand=True) if turned else image

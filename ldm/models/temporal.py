@@ -156,9 +156,10 @@ def _after(layers: nn.ModuleDict, key: str, clip: Clip, module: nn.Module, given
     """Return a layer's output, a tensor or a tuple of one, as its temporal layer changes it."""
     if clip.num_frames == 1:
         return output
+    # in channels_last, torch 2.13 crashes on CPU in the backward pass of group norms, of clips and of frozen ones
     if isinstance(output, tuple):
-        return layers[key](output[0], clip), *output[1:]
-    return layers[key](output, clip)
+        return layers[key](output[0].contiguous(), clip), *output[1:]
+    return layers[key](output.contiguous(), clip)
 
 
 def _zero(layer: nn.Module) -> None:
@@ -289,6 +290,8 @@ class VideoAutoencoder(AutoencoderKL):  # type: ignore[misc]
 
         self.clip = Clip()
         self.temporal = attach(self.decoder, self.clip, made)
+        for attention in filter(None, self.decoder.mid_block.attentions):  # returns channels_last, see `_after`
+            attention.register_forward_hook(_contiguous)
 
     @classmethod
     def over(cls, network: AutoencoderKL) -> "VideoAutoencoder":
@@ -313,6 +316,11 @@ class VideoAutoencoder(AutoencoderKL):  # type: ignore[misc]
         frames = torch.cat([self._decode(part.transpose(1, 2).flatten(0, 1)).sample for part in parts])
         clips = frames.view(len(z), -1, *frames.shape[1:]).transpose(1, 2)
         return DecoderOutput(sample=clips) if return_dict else (clips,)
+
+
+def _contiguous(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    """Return a layer's output in the usual order of memory."""
+    return output.contiguous()
 
 
 def _over(kind: type[Any], image_kind: type[Any], network: nn.Module, **arguments: Any) -> nn.Module:

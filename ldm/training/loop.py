@@ -27,7 +27,7 @@ from ldm.training.progress import Progress, expected_steps, fix_total_steps, lim
 from ldm.training.record import RunRecord
 from ldm.training.resume import agreed_checkpoint
 from ldm.training.run import CHECKPOINTS, Run
-from ldm.training.signals import Stopped
+from ldm.training.signals import Stopped, unwrapped
 from ldm.training.state import not_finite, restore_training, training_state
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class Loop(Generic[B]):
         together = self.run.accelerator.num_processes > 1  # one process must not stop while others wait for it
         with bar, self.run.stop.held() if together else contextlib.nullcontext():
             try:
-                self._train(batches, events, bar)
+                with unwrapped():
+                    self._train(batches, events, bar)
             except Stopped as stopped:
                 if self.resumable:
                     if progress.global_step != self._saved_step:

@@ -57,7 +57,8 @@ class StopSignals:
             before[signal.SIGRTMIN] = signal.signal(signal.SIGRTMIN, self._lose_launcher)
             self._launched = end_with_launcher(signal.SIGRTMIN)
         try:
-            yield
+            with unwrapped():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -91,10 +92,29 @@ class StopSignals:
 
 
 @contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise the `Stopped` or KeyboardInterrupt that was made the cause of another error in place of that error.
+
+    Before Python 3.12, whatever is raised while a class calls ``__set_name__`` becomes a RuntimeError: a signal in the
+    import of a module with an enum would end the run like a fault.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, Stopped | KeyboardInterrupt):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+@contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
     """Turn Ctrl-C into one line on stderr and exit code 130; also a decorator, for ``main``."""
     try:
-        yield
+        with unwrapped():
+            yield
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         raise Stopped(signal.SIGINT) from None
