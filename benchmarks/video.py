@@ -63,6 +63,7 @@ class Held:
 
     def __init__(self, model: str, split: str, guidance_scale: float | None, seed: int):
         self.pipeline = load_pipeline(model, trust_remote_code=True)
+        self.pipeline.set_progress_bar_config(disable=True)  # `sample_clips` has one over all its calls
         self.images = clips_of(8)
         self.rows = list(self.images.splits[split])
         self.captions = [self.images.source.captions(row)[0] for row in self.rows]
