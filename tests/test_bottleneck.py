@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import VQModel
 
 from ldm.config import LoopConfig, OptimConfig, ReconstructionConfig, SpaceConfig
 from ldm.data.batches import Batch
@@ -260,4 +260,4 @@ def test_the_use_of_codes_is_their_number_and_perplexity():
 
 
 def test_every_class_of_autoencoders_has_a_bottleneck():
-    assert set(AUTOENCODERS) == BOTTLENECKS.keys() == {AutoencoderKL.__name__, VQModel.__name__}
+    assert set(AUTOENCODERS) == BOTTLENECKS.keys() == {"AutoencoderKL", "VQModel", "VideoAutoencoder"}

@@ -117,6 +117,7 @@ def scaled(tmp_path, factor):
     return tmp_path / "vae"
 
 
+@pytest.mark.slow
 def test_unscaled_latents_are_found_by_their_scale_alone(tmp_path, monkeypatch):
     vae = scaled(tmp_path, 0.18215)
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--space.autoencoder", vae)
@@ -132,6 +133,7 @@ def test_an_autoencoder_that_loses_too_much_is_found_by_the_round_trip_alone(tmp
     assert (wrong(report), code) == (["autoencoder"], 1)
 
 
+@pytest.mark.slow
 @table("rate", ["1e-9", "1e4"])
 def test_a_learning_rate_that_teaches_nothing_is_found_by_the_overfit_alone(rate, tmp_path, monkeypatch):
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--optim.learning_rate", rate)
@@ -139,6 +141,7 @@ def test_a_learning_rate_that_teaches_nothing_is_found_by_the_overfit_alone(rate
     assert ("try a higher" if rate == "1e-9" else "try a lower") in text(report, "overfits one batch")
 
 
+@pytest.mark.slow
 def test_another_scheduler_is_found_by_the_agreement_alone(tmp_path, monkeypatch):
     def other(config, sampler, clip_sample):
         return build_scheduler(ObjectiveConfig("flow", "sample"))
@@ -148,11 +151,13 @@ def test_another_scheduler_is_found_by_the_agreement_alone(tmp_path, monkeypatch
     assert (wrong(report), code) == (["objective and scheduler"], 1)
 
 
+@pytest.mark.slow
 def test_captions_cut_to_their_first_word_are_found_by_the_conditions_alone(tmp_path, monkeypatch):
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--conditioners.text.max_length", "4")
     assert (wrong(report), code) == (["conditions"], 1)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_saves_other_weights_is_found_by_its_sample_alone(tmp_path, monkeypatch):
     save = TextToImagePipeline.save_pretrained
 
@@ -168,6 +173,7 @@ def test_a_pipeline_that_saves_other_weights_is_found_by_its_sample_alone(tmp_pa
     assert (wrong(report), code) == (["saved and reloaded"], 1)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_be_loaded_is_found_by_its_sample_alone(tmp_path, monkeypatch):
     save = TextToImagePipeline.save_pretrained
 
@@ -181,6 +187,7 @@ def test_a_pipeline_that_cannot_be_loaded_is_found_by_its_sample_alone(tmp_path,
     assert "cannot load what was saved" in text(report, "saved and reloaded")
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small_is_found_by_its_memory_alone(tmp_path, monkeypatch):
     report, code = examine(monkeypatch, train_text2img.main, tmp_path, *STAGE, "--doctor.gpu_memory_gib", "0.001")
     assert (wrong(report), code) == (["another machine"], 1)

@@ -35,9 +35,9 @@ PUBLISHED = {
     "stable_diffusion/paper/text2img.yaml": 859_520_964,  # of the released weights, as is the next
     "stable_diffusion/paper/vae.yaml": 83_653_863,
     # Stable Diffusion's and the temporal layers, whose number is that of ours: none is published
-    "video_ldm/paper/decoder.yaml": 83_653_863 + 0,
-    "video_ldm/paper/video.yaml": 859_520_964 + 0,
-    "video_ldm/paper/prediction.yaml": 859_520_964 + 0,
+    "video_ldm/paper/decoder.yaml": 83_653_863 + 14_088_974,
+    "video_ldm/paper/video.yaml": 859_520_964 + 388_282_278,
+    "video_ldm/paper/prediction.yaml": 859_520_964 + 388_325_798,
 }
 """Parameters of the denoiser or the autoencoder."""
 

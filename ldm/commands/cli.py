@@ -90,7 +90,7 @@ COMMANDS = {
 }
 PATH_ARGUMENTS = (
     *("model", "data", "out", "captions", "validation_captions", "held_out", "factors", "network", "clip", "image"),
-    *("mask_image", "run", "to", "tokenizer", "folder", "stages"),
+    *("mask_image", "last_image", "video", "run", "to", "tokenizer", "folder", "stages"),
 )
 """Arguments that are paths, in which ``~`` and ``$NAME`` are replaced."""
 

@@ -97,19 +97,24 @@ class Movie:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
-        try:
-            with image_errors(), self._av.open(self.path) as film:
-                if not film.streams.video:
-                    raise ImageError("it has no picture, only sound")
-                stream = film.streams.video[0]
-                if stream.codec_context is None:
-                    raise ImageError("nothing here decodes its pictures")
-                if stream.width * stream.height > MAX_PIXELS:
-                    size = f"{stream.width}x{stream.height}"
-                    raise ImageError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
-                yield film, stream
-        except self._av.FFmpegError as error:
-            raise ImageError(f"{type(error).__name__}: {error.strerror or error}") from error
+        with image_errors():
+            try:
+                with self._av.open(self.path) as film:
+                    yield film, self._stream(film)
+            except self._av.FFmpegError as error:  # its text has the path of this machine
+                raise ImageError(f"{type(error).__name__}: {error.strerror}") from error
+
+    def _stream(self, film: Any) -> Any:
+        """Return the stream of pictures; ImageError if there is none that can be decoded, or it is too large."""
+        if not film.streams.video:
+            raise ImageError("it has no picture, only sound")
+        stream = film.streams.video[0]
+        if stream.codec_context is None:
+            raise ImageError("nothing here decodes its pictures")
+        if stream.width * stream.height > MAX_PIXELS:
+            size = f"{stream.width}x{stream.height}"
+            raise ImageError(f"{size} pixels; at most {MAX_PIXELS:,} are read", "too large")
+        return stream
 
     def _sorted_stamps(self, film: Any, stream: Any) -> array[int]:
         """Return the time stamp of each frame, ascending, read once; ImageError if frames are missing."""
