@@ -107,7 +107,7 @@ class Movie:
     def _stream(self, film: Any) -> Any:
         """Return the stream of pictures; ImageError if there is none that can be decoded, or it is too large."""
         if not film.streams.video:
-            raise ImageError("it has no picture, only sound")
+            raise ImageError("it has no picture" + (", only sound" if film.streams.audio else ": it is cut short"))
         stream = film.streams.video[0]
         if stream.codec_context is None:
             raise ImageError("nothing here decodes its pictures")
