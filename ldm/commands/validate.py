@@ -17,8 +17,9 @@ from ldm.config.conditioners import TextConfig
 from ldm.config.places import made_folder
 from ldm.data.batches import CaptionedImages
 from ldm.data.inspection import CountTokens, Inspection, inspect
+from ldm.data.items import Source
 from ldm.data.preflight import place
-from ldm.data.sources import Source, build_source, source_config
+from ldm.data.sources import build_source, source_config
 from ldm.errors import explained
 from ldm.evaluation.images import CELL_WIDTH, contact_sheet
 from ldm.machine import cores

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from ldm.config import DataConfig
 from ldm.data.cache import CachedCaptions, CachedRows
 from ldm.data.hashes import lasting_names, pixel_hashes
+from ldm.data.items import Source
 from ldm.data.pixels import READING, resize_and_crop, to_pixel_values, to_rgb
 from ldm.data.positions import draw_key, generator, sample_index
-from ldm.data.sources import Source
 from ldm.data.splits import SPLITS, Splits, split_images
 from ldm.errors import ConfigError
 

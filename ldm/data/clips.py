@@ -10,7 +10,7 @@ from functools import lru_cache
 from PIL import Image
 
 from ldm.data.openmoji import OpenMoji
-from ldm.data.rows import Problem
+from ldm.data.problems import Problem
 
 SUBJECT = 0.6
 """Width of the subject, as a share of the frame's."""

@@ -13,7 +13,8 @@ from ldm.data.films import ANIMATIONS, Film, at_rate, film_at
 from ldm.data.folder import FolderRows
 from ldm.data.headers import ImageError
 from ldm.data.layout import FILMS
-from ldm.data.rows import Problem, caption_fault, texts
+from ldm.data.problems import Problem, caption_fault
+from ldm.data.rows import texts
 from ldm.terminal import progress_bar
 
 SUFFIXES = (*ANIMATIONS, *FILMS)

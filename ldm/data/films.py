@@ -69,7 +69,6 @@ class Movie:
         if importlib.util.find_spec("av") is None:
             raise ImageError("it needs PyAV to be read: pip install av")
         self.path = path
-        self._av: Any = importlib.import_module("av")
         self._stamps: array[int] | None = None
 
     def times(self) -> Sequence[float]:
@@ -84,9 +83,12 @@ class Movie:
         with self._opened() as (film, stream):
             stamps = self._sorted_stamps(film, stream)
             wanted = [stamps[number] for number in numbers]
-            film.seek(wanted[0], stream=stream, backward=True)
-            decoded = ((_stamp(frame), frame) for frame in film.decode(stream))
-            stamp, frame = next(decoded, (None, None))
+            for start in (wanted[0], stamps[0]):  # from the beginning where the film's index leads past the frame
+                film.seek(start, stream=stream, backward=True)
+                decoded = ((_stamp(frame), frame) for frame in film.decode(stream))
+                stamp, frame = next(decoded, (None, None))
+                if stamp is not None and stamp <= wanted[0]:
+                    break
             for asked in wanted:
                 while stamp is None or stamp < asked:
                     stamp, frame = next(decoded, (asked, None))
@@ -97,11 +99,12 @@ class Movie:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
+        av: Any = importlib.import_module("av")
         with image_errors():
             try:
-                with self._av.open(self.path) as film:
+                with av.open(self.path) as film:
                     yield film, self._stream(film)
-            except self._av.FFmpegError as error:  # its text has the path of this machine
+            except av.FFmpegError as error:  # its text has the path of this machine
                 raise ImageError(f"{type(error).__name__}: {error.strerror}") from error
 
     def _stream(self, film: Any) -> Any:

@@ -14,7 +14,8 @@ from ldm.data.content_hashes import content_hashes, images_fingerprint
 from ldm.data.headers import ImageError, inside
 from ldm.data.layout import METADATA, files_below, image_files
 from ldm.data.metadata import MetadataRow, image_key, read_rows
-from ldm.data.rows import Problem, choose_column, find_captions
+from ldm.data.problems import Problem
+from ldm.data.rows import choose_column, find_captions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

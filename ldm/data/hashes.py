@@ -13,8 +13,8 @@ from torch import Tensor
 from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import joint_hash
 from ldm.data.headers import ImageError, image_errors
+from ldm.data.items import Source
 from ldm.data.pixels import READING, to_rgb
-from ldm.data.sources import Source
 
 DIGEST_SIZE = 16
 """Bytes of a hash."""

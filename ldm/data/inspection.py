@@ -15,11 +15,12 @@ from ldm.config import DataConfig
 from ldm.data.duplicates import Look, groups, look
 from ldm.data.hashes import item_digest, lasting_names
 from ldm.data.headers import ImageError, decode_pixels, image_errors
+from ldm.data.items import Source
 from ldm.data.pixels import to_rgb
 from ldm.data.preflight import listing, place, quick_problems
+from ldm.data.problems import Problem
 from ldm.data.profiles import profile_name
-from ldm.data.rows import Problem, RowSource
-from ldm.data.sources import Source
+from ldm.data.rows import RowSource
 from ldm.data.splits import SPLITS, split_images
 from ldm.terminal import progress_bar
 

@@ -1,16 +1,71 @@
-"""Items of data: an image, or a clip of several frames with one caption; frames and clips cut from longer ones."""
+"""Items of data, images or clips with a caption, and sources of them: frames, cuts of videos, some of the rows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from hashlib import blake2b
+from typing import Protocol
 
 from PIL import Image
 
-if TYPE_CHECKING:
-    from ldm.data.rows import Problem
-    from ldm.data.sources import Source
+from ldm.data.problems import Problem
+
+
+class Source(Protocol):
+    """Captioned items by index: images, or clips of several frames."""
+
+    @property
+    def num_frames(self) -> int | None:
+        """Return the frames of each item; None: items are images."""
+
+    @property
+    def origins(self) -> Sequence[str] | None:
+        """Return the name of what each item was made of: items of one share a split by hash. None: each has its own."""
+
+    @property
+    def subjects(self) -> Sequence[str] | None:
+        """Return the name of what each item shows, for ``data.balance``; None: it is not known."""
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Return the problems that were found while the rows were read."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a name of the images, not of captions or paths: equal fingerprints, equal images in this order."""
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """Return a name of each image that does not depend on the last bits of its pixels; None: there are none."""
+
+    @property
+    def wholes(self) -> Sequence[str] | None:
+        """Return the name of the item that each is a part of, as a frame of a clip; None: each is whole.
+
+        A model that was trained on a part has seen the whole.
+        """
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def item(self, index: int) -> Sequence[Image.Image]:
+        """Return the frames of an item in the order of time, in their own mode: one of an image."""
+
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of an item, by its number from 0 on."""
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image in its own mode; of a clip the middle frame, which stands for it in galleries."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions that an item is trained with, possibly none."""
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption of an image, also in other languages: lists of held-out captions match any of them."""
+
+    def class_label(self, index: int) -> int | None:
+        """Return the number of an image's class, `UNKNOWN_CLASS` if it is unknown; None if the data has no classes."""
 
 
 class Stills(ABC):
@@ -169,6 +224,48 @@ class Cuts:
     def class_label(self, index: int) -> int | None:
         """Return the class of the clip's video."""
         return self._videos.class_label(self._cuts[index][0])
+
+
+class Subset:
+    """Some rows of a source, as a source."""
+
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self._source, self._rows = source, rows
+        self.num_frames, self.problems = source.num_frames, source.problems
+        self.names = None if source.names is None else [source.names[row] for row in rows]
+        self.origins = None if source.origins is None else [source.origins[row] for row in rows]
+        self.subjects = None if source.subjects is None else [source.subjects[row] for row in rows]
+        self.wholes = None if source.wholes is None else [source.wholes[row] for row in rows]
+        kept = blake2b(",".join(map(str, rows)).encode(), digest_size=8).hexdigest()
+        self.fingerprint = f"{source.fingerprint}-{kept}"
+
+    def __len__(self) -> int:
+        """Return the number of rows that are left."""
+        return len(self._rows)
+
+    def item(self, index: int) -> Sequence[Image.Image]:
+        """Return the frames of an item."""
+        return self._source.item(self._rows[index])
+
+    def frame(self, index: int, number: int) -> Image.Image:
+        """Return one frame of an item."""
+        return self._source.frame(self._rows[index], number)
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image in its own mode."""
+        return self._source.image(self._rows[index])
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Return the captions that an image is trained with."""
+        return self._source.captions(self._rows[index])
+
+    def all_captions(self, index: int) -> Sequence[str]:
+        """Return every caption."""
+        return self._source.all_captions(self._rows[index])
+
+    def class_label(self, index: int) -> int | None:
+        """Return the number of the class."""
+        return self._source.class_label(self._rows[index])
 
 
 def _repeated(names: Sequence[str], times: int) -> list[str]:

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from ldm.config import DataConfig
 from ldm.data.hashes import pixel_hashes
 from ldm.data.headers import ImageError, decode_pixels, image_errors, metadata_fault
+from ldm.data.items import Source, Subset
 from ldm.data.pixels import to_rgb
-from ldm.data.rows import Problem, RowSource, caption_fault, label_fault, texts
-from ldm.data.sources import OWN, Source, Subset, build_source
+from ldm.data.problems import Problem, caption_fault, label_fault
+from ldm.data.rows import RowSource, texts
+from ldm.data.sources import OWN, build_source
 from ldm.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -17,6 +16,7 @@ from ldm.data.cache import CachedRows
 from ldm.data.content_hashes import DIGEST_SIZE, content_hash, content_hashes, images_fingerprint
 from ldm.data.headers import ImageError, decode_pixels, inside, open_image
 from ldm.data.items import Stills
+from ldm.data.problems import Problem, label_fault
 
 log = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "picture", "img", "jpg", "png", "webp")
@@ -25,34 +25,6 @@ BYTES = ("binary", "large_binary", "binary_view")
 """Types of a column that holds image files."""
 PATHS = ("string", "large_string", "string_view")
 """Types of a column that holds the paths of image files."""
-
-STOPPING = frozenset(
-    {"missing", "outside", "too large", "too short", "unreadable", "bad row", "bad caption", "bad class", "bad split"}
-)
-"""Kinds of problems that stop a training before it begins; the others are only reported."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with one image or row."""
-
-    where: str
-    """Path relative to the folder, or "row 7"."""
-    kind: str
-    reason: str
-    row: int | None = None
-    """Index of the row in the source; None if the problem is not of one row."""
-    like: tuple[int, ...] = ()
-    """Rows with the same image or one that looks alike."""
-
-    @property
-    def stops(self) -> bool:
-        """True if a training cannot begin with this problem."""
-        return self.kind in STOPPING
-
-    def __str__(self) -> str:
-        """Return kind, place and reason in one line that can be printed, even if a file name is not valid Unicode."""
-        return f"{self.kind}: {self.where}: {self.reason}".encode(errors="backslashreplace").decode()
 
 
 class Rows(Protocol):
@@ -281,30 +253,6 @@ def _with_images(table: Any, column: str, feature: Any) -> Any:
     if kind.endswith("_view"):  # written by polars; it can be cast to this type only
         table = table.cast_column(column, datasets.Value(kind.removesuffix("_view")))
     return table.cast_column(column, datasets.Image())
-
-
-def caption_fault(value: object) -> str | None:
-    """Return the fault of a caption column's value, None if it has none.
-
-    Allowed are null, a text in valid Unicode, and a list of such texts.
-    """
-    for caption in value if isinstance(value, list | tuple) else [value]:
-        if caption is None:
-            continue
-        if not isinstance(caption, str):
-            return f"the caption is a {type(caption).__name__}; expected text or a list of texts"
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            return f"the caption is not valid Unicode at character {error.start}"
-    return None
-
-
-def label_fault(value: object) -> str | None:
-    """Return the fault of a class column's value; None if it is a whole number, 0 or more."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return "the row has no class" if value is None else f"the class is a {type(value).__name__}; expected a number"
-    return f"the class is {value}; expected 0 or more" if value < 0 else None
 
 
 def texts(value: object) -> tuple[str, ...]:
