@@ -106,6 +106,7 @@ def test_the_card_has_the_results(evaluated, place):
     assert "R@1, pixels" in {result.metric_name for result in card.data.eval_results}
 
 
+@pytest.mark.slow
 def test_a_stock_pipeline_is_measured_alike(evaluated, place, tmp_path):
     cli.main(words(place, "stock", tmp_path))
     ours, stock = read(evaluated)[1], read(tmp_path)[1]
@@ -129,6 +130,7 @@ def test_a_model_that_is_told_nothing_is_measured_by_its_images(place, tmp_path)
     assert Image.open(tmp_path / "stock" / "samples.png").width > 100
 
 
+@pytest.mark.slow
 def test_without_a_list_of_captions_the_test_split_by_hash_is_measured(place, tmp_path):
     named = {"model": str(place / "model"), "data": str(place / "images"), "out": str(tmp_path)}
     settings = {"num_inference_steps": 1, "variety_prompts": 0, "card": False, "network": str(place / "clip")}

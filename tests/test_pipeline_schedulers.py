@@ -142,6 +142,7 @@ def sample(scheduler, steps, mean=0.0, out_channels=1):
     return float(latents.mean() - mean) / STD, float(latents.std()) / STD
 
 
+@pytest.mark.slow
 @table(("path", "kind", "name"), [case for case in CASES if case[0] == "diffusion"])
 def test_permitted_schedulers_sample_the_data(path, kind, name):
     """At 100 steps those of first order are 3.2 to 5.9 % off, the others at most 2.1 %; 16,384 random draws, 0.6 %."""

@@ -41,11 +41,12 @@ def test_the_comparison_below_is_the_one_of_resume_check():
     assert STEPS == 2 * HALF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "more"),
     [
-        pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it", marks=pytest.mark.slow),
-        pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice", marks=pytest.mark.slow),
+        pytest.param([(3, 0), (4, 0)], (), id="epoch-end-and-after-it"),
+        pytest.param([(5, 0), (5, 0), (7, 0)], ("--data.cache", "false"), id="no-cache-thrice"),
         pytest.param(
             [(4, 3)],
             ("--loop.gradient_accumulation_steps", 4, "--data.workers", 2, "--data.flip", "true"),
@@ -55,14 +56,12 @@ def test_the_comparison_below_is_the_one_of_resume_check():
             [(6, 0)],
             ("--denoiser.dropout", 0.3, "--optim.optimizer", "muon"),
             id="dropout-layers-muon",
-            marks=pytest.mark.slow,
         ),
-        pytest.param([(5, 0)], frozen_text, id="frozen-text", marks=pytest.mark.slow),
+        pytest.param([(5, 0)], frozen_text, id="frozen-text"),
         pytest.param(
             [(5, 0)],
             ("--snapshot_every_steps", 2, "--loop.save_every_steps", 3),
             id="power-function-averages-saved-two-steps-before",
-            marks=pytest.mark.slow,
         ),
     ],
 )

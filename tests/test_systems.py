@@ -173,6 +173,7 @@ def test_a_density_that_learns_from_losses_resumes_as_if_not_killed(trained, dat
     assert untimed(model) == untimed(resumed)
 
 
+@pytest.mark.slow
 def test_the_cache_of_latents_changes_nothing(latent, autoencoder, tmp_path, monkeypatch):
     told, model = latent
     again = train(monkeypatch, told, autoencoder, tmp_path / "again", "--data.cache", "false")

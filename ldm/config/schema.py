@@ -146,7 +146,8 @@ class SpaceConfig:
     """Pixels, height and width, of the images that are diffused in a pixel space, if they are smaller than
     data.image_size, at which the conditioners see them; null: as large."""
     autoencoder: str | None = None
-    """Folder or Hub name of the autoencoder of a latent space, or of a pipeline with it: AutoencoderKL or VQModel."""
+    """Folder or Hub name of the autoencoder of a latent space, or of a pipeline with it: AutoencoderKL, VQModel, or one
+    with a temporal decoder (VideoAutoencoder)."""
     image_encoder: str | None = None
     """Folder or Hub name of the CLIP vision model of an embedding space, or of a pipeline with it."""
 
