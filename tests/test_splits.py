@@ -127,3 +127,17 @@ def test_r26_a_limit_keeps_the_first_images_by_hash_of_the_whole_set(held_out, t
     assert set(kept["train"]) > set(splits_of(range(4000), 300)["train"])
     backwards = splits_of(range(3999, -1, -1), 1000)
     assert {3999 - row for row in backwards["train"]} == set(kept["train"]), "whatever the order of the rows"
+
+
+def test_films_with_an_equal_clip_share_a_split():
+    """Whose hash decides must not depend on which of them comes last; a third film that shares one of theirs joins."""
+    origins = [f"film {number:02d}" for number in range(40) for _ in range(2)]
+    hashes = [f"{number:032x}" for number in range(80)]
+    hashes[1] = hashes[20] = "f" * 32  # an intro that films 0 and 10 share
+    hashes[21] = hashes[60] = "e" * 32  # and one of films 10 and 30
+    splits = split_images(hashes, lambda row: (), {}, 20.0, origins=origins)
+    split_of = {row: name for name, rows in splits.indices.items() for row in rows}
+    assert len({split_of[row] for row in (0, 1, 20, 21, 60, 61)}) == 1
+    for film in range(40):
+        assert split_of[2 * film] == split_of[2 * film + 1]
+    assert len({*split_of.values()}) == 3

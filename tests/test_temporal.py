@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ldm.config import TemporalConfig, TemporalDecoderConfig
 from ldm.errors import ConfigError
+from ldm.models.autoencoder import last_weight
 from ldm.models.network import (
     build_network,
     image_layers_hash,
@@ -316,3 +317,15 @@ def test_the_encoder_of_a_temporal_decoder_is_frozen(freeze, trained_parts):
     assert with_temporal_decoder(found, TemporalDecoderConfig()) is found
     with pytest.raises(ConfigError, match="temporal: a UNet2DConditionModel takes none; expected an AutoencoderKL"):
         with_temporal_decoder(image_network(), TemporalDecoderConfig())
+
+
+def test_the_last_layer_that_is_trained_is_that_before_the_pixels():
+    """Its gradient weighs the adversarial loss; the decoder registers its mid block last, and runs it first."""
+    video = with_temporal_decoder(image_autoencoder(), TemporalDecoderConfig())
+    called_last = []
+    for layer in video.temporal.values():
+        layer.register_forward_hook(lambda layer, *_: called_last.append(layer))
+    video.decode(clips())
+    assert last_weight(video) is called_last[-1].branch.conv2.weight
+    whole = with_temporal_decoder(video, TemporalDecoderConfig(freeze_image_layers=False))
+    assert last_weight(whole) is whole.decoder.conv_out.weight
