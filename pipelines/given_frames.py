@@ -13,7 +13,7 @@ from .inputs import MAX_GUIDANCE, shown
 
 @dataclass(frozen=True)
 class KnownFrames:
-    """What is known of the frames of clips."""
+    """The known frames of clips."""
 
     latents: torch.Tensor
     """(B, C, F, h, w), zeros where a frame is not known."""
@@ -62,11 +62,11 @@ class InContext:
     def __call__(self, model_input: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor]:
         """Return the model output for clips (N * B, C, F, h, w), with the same context for each B of them."""
         context = self.context.to(model_input).repeat(len(model_input) // len(self.context), 1, 1, 1, 1)
-        told: torch.Tensor = self.denoiser(torch.cat([model_input, context], 1), **kwargs)[0]
+        cond: torch.Tensor = self.denoiser(torch.cat([model_input, context], 1), **kwargs)[0]
         if self.guidance_scale == 1:
-            return (told,)
-        untold = self.denoiser(model_input, **kwargs)[0]
-        return (untold + self.guidance_scale * (told - untold),)
+            return (cond,)
+        uncond = self.denoiser(model_input, **kwargs)[0]
+        return (uncond + self.guidance_scale * (cond - uncond),)
 
 
 def passes(num_frames: int, known: int, window: int, most: int) -> Iterator[tuple[int, int]]:

@@ -224,7 +224,7 @@ class ReconstructionConfig:
     """Scale the adversarial loss: its gradient at the decoder's last layer is made as large as the reconstruction
     error's (Esser et al. 2021, eq. 7)."""
     change_weight: float = 0.0
-    """Of clips: weight of the absolute error of the change from frame to frame, which is seen as flicker."""
+    """Weight of the absolute error of the change from frame to frame of clips, which is seen as flicker."""
     discriminator_start_step: int = 0
     """First step at which the discriminator is used and trained."""
     discriminator_channels: int = 64

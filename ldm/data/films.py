@@ -21,7 +21,7 @@ ANIMATIONS = (".gif", ".webp")
 MAX_FRAMES = 2**20
 """Most frames of a film at a frame rate: one wrong time in a file must not ask for billions."""
 DEFAULT_SECONDS = 0.1
-"""How long browsers show a frame of a GIF that says no time, or none at all."""
+"""Time for which browsers show a frame of a GIF that says none, or zero."""
 
 
 class Film(Protocol):

@@ -122,6 +122,20 @@ _CLIPPED = (
     "with noise that does not belong to the clipped image. `DDIMPipeline(pipe.unet, pipe.scheduler)` makes the same "
     "images as ours if its call gets `use_clipped_model_output=True`"
 )
+_VIDEO = PipelineKind(
+    own="VideoPipeline",
+    stock=None,
+    space="latent",
+    denoiser="VideoUNet",
+    conditions={"text": KEYWORDS},
+    components={"vae": "space.autoencoder", "unet": "model.denoiser", **_TEXT},
+    settings={"num_frames": "config.data.num_frames", **_STEPS, **_GUIDANCE},
+    asks="prompt",
+    task="text-to-video",
+    samples="frames",
+    words="video",
+    stock_samplers=(),
+)
 KINDS = [
     PipelineKind(
         own="TextToImagePipeline",
@@ -133,39 +147,15 @@ KINDS = [
         asks="prompt",
         task="text-to-image",
     ),
-    PipelineKind(
-        own="VideoPipeline",
-        stock=None,
-        space="latent",
-        denoiser="VideoUNet",
-        conditions={"text": KEYWORDS},
-        components={"vae": "space.autoencoder", "unet": "model.denoiser", **_TEXT},
-        settings={"num_frames": "config.data.num_frames", **_STEPS, **_GUIDANCE},
-        asks="prompt",
-        task="text-to-video",
-        samples="frames",
-        words="video",
-        stock_samplers=(),
-    ),
-    PipelineKind(
-        own="VideoPipeline",
-        stock=None,
-        space="latent",
-        denoiser="VideoUNet",
+    _VIDEO,
+    replace(
+        _VIDEO,
         conditions={"text": KEYWORDS, "frames": ()},
-        components={"vae": "space.autoencoder", "unet": "model.denoiser", **_TEXT},
         settings={
-            "num_frames": "config.data.num_frames",
             "max_context": "model.conditioners.frames.max_context",
             "interpolates": "model.conditioners.frames.interpolates",
-            **_STEPS,
-            **_GUIDANCE,
+            **_VIDEO.settings,
         },
-        asks="prompt",
-        task="text-to-video",
-        samples="frames",
-        words="video",
-        stock_samplers=(),
     ),
     PipelineKind(
         own="TransformerPipeline",

@@ -142,7 +142,7 @@ def prepare_denoiser(denoiser: Any, *, fresh: bool) -> None:
 def with_temporal_layers(denoiser: nn.Module, config: TemporalConfig, given_frames: bool = False) -> VideoUNet:
     """Return a denoiser of clips: `denoiser` with the temporal layers that it lacks.
 
-    given_frames: it is told what frames are known, by a mask and their latents (`FramesConditioner`). The layers of the
+    given_frames: it is conditioned on known frames, a mask and their latents (`FramesConditioner`). The layers of the
     image network are frozen if the config says so.
     """
     if not isinstance(denoiser, UNet2DConditionModel):

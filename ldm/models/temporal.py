@@ -37,7 +37,7 @@ class Clip:
     states: Tensor | None = None
     """The text states, (B, L, D), one row for each clip."""
     context: Tensor | None = None
-    """What is known of the frames, (B, C, F, h, w); see `Context`."""
+    """The known frames and their mask, (B, C, F, h, w); see `Context`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Clip":
         """Return a new one: tensors of a graph cannot be copied."""
@@ -91,7 +91,7 @@ class TemporalAttention(nn.Module):
 
 
 class Context(nn.Module):
-    """What is known of the frames, added to what the image network's first layer makes of them; zero before training.
+    """A layer for the known frames, added to the output of the image network's first layer; zero before training.
 
     It is the same as more input channels of that layer, whose own weights stay as they are, and it sees the frames
     before and after too (Blattmann et al. 2023, section 3.2: a mask, and the masked latents).
@@ -188,7 +188,7 @@ class VideoUNet(UNet2DConditionModel):  # type: ignore[misc]
 
     Its weights are those of the image network, under their own names, and ``temporal.*``. Single images, (B, C, h, w),
     pass the image network alone; clips are (B, C, F, h, w). With `context_channels`, clips may have so many channels
-    more: what is known of their frames, as `Context` takes it; without them nothing is known.
+    more: a mask and the known frames, as `Context` takes them; without them no frame is known.
     """
 
     _source = Path(__file__).read_text(encoding="utf-8")
